@@ -1,0 +1,282 @@
+"""What a BLIP-2 model is made of: frozen configs, and strict reading and writing of Hugging Face's config.json.
+
+Field names are those of config.json. `read_config` accepts what transformers accepts, old style and new;
+`to_hf` gives back what transformers opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu")
+
+
+class ConfigError(ValueError):
+    """A config.json that describes no BLIP-2 model this package can build."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder: a ViT with pre-norm blocks. The defaults are EVA-CLIP ViT-g/14 at 224 px."""
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
+        _check_activation("vision_config.hidden_act", self.hidden_act)
+        _check(
+            self.image_size >= self.patch_size,
+            f"vision_config: image_size {self.image_size} is smaller than patch_size {self.patch_size}",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Positions the encoder works on: every patch, and the class position before them."""
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """The Querying Transformer: a BERT whose queries cross-attend to the image in every n-th layer."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int = 1408
+    use_qformer_text_input: bool = False
+
+    def __post_init__(self) -> None:
+        _check_heads("qformer_config", self.hidden_size, self.num_attention_heads)
+        _check_activation("qformer_config.hidden_act", self.hidden_act)
+        _check(
+            self.cross_attention_frequency > 0,
+            f"qformer_config: cross_attention_frequency is {self.cross_attention_frequency}, must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class OptConfig:
+    """The language model OPT. The defaults are OPT-2.7B as BLIP-2 uses it: captions end at a newline (50118)."""
+
+    vocab_size: int = 50272
+    hidden_size: int = 2560
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    ffn_dim: int = 10240
+    max_position_embeddings: int = 2048
+    activation_function: str = "relu"
+    bos_token_id: int = 2
+    pad_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 50118
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        _check_heads("text_config", self.hidden_size, self.num_attention_heads)
+        _check_activation("text_config.activation_function", self.activation_function)
+
+
+@dataclass(frozen=True)
+class Blip2Config:
+    """The generating model: image encoder, Q-Former, projection, language model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    language: OptConfig = field(default_factory=OptConfig)
+    num_query_tokens: int = 32
+    image_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_widths(self.vision, self.qformer)
+
+
+@dataclass(frozen=True)
+class MatcherConfig:
+    """The stage-1 model: image encoder and Q-Former with its text branch, for ITC, ITM and ITG."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qformer: QFormerConfig = field(default_factory=lambda: QFormerConfig(use_qformer_text_input=True))
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+
+    def __post_init__(self) -> None:
+        _check_widths(self.vision, self.qformer)
+        _check(
+            self.qformer.use_qformer_text_input,
+            "the stage-1 model needs the Q-Former's text branch: qformer_config.use_qformer_text_input must be true",
+        )
+
+
+def _check_heads(where: str, width: int, heads: int) -> None:
+    _check(
+        heads > 0 and width % heads == 0,
+        f"{where}: hidden_size {width} cannot be divided into {heads} attention heads",
+    )
+
+
+def _check_activation(where: str, name: str) -> None:
+    _check(name in ACTIVATIONS, f"{where} is {name!r}; known activations: {', '.join(ACTIVATIONS)}")
+
+
+def _check_widths(vision: VisionConfig, qformer: QFormerConfig) -> None:
+    _check(
+        vision.hidden_size == qformer.encoder_hidden_size,
+        f"the Q-Former reads image features {qformer.encoder_hidden_size} wide, "
+        f"but the image encoder's are {vision.hidden_size} wide",
+    )
+
+
+# --- config.json -> config -----------------------------------------------------------------------------------------
+
+# What transformers assumes where a nested text_config (OPT) is silent.
+_OPT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50272,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "ffn_dim": 3072,
+    "max_position_embeddings": 2048,
+    "activation_function": "relu",
+    "bos_token_id": 2,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+# Settings of OPT that no BLIP-2 checkpoint uses and this package does not build.
+_OPT_REQUIRED: dict[str, Any] = {
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+}
+
+Config = TypeVar("Config", VisionConfig, QFormerConfig, OptConfig)
+
+
+def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -> Config:
+    """Build `cls` from the keys of `raw` it knows, with the type of each one checked."""
+    values: dict[str, Any] = dict(fixed)
+    defaults = cls()
+    for name in (f.name for f in fields(cls)):
+        if name in values or raw.get(name) is None:
+            continue
+        value, default = raw[name], getattr(defaults, name)
+        if isinstance(default, float) and isinstance(value, int):
+            value = float(value)
+        if name in ("image_size", "patch_size") and isinstance(value, list):
+            _check(len(set(value)) == 1, f"{where}.{name} is {value}; only square images and patches are supported")
+            value = value[0]
+        if name == "eos_token_id" and isinstance(value, list):
+            value = tuple(value)
+        expected = (int, tuple) if name == "eos_token_id" else type(default)
+        _check(
+            isinstance(value, expected) and not (isinstance(value, bool) and expected is int),
+            f"{where}.{name} is {value!r}, expected {getattr(expected, '__name__', 'a number')}",
+        )
+        values[name] = value
+    return cls(**values)
+
+
+def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = raw.get(name) or {}
+    _check(isinstance(section, Mapping), f"config.json: {name} is a {type(section).__name__}, expected an object")
+    return section
+
+
+def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
+    """Read a parsed Hugging Face config.json.
+
+    Where the file is silent its writer's defaults hold, which are those of transformers' config classes. Whether the
+    file is the generating model or the stage-1 model is read from `architectures`.
+
+    Raises:
+        ConfigError: no BLIP-2 config, a value of the wrong type, sizes that do not fit each other, or a language
+            model this package does not build.
+    """
+    _check(isinstance(raw, Mapping), f"config.json holds a {type(raw).__name__}, expected an object")
+    model_type = raw.get("model_type")
+    _check(
+        model_type in ("blip-2", "blip_2", "blip2"),
+        f"config.json says model_type {model_type!r}; expected 'blip-2'. Is this the folder of another model?",
+    )
+    vision = _pick(VisionConfig, "vision_config", _section(raw, "vision_config"))
+    queries = raw.get("num_query_tokens", 32)
+    _check(isinstance(queries, int) and queries > 0, f"num_query_tokens is {queries!r}, expected a positive integer")
+    # transformers overwrites the width the Q-Former reads with the image encoder's, so files may hold a stale one.
+    width = {"encoder_hidden_size": vision.hidden_size}
+    architectures = raw.get("architectures") or []
+    if any("ImageTextRetrieval" in str(name) for name in architectures):
+        qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
+        return MatcherConfig(vision, qformer, queries, int(raw.get("image_text_hidden_size") or 256))
+    qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
+    text = _section(raw, "text_config")
+    kind = text.get("model_type", "opt")
+    _check(kind == "opt", f"the language model is {kind!r}; this version builds 'opt'")
+    for name, needed in _OPT_REQUIRED.items():
+        _check(text.get(name, needed) == needed, f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}")
+    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | {k: v for k, v in text.items() if v is not None})
+    embedded = text.get("word_embed_proj_dim", language.hidden_size)
+    _check(
+        embedded == language.hidden_size,
+        f"text_config.word_embed_proj_dim {embedded} differs from hidden_size {language.hidden_size}: not supported",
+    )
+    image_token = raw.get("image_token_index", raw.get("image_token_id"))
+    return Blip2Config(vision, qformer, language, queries, image_token)
+
+
+# --- config -> config.json -----------------------------------------------------------------------------------------
+
+
+def to_hf(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
+    """The config.json that transformers opens: the inverse of `read_config`."""
+    raw: dict[str, Any] = {
+        "model_type": "blip-2",
+        "vision_config": {"model_type": "blip_2_vision_model", **asdict(config.vision)},
+        "qformer_config": {"model_type": "blip_2_qformer", **asdict(config.qformer)},
+        "num_query_tokens": config.num_query_tokens,
+    }
+    if isinstance(config, MatcherConfig):
+        return raw | {
+            "architectures": ["Blip2ForImageTextRetrieval"],
+            "image_text_hidden_size": config.image_text_hidden_size,
+            "text_config": {"model_type": "opt"},
+        }
+    language = asdict(config.language)
+    if isinstance(config.language.eos_token_id, tuple):
+        language["eos_token_id"] = list(config.language.eos_token_id)
+    raw |= {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "text_config": {"model_type": "opt", "word_embed_proj_dim": config.language.hidden_size, **language},
+        "tie_word_embeddings": config.language.tie_word_embeddings,
+        "use_decoder_only_language_model": True,
+    }
+    if config.image_token_id is not None:
+        raw["image_token_index"] = config.image_token_id
+    return raw

@@ -1,0 +1,100 @@
+"""What every part of the model is built from: activations, attention over heads, the feed-forward, the key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _gelu_new(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": _gelu_new,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+}
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, W] -> [B, H, T, W / H]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, T, D] -> [B, T, H * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: [B, H, T, D].
+        key, value: [B, H, S, D].
+        mask: bool, broadcastable to [B, H, T, S]; True may be seen.
+        causal: position t sees s <= t (needs T == S and no mask).
+
+    Returns:
+        [B, H, T, D].
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and not causal:
+        # torch's fused attention runs its bf16 backward on the CPU several times slower than these three steps
+        scores = (query * query.shape[-1] ** -0.5) @ key.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them: [..., width] -> [..., width]."""
+
+    def __init__(self, width: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.activation = ACTIVATION[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return out
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a decoder has read: the keys and values of every layer. A value: reading on gives a new one.
+
+    layers: one (keys, values) pair a layer, each [B, H, S, D].
+    mask: bool [B, S], False where a position is padding.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    mask: Tensor
+
+    @property
+    def length(self) -> int:
+        """Positions read, padding included."""
+        return self.mask.shape[1]
+
+    def select(self, rows: Tensor) -> Context:
+        """The context of the prompts `rows` (int64 [k]), in that order."""
+        return Context(tuple((k[rows], v[rows]) for k, v in self.layers), self.mask[rows])
+
+    def expand(self, rows: int) -> Context:
+        """A context of one prompt as the context of `rows` prompts, without copying."""
+        assert self.mask.shape[0] == 1, "only a single prompt's context can be expanded"
+        return Context(
+            tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self.layers),
+            self.mask.expand(rows, -1),
+        )

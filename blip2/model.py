@@ -1,0 +1,184 @@
+"""The models: `Blip2` writes text about an image, `Blip2Matcher` (stage 1) says how well a text fits one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import Blip2Config, MatcherConfig, QFormerConfig
+from blip2.layers import ACTIVATION, Context
+from blip2.opt import Opt, Tail
+from blip2.qformer import QFormer
+from blip2.vision import ImageEncoder
+
+IGNORED = -100  # label of a position that is no target
+
+
+class Blip2(nn.Module):
+    """Image encoder -> Q-Former -> projection -> language model."""
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = ImageEncoder(config.vision)
+        self.qformer = QFormer(config.qformer, config.num_query_tokens)
+        self.projection = nn.Linear(config.qformer.hidden_size, config.language.hidden_size)
+        self.language = Opt(config.language)
+
+    def embed_image(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
+        """Pixels [B, 3, S, S] -> prefix [B, Q, W]: what the language model reads first."""
+        return self.project(self.qformer(self.vision(pixels, interpolate=interpolate)))
+
+    def project(self, queries: Tensor) -> Tensor:
+        """Queries [B, Q, W_qformer] -> prefix [B, Q, W_language]."""
+        out: Tensor = self.projection(queries.to(self.projection.weight.dtype))
+        return out
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pixels and text [B, T] -> logits [B, Q + T, V] for every position, the queries first."""
+        return self.logits_from_prefix(self.embed_image(pixels), input_ids, attention_mask)
+
+    def logits_from_prefix(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """As `forward`, for images that have been embedded already."""
+        embeddings = torch.cat([prefix, self.language.embed(input_ids).to(prefix.dtype)], dim=1)  # [B, Q + T, W]
+        mask = None if attention_mask is None else F.pad(attention_mask, (prefix.shape[1], 0), value=1)
+        return self.language.head(self.language(embeddings, mask))
+
+    def loss(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the labels, a scalar.
+
+        Args:
+            labels: [B, T], the id that stands at each text position, -100 where it is no target; or [B, Q + T].
+                Shifted inside: position t is predicted from what stands before it, the first one from the queries.
+        """
+        return self.loss_from_prefix(self.embed_image(pixels), input_ids, attention_mask, labels)
+
+    def loss_from_prefix(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+        """As `loss`, for images that have been embedded already."""
+        logits = self.logits_from_prefix(prefix, input_ids, attention_mask)
+        labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+    # --- generation: read once, write as many rows as wanted -----------------------------------------------------
+
+    def read_prefix(self, prefix: Tensor) -> Context:
+        """The prefix as the language model has read it: a value that serves every later question about the image."""
+        return self.language.read(prefix)[1]
+
+    def start(
+        self,
+        prefix: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rows: int = 1,
+        max_new_tokens: int,
+        context: Context | None = None,
+    ) -> Decoding:
+        """Read the prefix and the prompts, ready to write `rows` continuations of each prompt.
+
+        Args:
+            prefix: [B, Q, W].
+            input_ids, attention_mask: [B, T], padded on the left.
+            context: the prefix as `read_prefix` gave it; the prefix is then not read again.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        words = self.language.embed(input_ids).to(prefix.dtype)
+        if context is None:
+            embeddings = torch.cat([prefix, words], dim=1)
+            hidden, context = self.language.read(embeddings, F.pad(mask, (prefix.shape[1], 0), value=1))
+        else:
+            hidden, context = self.language.read(words, mask, context)
+        logits = self.language.head(hidden[:, -1]).float()
+        tail = Tail(self.config.language, len(input_ids) * rows, max_new_tokens, prefix)
+        return Decoding(self.language, context, tail, logits)
+
+
+class Decoding:
+    """A text being written: B prompts, n rows of each, the rows of a prompt adjacent.
+
+    logits: float32 [B, V], for the first new token.
+    """
+
+    def __init__(self, language: Opt, context: Context, tail: Tail, logits: Tensor) -> None:
+        self._language, self._context, self._tail = language, context, tail
+        self.logits = logits
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append ids int64 [B * n]; logits float32 [B * n, V] for the token after them."""
+        return self._language.step(ids, self._context, self._tail)
+
+    def reorder(self, parents: Tensor) -> None:
+        """Row i goes on from what row parents[i] (int64 [B * n], of the same prompt) has written."""
+        self._tail.select(parents)
+
+    def keep(self, prompts: Tensor) -> None:
+        """Go on with these prompts (int64 [k], ascending) and all their rows; drop the others."""
+        rows = self._tail.buffer.shape[2] // len(self._context.mask)
+        self._context = self._context.select(prompts)
+        self._tail.select((prompts[:, None] * rows + torch.arange(rows, device=prompts.device)).flatten())
+
+
+class TextHead(nn.Module):
+    """BERT's head: hidden states [..., W] -> logits over the text vocabulary, on the word embeddings' weight."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATION[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
+        return F.linear(self.LayerNorm(self.activation(self.dense(hidden))), words, self.bias)
+
+
+class Blip2Matcher(nn.Module):
+    """The stage-1 model: image-text contrast (ITC), matching (ITM) and image-grounded generation (ITG).
+
+    Checkpoints for matching alone hold no ITG head; `itg_head` is then None.
+    """
+
+    def __init__(self, config: MatcherConfig, *, itg: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        width, shared = config.qformer.hidden_size, config.image_text_hidden_size
+        self.vision = ImageEncoder(config.vision)
+        self.qformer = QFormer(config.qformer, config.num_query_tokens, words=True)
+        self.vision_projection = nn.Linear(width, shared)
+        self.text_projection = nn.Linear(width, shared)
+        self.itm_head = nn.Linear(width, 2)
+        self.itg_head = TextHead(config.qformer) if itg else None
+        self.temp = nn.Parameter(torch.tensor(0.07)) if itg else None  # the contrastive loss's temperature
+
+    def image_embeddings(self, features: Tensor) -> Tensor:
+        """Image features [B, N, W] -> [B, Q, E], each query of length 1."""
+        return self.project_queries(self.qformer(features))
+
+    def project_queries(self, queries: Tensor) -> Tensor:
+        """Queries [B, Q, W] -> [B, Q, E], each of length 1."""
+        return F.normalize(self.vision_projection(queries.to(self.vision_projection.weight.dtype)), dim=-1)
+
+    def text_embeddings(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Text [B, T], beginning with [CLS] -> [B, E], of length 1."""
+        first = self.qformer.read_text(ids, mask)[:, 0]
+        return F.normalize(self.text_projection(first.to(self.text_projection.weight.dtype)), dim=-1)
+
+    def itm_logits(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Each image with its text -> [B, 2]; softmax column 1 is the probability that they match."""
+        queries = self.qformer.read_both(features, ids, mask)[:, : self.config.num_query_tokens]
+        out: Tensor = self.itm_head(queries.to(self.itm_head.weight.dtype)).mean(dim=1)
+        return out
+
+    def itg_logits(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Text [B, T], beginning with [DEC] -> logits [B, T, V] for the token after each position."""
+        return self.queries_and_itg_logits(features, ids, mask)[1]
+
+    def queries_and_itg_logits(self, features: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries as `qformer(features)` gives them and the ITG logits, in one pass."""
+        if self.itg_head is None:
+            raise ValueError("this checkpoint is for matching alone: it holds no head for generation (ITG)")
+        hidden = self.qformer.write_text(features, ids, mask)
+        queries, text = hidden.split([self.config.num_query_tokens, ids.shape[1]], dim=1)
+        return queries, self.itg_head(text, self.qformer.word_embeddings.weight)
