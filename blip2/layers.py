@@ -1,4 +1,4 @@
-"""What every part of the model is built from: activations, attention over heads, the feed-forward, the key-value cache."""
+"""What every part of the model is built from: activations, attention, the feed-forward, what a decoder has read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, W] -> [B, H, T, W / H]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    out: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return out
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -36,7 +37,9 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
     """Scaled dot-product attention.
 
     Args:
@@ -53,7 +56,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         scores = (query * query.shape[-1] ** -0.5) @ key.mT
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1).to(value.dtype) @ value
+        out: Tensor = scores.softmax(-1).to(value.dtype) @ value
+        return out
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 

@@ -39,13 +39,22 @@ class Blip2(nn.Module):
         """Pixels and text [B, T] -> logits [B, Q + T, V] for every position, the queries first."""
         return self.logits_from_prefix(self.embed_image(pixels), input_ids, attention_mask)
 
-    def logits_from_prefix(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits_from_prefix(
+        self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """As `forward`, for images that have been embedded already."""
-        embeddings = torch.cat([prefix, self.language.embed(input_ids).to(prefix.dtype)], dim=1)  # [B, Q + T, W]
-        mask = None if attention_mask is None else F.pad(attention_mask, (prefix.shape[1], 0), value=1)
-        return self.language.head(self.language(embeddings, mask))
+        return self.language.head(self._read(prefix, input_ids, attention_mask))
 
-    def loss(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+    def _read(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Hidden states [B, Q + T, W] of the queries and the text after them."""
+        embeddings = torch.cat([prefix, self.language.embed(input_ids).to(prefix.dtype)], dim=1)
+        mask = None if attention_mask is None else F.pad(attention_mask, (prefix.shape[1], 0), value=1)
+        out: Tensor = self.language(embeddings, mask)
+        return out
+
+    def loss(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> Tensor:
         """Mean cross-entropy of the labels, a scalar.
 
         Args:
@@ -54,11 +63,15 @@ class Blip2(nn.Module):
         """
         return self.loss_from_prefix(self.embed_image(pixels), input_ids, attention_mask, labels)
 
-    def loss_from_prefix(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+    def loss_from_prefix(
+        self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> Tensor:
         """As `loss`, for images that have been embedded already."""
-        logits = self.logits_from_prefix(prefix, input_ids, attention_mask)
-        labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        hidden = self._read(prefix, input_ids, attention_mask)
+        targets = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=IGNORED)[:, 1:]
+        wanted = targets != IGNORED
+        # The head is as wide as the vocabulary: only where something is to be predicted.
+        return F.cross_entropy(self.language.head(hidden[:, :-1][wanted]).float(), targets[wanted])
 
     # --- generation: read once, write as many rows as wanted -----------------------------------------------------
 
@@ -82,8 +95,13 @@ class Blip2(nn.Module):
             prefix: [B, Q, W].
             input_ids, attention_mask: [B, T], padded on the left.
             context: the prefix as `read_prefix` gave it; the prefix is then not read again.
+
+        Raises:
+            ValueError: prefix, prompt and new tokens are longer than the language model's positions.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # Checked before anything is written; the last new token is never read.
+        self.language.check_length(prefix.shape[1] + int(mask.sum(1).max()) + max_new_tokens - 1)
         words = self.language.embed(input_ids).to(prefix.dtype)
         if context is None:
             embeddings = torch.cat([prefix, words], dim=1)

@@ -26,8 +26,10 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, T, W], mask: bool [B, 1, T, S] or None for plain causal -> output [B, T, W], keys and values of S."""
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, W], mask bool [B, 1, T, S] (None: plain causal) -> output [B, T, W], keys and values of S."""
         query, key, value = self._project(x)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
@@ -105,7 +107,9 @@ class Opt(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
+        self.embed_positions = nn.Embedding(
+            config.max_position_embeddings + POSITION_OFFSET, config.hidden_size
+        )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -121,11 +125,15 @@ class Opt(nn.Module):
         out: Tensor = self.embed_tokens(ids)
         return out
 
-    def forward(self, embeddings: Tensor, mask: Tensor | None = None, context: Context | None = None) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, mask: Tensor | None = None, context: Context | None = None
+    ) -> Tensor:
         """Embeddings [B, T, W], mask [B, T] (None: no padding) -> hidden states [B, T, W] for `head`."""
         return self.read(embeddings, mask, context)[0]
 
-    def read(self, embeddings: Tensor, mask: Tensor | None = None, past: Context | None = None) -> tuple[Tensor, Context]:
+    def read(
+        self, embeddings: Tensor, mask: Tensor | None = None, past: Context | None = None
+    ) -> tuple[Tensor, Context]:
         """Read embeddings after what has been read already.
 
         Args:
@@ -141,9 +149,13 @@ class Opt(nn.Module):
         """
         batch, length = embeddings.shape[:2]
         before = 0 if past is None else past.length
-        self.check_length(before + length)
-        here = torch.ones(batch, length, dtype=torch.bool, device=embeddings.device) if mask is None else mask.bool()
+        here = (
+            torch.ones(batch, length, dtype=torch.bool, device=embeddings.device)
+            if mask is None
+            else mask.bool()
+        )
         seen = here if past is None else torch.cat([past.mask, here], dim=1)  # [B, S]
+        self.check_length(int(seen.sum(1).max()))
         positions = (seen.cumsum(1) * seen - 1)[:, before:]  # counted over what is not padding
         allowed = None
         if mask is not None or past is not None:
@@ -166,7 +178,6 @@ class Opt(nn.Module):
         """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""
         rows = len(ids) // len(context.mask)
         positions = context.mask.sum(1).repeat_interleave(rows) + tail.length + POSITION_OFFSET
-        self.check_length(context.length + tail.length + 1)
         x = (self.embed_tokens(ids) + self.embed_positions(positions)).unsqueeze(1)  # [B * n, 1, W]
         seen = context.mask[:, None, None, :]
         for i, layer in enumerate(self.layers):
@@ -182,7 +193,7 @@ class Opt(nn.Module):
         return out
 
     def check_length(self, length: int) -> None:
-        """Raise ValueError where a text is longer than the model's positions."""
+        """Raise ValueError where a text, padding not counted, is longer than the model's positions."""
         limit = self.config.max_position_embeddings
         if length > limit:
             raise ValueError(

@@ -78,7 +78,9 @@ class ImageEncoder(nn.Module):
             )
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # [B, W, h, w]
         positions = self.positions(patches.shape[-2], patches.shape[-1])
-        x = torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches.flatten(2).mT], dim=1)  # [B, N, W]
+        x = torch.cat(
+            [self.class_embedding.expand(len(pixels), -1, -1), patches.flatten(2).mT], dim=1
+        )  # [B, N, W]
         x = x + positions
         for layer in self.layers:
             x = layer(x)

@@ -65,7 +65,9 @@ def renamed(module: nn.Module) -> dict[str, torch.Tensor]:
     return ours
 
 
-@pytest.fixture(scope="module", params=[{}, {"qkv_bias": False, "hidden_act": "quick_gelu"}], ids=["eva", "no-qkv-bias"])
+@pytest.fixture(
+    scope="module", params=[{}, {"qkv_bias": False, "hidden_act": "quick_gelu"}], ids=["eva", "no-qkv-bias"]
+)
 def generators(request: pytest.FixtureRequest) -> tuple[Blip2ForConditionalGeneration, Blip2]:
     config = TheirConfig(
         vision_config=VISION | request.param,
@@ -129,7 +131,9 @@ def test_image_features_queries_and_prefix(generators: tuple[Blip2ForConditional
 
 @torch.inference_mode()
 @pytest.mark.parametrize("size", [(48, 48), (24, 56)])
-def test_interpolated_positions(generators: tuple[Blip2ForConditionalGeneration, Blip2], size: tuple[int, int]) -> None:
+def test_interpolated_positions(
+    generators: tuple[Blip2ForConditionalGeneration, Blip2], size: tuple[int, int]
+) -> None:
     theirs, ours = generators
     pixels = torch.randn(2, 3, *size)
     expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True, return_dict=True)

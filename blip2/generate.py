@@ -1,0 +1,425 @@
+"""Choosing new tokens: greedy search, sampling, beam search, and the same token by token.
+
+Token ids only: no images, no text. The model is asked for logits through `Blip2.start` and `Decoding`.
+Ids, rules and scores are those of transformers 5.23; where it lets padding into a rule, this does not.
+
+Lengths count new tokens only, the end token included. B prompts, n rows (beams or samples) a prompt,
+V the vocabulary, L the ids seen so far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip2.layers import Context
+from blip2.model import Blip2, Decoding
+
+_NEVER = -1e9  # a score that loses against every real one, and still adds without turning into NaN
+_NOTHING = -1  # in a row of ids: padding, or a row that has ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How new tokens are chosen. `beams=1` is greedy, or sampling with `do_sample`."""
+
+    beams: int = 1
+    max_new_tokens: int = 30
+    min_new_tokens: int = 0  # no end token among the first so many
+    length_penalty: float = 1.0  # a score is divided by length ** length_penalty: above 0 favours long texts
+    early_stopping: bool | Literal["never"] = False  # beams: True stops at `beams` finished texts
+    repetition_penalty: float = 1.0  # above 1 makes ids of the prompt and of the text so far less likely
+    no_repeat_ngram_size: int = 0  # 0 is off
+    num_return_sequences: int = 1  # the best so many beams, or so many independent samples
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    seed: int | None = None  # sample j of every prompt draws from seed + j; None: from torch's generator
+    eos_token_id: int | tuple[int, ...] | None = None  # None: the model's own; (): nothing ends a text early
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "max_new_tokens", "num_return_sequences"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("min_new_tokens", "no_repeat_ngram_size", "top_k"):
+            _require_int(name, getattr(self, name), 0)
+        for name in ("repetition_penalty", "temperature", "top_p"):
+            _require_number(name, getattr(self, name), 0.0)
+        _require_number("length_penalty", self.length_penalty, -math.inf)
+        if self.seed is not None:
+            _require_int("seed", self.seed, 0)
+        for end_id in () if self.eos_token_id is None else _as_tuple(self.eos_token_id):
+            _require_int("eos_token_id", end_id, 0)
+        if self.top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {self.top_p!r}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping must be False, True or 'never', got {self.early_stopping!r}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}"
+            )
+        if self.do_sample and self.beams > 1:
+            raise ValueError(f"do_sample needs beams=1, got beams={self.beams}: sample or search, not both")
+        if not self.do_sample and (self.temperature != 1 or self.top_k != 0 or self.top_p != 1):
+            raise ValueError(
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} shape only samples: "
+                "set do_sample=True, or leave them at 1.0, 0, 1.0"
+            )
+        if not self.do_sample and self.num_return_sequences > self.beams:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} is more than beams={self.beams}: "
+                "search with more beams, or set do_sample=True"
+            )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens. B * num_return_sequences rows: those of the first prompt, best first, then the next's."""
+
+    ids: list[list[int]]  # new token ids only; the end token, if it came, is the last
+    scores: list[float]  # sum of log-probabilities / length ** length_penalty; with beams: after the rules
+    token_logprobs: list[list[float]]  # of every id under the model itself, before any rule or filter
+    finished: list[bool]  # False: cut at max_new_tokens
+
+
+@torch.inference_mode()
+def generate(
+    model: Blip2,
+    prefix: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    options: GenerationOptions,
+    *,
+    context: Context | None = None,
+) -> Generated:
+    """Continue B prompts.
+
+    prefix [B, Q, width] is `model.embed_image(pixels)`; input_ids and attention_mask [B, T] are the prompts,
+    padded on the left (mask 0). `context` is `model.read_prefix(prefix)`, where that was already paid for.
+    A prompt's result does not depend on the others in its batch.
+    """
+    started = _start(model, prefix, input_ids, attention_mask, options, context)
+    end_ids = started[-1]
+    if options.beams > 1:
+        return _beam_search(*started)
+    steps = list(_one_by_one(*started))
+    ids_by_row, logprobs_by_row = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
+    rows: list[_Row] = []
+    for padded, logprobs in zip(ids_by_row, logprobs_by_row, strict=True):
+        ids = [i for i in padded if i != _NOTHING]
+        logprobs = logprobs[: len(ids)]
+        rows.append((ids, logprobs, sum(logprobs) / len(ids) ** options.length_penalty))
+    return _generated(rows, end_ids)
+
+
+def stream(
+    model: Blip2,
+    prefix: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    options: GenerationOptions,
+    *,
+    context: Context | None = None,
+) -> Iterator[list[int | None]]:
+    """As `generate`, greedy or sampling, token by token.
+
+    Yields one new id a row, in the order of `Generated.ids`; None for a row that has ended.
+    """
+    if options.beams > 1:
+        raise ValueError(f"stream needs beams=1, got beams={options.beams}: a beam is chosen only at the end")
+    steps = _one_by_one(*_start(model, prefix, input_ids, attention_mask, options, context))
+    return ([None if i == _NOTHING else i for i in ids.tolist()] for ids, _ in steps)
+
+
+@torch.inference_mode()
+def _start(
+    model: Blip2,
+    prefix: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    options: GenerationOptions,
+    context: Context | None,
+) -> tuple[Decoding, Tensor, GenerationOptions, Tensor]:
+    """The prompts read; the ids said before the first new token [B, L]; the options; the end tokens [E]."""
+    rows = options.beams if options.beams > 1 else options.num_return_sequences
+    decoding = model.start(
+        prefix, input_ids, attention_mask, rows=rows, max_new_tokens=options.max_new_tokens, context=context
+    )
+    seen = prompt_ids(model.config.image_token_id, prefix.shape[1], input_ids, attention_mask)
+    configured = model.config.language.eos_token_id
+    ends = _as_tuple(configured if options.eos_token_id is None else options.eos_token_id)
+    return decoding, seen, options, torch.tensor(sorted(set(ends)), dtype=torch.int64, device=seen.device)
+
+
+_Row = tuple[list[int], list[float], float]  # ids, log-probability of each, score
+
+
+def _generated(rows: list[_Row], end_ids: Tensor) -> Generated:
+    ends = set(end_ids.tolist())
+    return Generated(
+        ids=[ids for ids, _, _ in rows],
+        scores=[score for _, _, score in rows],
+        token_logprobs=[logprobs for _, logprobs, _ in rows],
+        finished=[ids[-1:] != [] and ids[-1] in ends for ids, _, _ in rows],
+    )
+
+
+def _is_end(ids: Tensor, end_ids: Tensor) -> Tensor:
+    return (ids[..., None] == end_ids).any(-1)
+
+
+def _as_tuple(ids: int | tuple[int, ...]) -> tuple[int, ...]:
+    return ids if isinstance(ids, tuple) else (ids,)
+
+
+def _require_int(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
+
+
+def _require_number(name: str, value: float, above: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= above:
+        limit = "" if above == -math.inf else f" above {above:g}"
+        raise ValueError(f"{name} must be a number{limit}, got {value!r}")
+
+
+# --- What the rules see, and the rules: pure functions of scores [R, V] and the ids seen, [R, L] ---
+
+
+def prompt_ids(image_token_id: int | None, queries: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The ids that count as already said before the first new token, [B, L]: -1 (nothing), then the prompt.
+
+    transformers writes the prefix into a prompt as `queries` image tokens and shows them to its rules, so
+    they are here too where the model has an image token. Padding counts as nothing, wherever it stands.
+    """
+    ids = input_ids.masked_fill(attention_mask == 0, _NOTHING)
+    if image_token_id is not None:
+        ids = torch.cat([ids.new_full((len(ids), queries), image_token_id), ids], dim=1)
+    kept_last = (ids != _NOTHING).int().argsort(dim=1, stable=True)
+    return ids.gather(1, kept_last)
+
+
+def apply_rules(
+    scores: Tensor, seen: Tensor, options: GenerationOptions, *, new_tokens: int, end_ids: Tensor
+) -> Tensor:
+    """Repetition penalty, n-gram ban, minimum length, in this order.
+
+    scores [R, V] are logits (greedy, sampling) or log-probabilities (beams); seen [R, L] has -1 for nothing;
+    new_tokens is how many of `seen` are new; end_ids [E].
+    """
+    if options.repetition_penalty != 1:
+        scores = penalise_repetition(scores, seen, options.repetition_penalty)
+    if options.no_repeat_ngram_size > 0:
+        scores = ban_repeated_ngrams(scores, seen, options.no_repeat_ngram_size)
+    if new_tokens < options.min_new_tokens:
+        scores = scores.index_fill(1, end_ids, -math.inf)
+    return scores
+
+
+def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Scores [R, V] of the ids in seen [R, L]: the positive ones divided, the negative ones multiplied."""
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(_mark(scores, seen, seen >= 0), penalised, scores)
+
+
+def ban_repeated_ngrams(scores: Tensor, seen: Tensor, size: int) -> Tensor:
+    """-inf for every id that would complete, for the second time, a run of `size` ids in seen [R, L]."""
+    if seen.shape[1] < size:
+        return scores
+    windows = seen.unfold(1, size, 1)  # [R, L - size + 1, size]
+    suffix = seen[:, seen.shape[1] - size + 1 :]  # [R, size - 1]
+    repeats = (windows[..., :-1] == suffix[:, None]).all(-1) & (windows >= 0).all(-1)
+    return scores.masked_fill(_mark(scores, windows[..., -1], repeats), -math.inf)
+
+
+def _mark(scores: Tensor, ids: Tensor, which: Tensor) -> Tensor:
+    """[R, V], True at the ids [R, L] for which `which` holds."""
+    vocabulary = scores.shape[1]
+    spare = torch.where(which, ids.clamp(max=vocabulary), vocabulary)  # one column more takes all others
+    marked = torch.zeros(len(scores), vocabulary + 1, dtype=torch.bool, device=scores.device)
+    return marked.scatter_(1, spare, True)[:, :vocabulary]
+
+
+def apply_filters(scores: Tensor, options: GenerationOptions) -> Tensor:
+    """Temperature, top-k, top-p, in this order: scores [R, V], -inf for what must not be drawn."""
+    if options.temperature != 1:
+        scores = scores / options.temperature
+    if options.top_k > 0:
+        kth = scores.topk(min(options.top_k, scores.shape[1])).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, -math.inf)  # ties with the k-th stay
+    if options.top_p < 1:
+        ascending, order = scores.sort(dim=1)
+        rare = ascending.softmax(1).cumsum(1) <= 1 - options.top_p
+        rare[:, -1] = False  # the best one always stays
+        scores = scores.masked_fill(rare.scatter(1, order, rare), -math.inf)
+    return scores
+
+
+def sampling_distribution(
+    logits: Tensor, seen: Tensor, options: GenerationOptions, *, new_tokens: int, end_ids: Tensor
+) -> Tensor:
+    """The probabilities [R, V] a sample is drawn from; arguments as for `apply_rules`."""
+    scores = apply_rules(logits, seen, options, new_tokens=new_tokens, end_ids=end_ids)
+    return apply_filters(scores, options).softmax(1)
+
+
+# --- Greedy search and sampling ---
+
+
+@torch.inference_mode()
+def _one_by_one(
+    decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each step's ids and their log-probabilities under the model, both [B*n]; id -1: row has ended."""
+    samples = options.num_return_sequences
+    logits = decoding.logits.repeat_interleave(samples, dim=0)  # [B*n, V]
+    seen = seen.repeat_interleave(samples, dim=0)
+    total = len(seen)
+    rows = torch.arange(total, device=seen.device)  # which of all rows are still being decoded
+    running = torch.ones_like(rows, dtype=torch.bool)
+    noise = _noise(options, total).to(seen.device) if options.do_sample else None
+    for step in range(options.max_new_tokens):
+        if noise is None:
+            ids = apply_rules(logits, seen, options, new_tokens=step, end_ids=end_ids).argmax(1)
+        else:
+            chances = sampling_distribution(logits, seen, options, new_tokens=step, end_ids=end_ids)
+            ids = _draw(chances, noise[rows, step])
+        logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+        yield (
+            rows.new_full((total,), _NOTHING).index_copy(0, rows, ids.where(running, _NOTHING)),
+            logits.new_zeros(total).index_copy(0, rows, logprobs),
+        )
+        running = running & ~_is_end(ids, end_ids)
+        seen = torch.cat([seen, ids[:, None]], dim=1)
+        if step + 1 == options.max_new_tokens:
+            return
+        alive = running.view(-1, samples).any(1)
+        left = int(alive.sum())  # the one wait for the device in a step
+        if left == 0:
+            return
+        if left <= len(alive) // 2:
+            prompts = alive.nonzero()[:, 0]
+            decoding.keep(prompts)
+            kept = (prompts[:, None] * samples + torch.arange(samples, device=prompts.device)).flatten()
+            rows, running, seen, ids = rows[kept], running[kept], seen[kept], ids[kept]
+        logits = decoding.step(ids)
+
+
+def _noise(options: GenerationOptions, rows: int) -> Tensor:
+    """Uniform numbers [rows, max_new_tokens], a row's own whatever the batch, the same on every device."""
+    if options.seed is None:
+        return torch.rand(rows, options.max_new_tokens)
+    samples = options.num_return_sequences
+    generators = [torch.Generator().manual_seed((options.seed + row) % 2**63) for row in range(samples)]
+    drawn = torch.stack([torch.rand(options.max_new_tokens, generator=g) for g in generators])
+    return drawn.repeat(rows // samples, 1)
+
+
+def _draw(chances: Tensor, uniform: Tensor) -> Tensor:
+    """One id a row: where the running sum of chances [R, V] passes uniform [R], which lies in [0, 1)."""
+    running_sum = chances.cumsum(1)
+    passed = (running_sum > uniform[:, None] * running_sum[:, -1:]) & (chances > 0)
+    # Rounding can leave nothing above the last threshold: then the likeliest id.
+    return torch.where(passed.any(1), passed.int().argmax(1), chances.argmax(1))
+
+
+# --- Beam search ---
+
+
+class _Texts(NamedTuple):
+    """Texts of b prompts, n each, best first; M is max_new_tokens."""
+
+    ids: Tensor  # [b, n, M]
+    logprobs: Tensor  # [b, n, M], of each id under the model
+    scores: Tensor  # [b, n]; the sum of log-probabilities, once finished / length ** length_penalty
+    lengths: Tensor  # [b, n]; what lies behind in ids and logprobs is arbitrary
+    real: Tensor  # [b, n]; False where no text stands yet
+
+    def choose(self, index: Tensor) -> _Texts:
+        """Of each prompt the texts index [b, m]."""
+        deep = index[..., None]
+        return _Texts(*(part.take_along_dim(deep if part.dim() == 3 else index, 1) for part in self))
+
+    def of(self, prompts: Tensor) -> _Texts:
+        return _Texts(*(part[prompts] for part in self))
+
+    def beside(self, other: _Texts) -> _Texts:
+        return _Texts(*(torch.cat(parts, dim=1) for parts in zip(self, other, strict=True)))
+
+
+def _beam_search(decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Generated:
+    n, limit, penalty, device = options.beams, options.max_new_tokens, options.length_penalty, seen.device
+    b, vocabulary = decoding.logits.shape
+    prompts = list(range(b))  # those not dropped yet
+    logits = decoding.logits.repeat_interleave(n, dim=0)  # [b*n, V]
+    finished = _Texts(
+        ids=seen.new_zeros(b, n, limit),
+        logprobs=logits.new_zeros(b, n, limit),
+        scores=logits.new_full((b, n), _NEVER),
+        lengths=seen.new_zeros(b, n),
+        real=torch.zeros(b, n, dtype=torch.bool, device=device),
+    )
+    # A prompt's beams start out equal: only the first may be continued.
+    running = finished._replace(scores=(torch.arange(n, device=device) > 0) * _NEVER + logits.new_zeros(b, n))
+    searching = torch.ones(b, dtype=torch.bool, device=device)
+    results: list[list[_Row]] = [[] for _ in prompts]
+    width = max(2, 1 + len(end_ids)) * n  # candidates: however many of them end, n are left to run
+    for length in range(1, limit + 1):
+        # Grow: the best candidates of all beams.
+        new = running.ids[..., : length - 1].flatten(0, 1)
+        said = torch.cat([seen.repeat_interleave(n, dim=0), new], dim=1)
+        logprobs = logits.log_softmax(1)
+        ruled = apply_rules(logprobs, said, options, new_tokens=length - 1, end_ids=end_ids)
+        sums, index = (running.scores[..., None] + ruled.view(b, n, vocabulary)).flatten(1).topk(width)
+        parents, ids = index // vocabulary, index % vocabulary  # [b, width]
+        grown = running.choose(parents)
+        grown.ids[..., length - 1] = ids
+        grown.logprobs[..., length - 1] = logprobs.view(b, -1).gather(1, index)
+        stops = _is_end(ids, end_ids) | (length == limit)
+        # Finish: an end counts only among the n best candidates.
+        ends = stops & (torch.arange(width, device=device) < n) & searching[:, None]
+        scores = sums / length**penalty + ~ends * _NEVER
+        ended = grown._replace(scores=scores, lengths=torch.full_like(ids, length), real=ends)
+        both = finished.beside(ended)
+        finished = both.choose(both.scores.topk(n).indices)
+        # Run on with the best that have not ended.
+        sums, onward = (sums + stops * _NEVER).topk(n)
+        running = grown.choose(onward)._replace(scores=sums)
+        # Stop where no running text can enter the finished ones any more.
+        hoped_length = limit if options.early_stopping == "never" and penalty > 0 else length
+        searching = searching & (sums[:, 0] / hoped_length**penalty > finished.scores[:, -1])
+        if options.early_stopping is True:
+            searching = searching & ~finished.real.all(1)
+        left = int(searching.sum()) if length < limit else 0  # the one wait for the device in a step
+        if left == 0:
+            break
+        first_rows = torch.arange(0, b * n, n, device=device)
+        decoding.reorder((first_rows[:, None] + parents.gather(1, onward)).flatten())
+        if left <= b // 2:  # then the cache is worth copying: what is done is no longer decoded along
+            _hand_out(finished, prompts, options, results)
+            kept = searching.nonzero()[:, 0]
+            decoding.keep(kept)
+            b, prompts = left, [prompts[i] for i in kept.tolist()]
+            seen, searching = seen[kept], searching[kept]
+            running, finished = running.of(kept), finished.of(kept)
+        logits = decoding.step(running.ids[..., length - 1].flatten())
+    _hand_out(finished, prompts, options, results)
+    return _generated([row for rows in results for row in rows], end_ids)
+
+
+def _hand_out(
+    finished: _Texts, prompts: list[int], options: GenerationOptions, results: list[list[_Row]]
+) -> None:
+    """Write the texts of each prompt to its place in results; a prompt searched further is written again."""
+    ids, logprobs, scores, lengths, _ = (
+        part[:, : options.num_return_sequences].tolist() for part in finished
+    )
+    for i, prompt in enumerate(prompts):
+        texts = zip(ids[i], logprobs[i], scores[i], lengths[i], strict=True)
+        results[prompt] = [(row[:length], logs[:length], score) for row, logs, score, length in texts]

@@ -1,0 +1,117 @@
+"""Small random models in transformers' form, and the same weights in ours. For the tests beside this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2Config as TheirConfig
+from transformers import Blip2ForConditionalGeneration
+
+from blip2.checkpoint.names import from_hugging_face
+from blip2.config import read_config
+from blip2.model import Blip2
+
+QUERIES, IMAGE_TOKEN, PAD, VOCABULARY = 4, 97, 1, 100
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+QFORMER = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "vocab_size": 60,
+    "max_position_embeddings": 20,
+}
+TEXT = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "eos_token_id": 7,
+}
+
+
+def make_visible(module: nn.Module, seed: int, spread: float = 0.3) -> nn.Module:
+    """Draw every parameter anew, none of them zero or one: a bias, norm or embedding left out must show."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        middle = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+        parameter.data = middle + spread * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def their_blip2(seed: int = 0, **text: Any) -> Blip2ForConditionalGeneration:
+    """transformers' model, 32 px and 4 queries; `text` overrides the language model's config."""
+    config = TheirConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=TEXT | text,
+        num_query_tokens=QUERIES,
+        image_token_index=IMAGE_TOKEN,
+    )
+    model = make_visible(Blip2ForConditionalGeneration(config), seed)
+    assert isinstance(model, Blip2ForConditionalGeneration)
+    return model
+
+
+def ours_from(theirs: Blip2ForConditionalGeneration) -> Blip2:
+    """Our model with their weights, every one of them."""
+    config = read_config(theirs.config.to_dict())
+    assert not hasattr(config, "image_text_hidden_size")
+    ours = Blip2(config).eval()  # type: ignore[arg-type]
+    ours.load_state_dict({from_hugging_face(name): tensor for name, tensor in theirs.state_dict().items()})
+    return ours
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch as both sides take it: left-padded text for ours, image tokens before the text for theirs."""
+
+    pixels: Tensor  # [B, 3, 32, 32]
+    ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T]
+
+    def row(self, i: int) -> Prompts:
+        """Prompt i alone, without its padding."""
+        kept = self.mask[i].bool()
+        return Prompts(self.pixels[i : i + 1], self.ids[i : i + 1, kept], self.mask[i : i + 1, kept])
+
+    def theirs(self) -> dict[str, Tensor]:
+        """pixel_values, input_ids and attention_mask for transformers: padding, image tokens, text."""
+        ids, mask = [], []
+        for row, kept in zip(self.ids, self.mask):
+            padding = len(row) - int(kept.sum())
+            ids.append(torch.tensor([PAD] * padding + [IMAGE_TOKEN] * QUERIES + row[kept.bool()].tolist()))
+            mask.append(torch.tensor([0] * padding + [1] * (len(ids[-1]) - padding)))
+        return {
+            "pixel_values": self.pixels,
+            "input_ids": torch.stack(ids),
+            "attention_mask": torch.stack(mask),
+        }
+
+
+def prompts(lengths: tuple[int, ...] = (2, 5, 3), seed: int = 0) -> Prompts:
+    """Random images and prompts of these lengths: `</s>` (2), then words."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(len(lengths), 3, 32, 32, generator=generator)
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    mask = torch.zeros_like(ids)
+    for i, length in enumerate(lengths):
+        ids[i, -length:] = torch.randint(8, 90, (length,), generator=generator)
+        ids[i, -length] = 2
+        mask[i, -length:] = 1
+    return Prompts(pixels, ids, mask)
