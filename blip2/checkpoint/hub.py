@@ -1,0 +1,73 @@
+"""Where a model's files are: a local path as it is, a name on the Hugging Face Hub through its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from blip2.checkpoint.files import CheckpointError
+
+# Weights that are data alone, and the settings beside them: never a pickle, never code.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+
+
+def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The local path of a model: what was given where it exists, else the Hub's files for that name, downloaded once.
+
+    The cache and offline mode are huggingface_hub's own: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN.
+
+    Args:
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: no such path and no such model, or the Hub cannot be reached and the model is not in the cache.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local path; revision={revision!r} is for models on the Hub")
+        return path
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise CheckpointError(
+            f"{name}: no such file or folder, nor a name on the Hugging Face Hub ('owner/model')"
+        )
+
+    from huggingface_hub import errors, snapshot_download  # imported here: local models need none of it
+
+    which = name if revision is None else f"{name} at revision {revision!r}"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{which} is not in the local cache and the Hugging Face Hub cannot be reached; "
+            "connect (or unset HF_HUB_OFFLINE), or give the path of a local folder"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{which} is gated; accept its terms on the Hub and log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{name} has no revision {revision!r} on the Hugging Face Hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: no such folder here and no such model on the Hugging Face Hub; "
+            "check the spelling, or log in with `hf auth login` if it is private"
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{which} cannot be downloaded from the Hugging Face Hub: {error}") from error

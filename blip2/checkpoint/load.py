@@ -1,0 +1,245 @@
+"""A checkpoint -> a model, strictly: every tensor of the file finds its place and every place its tensor.
+
+Tensors whose dtype stays are mapped from the file, so a model takes the memory of its weights once and is ready as soon
+as it is built. Do not overwrite a file in place while a model loaded from it lives (`save_model` never does).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
+from blip2.checkpoint.hub import resolve
+from blip2.checkpoint.names import from_hugging_face
+from blip2.config import Blip2Config, MatcherConfig, read_config
+from blip2.images import ImageProcessing
+from blip2.model import Blip2, Blip2Matcher
+from blip2.text import Tokenizer
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+# Buffers of older files that hold no weights: counted positions, and a version number.
+DROPPED = frozenset(
+    {
+        "embeddings.position_ids",
+        "qformer.embeddings.position_ids",
+        "language_model.model.decoder.version",
+    }
+)
+_HEAD, _WORDS = "language.lm_head.weight", "language.embed_tokens.weight"
+_STORED = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+# What runs together and therefore has one dtype. Between parts the model converts what it passes on.
+_PARTS: Mapping[str, str] = {
+    "vision": "vision",
+    "qformer": "qformer",
+    "itg_head": "qformer",
+    "projection": "language",
+    "language": "language",
+}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> Blip2 | Blip2Matcher:
+    """Load a model in Hugging Face's layout, in eval mode.
+
+    Args:
+        path: a folder with config.json and safetensors, the tensor file in such a folder, or a name on the Hub.
+        dtype: of all weights: a torch dtype, "fp32", "bf16" or "fp16". None: as stored, where each of image encoder,
+            Q-Former and language model with its projection has the dtype most of its stored values have.
+        device: where the weights go.
+        revision: branch, tag or commit of a model on the Hub.
+
+    Raises:
+        CheckpointError: not found, unreadable, or tensors missing, left over or of another shape than config.json says.
+        ConfigError: config.json describes no model this package builds.
+    """
+    wanted = parse_dtype(dtype)
+    found = resolve(path, revision)
+    config = read_config_file(found if found.is_dir() else found.parent)
+    with open_tensors(found) as tensors:
+        return build(config, tensors, _our_names(tensors), wanted, torch.device(device))
+
+
+def load_processing(path: str | Path, *, revision: str | None = None) -> tuple[ImageProcessing, Tokenizer]:
+    """How a checkpoint's images and texts are prepared.
+
+    Raises:
+        CheckpointError, ConfigError, ImageError, TextError: a file is missing or broken.
+    """
+    found = resolve(path, revision)
+    folder = found if found.is_dir() else found.parent
+    config = read_config_file(folder)
+    return ImageProcessing.load(folder, config.vision.image_size), Tokenizer.load(folder)
+
+
+def read_config_file(folder: Path) -> Blip2Config | MatcherConfig:
+    """The config.json of a checkpoint's folder."""
+    file = folder / "config.json"
+    try:
+        return read_config(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} holds no config.json; give the folder a model was saved to"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no valid JSON; restore the file") from error
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype or its name -> the dtype; None stays None. Raises CheckpointError for any other."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise CheckpointError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    return found
+
+
+def build(
+    config: Blip2Config | MatcherConfig,
+    tensors: Tensors,
+    names: Mapping[str, str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Blip2 | Blip2Matcher:
+    """A model in eval mode from tensors in Hugging Face's layout.
+
+    Args:
+        names: our parameter name -> the name in `tensors`.
+        dtype: of all weights; None as stored, see `load_model`.
+    """
+    names = dict(names)
+    model: Blip2 | Blip2Matcher
+    if isinstance(config, Blip2Config):
+        tied = _share_head(tensors, names)
+        words = _vocabulary(tensors, names, _WORDS, config.language.vocab_size)
+        language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
+        with torch.device("meta"):
+            model = Blip2(replace(config, language=language))
+    else:
+        tied = False
+        words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
+        qformer = replace(config.qformer, vocab_size=words)
+        with torch.device("meta"):
+            model = Blip2Matcher(
+                replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
+            )
+    _check(model.state_dict(), tensors, names)
+
+    dtypes = _part_dtypes(tensors, names, dtype)
+    state: dict[str, Tensor] = {}
+    for ours, stored in names.items():
+        if not (tied and ours == _HEAD):
+            target = dtypes[_part(ours)]
+            as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
+            state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
+    if tied:
+        state[_HEAD] = state[_WORDS]
+    model.load_state_dict(state, strict=True, assign=True)
+    if tied:
+        assert isinstance(model, Blip2)
+        model.language.tie()
+    return model.eval()
+
+
+def _our_names(tensors: Iterable[str]) -> dict[str, str]:
+    """Our names for a file's tensors."""
+    names, spare = {}, []
+    for stored in tensors:
+        ours = from_hugging_face(stored)
+        if ours is not None:
+            names[ours] = stored
+        elif stored not in DROPPED:
+            spare.append(stored)
+    if spare:
+        raise CheckpointError(
+            f"the file holds {_listed(spare)} that belong to no BLIP-2 model in Hugging Face's layout"
+        )
+    return names
+
+
+def _share_head(tensors: Tensors, names: dict[str, str]) -> bool:
+    """Whether the head is the word embeddings' weight: absent, or stored and equal. One that differs counts."""
+    stored = [name for name in (_HEAD, _WORDS) if name in names]
+    if len(stored) == 1:
+        names[_HEAD] = names[_WORDS] = names[stored[0]]
+        return True
+    if not stored or tensors.info(names[_HEAD]) != tensors.info(names[_WORDS]):
+        return False
+    return torch.equal(tensors[names[_HEAD]], tensors[names[_WORDS]])
+
+
+def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, announced: int) -> int:
+    """vocab_size as stored: vocabularies get padded or extended, and config.json is not always told."""
+    shape = tensors.info(names[embeddings]).shape if embeddings in names else ()
+    return shape[0] if len(shape) == 2 else announced
+
+
+def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]) -> None:
+    missing = [name for name in expected if name not in names]
+    spare = [names[name] for name in names if name not in expected]
+    problems = []
+    if missing:
+        problems.append(f"lacks {_listed(missing)}")
+        if all(name in missing for name in expected if name.startswith("language.")) and _WORDS in expected:
+            problems.append(
+                "so it has no language model: it is a part of a model, such as its Q-Former alone"
+            )
+    if spare:
+        problems.append(f"holds {_listed(spare)} that its config.json has no place for")
+    if not problems:
+        shapes = [
+            f"{stored} {list(tensors.info(stored).shape)} instead of {list(expected[ours].shape)}"
+            for ours, stored in names.items()
+            if tensors.info(stored).shape != tuple(expected[ours].shape)
+        ]
+        if shapes:
+            problems.append(f"holds {_listed(shapes)}: file and config.json do not belong together")
+    odd = [
+        f"{stored} ({tensors.info(stored).dtype})"
+        for stored in names.values()
+        if tensors.info(stored).dtype not in _STORED
+    ]
+    if odd and not problems:
+        problems.append(f"holds {_listed(odd)}, which are no weights of 16, 32 or 64 bit floats")
+    if problems:
+        raise CheckpointError(f"the checkpoint {'; '.join(problems)}")
+
+
+def _listed(items: list[str]) -> str:
+    more = f" and {len(items) - 10} more" if len(items) > 10 else ""
+    return f"{len(items)} tensor{'s' if len(items) > 1 else ''} ({', '.join(sorted(items)[:10])}{more})"
+
+
+def _part(name: str) -> str:
+    return _PARTS.get(name.split(".", 1)[0], "heads")
+
+
+def _part_dtypes(
+    tensors: Tensors, names: Mapping[str, str], dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype of every part of the model."""
+    counts: dict[str, Counter[torch.dtype]] = {}
+    for ours, stored in names.items():
+        info = tensors.info(stored)
+        counts.setdefault(_part(ours), Counter())[info.dtype] += info.nbytes // info.dtype.itemsize
+    return {part: dtype or count.most_common(1)[0][0] for part, count in counts.items()}

@@ -1,0 +1,324 @@
+"""Text <-> token ids, prompts, and the cleaning of training text.
+
+A `Tokenizer` is read from the files of a checkpoint. By default text is only text: "</s>" or "<image>" typed by a user
+is encoded as the characters it is made of and never becomes a special token, where transformers parses it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+CAPTION_PROMPT = "a photo of"
+QUESTION_PROMPT = "Question: {} Answer:"
+MAX_WORDS = 50
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+
+# What OPT's and BERT's tokenizers assume where their files are silent.
+_OPT_SPECIAL = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
+_BERT_SPECIAL = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+_SPECIAL_NAMES = tuple(dict.fromkeys((*_OPT_SPECIAL, *_BERT_SPECIAL)))
+
+
+class TextError(ValueError):
+    """Tokenizer files that cannot be read, or text that cannot be encoded."""
+
+
+class Tokenizer:
+    """Text <-> token ids, as a checkpoint's files define it. Safe to share between threads."""
+
+    def __init__(self, backend: Backend, special: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            backend: a tokenizer of the `tokenizers` library; its padding and truncation are not used.
+            special: the names of the special tokens, as tokenizer_config.json has them: {"pad_token": "<pad>", ...}.
+        """
+        self._backend = backend
+        self._special = dict(special or {})
+
+    @classmethod
+    def load(cls, folder: str | Path, *, parse_special: bool = False) -> Tokenizer:
+        """Read tokenizer.json, else vocab.json + merges.txt (OPT's), else vocab.txt (BERT's).
+
+        Args:
+            parse_special: let special tokens be written in text, as transformers does by default.
+
+        Raises:
+            TextError: none of these files, or broken ones.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        special_map = _read_json(folder / "special_tokens_map.json")
+        added = config.get("added_tokens_decoder")
+        # The older layout keeps the names of the special tokens in a file of its own, and that file counts.
+        named = config if isinstance(added, Mapping) else config | special_map
+        tokens = {name: _added_token(named[name]) for name in _SPECIAL_NAMES if named.get(name)}
+        try:
+            if (folder / "tokenizer.json").is_file():
+                backend = Backend.from_file(str(folder / "tokenizer.json"))
+                backend.no_padding()
+                backend.no_truncation()
+                usual = _BERT_SPECIAL if isinstance(backend.model, models.WordPiece) else _OPT_SPECIAL
+                tokens = {
+                    name: token
+                    for name, token in _defaults(tokens, usual).items()
+                    if backend.token_to_id(token.content) is not None
+                }
+                if backend.post_processor is None or "add_bos_token" in config or "add_eos_token" in config:
+                    _frame(backend, *_ends(tokens, config))
+            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                tokens = _defaults(tokens, _OPT_SPECIAL)
+                backend = _read_bpe(folder, config)
+                _add(backend, _added_tokens(folder, added, tokens), tokens.values())
+                _frame(backend, *_ends(tokens, config))
+            elif (folder / "vocab.txt").is_file():
+                tokens = _defaults(tokens, _BERT_SPECIAL)
+                backend = _read_wordpiece(folder, config, tokens["unk_token"].content)
+                _add(backend, _added_tokens(folder, added, tokens), tokens.values())
+                _frame(backend, tokens["cls_token"], tokens["sep_token"])
+            else:
+                raise TextError(
+                    f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or vocab.txt"
+                )
+        except TextError:
+            raise
+        except Exception as error:  # the library raises bare Exceptions
+            raise TextError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+        backend.encode_special_tokens = not parse_special
+        return cls(backend, {name: token.content for name, token in tokens.items()})
+
+    def __len__(self) -> int:
+        """How many token ids there are, added tokens included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, None where there is no such token."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text: OPT's `</s>`, BERT's `[CLS]`."""
+        return self._special_id("bos_token", "cls_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text: OPT's `</s>`, BERT's `[SEP]`. BLIP-2's captions end with a newline instead."""
+        return self._special_id("eos_token", "sep_token")
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up a batch; 0 where the files name none, for masked positions change nothing."""
+        found = self._special_id("pad_token")
+        return 0 if found is None else found
+
+    def _special_id(self, *names: str) -> int | None:
+        for name in names:
+            if name in self._special:
+                return self.token_id(self._special[name])
+        return None
+
+    def encode(self, text: str, *, max_length: int | None = None, frame: bool = True) -> list[int]:
+        """Text -> token ids.
+
+        Args:
+            max_length: cut the text so that there are no more ids than this, those of the frame included.
+            frame: put the tokens around the text that its model expects (OPT: `</s>` first; BERT: [CLS] and [SEP]).
+        """
+        if not isinstance(text, str):
+            raise TextError(f"expected text, got {type(text).__name__}")
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        if max_length is not None:
+            room = max_length - (self._backend.num_special_tokens_to_add(False) if frame else 0)
+            if room < 0:
+                raise TextError(f"max_length is {max_length}, which leaves no room for the text")
+            encoding.truncate(room)
+        if frame:
+            encoding = self._backend.post_process(encoding)
+        return list(encoding.ids)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, pad: Literal["left", "right"] = "left", max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Texts -> ids and mask, both int64 [B, T]; padded on the left for a model that goes on writing.
+
+        Raises:
+            TextError: no texts, or something that is not text.
+        """
+        if isinstance(texts, str) or not texts:
+            raise TextError("expected a list with at least one text")
+        rows = [self.encode(text, max_length=max_length) for text in texts]
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            place = slice(width - len(row), width) if pad == "left" else slice(0, len(row))
+            ids[i, place] = torch.tensor(row, dtype=torch.int64)
+            mask[i, place] = 1
+        return ids, mask
+
+    def decode(self, ids: Iterable[int] | Tensor, *, skip_special: bool = True) -> str:
+        """Token ids -> text; ids beyond the vocabulary (a padded one has them) give nothing."""
+        values = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        text: str = self._backend.decode(values, skip_special_tokens=skip_special)
+        return text
+
+
+# --- tokenizer files -----------------------------------------------------------------------------------------------
+
+
+def _read_bpe(folder: Path, config: Mapping[str, Any]) -> Backend:
+    """GPT-2's byte-level BPE, as OPT uses it."""
+    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    backend = Backend(models.BPE(vocab, merges, fuse_unk=False))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(config.get("add_prefix_space", False))
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _read_wordpiece(folder: Path, config: Mapping[str, Any], unknown: str) -> Backend:
+    """BERT's WordPiece, which the stage-1 model reads."""
+    lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    vocab = {line: i for i, line in enumerate(lines) if line or i < len(lines) - 1}
+    backend = Backend(models.WordPiece(vocab, unk_token=unknown))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+        strip_accents=config.get("strip_accents"),
+        lowercase=bool(config.get("do_lower_case", True)),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _ends(
+    tokens: Mapping[str, AddedToken], config: Mapping[str, Any]
+) -> tuple[AddedToken | None, AddedToken | None]:
+    """What the files put before and after every text. Without a tokenizer_config.json they are OPT's: `</s>` first."""
+    first = tokens.get("bos_token") if config.get("add_bos_token", not config) else None
+    return first, tokens.get("eos_token") if config.get("add_eos_token") else None
+
+
+def _frame(backend: Backend, first: AddedToken | None, last: AddedToken | None) -> None:
+    """Let every text begin with `first` and end with `last`."""
+    before, after = (f"{token.content}:0" if token else "" for token in (first, last))
+    names = {token.content for token in (first, last) if token}
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A:0 {after}".strip(),
+        special_tokens=[(name, backend.token_to_id(name)) for name in names],
+    )
+
+
+def _added_tokens(folder: Path, listed: Any, tokens: Mapping[str, AddedToken]) -> dict[int, AddedToken]:
+    """The tokens that stand beside the vocabulary, by id."""
+    if isinstance(listed, Mapping):
+        return {int(i): _added_token(token) for i, token in listed.items()}
+    special = {token.content for token in tokens.values()}
+    return {
+        int(i): AddedToken(content, normalized=content not in special, special=content in special)
+        for content, i in _read_json(folder / "added_tokens.json").items()
+    }
+
+
+def _add(backend: Backend, added: Mapping[int, AddedToken], named: Iterable[AddedToken]) -> None:
+    known = {token.content for token in added.values()}
+    for token in [
+        *(added[i] for i in sorted(added)),
+        *(token for token in named if token.content not in known),
+    ]:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    for i, token in added.items():
+        if (found := backend.token_to_id(token.content)) != i:
+            raise TextError(
+                f"the added token {token.content!r} should have id {i} but gets {found}: "
+                "vocabulary and added tokens do not belong together"
+            )
+
+
+def _defaults(tokens: dict[str, AddedToken], names: Mapping[str, str]) -> dict[str, AddedToken]:
+    return {name: _added_token(content) for name, content in names.items()} | tokens
+
+
+def _added_token(value: Any) -> AddedToken:
+    """A token as tokenizer_config.json spells it: its text, or an object with its text and how it is matched."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
+        raise TextError(f"a special token in the tokenizer's files is {value!r}, expected text")
+    flags = {
+        name: bool(value[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value
+    }
+    return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{path} is no valid JSON; restore the file") from error
+    if not isinstance(raw, dict):
+        raise TextError(f"{path} holds a {type(raw).__name__}, expected an object")
+    return raw
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def question_prompt(question: str) -> str:
+    """The prompt that makes OPT answer a question about the image."""
+    return QUESTION_PROMPT.format(question.strip())
+
+
+def chat_prompt(turns: Sequence[tuple[str, str]], question: str) -> str:
+    """The prompt for the next answer of a conversation: the (question, answer) turns so far, then the question."""
+    said = [f"{question_prompt(asked)} {answer.strip().rstrip('.')}." for asked, answer in turns]
+    return " ".join([*said, question_prompt(question)])
+
+
+# --- training text -------------------------------------------------------------------------------------------------
+
+_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
+
+
+def clean_caption(text: str, *, max_words: int = MAX_WORDS) -> str:
+    """A caption as BLIP-2 was trained on: lower case, most punctuation a space, at most `max_words` words."""
+    spaced = re.sub(r"\s{2,}", " ", _PUNCTUATION.sub(" ", text.lower()))
+    return _first_words(spaced.rstrip("\n").strip(" "), max_words)
+
+
+def clean_question(text: str, *, max_words: int = MAX_WORDS) -> str:
+    """A question as BLIP-2 was trained on: lower case, most punctuation gone (`?` stays), at most `max_words` words."""
+    return _first_words(_PUNCTUATION.sub("", text.lower()).rstrip(" "), max_words)
+
+
+def _first_words(text: str, count: int) -> str:
+    return " ".join(text.split(" ")[:count])
