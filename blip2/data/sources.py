@@ -1,0 +1,168 @@
+"""Where training and evaluation data comes from: annotation files and folders -> `Sample`s.
+
+Understood are COCO's annotation files, JSON lists, JSONL and CSV with a row for an image or a caption, and folders of
+images with a text file beside each.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
+)
+
+
+class DataError(ValueError):
+    """A data file that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what is said about it, or what is asked and answered.
+
+    Samples of one image share its path; there is one with all captions, and one for each question.
+    """
+
+    id: str
+    image: Path
+    captions: tuple[str, ...] = ()
+    question: str | None = None
+    answers: tuple[str, ...] = ()
+
+
+def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sample]:
+    """Read all samples of a file or folder.
+
+    Rows name their image as `image` (or `file_name`), relative to `images`, and hold `caption` (or `captions`, `text`),
+    or `question` with `answer` (or `answers`); texts alone or in lists. Rows with captions of the same image become one
+    sample. `id` (`image_id`, `question_id`) is optional.
+
+    Args:
+        path: a .json, .jsonl or .csv file, or a folder of images with the captions of `x.jpg` in `x.txt`, one a line.
+        images: the folder of the images; absent: where the file is.
+
+    Raises:
+        DataError: no such data, or a row without an image or text; the message names the row.
+    """
+    path = Path(path)
+    root = Path(images) if images is not None else path.parent
+    if path.is_dir():
+        rows: Iterable[Mapping[str, Any]] = _folder_rows(path)
+        root = path
+    elif not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    elif path.suffix == ".csv":
+        rows = _csv_rows(path)
+    elif path.suffix == ".jsonl":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    elif path.suffix == ".json":
+        rows = _json_rows(_json(path.read_text(encoding="utf-8"), str(path)), path)
+    else:
+        raise DataError(f"{path}: expected .json, .jsonl, .csv or a folder of images with .txt files")
+    samples = _merge(_sample(row, root, f"{path}, row {i}") for i, row in enumerate(rows, 1))
+    if not samples:
+        raise DataError(f"{path} holds no samples")
+    return samples
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: no valid JSON ({error})") from error
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def _folder_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+        beside = image.with_suffix(".txt")
+        if beside.is_file():
+            lines = [line.strip() for line in beside.read_text(encoding="utf-8").splitlines()]
+            rows.append({"image": str(image.relative_to(path)), "captions": [line for line in lines if line]})
+    return rows
+
+
+def _json_rows(content: Any, path: Path) -> list[Mapping[str, Any]]:
+    """A list of rows, or COCO's object with `images` and `annotations`."""
+    if isinstance(content, Mapping) and isinstance(content.get("annotations"), list) and "images" in content:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        try:
+            return [
+                {"image": names[row["image_id"]], **row, "id": row["image_id"]}
+                for row in content["annotations"]
+            ]
+        except KeyError as error:
+            raise DataError(
+                f"{path}: an annotation belongs to image {error}, which is not among its images"
+            ) from error
+    if isinstance(content, list):
+        return content
+    raise DataError(
+        f"{path}: expected a list of rows, or an object with `images` and `annotations` as COCO has it"
+    )
+
+
+def _sample(row: Any, root: Path, where: str) -> Sample:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is a {type(row).__name__}, expected an object with `image` and `caption`")
+    image = _first(row, "image", "file_name")
+    if not isinstance(image, str):
+        raise DataError(f"{where} names no image; expected `image`, got {sorted(map(str, row))}")
+    captions = _texts(_first(row, "caption", "captions", "text"), where)
+    question = row.get("question")
+    answers = _texts(_first(row, "answer", "answers"), where)
+    if question is not None and not isinstance(question, str):
+        raise DataError(f"{where}: the question is a {type(question).__name__}, expected text")
+    if not captions and question is None:
+        raise DataError(
+            f"{where} ({image}) has neither a caption nor a question; got {sorted(map(str, row))}"
+        )
+    identity = _first(row, "question_id", "id", "image_id") if question else _first(row, "id", "image_id")
+    return Sample(str(image if identity is None else identity), root / image, captions, question, answers)
+
+
+def _first(row: Mapping[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    """One text, or a list of texts or of VQA's {"answer": text}."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    texts = []
+    for item in values:
+        text = item.get("answer") if isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {text!r} stands where a text should")
+        texts.append(text)
+    return tuple(texts)
+
+
+def _merge(samples: Iterable[Sample]) -> list[Sample]:
+    """Put the captions of an image together; questions stay apart. In the order of their first appearance."""
+    merged: dict[Any, Sample] = {}
+    for sample in samples:
+        key: Any = sample.image if sample.question is None else (sample.image, sample.question, sample.id)
+        before = merged.get(key)
+        if before is None:
+            merged[key] = sample
+        else:
+            merged[key] = Sample(
+                before.id,
+                before.image,
+                before.captions + sample.captions,
+                before.question,
+                before.answers + sample.answers,
+            )
+    return list(merged.values())

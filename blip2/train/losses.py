@@ -1,0 +1,191 @@
+"""The losses BLIP-2 is trained with, as pure functions of tensors.
+
+ITC, ITM and ITG are stage 1's: Li et al., BLIP-2 (2023), section 3.2, as LAVIS computes them in one process. All are
+computed in float32 whatever precision the model runs in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # label of a position that is no target
+LABEL_SMOOTHING = 0.1
+MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound on the inverse temperature, section 2.5 of its paper
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, also under autocast: similarities are divided by a small temperature afterwards."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
+
+
+def query_similarity(image_embeddings: Tensor, text_embeddings: Tensor, temp: Tensor | float) -> Tensor:
+    """Every image against every text: the best query counts.
+
+    Args:
+        image_embeddings: [B, Q, E], each query of length 1.
+        text_embeddings: [C, E], of length 1.
+        temp: the temperature the similarities are divided by.
+
+    Returns:
+        float32 [B, C]. Its transpose is the similarity of texts to images.
+    """
+    by_query = _matmul(image_embeddings, text_embeddings.mT)  # [B, Q, C]
+    return by_query.amax(dim=1) / temp
+
+
+def contrast(
+    similarity: Tensor, ids: Tensor | None = None, *, label_smoothing: float = LABEL_SMOOTHING
+) -> Tensor:
+    """Cross-entropy of each row finding its own column and each column its own row, the mean of both directions.
+
+    Args:
+        similarity: [B, B], already divided by the temperature.
+        ids: int64 [B]; rows with equal ids are each other's positives and share the target evenly. None: only the
+            diagonal is positive.
+        label_smoothing: share of the target spread evenly over all columns.
+    """
+    size = len(similarity)
+    if ids is None:
+        target = torch.eye(size, device=similarity.device)
+    else:
+        same = (ids[:, None] == ids[None, :]).float()
+        target = same / same.sum(1, keepdim=True)
+    target = (1 - label_smoothing) * target + label_smoothing / size
+    # `same` is symmetric and so is the target of the other direction
+    forth = -(similarity.log_softmax(dim=1) * target).sum(1).mean()
+    back = -(similarity.mT.log_softmax(dim=1) * target).sum(1).mean()
+    return (forth + back) / 2
+
+
+def itc_loss(
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    temp: Tensor | float,
+    *,
+    image_ids: Tensor | None = None,
+    label_smoothing: float = LABEL_SMOOTHING,
+) -> Tensor:
+    """Image-text contrast: every query against every text, the best query over `temp`, mean of both directions.
+
+    Args:
+        image_embeddings: [B, Q, E], each query of length 1.
+        text_embeddings: [B, E], of length 1.
+        temp: the temperature.
+        image_ids: int64 [B]; rows of the same image count as positives.
+        label_smoothing: share of the target spread evenly over the batch.
+    """
+    return contrast(
+        query_similarity(image_embeddings, text_embeddings, temp), image_ids, label_smoothing=label_smoothing
+    )
+
+
+def hard_negatives(
+    sim_i2t: Tensor, sim_t2i: Tensor, generator: torch.Generator, image_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw a wrong text for every image and a wrong image for every text, the similar ones more often.
+
+    Args:
+        sim_i2t, sim_t2i: [B, B], images to texts and texts to images; drawn by their softmax.
+        generator: source of randomness, on the same device.
+        image_ids: int64 [B]; rows of the same image are never each other's negatives.
+
+    Returns:
+        (texts for the images, images for the texts), each int64 [B].
+
+    Raises:
+        ValueError: a row of the batch has no other image beside it.
+    """
+    size = len(sim_i2t)
+    ids = torch.arange(size, device=sim_i2t.device) if image_ids is None else image_ids
+    same = ids[:, None] == ids[None, :]
+    if bool(same.all(dim=1).any()):
+        raise ValueError(
+            f"a batch of {size} holds only one image, but matching needs another one as a negative; use larger batches"
+        )
+    with torch.no_grad():
+        texts, images = (
+            torch.multinomial(sim.float().masked_fill(same, float("-inf")).softmax(1), 1, generator=generator)
+            for sim in (sim_i2t, sim_t2i)
+        )
+    return texts.squeeze(1), images.squeeze(1)
+
+
+def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Image-text matching: two-class cross-entropy. logits [P, 2], column 1 = match; labels int64 [P]."""
+    return F.cross_entropy(logits.float(), labels)
+
+
+def itg_loss(
+    logits: Tensor, ids: Tensor, mask: Tensor, *, label_smoothing: float = LABEL_SMOOTHING
+) -> Tensor:
+    """Image-grounded generation: each position predicts the next token; padding is no target.
+
+    Args:
+        logits: [B, T, V], at each position for the token after it.
+        ids: int64 [B, T], beginning with [DEC].
+        mask: [B, T], 0 where `ids` is padding.
+        label_smoothing: share of the target spread evenly over the vocabulary.
+    """
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    return language_loss(logits, labels, label_smoothing=label_smoothing)
+
+
+def language_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of the next token. logits [B, T, V]; labels int64 [B, T], -100 = no target; shifted inside.
+
+    Zero, not NaN, where nothing is a target.
+    """
+    targets = labels[:, 1:].flatten()
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        targets,
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None) -> Tensor:
+    """CLIP's symmetric contrastive loss. Radford et al. (2021), figure 3.
+
+    Args:
+        image, text: [B, E], of any length; normalised here.
+        logit_scale: scalar, the logarithm of the inverse temperature; bounded by log 100.
+        ids: int64 [B]; rows with equal ids (the same text twice, say) count as positives.
+    """
+    cosine = _matmul(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1).mT)  # [B, B]
+    return contrast(cosine * logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(), ids, label_smoothing=0.0)
+
+
+def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: Tensor) -> Tensor:
+    """Dense contrast: each labelled patch finds its phrase among all phrases of the batch.
+
+    The mean is over the patches of an object first (an object: the patches of one image with one phrase), then over
+    objects, so large objects do not outweigh small ones.
+
+    Args:
+        patches: [B, N, E], of any length; normalised here.
+        phrases: [P, E], each different from the others; normalised here.
+        target: int64 [B, N], the phrase of each patch, -1 where the patch counts for nothing.
+        logit_scale: scalar, the logarithm of the inverse temperature; bounded by log 100.
+
+    Returns:
+        A scalar; zero where no patch is labelled.
+    """
+    count = len(phrases)
+    image, place = (target >= 0).nonzero(as_tuple=True)  # of the K labelled patches
+    wanted = target[image, place]  # [K]
+    labelled = F.normalize(patches[image, place].float(), dim=-1)  # [K, E]
+    cosine = _matmul(labelled, F.normalize(phrases.float(), dim=-1).mT)  # [K, P]
+    each = F.cross_entropy(
+        cosine * logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(), wanted, reduction="none"
+    )  # [K]
+    patches_of = torch.bincount(image * count + wanted, minlength=len(patches) * count)  # [B * P]
+    weight = 1 / patches_of[image * count + wanted]
+    return (each * weight).sum() / (patches_of > 0).sum().clamp(min=1)

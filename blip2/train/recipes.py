@@ -1,0 +1,106 @@
+"""The published recipes of BLIP-2 as data.
+
+Li et al., BLIP-2 (2023), section 3.4 and appendix, and LAVIS's project files. Batch sizes are those of one GPU; the
+published runs used sixteen. The betas are the paper's; LAVIS leaves the second at 0.999.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blip2.train.loop import FitOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one stage was trained.
+
+    vision_layer_decay: only with `train_vision`: how much slower each image encoder layer learns than the next.
+    prompt: what the language model reads before a caption.
+    """
+
+    task: Literal["stage1", "stage2", "finetune"]
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    warmup_lr: float
+    batch_size: int
+    epochs: int
+    image_size: int
+    prompt: str = ""
+    max_tokens: int = 32
+    train_vision: bool = False
+    vision_layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+
+    def options(
+        self,
+        batches_per_epoch: int,
+        *,
+        device: str = "cpu",
+        precision: Literal["fp32", "bf16"] = "bf16",
+        workers: int = 0,
+        accumulate: int = 1,
+        seed: int = 42,
+    ) -> FitOptions:
+        """The recipe over a data set that fills so many batches an epoch."""
+        return FitOptions(
+            steps=max(1, self.epochs * batches_per_epoch // accumulate),
+            lr=self.lr,
+            min_lr=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            warmup_lr=self.warmup_lr,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            clip_norm=None,  # the published runs do not clip
+            accumulate=accumulate,
+            precision=precision,
+            device=device,
+            workers=workers,
+            seed=seed,
+        )
+
+
+def stage1() -> Recipe:
+    """Representation learning: Q-Former on the frozen image encoder, ITC + ITM + ITG."""
+    return Recipe("stage1", 1e-4, 1e-5, 5000, 1e-6, batch_size=100, epochs=10, image_size=224)
+
+
+def stage2() -> Recipe:
+    """Generative learning: Q-Former and projection through the frozen language model."""
+    return Recipe("stage2", 1e-4, 1e-5, 2000, 1e-6, batch_size=64, epochs=10, image_size=224)
+
+
+def coco_caption() -> Recipe:
+    """Fine-tuning on COCO captions, the image encoder included."""
+    return Recipe(
+        "finetune",
+        1e-5,
+        0.0,
+        1000,
+        1e-8,
+        batch_size=16,
+        epochs=5,
+        image_size=364,
+        prompt="a photo of",
+        train_vision=True,
+    )
+
+
+def coco_retrieval() -> Recipe:
+    """Fine-tuning the stage-1 model on COCO for retrieval, the image encoder included."""
+    return Recipe(
+        "stage1",
+        1e-5,
+        0.0,
+        1000,
+        1e-8,
+        batch_size=14,
+        epochs=5,
+        image_size=364,
+        max_tokens=35,
+        train_vision=True,
+        vision_layer_decay=0.95,
+    )

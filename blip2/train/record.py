@@ -1,0 +1,121 @@
+"""The record of a training run: log.csv, a row of mean losses every so often, and a line of progress on stderr."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+GO_ON = "make room and start the same command again, it goes on from the last checkpoint"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss that is not finite, a full disk, or another process in the same folder."""
+
+
+class Record:
+    """Sums losses between rows. Its state is part of a checkpoint, so a continued run writes the same rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.latest: dict[str, float] = {}
+        self._sums: dict[
+            str, Tensor | float
+        ] = {}  # tensors of one element, so that adding does not wait for the device
+        self._count = 0
+        self._rows = 0  # images (or texts) since the last row; only for the speed shown
+        self._since = self._started = time.monotonic()
+        self._first = self._steps = 0
+
+    def start(self, step: int, steps: int) -> None:
+        """Begin timing at `step` of `steps`."""
+        self._since = self._started = time.monotonic()
+        self._first, self._steps = step, steps
+
+    def add(self, losses: Mapping[str, Tensor], rows: int) -> None:
+        """Take in the losses of one step over `rows` images."""
+        if self._sums and self._sums.keys() != losses.keys():
+            raise ValueError(f"the task gave losses {sorted(losses)}, before that {sorted(self._sums)}")
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in losses.items()}
+        self._count += 1
+        self._rows += rows
+
+    def check(self, step: int) -> None:
+        """Raise TrainingError if a loss since the last row is not finite."""
+        for name, total in self._sums.items():
+            if not math.isfinite(float(total)):
+                raise TrainingError(
+                    f"{name} became {float(total)} within the {self._count} steps up to {step}; the last checkpoint is "
+                    "from before. Lower the learning rate, or train in fp32"
+                )
+
+    def write(self, step: int, rate: float) -> None:
+        """Append a row of means and the learning rate, show it, and begin anew."""
+        self.check(step)
+        self.latest = {name: float(total) / self._count for name, total in self._sums.items()}
+        now = time.monotonic()
+        speed = self._rows / max(now - self._since, 1e-9)
+        row = {"step": step, **self.latest, "lr": rate, "images_per_s": round(speed, 2)}
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        try:
+            with open(self.path, "a", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerows([list(row)] * new)
+                writer.writerow(row.values())  # floats as repr gives them: exact
+        except OSError as error:
+            raise TrainingError(f"could not write {self.path}: {error}; {GO_ON}") from error
+        left = (now - self._started) / max(step - self._first, 1) * (self._steps - step)
+        self._show(step, rate, speed, left)
+        self._sums, self._count, self._rows, self._since = {}, 0, 0, now
+
+    def _show(self, step: int, rate: float, speed: float, left_s: float) -> None:
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in self.latest.items())
+        line = f"step {step}/{self._steps}  {numbers}  lr {rate:.3g}  {speed:.1f} images/s  {_duration(left_s)} left"
+        # a terminal gets one line that changes, a file gets a line each
+        print(
+            f"\r\033[K{line}" if sys.stderr.isatty() else line,
+            end="" if sys.stderr.isatty() else "\n",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave the line of progress."""
+        if sys.stderr.isatty() and self.latest:
+            print(file=sys.stderr)
+
+    def state(self) -> dict[str, Any]:
+        """What is needed to go on: sums since the last row."""
+        return {"sums": {name: float(total) for name, total in self._sums.items()}, "count": self._count}
+
+    def restore(self, step: int, state: Mapping[str, Any] | None) -> None:
+        """Go on after `step`: rows written later than the checkpoint, and a torn last one, are dropped."""
+        if state is not None:
+            self._sums, self._count = dict(state["sums"]), int(state["count"])
+        if not self.path.exists():
+            return
+        text = self.path.read_text()
+        lines = text.splitlines(keepends=True)
+        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
+        if step and lines and lines[0].endswith("\n"):
+            kept.insert(0, lines[0])
+        beside = self.path.with_suffix(".csv.unfinished")
+        beside.write_text("".join(kept))
+        os.replace(beside, self.path)
+        if len(kept) > 1:
+            last = next(csv.DictReader(io.StringIO(kept[0] + kept[-1])))
+            self.latest = {k: float(v) for k, v in last.items() if k not in ("step", "lr", "images_per_s")}
+
+
+def _duration(seconds: float) -> str:
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}"

@@ -1,0 +1,188 @@
+"""What is trained in each stage, and on which losses.
+
+Batches are dicts of tensors. Where the image encoder is frozen a batch may hold `features` [B, N, W], what the encoder
+gives for the images, in place of `pixels`: computed once, they serve every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2.model import Blip2, Blip2Matcher
+from blip2.train import losses
+from blip2.train.loop import Task, decays
+
+Batch = Mapping[str, Tensor]
+
+
+class Stage1(Task):
+    """ITC + ITM + ITG: teaches the queries to take from an image what its text says.
+
+    Trains the Q-Former with its heads; with `train_vision` the image encoder too (retrieval fine-tuning).
+
+    Batch: pixels [B, 3, S, S] (or features [B, N, W]); ids int64 [B, T], beginning with [CLS], padded or cut to 32;
+    mask [B, T]; optionally image_ids int64 [B]: rows of the same image are positives of each other, never negatives.
+    """
+
+    def __init__(
+        self,
+        matcher: Blip2Matcher,
+        dec_token_id: int,
+        *,
+        train_vision: bool = False,
+        vision_layer_decay: float = 1.0,
+    ) -> None:
+        """`dec_token_id`: the text vocabulary's [DEC], which begins a text to be generated."""
+        if matcher.temp is None or matcher.itg_head is None:
+            raise ValueError(
+                "this matcher has no head for generation (ITG); build it as Blip2Matcher(config, itg=True)"
+            )
+        self.module = self.matcher = matcher
+        self.temp = matcher.temp
+        self.dec_token_id = dec_token_id
+        self.vision_layer_decay = vision_layer_decay
+        _train_only(
+            matcher,
+            [matcher]
+            if train_vision
+            else [part for part in matcher.children() if part is not matcher.vision],
+        )
+        self.temp.requires_grad_(True)
+
+    def train_mode(self) -> None:
+        _set_modes(self.module)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay)
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        matcher, ids, mask = self.matcher, batch["ids"], batch["mask"]
+        features = _features(matcher.vision, batch)  # [B, N, W]
+        image_ids = batch.get("image_ids")
+
+        written = ids.clone()
+        written[:, 0] = self.dec_token_id
+        queries, itg_logits = matcher.queries_and_itg_logits(features, written, mask)  # [B, Q, W], [B, T, V]
+        itg = losses.itg_loss(itg_logits, written, mask)
+
+        similarity = losses.query_similarity(
+            matcher.project_queries(queries), matcher.text_embeddings(ids, mask), self.temp
+        )  # [B, B]
+        itc = losses.contrast(similarity, image_ids)
+
+        drawn = similarity.detach()
+        other_text, other_image = losses.hard_negatives(drawn, drawn.mT, generator, image_ids)
+        logits = matcher.itm_logits(
+            torch.cat([features, features[other_image], features]),
+            torch.cat([ids, ids, ids[other_text]]),
+            torch.cat([mask, mask, mask[other_text]]),
+        )  # [3B, 2]
+        labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        labels[: len(ids)] = 1
+        itm = losses.itm_loss(logits, labels)
+        return {"loss": itc + itm + itg, "itc": itc, "itm": itm, "itg": itg}
+
+
+class Stage2(Task):
+    """Captions through the frozen language model. Trains the Q-Former, its queries and the projection.
+
+    Batch: pixels [B, 3, S, S] (or features [B, N, W]); input_ids, attention_mask int64 [R, T]; labels int64 [R, T],
+    -100 on prompt and padding; optionally image_index int64 [R], the image each text is about (absent: R = B, in
+    order), so that an image with several texts is encoded once.
+    """
+
+    def __init__(self, model: Blip2) -> None:
+        self.module = self.model = model
+        self.vision_layer_decay = 1.0
+        _train_only(model, [model.qformer, model.projection])
+
+    def train_mode(self) -> None:
+        _set_modes(self.module)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay)
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        features = _features(self.model.vision, batch)
+        prefix = self.model.project(self.model.qformer(features))  # [B, Q, W]
+        if (index := batch.get("image_index")) is not None:
+            prefix = prefix[index]  # [R, Q, W]
+        loss = self.model.loss_from_prefix(
+            prefix, batch["input_ids"], batch["attention_mask"], batch["labels"]
+        )
+        return {"loss": loss}
+
+
+class Finetune(Stage2):
+    """Fine-tuning as for COCO captions: stage 2 with the image encoder trained too, and the language model on demand.
+
+    vision_layer_decay: each image encoder layer learns at this fraction of the rate of the layer after it.
+    """
+
+    def __init__(
+        self, model: Blip2, *, vision_layer_decay: float = 1.0, train_language: bool = False
+    ) -> None:
+        super().__init__(model)
+        self.vision_layer_decay = vision_layer_decay
+        _train_only(
+            model,
+            [model.vision, model.qformer, model.projection, *([model.language] if train_language else [])],
+        )
+
+
+def layerwise_groups(
+    module: nn.Module, weight_decay: float, vision_layer_decay: float
+) -> list[dict[str, Any]]:
+    """Trained parameters grouped by weight decay and learning rate.
+
+    Block i of the image encoder's n learns at decay ** (n - i) times the rate, what comes before the blocks at
+    decay ** (n + 1), everything after them at the full rate. As LAVIS does.
+    """
+    depth = 1 + max(
+        (int(name.split(".")[2]) for name, _ in module.named_parameters() if _in_block(name)), default=-1
+    )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = depth + 1  # the full rate
+        if _in_block(name):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith("vision.") and not name.startswith("vision.post_layernorm."):
+            layer = 0
+        scale = vision_layer_decay ** (depth + 1 - layer)
+        groups.setdefault((scale, weight_decay if decays(name, parameter) else 0.0), []).append(parameter)
+    return [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
+
+
+def _in_block(name: str) -> bool:
+    return name.startswith("vision.layers.")
+
+
+def _features(vision: nn.Module, batch: Batch) -> Tensor:
+    """Image features of a batch; without a graph where the image encoder is frozen."""
+    if "features" in batch:
+        return batch["features"]
+    trained = any(p.requires_grad for p in vision.parameters())
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        features: Tensor = vision(batch["pixels"])
+    return features
+
+
+def _train_only(module: nn.Module, parts: list[nn.Module]) -> None:
+    """Freeze a module but for some of its parts."""
+    module.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+
+
+def _set_modes(module: nn.Module) -> None:
+    """Train mode, but eval mode for every part that is frozen as a whole."""
+    module.train()
+    for part in module.children():
+        if not any(p.requires_grad for p in part.parameters()):
+            part.eval()

@@ -1,0 +1,274 @@
+"""The loop: what a killed, damaged or doubled run does, and the arithmetic of a step."""
+
+import csv
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blip2.train import FitOptions, Task, TrainingError, fit, plots, saves
+from blip2.train.loop import learning_rate
+
+FORK = multiprocessing.get_context("fork")  # a child begins at once, with torch loaded
+
+
+class Noise:
+    """Batches of noise; `delay_s` makes a step last."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        time.sleep(self.delay_s)
+        return {"pixels": torch.randn(8, 6, generator=torch.Generator().manual_seed(position))}
+
+
+class Toy(Task):
+    """Random in every way a task may be: dropout, its own draws, python's and torch's."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Sequential(nn.Linear(6, 64), nn.BatchNorm1d(64), nn.Dropout(0.2), nn.Linear(64, 1))
+        self.module[0].bias.requires_grad_(False)
+
+    def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        x = batch["pixels"] + 0.1 * torch.randn(8, 6, generator=generator) + 0.01 * random.random()
+        out = self.module(x)
+        return {"loss": (out - x.sum(1, keepdim=True)).pow(2).mean(), "size": out.abs().mean()}
+
+
+def options(steps: int = 24, **changes: Any) -> FitOptions:
+    base = {"lr": 0.01, "log_every": 3, "save_every_steps": 2, "warmup_steps": 4, "accumulate": 2}
+    return FitOptions(steps=steps, **(base | changes))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "draw", lambda *_: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
+    """The undisturbed run: its record and its weights."""
+    folder, task = tmp_path_factory.mktemp("straight"), Toy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", lambda *_: None)
+        assert fit(task, Noise(), options(), folder).finished
+    return rows(folder), task.module.state_dict()
+
+
+def same_as(straight: tuple[list[dict[str, str]], dict[str, Tensor]], folder: Path, task: Task) -> None:
+    assert rows(folder) == straight[0]
+    for name, tensor in task.module.state_dict().items():
+        assert torch.equal(tensor, straight[1][name]), name
+
+
+def start(folder: Path, delay_s: float = 0.0, steps: int = 24) -> Any:
+    child = FORK.Process(target=lambda: fit(Toy(), Noise(delay_s), options(steps), folder))
+    child.start()
+    return child
+
+
+def test_the_loss_falls(straight: tuple[list[dict[str, str]], dict[str, Tensor]]) -> None:
+    record = straight[0]
+    assert [int(row["step"]) for row in record] == list(range(3, 25, 3))
+    assert float(record[-1]["loss"]) < float(record[0]["loss"])
+
+
+def test_killed_again_and_again(straight: Any, tmp_path: Path) -> None:
+    moments = random.Random(5)
+    kills = 0
+    while True:
+        child = start(tmp_path, delay_s=0.001)
+        child.join(moments.uniform(0.02, 0.12))
+        if child.exitcode is not None:
+            assert child.exitcode == 0
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+        assert kills < 200
+    assert kills >= 2
+    task = Toy()
+    fit(task, Noise(), options(), tmp_path)  # nothing is left to do: it takes up the last checkpoint
+    same_as(straight, tmp_path, task)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_data_processes_change_nothing(straight: Any, tmp_path: Path) -> None:
+    task = Toy()
+    fit(task, Noise(), options(workers=1), tmp_path)
+    same_as(straight, tmp_path, task)
+
+
+def test_sigterm_saves_and_ends(straight: Any, tmp_path: Path) -> None:
+    def run() -> None:
+        result = fit(Toy(), Noise(0.02), options(save_every_steps=None), tmp_path)
+        os._exit(7 if not result.finished and saves.checkpoints(tmp_path) else 1)
+
+    child = FORK.Process(target=run)
+    child.start()
+    time.sleep(0.25)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(10)
+    assert child.exitcode == 7
+    task = Toy()
+    assert fit(task, Noise(), options(), tmp_path).finished
+    same_as(straight, tmp_path, task)
+
+
+def test_a_damaged_checkpoint_is_set_aside(straight: Any, tmp_path: Path) -> None:
+    child = start(tmp_path, steps=24)
+    child.join(10)
+    latest = saves.checkpoints(tmp_path)[-1]
+    content = bytearray(latest.read_bytes())
+    content[-20] ^= 1
+    latest.write_bytes(content)
+    task = Toy()
+    assert fit(task, Noise(), options(), tmp_path).finished
+    same_as(straight, tmp_path, task)
+    assert latest.with_suffix(".damaged").exists()
+
+
+def test_truncated_checkpoints_all_damaged(tmp_path: Path) -> None:
+    fit(Toy(), Noise(), options(4), tmp_path)
+    for path in saves.checkpoints(tmp_path):
+        os.truncate(path, 100)
+    with pytest.raises(ValueError, match="all 2 checkpoints"):
+        fit(Toy(), Noise(), options(4), tmp_path)
+
+
+def test_two_writers(tmp_path: Path) -> None:
+    child = start(tmp_path, delay_s=0.05)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "log.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        with pytest.raises(TrainingError, match=f"process {child.pid} trains in"):
+            fit(Toy(), Noise(), options(), tmp_path)
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    assert fit(Toy(), Noise(), options(), tmp_path).finished  # the dead process holds nothing
+
+
+def test_a_full_disk(straight: Any, tmp_path: Path) -> None:
+    fit(Toy(), Noise(), options(save_every_steps=6), tmp_path / "a")
+    fit(Toy(), Noise(), options(6), tmp_path / "b")
+    size = saves.checkpoints(tmp_path / "a")[-1].stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # writing fails half-way, as on a full disk
+    try:
+        with pytest.raises(TrainingError, match="make room and start the same command again"):
+            fit(Toy(), Noise(), options(), tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.stem for p in saves.checkpoints(tmp_path / "b")][-1] == "step-000000006"
+    assert not list((tmp_path / "b").glob("*.unfinished"))
+    assert fit(Toy(), Noise(), options(), tmp_path / "b").finished
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    class Broken(Toy):
+        def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+            found = super().losses(batch, generator)
+            return (
+                found
+                if float(batch["pixels"][0, 0]) < 1
+                else {name: value * math.nan for name, value in found.items()}
+            )
+
+    with pytest.raises(TrainingError, match="loss became nan"):
+        fit(Broken(), Noise(), options(200), tmp_path)
+    checkpoint = saves.load_latest(tmp_path)
+    assert checkpoint is None or all(t.isfinite().all() for t in checkpoint.tensors.values())
+
+
+def test_what_may_change_on_resume(tmp_path: Path) -> None:
+    fit(Toy(), Noise(), options(4), tmp_path)
+    with pytest.raises(ValueError, match="began with seed 42"):
+        fit(Toy(), Noise(), options(8, seed=1), tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints already"):
+        fit(Toy(), Noise(), options(8), tmp_path, resume=False)
+    other = Toy()
+    other.module[3] = nn.Linear(64, 2)
+    with pytest.raises(ValueError, match="of another model: 3"):
+        fit(other, Noise(), options(8), tmp_path)
+    assert fit(Toy(), Noise(), options(8, log_every=1), tmp_path).step == 8
+
+
+def test_only_what_is_trained_is_kept(tmp_path: Path) -> None:
+    fit(Toy(), Noise(), options(2), tmp_path)
+    checkpoint = saves.load_latest(tmp_path)
+    assert checkpoint is not None
+    assert "module.0.weight" in checkpoint.tensors
+    assert "module.1.running_mean" in checkpoint.tensors
+    assert "module.0.bias" not in checkpoint.tensors  # frozen
+    assert "optimizer.0.weight.exp_avg" in checkpoint.tensors
+
+
+def test_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
+    class Linear(Task):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.module = nn.Linear(6, 1)
+
+        def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"loss": self.module(batch["pixels"]).pow(2).mean()}
+
+    class Pairs:
+        def __getitem__(self, position: int) -> dict[str, Tensor]:
+            return {"pixels": torch.cat([Noise()[2 * position + i]["pixels"] for i in (0, 1)])}
+
+    halves, whole = Linear(), Linear()
+    fit(halves, Noise(), options(5), tmp_path / "a")
+    fit(whole, Pairs(), options(5, accumulate=1), tmp_path / "b")
+    torch.testing.assert_close(halves.module.weight, whole.module.weight)
+
+
+def test_weight_decay_and_learning_rates() -> None:
+    groups = Toy().parameter_groups(0.05)
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
+    assert [len(g["params"]) for g in groups] == [2, 3]
+    plan = FitOptions(steps=100, lr=1e-3, min_lr=1e-5, warmup_steps=10, warmup_lr=1e-6)
+    rates = [learning_rate(step, plan) for step in range(101)]
+    assert rates[0] == 1e-6
+    assert rates[5] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[10] == 1e-3
+    assert rates[55] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[100] == pytest.approx(1e-5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_bf16_runs(tmp_path: Path) -> None:
+    task = Toy()
+    fit(task, Noise(), options(2, precision="bf16"), tmp_path)
+    assert task.module[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulate": 0}, {"precision": "fp16"}])
+def test_wrong_options(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        FitOptions(**({"steps": 1} | wrong))

@@ -1,0 +1,318 @@
+"""The tasks: the losses they add up, what they freeze, and that a small batch can be learned by heart."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
+from blip2.model import Blip2, Blip2Matcher
+from blip2.opt import Opt
+from blip2.train import FitOptions, Task, fit, losses, plots
+from blip2.train.pretrain import (
+    ContrastivePretrain,
+    ImageTextEncoders,
+    LanguagePretrain,
+    TextTower,
+    initialise,
+    qformer_from_matcher,
+)
+from blip2.train.recipes import coco_caption, coco_retrieval, stage1, stage2
+from blip2.train.tasks import Finetune, Stage1, Stage2
+from blip2.vision import ImageEncoder
+
+VISION = VisionConfig(32, 64, 2, 2, image_size=16, patch_size=4)
+QFORMER = QFormerConfig(
+    vocab_size=30,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    hidden_dropout_prob=0.0,
+    max_position_embeddings=16,
+    encoder_hidden_size=32,
+)
+LANGUAGE = OptConfig(
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    ffn_dim=64,
+    max_position_embeddings=32,
+)
+DEC = 29
+B = 4
+
+
+def matcher() -> Blip2Matcher:
+    model = Blip2Matcher(
+        MatcherConfig(VISION, dataclasses.replace(QFORMER, use_qformer_text_input=True), 3, 16)
+    )
+    initialise(model, 0, std=0.1)
+    return model
+
+
+def writer() -> Blip2:
+    model = Blip2(Blip2Config(VISION, QFORMER, LANGUAGE, 3))
+    initialise(model, 1, std=0.1)
+    return model
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def texts(vocabulary: int = 28) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, vocabulary, (B, 6), generator=generator())
+    mask = torch.ones_like(ids)
+    ids[1, 4:] = mask[1, 4:] = 0
+    return ids, mask
+
+
+def pixels() -> Tensor:
+    return torch.randn(B, 3, 16, 16, generator=generator())
+
+
+def matching_batch() -> dict[str, Tensor]:
+    ids, mask = texts()
+    return {"pixels": pixels(), "ids": ids, "mask": mask}
+
+
+def writing_batch() -> dict[str, Tensor]:
+    ids, mask = texts()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"pixels": pixels(), "input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Same:
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __getitem__(self, position: int) -> Any:
+        return self.batch
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "draw", lambda *_: None)
+
+
+def learn(task: Task, batch: Any, folder: Path, steps: int = 60, lr: float = 3e-3) -> tuple[float, float]:
+    """Train on one batch: the loss before and after."""
+    before = task.losses(batch, generator())["loss"].item()
+    fit(task, Same(batch), FitOptions(steps=steps, lr=lr, warmup_steps=3, log_every=steps), folder)
+    return before, task.losses(batch, generator())["loss"].item()
+
+
+def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Children of the module with a parameter that is not what it was."""
+    return {n.split(".")[0] for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+# --- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+def test_stage1_losses_are_the_published_ones() -> None:
+    model, batch = matcher(), matching_batch()
+    ours = Stage1(model, DEC).losses(batch, generator())
+    with torch.no_grad():
+        features = model.vision(batch["pixels"])
+        images, said = model.image_embeddings(features), model.text_embeddings(batch["ids"], batch["mask"])
+        assert ours["itc"].item() == pytest.approx(losses.itc_loss(images, said, 0.07).item(), rel=1e-5)
+        written = torch.cat([torch.full((B, 1), DEC), batch["ids"][:, 1:]], dim=1)
+        logits = model.itg_logits(features, written, batch["mask"])
+        target = written.masked_fill(batch["mask"] == 0, -100)[:, 1:].flatten()
+        itg = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=-100, label_smoothing=0.1)
+        assert ours["itg"].item() == pytest.approx(itg.item(), rel=1e-5)
+        similarity = losses.query_similarity(images, said, 0.07)
+        text, image = losses.hard_negatives(similarity, similarity.T, generator())
+        right = model.itm_logits(features, batch["ids"], batch["mask"])
+        wrong_image = model.itm_logits(features[image], batch["ids"], batch["mask"])
+        wrong_text = model.itm_logits(features, batch["ids"][text], batch["mask"][text])
+        itm = -torch.cat(
+            [right.log_softmax(1)[:, 1], wrong_image.log_softmax(1)[:, 0], wrong_text.log_softmax(1)[:, 0]]
+        ).mean()
+        assert ours["itm"].item() == pytest.approx(itm.item(), rel=1e-4)
+    assert ours["loss"].item() == pytest.approx(sum(ours[n].item() for n in ("itc", "itm", "itg")), rel=1e-6)
+
+
+def test_stage1_learns_and_leaves_the_image_encoder(tmp_path: Path) -> None:
+    model = matcher()
+    before = snapshot(model)
+    first, last = learn(Stage1(model, DEC), matching_batch(), tmp_path)
+    assert last < 0.5 * first
+    assert changed(model, before) == {
+        "qformer", "vision_projection", "text_projection", "itm_head", "itg_head", "temp"
+    }  # fmt: skip
+    assert not model.vision.training
+    assert model.qformer.training
+
+
+def test_features_stand_for_pixels() -> None:
+    model, batch = matcher(), matching_batch()
+    task = Stage1(model, DEC)
+    with torch.no_grad():
+        features = model.vision(batch["pixels"])
+        there = task.losses({"features": features, **{k: batch[k] for k in ("ids", "mask")}}, generator())
+        assert torch.equal(there["loss"], task.losses(batch, generator())["loss"])
+
+
+def test_retrieval_fine_tuning_trains_the_image_encoder(tmp_path: Path) -> None:
+    model = matcher()
+    before = snapshot(model)
+    task = Stage1(model, DEC, train_vision=True, vision_layer_decay=0.5)
+    ids = torch.tensor([0, 0, 1, 2])
+    learn(task, matching_batch() | {"image_ids": ids}, tmp_path, steps=2)
+    assert "vision" in changed(model, before)
+    scales = {
+        next(n for n, p in model.named_parameters() if p is group["params"][0]): group["lr_scale"]
+        for group in task.parameter_groups(0.05)
+    }
+    assert scales["vision.class_embedding"] == 0.5**3
+    assert scales["vision.layers.0.layer_norm1.weight"] == 0.5**2
+    assert scales["vision.layers.1.layer_norm1.weight"] == 0.5
+    assert sum(len(g["params"]) for g in task.parameter_groups(0.05)) == len(list(model.parameters()))
+    full = next(
+        g
+        for g in task.parameter_groups(0.05)
+        if any(p is model.vision.post_layernorm.weight for p in g["params"])
+    )
+    assert full["lr_scale"] == 1
+
+
+def test_a_matcher_without_itg_cannot_be_trained() -> None:
+    config = MatcherConfig(VISION, dataclasses.replace(QFORMER, use_qformer_text_input=True), 3, 16)
+    with pytest.raises(ValueError, match="itg=True"):
+        Stage1(Blip2Matcher(config, itg=False), DEC)
+
+
+# --- stage 2 and fine-tuning -----------------------------------------------------------------------------------------
+
+
+def test_stage2_loss_is_the_models() -> None:
+    model, batch = writer(), writing_batch()
+    ours = Stage2(model).losses(batch, generator())["loss"]
+    theirs = model.loss(*(batch[k] for k in ("pixels", "input_ids", "attention_mask", "labels")))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_several_texts_of_an_image() -> None:
+    model, batch = writer(), writing_batch()
+    index = torch.tensor([0, 0, 1, 1])
+    short = batch | {"pixels": batch["pixels"][:2], "image_index": index}
+    long = batch | {"pixels": batch["pixels"][:2][index]}
+    task = Stage2(model)
+    ours, theirs = (task.losses(b, generator())["loss"].item() for b in (short, long))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_stage2_learns_through_a_frozen_language_model(tmp_path: Path) -> None:
+    model = writer()
+    before = snapshot(model)
+    first, last = learn(Stage2(model), writing_batch(), tmp_path, lr=1e-2)
+    assert last < 0.9 * first  # the language model is a random one
+    assert changed(model, before) == {"qformer", "projection"}
+    assert not model.vision.training
+    assert not model.language.training
+
+
+@pytest.mark.parametrize("train_language", [False, True])
+def test_fine_tuning(tmp_path: Path, train_language: bool) -> None:
+    model = writer()
+    before = snapshot(model)
+    task = Finetune(model, vision_layer_decay=0.9, train_language=train_language)
+    first, last = learn(task, writing_batch(), tmp_path, steps=40)
+    assert last < (0.2 if train_language else 0.9) * first
+    assert changed(model, before) == {"vision", "qformer", "projection"} | (
+        {"language"} if train_language else set()
+    )
+
+
+# --- before stage 1 --------------------------------------------------------------------------------------------------
+
+
+def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
+    encoders = ImageTextEncoders(ImageEncoder(VISION), TextTower(30, 32, 1, 2, positions=8, embedding=16))
+    initialise(encoders, 0, std=0.1)
+    ids, mask = texts()
+    regions = torch.full((B, 16), -1)
+    regions[:, :4], regions[0, 5], regions[1, 6:9] = 0, 1, 2
+    regions[2, :4] = 1
+    batch = {
+        "pixels": pixels(),
+        "ids": ids,
+        "mask": mask,
+        "phrase_ids": ids[:3, :3],
+        "phrase_mask": mask[:3, :3],
+        "regions": regions,
+    }
+    first, last = learn(ContrastivePretrain(encoders), batch, tmp_path)
+    assert last < 0.2 * first
+
+
+def test_padding_changes_no_text() -> None:
+    tower = TextTower(30, 32, 1, 2, positions=8, embedding=16)
+    initialise(tower, 0)
+    ids, mask = texts()
+    torch.testing.assert_close(
+        tower(ids[1:2, :4], mask[1:2, :4]), tower(ids, mask)[1:2], atol=1e-6, rtol=1e-5
+    )
+
+
+def test_language_pre_training_learns(tmp_path: Path) -> None:
+    language = Opt(LANGUAGE)
+    initialise(language, 0, std=0.1)
+    ids, mask = texts()
+    task = LanguagePretrain(language)
+    masked = task.losses({"input_ids": ids, "attention_mask": mask}, generator())["loss"]
+    hidden = language(language.embed(ids), mask)
+    whole = losses.language_loss(language.head(hidden), ids.masked_fill(mask == 0, -100))
+    assert masked.item() == pytest.approx(whole.item(), rel=1e-5)
+    first, last = learn(task, {"input_ids": ids}, tmp_path)
+    assert last < 0.2 * first
+
+
+def test_initialise() -> None:
+    model = matcher()
+    for name, p in model.named_parameters():
+        if "norm" in name.lower():
+            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
+        elif "bias" in name:
+            assert (p == 0).all(), name
+        elif p.ndim >= 2:
+            assert 0.05 < p.std() < 0.12, name
+            assert p.abs().max() <= 0.2, name
+    assert model.temp is not None
+    assert model.temp.item() == pytest.approx(0.07)
+    layer = model.qformer.layers[0]
+    assert torch.equal(layer.intermediate_query.dense.weight, layer.intermediate.dense.weight)
+    assert torch.equal(layer.output_query.dense.weight, layer.output.dense.weight)
+    assert torch.equal(model.vision.patch_embedding.weight, matcher().vision.patch_embedding.weight)
+
+
+def test_stage_1_hands_over_to_stage_2() -> None:
+    source, target = matcher(), writer()
+    qformer_from_matcher(source, target)
+    image = pixels()
+    assert torch.equal(target.qformer(target.vision(image)), source.qformer(source.vision(image)))
+    smaller = Blip2(Blip2Config(VISION, dataclasses.replace(QFORMER, num_hidden_layers=1), LANGUAGE, 3))
+    with pytest.raises(ValueError, match=r"qformer does not fit.*layers\.1"):
+        qformer_from_matcher(source, smaller)
+
+
+def test_recipes_are_the_published_ones() -> None:
+    options = stage1().options(1000)
+    assert (options.steps, options.lr, options.min_lr, options.warmup_steps) == (10000, 1e-4, 1e-5, 5000)
+    assert (stage2().warmup_steps, stage2().batch_size, stage2().max_tokens) == (2000, 64, 32)
+    assert (coco_caption().image_size, coco_caption().warmup_lr, coco_caption().min_lr) == (364, 1e-8, 0)
+    assert coco_retrieval().vision_layer_decay == 0.95
+    assert stage1().options(1000, accumulate=4).steps == 2500
