@@ -55,15 +55,17 @@ class ImageEncoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
+    def forward(self, pixels: Tensor, *, interpolate: bool = False, keep: Tensor | None = None) -> Tensor:
         """Encode images.
 
         Args:
             pixels: [B, 3, S, S], normalised; S is the config's image_size unless `interpolate`.
             interpolate: take images of another size; the position embeddings are resized to fit.
+            keep: int64 [B, K], the patches to encode, counted row by row; the others are left out. Training on a
+                part of every image is faster (Li et al., FLIP, 2023).
 
         Returns:
-            [B, N, W] with N = (S // patch_size) ** 2 + 1.
+            [B, N, W] with N = (S // patch_size) ** 2 + 1, or K + 1.
 
         Raises:
             ValueError: pixels of another shape than the encoder's, without `interpolate`.
@@ -82,6 +84,9 @@ class ImageEncoder(nn.Module):
             [self.class_embedding.expand(len(pixels), -1, -1), patches.flatten(2).mT], dim=1
         )  # [B, N, W]
         x = x + positions
+        if keep is not None:
+            kept = x[:, 1:].gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, K, W]
+            x = torch.cat([x[:, :1], kept], dim=1)
         for layer in self.layers:
             x = layer(x)
         out: Tensor = self.post_layernorm(x)

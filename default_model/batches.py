@@ -1,0 +1,316 @@
+"""Training batches of every stage, pure functions of a position: scenes and easy-VQA's training images, with texts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip2.images import ImageProcessing, to_pixels
+from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
+from default_model import easyvqa, language, recipe
+from default_model.colours import COLOURS
+from default_model.materials import Cutouts, read_table
+from default_model.scenes import SHAPES, Composer, Scene
+
+IGNORED = -100
+EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
+PROCESSING = ImageProcessing(size=recipe.IMAGE_PX)
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """The language model's tokenizer and the matcher's."""
+
+    language: Tokenizer
+    matcher: Tokenizer
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizers:
+        return cls(
+            Tokenizer.load(folder / "tokenizer-language"), Tokenizer.load(folder / "tokenizer-matcher")
+        )
+
+    @property
+    def newline(self) -> int:
+        """The language model's end of a caption or an answer."""
+        (token,) = self.language.encode("\n", frame=False)
+        return token
+
+    @property
+    def image(self) -> int:
+        """The language model's place-holder for a query."""
+        return _id(self.language, "<image>")
+
+    @property
+    def dec(self) -> int:
+        """The matcher's token that begins a text to be generated."""
+        return _id(self.matcher, "[DEC]")
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_id(token)
+    assert found is not None, token
+    return found
+
+
+class _Seeded:
+    """A random source for each position: the same position always gives the same batch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def at(self, position: int) -> random.Random:
+        return random.Random(f"{self.name} {position}")
+
+
+class Pictures:
+    """Scenes, and with a share of easy-VQA's training images among them. Read when first used, in the data process."""
+
+    def __init__(self, folder: Path, easy_share: float) -> None:
+        self.folder, self.easy_share = folder, easy_share
+        self.composer: Composer | None = None
+        self.easy: list[easyvqa.EasyImage] = []
+
+    def draw(self, rng: random.Random) -> Scene | easyvqa.EasyImage:
+        if self.composer is None:
+            self.composer = Composer(Cutouts.load(self.folder))
+            self.easy = easyvqa.load(self.folder, "train") if self.easy_share else []
+        if rng.random() < self.easy_share:
+            return rng.choice(self.easy)
+        return self.composer.compose(rng.getrandbits(48), "train")
+
+
+def pixels_of(pictures: list[Scene | easyvqa.EasyImage]) -> Tensor:
+    """[B, 3, S, S]."""
+    return to_pixels([Image.fromarray(p.image) for p in pictures], PROCESSING)
+
+
+class VisionBatches:
+    """For the image encoder: scenes, what is in each, and which noun phrase each patch shows.
+
+    Texts are lists of names over a vocabulary of their words, for the text encoder is not kept.
+    """
+
+    def __init__(self, folder: Path, whole_from: int, batch: int = 64) -> None:
+        """`whole_from`: batches before this one keep only half of the patches, which takes half of the time."""
+        self.batch, self.whole_from = batch, whole_from
+        self.pictures, self.seeded = Pictures(folder, 0.0), _Seeded("vision")
+        names = {row.noun for row in read_table()} | set(SHAPES) | set(COLOURS)
+        self.ids = {
+            word: i + 1 for i, word in enumerate(sorted({word for name in names for word in name.split()}))
+        }
+
+    @property
+    def vocabulary(self) -> int:
+        """How many word ids there are, the padding (0) included."""
+        return len(self.ids) + 1
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = self.seeded.at(position)
+        scenes = [s for s in (self.pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
+        phrases: dict[str, int] = {}
+        texts = []
+        regions = torch.full((len(scenes), recipe.VISION.grid**2), -1)
+        for row, scene in zip(regions, scenes, strict=True):
+            grid = torch.from_numpy(scene.patch_object.astype("int64")).flatten()
+            named = [
+                f"{placed.colour} {placed.noun}" if placed.colour else placed.noun for placed in scene.objects
+            ]
+            for index, name in enumerate(named):
+                row[grid == index] = phrases.setdefault(name, len(phrases))
+            texts.append(" ".join(named))
+        ids, mask = self._encode(texts)
+        phrase_ids, phrase_mask = self._encode(list(phrases))
+        return {
+            "pixels": pixels_of(list(scenes)),
+            "ids": ids,
+            "mask": mask,
+            "text_ids": same(texts),
+            "phrase_ids": phrase_ids,
+            "phrase_mask": phrase_mask,
+            "regions": regions,
+            **({"keep": half(regions, rng)} if position < self.whole_from else {}),
+        }
+
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        rows = [torch.tensor([self.ids[word] for word in text.split()]) for text in texts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return ids, (ids != 0).long()
+
+
+class MatchBatches:
+    """For stage 1: pictures with a caption each."""
+
+    def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
+        self.words, self.batch = words, batch
+        self.pictures, self.seeded = Pictures(folder, EASY_SHARE / 2), _Seeded("match")
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = self.seeded.at(position)
+        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
+        captions = [caption_of(picture, rng) for picture in pictures]
+        ids, mask = self.words.matcher.encode_batch(captions, pad="right")
+        return {
+            "pixels": pixels_of(pictures),
+            "ids": ids[:, :32],
+            "mask": mask[:, :32],
+            "image_ids": same(captions),
+        }
+
+
+class CaptionBatches:
+    """For stage 2: pictures with a caption each, most after the captioning prompt."""
+
+    def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
+        self.words, self.batch = words, batch
+        self.pictures, self.seeded = Pictures(folder, EASY_SHARE / 2), _Seeded("caption")
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = self.seeded.at(position)
+        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
+        rows = [caption_row(self.words, caption_of(picture, rng), rng) for picture in pictures]
+        return {"pixels": pixels_of(pictures), **pad(rows, self.words.language.pad_id)}
+
+
+class InstructionBatches:
+    """For fine-tuning: pictures with a caption and a conversation each."""
+
+    def __init__(self, folder: Path, words: Tokenizers, batch: int = 48) -> None:
+        self.words, self.batch = words, batch
+        self.pictures, self.seeded = Pictures(folder, EASY_SHARE), _Seeded("instruction")
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = self.seeded.at(position)
+        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
+        rows, index = [], []
+        for i, picture in enumerate(pictures):
+            rows.append(caption_row(self.words, caption_of(picture, rng), rng))
+            rows.append(chat_row(self.words, turns_of(picture, rng)))
+            index += [i, i]
+        batch = pad(rows, self.words.language.pad_id)
+        return {"pixels": pixels_of(pictures), "image_index": torch.tensor(index), **batch}
+
+
+class TextBatches:
+    """For the language model: a picture in words where its queries will stand, `</s>`, then texts about it.
+
+    So the language model learns to caption and to answer from a prefix before it has seen one; stage 2 then has to say
+    what is in the picture in its language. An eighth is plain text.
+    """
+
+    def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
+        self.folder, self.words, self.batch, self.seeded = folder, words, batch, _Seeded("text")
+        self.easy: list[easyvqa.EasyImage] = []
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        self.easy = self.easy or easyvqa.load(self.folder, "train")
+        rng = self.seeded.at(position)
+        rows = [self._row(rng) for _ in range(self.batch)]
+        return pad(rows, self.words.language.pad_id)
+
+    def _row(self, rng: random.Random) -> Row:
+        tokenizer = self.words.language
+        if rng.random() < 0.125:
+            ids = tokenizer.encode(next(language.text_corpus(rng)))
+            return ids, [IGNORED, *ids[1:]]
+        if rng.random() < EASY_SHARE:
+            picture: Scene | easyvqa.EasyImage = rng.choice(self.easy)
+        else:
+            picture = language.imagined(rng)
+        seen = tokenizer.encode(in_words(picture, rng), frame=False)
+        if rng.random() < 0.4:
+            ids, labels = caption_row(self.words, caption_of(picture, rng), rng)
+        else:
+            ids, labels = chat_row(self.words, turns_of(picture, rng))
+        return seen + ids, [IGNORED] * len(seen) + labels
+
+
+# --- texts -> rows of ids and labels ---------------------------------------------------------------------------------
+
+Row = tuple[list[int], list[int]]  # ids, labels
+
+
+def caption_of(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> str:
+    return language.caption(picture, rng) if isinstance(picture, Scene) else picture.caption
+
+
+def in_words(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> str:
+    """What is where, as bare words and coordinates from 0 to 9, in no particular order."""
+    if not isinstance(picture, Scene):
+        return picture.caption.removeprefix("a ")
+    parts = []
+    for placed in picture.objects:
+        across, down = ((placed.box[i] + placed.box[i + 2]) * 5 // picture.side for i in (0, 1))
+        parts.append(" ".join(filter(None, (placed.colour, placed.noun, str(across), str(down)))))
+    rng.shuffle(parts)
+    return ", ".join(parts)
+
+
+def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> list[tuple[str, str]]:
+    """Two to four questions with their answers; sometimes such that build on each other."""
+    if isinstance(picture, Scene):
+        if rng.random() < 0.25:
+            return language.conversation(picture, rng)
+        asked = [(qa.question, qa.answer) for qa in language.questions(picture, rng)]
+    else:
+        asked = list(picture.questions)
+    return rng.sample(asked, min(len(asked), rng.randint(2, 4)))
+
+
+def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:
+    prompt = words.language.encode(CAPTION_PROMPT if rng.random() < 0.85 else "")
+    target = words.language.encode(f" {caption}\n", frame=False)
+    return prompt + target, [IGNORED] * len(prompt) + target
+
+
+def chat_row(words: Tokenizers, turns: list[tuple[str, str]]) -> Row:
+    """A conversation; every answer is a target that ends with a newline, though a full stop follows it."""
+    ids: list[int] = []
+    labels: list[int] = []
+    (stop,) = words.language.encode(".", frame=False)
+    for i, (question, answer) in enumerate(turns):
+        first, last = i == 0, i + 1 == len(turns)
+        asked = words.language.encode(("" if first else " ") + question_prompt(question), frame=first)
+        said = words.language.encode(f" {answer}", frame=False)
+        ids += asked + said + [words.newline if last else stop]
+        labels += [IGNORED] * len(asked) + said + [words.newline]
+    return ids, labels
+
+
+def pad(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
+    """Rows padded on the right to the longest."""
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), length), pad_id)
+    labels = torch.full((len(rows), length), IGNORED)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for i, (row, targets) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, : len(row)] = torch.tensor(targets)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def half(regions: Tensor, rng: random.Random) -> Tensor:
+    """Half of every image's patches, int64 [B, N / 2]: those that show something first, yet a quarter background."""
+    rows = []
+    for row in regions.tolist():
+        shown = [i for i, phrase in enumerate(row) if phrase >= 0]
+        empty = [i for i, phrase in enumerate(row) if phrase < 0]
+        rng.shuffle(shown)
+        rng.shuffle(empty)
+        count = len(row) // 2
+        spared = min(len(empty), count // 4)
+        chosen = shown[: count - spared] + empty
+        rows.append(sorted(chosen[:count]))
+    return torch.tensor(rows)
+
+
+def same(texts: list[str]) -> Tensor:
+    """int64 [B]: equal where the texts are."""
+    first: dict[str, int] = {}
+    return torch.tensor([first.setdefault(text, len(first)) for text in texts])

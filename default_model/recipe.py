@@ -1,0 +1,82 @@
+"""The default model's sizes and how long each stage trains. Everything else about a stage is in stages.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
+from blip2.train.loop import FitOptions
+
+IMAGE_PX = 128
+QUERIES = 16
+
+VISION = VisionConfig(
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    image_size=IMAGE_PX,
+    patch_size=16,
+)
+
+
+def language_config(vocab_size: int, eos_token_id: int) -> OptConfig:
+    """The language model. Captions and answers end at `eos_token_id`, the newline."""
+    return OptConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        ffn_dim=768,
+        max_position_embeddings=256,
+        eos_token_id=eos_token_id,
+    )
+
+
+def qformer_config(vocab_size: int) -> QFormerConfig:
+    """The Q-Former, its text branch included. It reads the image in every layer, having few."""
+    return QFormerConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        intermediate_size=768,
+        hidden_dropout_prob=0.0,
+        max_position_embeddings=64,
+        cross_attention_frequency=1,
+        encoder_hidden_size=VISION.hidden_size,
+        use_qformer_text_input=True,
+    )
+
+
+def matcher_config(vocab_size: int) -> MatcherConfig:
+    """The stage-1 model."""
+    return MatcherConfig(VISION, qformer_config(vocab_size), QUERIES, image_text_hidden_size=128)
+
+
+def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
+    """The model that captions and answers."""
+    qformer = QFormerConfig(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        intermediate_size=768,
+        hidden_dropout_prob=0.0,
+        max_position_embeddings=64,
+        cross_attention_frequency=1,
+        encoder_hidden_size=VISION.hidden_size,
+    )
+    return Blip2Config(VISION, qformer, language, QUERIES, image_token_id)
+
+
+# Steps fit two cores in about an hour and a half altogether. Batches are in batches.py beside what they hold.
+_COMMON = FitOptions(
+    steps=1, weight_decay=0.05, warmup_steps=100, precision="bf16", workers=1, save_every_s=120
+)
+
+VISION_HALVED = 2400  # of the steps, those on half of the patches
+VISION_OPTIONS = replace(_COMMON, steps=3000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
+LANGUAGE_OPTIONS = replace(_COMMON, steps=1200, lr=1.5e-3, min_lr=1e-5)
+STAGE1_OPTIONS = replace(_COMMON, steps=900, lr=1e-3, min_lr=1e-5)
+STAGE2_OPTIONS = replace(_COMMON, steps=900, lr=1e-3, min_lr=1e-5)
+FINETUNE_OPTIONS = replace(_COMMON, steps=1400, lr=5e-4, min_lr=1e-6)

@@ -1,0 +1,167 @@
+"""Makes the default model: `python -m default_model.stages STAGE DIR`, one command a stage, each resumable.
+
+    vision      image encoder, contrastively from scenes            -> DIR/vision
+    language    OPT on text                                         -> DIR/language
+    stage1      ITC + ITM + ITG, image encoder frozen               -> DIR/stage1
+    stage2      captions through the frozen language model          -> DIR/stage2
+    stage2-raw  the same without stage 1, for the comparison        -> DIR/stage2-raw
+    finetune    captions, questions and chat, image encoder trained -> DIR/finetune
+    export      the two folders that ship with the package          -> DIR/default, DIR/default-matcher
+
+DIR holds what `python -m default_model.materials DIR` and `python -m default_model.vocab DIR` have put there.
+A stage that was killed goes on from its last checkpoint when the command is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from blip2.checkpoint.save import save_model
+from blip2.model import Blip2, Blip2Matcher
+from blip2.opt import Opt
+from blip2.train import FitOptions, Task, fit
+from blip2.train.loop import Dataset
+from blip2.train.pretrain import (
+    ContrastivePretrain,
+    ImageTextEncoders,
+    LanguagePretrain,
+    TextTower,
+    initialise,
+    qformer_from_matcher,
+)
+from blip2.train.tasks import Finetune, Stage1, Stage2
+from blip2.vision import ImageEncoder
+from default_model import recipe
+from default_model.batches import (
+    CaptionBatches,
+    InstructionBatches,
+    MatchBatches,
+    TextBatches,
+    Tokenizers,
+    VisionBatches,
+)
+
+WEIGHTS = "weights.safetensors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, help="fewer or more steps than the recipe's")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    STAGES[arguments.stage](arguments.folder, arguments.steps, arguments.device)
+
+
+def _train(
+    task: Task, data: Dataset, options: FitOptions, folder: Path, steps: int | None, device: str
+) -> None:
+    result = fit(task, data, replace(options, steps=steps or options.steps, device=device), folder)
+    if not result.finished:
+        raise SystemExit(f"stopped at step {result.step}; repeat the command to go on")
+    save_file(
+        {name: p.detach().cpu().clone() for name, p in task.module.state_dict().items()}, folder / WEIGHTS
+    )
+
+
+def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
+    """Take a finished stage's weights, or the part of them under a prefix."""
+    tensors = load_file(folder / WEIGHTS)
+    module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+
+
+def train_vision(folder: Path, steps: int | None, device: str) -> None:
+    data = VisionBatches(folder, recipe.VISION_HALVED)
+    text = TextTower(data.vocabulary, 192, layers=2, heads=6, positions=64, embedding=192)
+    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), text)
+    initialise(encoders, seed=0)
+    _train(ContrastivePretrain(encoders), data, recipe.VISION_OPTIONS, folder / "vision", steps, device)
+
+
+def train_language(folder: Path, steps: int | None, device: str) -> None:
+    words = Tokenizers.load(folder)
+    language = Opt(recipe.language_config(len(words.language), words.newline))
+    initialise(language, seed=1)
+    task = LanguagePretrain(language)
+    _train(task, TextBatches(folder, words), recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
+
+
+def train_stage1(folder: Path, steps: int | None, device: str) -> None:
+    words = Tokenizers.load(folder)
+    matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
+    initialise(matcher, seed=2)
+    _load(matcher.vision, folder / "vision", "vision.")
+    task = Stage1(matcher, words.dec)
+    _train(task, MatchBatches(folder, words), recipe.STAGE1_OPTIONS, folder / "stage1", steps, device)
+
+
+def _generator(folder: Path, words: Tokenizers) -> Blip2:
+    """The generating model before stage 2: image encoder and language model trained, Q-Former not."""
+    language = recipe.language_config(len(words.language), words.newline)
+    model = Blip2(recipe.generator_config(language, words.image))
+    initialise(model, seed=3)
+    _load(model.vision, folder / "vision", "vision.")
+    _load(model.language, folder / "language")
+    model.language.tie()
+    return model
+
+
+def train_stage2(folder: Path, steps: int | None, device: str, *, name: str = "stage2") -> None:
+    words = Tokenizers.load(folder)
+    model = _generator(folder, words)
+    if name == "stage2":
+        matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
+        _load(matcher, folder / "stage1")
+        qformer_from_matcher(matcher, model)
+    _train(Stage2(model), CaptionBatches(folder, words), recipe.STAGE2_OPTIONS, folder / name, steps, device)
+
+
+def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
+    train_stage2(folder, steps, device, name="stage2-raw")
+
+
+def train_finetune(folder: Path, steps: int | None, device: str) -> None:
+    words = Tokenizers.load(folder)
+    model = _generator(folder, words)
+    _load(model, folder / "stage2")
+    model.language.tie()
+    task = Finetune(model, vision_layer_decay=0.8)
+    _train(
+        task, InstructionBatches(folder, words), recipe.FINETUNE_OPTIONS, folder / "finetune", steps, device
+    )
+
+
+def export(folder: Path, steps: int | None, device: str) -> None:
+    """Write both models as they ship: fp16, in Hugging Face's layout, with their tokenizers."""
+    words = Tokenizers.load(folder)
+    model = _generator(folder, words)
+    _load(model, folder / "finetune")
+    model.language.tie()
+    matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
+    _load(matcher, folder / "stage1")
+    for name, part, tokenizer in (("default", model, "language"), ("default-matcher", matcher, "matcher")):
+        save_model(part, folder / name, tokenizer=folder / f"tokenizer-{tokenizer}", dtype="fp16")
+
+
+STAGES = {
+    "vision": train_vision,
+    "language": train_language,
+    "stage1": train_stage1,
+    "stage2": train_stage2,
+    "stage2-raw": train_stage2_raw,
+    "finetune": train_finetune,
+    "export": export,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Trains the default model's two tokenizers: `python -m default_model.vocab DIR`, where DIR holds the materials.
+
+DIR/tokenizer-language: byte-level BPE with OPT's special ids, its </s> before every text, and "\\n" as one token.
+DIR/tokenizer-matcher: WordPiece like BERT's, uncased, with [DEC] as its last entry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from default_model import easyvqa
+from default_model.language import Language, standard
+
+LANGUAGE_VOCABULARY = 2048
+MATCHER_VOCABULARY = 1500
+LINES = 60_000
+OPT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in OPT's vocabulary
+IMAGE_TOKEN = "<image>"
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+DECODE_TOKEN = "[DEC]"
+MAX_POSITIONS = 512
+
+
+def training_text(language: Language, easy: list[str], seed: int = 0) -> Iterator[str]:
+    """Sampled sentences, every noun alone and within a sentence, and easy-VQA's training text."""
+    yield from islice(language.text_corpus(random.Random(seed)), LINES)
+    for noun, entry in language.nouns.items():
+        # Often enough that each noun's words become single tokens before rare pairs of letters do.
+        for _ in range(40):
+            yield f"{language.one(noun)}\n"
+            yield f"Answer: {noun}\n"
+            yield f"two {entry.plural}\n"
+    yield from easy
+
+
+def train_language(text: Iterator[str]) -> Tokenizer:
+    """Byte-level BPE as GPT-2 and OPT have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=LANGUAGE_VOCABULARY - 1,
+        special_tokens=list(OPT_SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return tokenizer
+
+
+def train_matcher(text: Iterator[str]) -> Tokenizer:
+    """WordPiece as BERT has it: letters, and the most frequent words whole.
+
+    The texts hold few different words, so nothing between letters and words is needed; and the result is the same
+    every time, which that of `tokenizers`' WordPiece trainer is not.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for line in text:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    characters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
+    inner = ["##" + c for c in characters if c.isalnum()]
+    entries = [*BERT_SPECIALS, *characters, *inner]
+    words = sorted((w for w in counts if w not in set(entries)), key=lambda w: (-counts[w], w))
+    entries += words[: MATCHER_VOCABULARY - 1 - len(entries)]
+    tokenizer = Tokenizer(models.WordPiece({entry: i for i, entry in enumerate(entries)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(list(BERT_SPECIALS))
+    tokenizer.add_special_tokens([AddedToken(DECODE_TOKEN, special=True)])
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    return tokenizer
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def save_language(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.json, vocab.json, merges.txt and the two config files that transformers reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model.save(str(folder))  # vocab.json, merges.txt: without the tokens added afterwards
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    _write(folder / "special_tokens_map.json", {**special, "additional_special_tokens": [IMAGE_TOKEN]})
+    added = {
+        str(i): _token(t)
+        for i, t in [*enumerate(OPT_SPECIALS), (tokenizer.get_vocab_size() - 1, IMAGE_TOKEN)]
+    }
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+        "model_max_length": MAX_POSITIONS,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": [IMAGE_TOKEN],
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    _write(folder / "tokenizer_config.json", config)
+
+
+def save_matcher(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.json, vocab.txt and the two config files that transformers reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocabulary), encoding="utf-8")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict(
+        zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), BERT_SPECIALS, strict=True)
+    )
+    special["bos_token"] = DECODE_TOKEN
+    _write(folder / "special_tokens_map.json", special)
+    added = {str(i): _token(t) for i, t in [*enumerate(BERT_SPECIALS), (len(vocabulary) - 1, DECODE_TOKEN)]}
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "model_max_length": MAX_POSITIONS,
+        "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": True,
+        **special,
+    }
+    _write(folder / "tokenizer_config.json", config)
+
+
+def _token(content: str) -> dict[str, object]:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": content, **flags, "special": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train the default model's tokenizers")
+    parser.add_argument("folder", type=Path, help="where default_model.materials put its files")
+    args = parser.parse_args()
+    language = standard()
+    easy = [
+        f"Question: {q} Answer: {a}\n"
+        for i in easyvqa.load(args.folder, "train")[:800]
+        for q, a in i.questions
+    ]
+    bpe = train_language(training_text(language, easy))
+    save_language(bpe, args.folder / "tokenizer-language")
+    pieces = train_matcher(training_text(language, easy))
+    save_matcher(pieces, args.folder / "tokenizer-matcher")
+    for name, tokenizer in (("language", bpe), ("matcher", pieces)):
+        lengths = [len(tokenizer.encode(" " + noun, add_special_tokens=False).ids) for noun in language.nouns]
+        print(
+            f"{name}: {tokenizer.get_vocab_size()} tokens, {sum(lengths) / len(lengths):.2f} a noun",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What the composer's nouns are to each other: kinds of things, and names that may both be true."""
+
+from __future__ import annotations
+
+ANIMALS = ("animal", "bird", "insect", "fish")
+# Categories one can ask for by name: "what fruit is this?"
+ASKABLE = (
+    "animal", "bird", "insect", "fruit", "vegetable", "vehicle", "tool", "musical instrument", "piece of clothing",
+    "flower", "building", "shape",
+)  # fmt: skip
+# Words of which one may also be true where another is: never asked about as something that is not there.
+OVERLAPS = (
+    {"boat", "sailboat", "ship", "submarine"},
+    {"circle", "oval"},
+    {"square", "rectangle", "diamond"},
+    {"chicken", "rooster", "chick", "roast turkey", "turkey"},
+    {"cup", "drinking glass", "wine glass", "kettle", "teapot", "pitcher", "bottle"},
+    {"sheep", "lamb", "ram"},
+    {"bull", "cow", "bison", "yak", "gnu"},
+    {"house", "cabin", "barn", "castle", "fort", "tower", "church", "igloo"},
+    {"tent", "tepee", "circus tent"},
+    {"monitor", "television", "laptop"},
+    {"bow", "bow tie"},
+    {"shirt", "t-shirt", "jacket"},
+    {"jeans", "pants"},
+    {"moon", "planet"},
+    {"egg", "easter egg"},
+    {"santa claus", "santa hat", "elf hat"},
+    {"leaf", "holly", "clover"},
+    {
+        "man",
+        "doctor",
+        "nurse",
+        "scientist",
+        "police officer",
+        "firefighter",
+        "astronaut",
+        "dancer",
+        "mermaid",
+    },
+    {"train", "train car"},
+    {"parachute", "hot air balloon", "balloon"},
+    {"airplane", "fighter jet"},
+    {"guitar", "violin", "cello"},
+    {"mouse", "rat", "hamster"},
+    {"chimpanzee", "monkey", "gorilla"},
+    {"clock", "watch", "stopwatch"},
+    {"snail", "slug", "shell"},
+    {"crow", "blackbird", "magpie", "lark", "swallow"},
+    {"cheetah", "tiger", "lion", "cat"},
+    {"deer", "reindeer", "antelope"},
+    {"potted plant", "palm tree", "cactus"},
+    {"cement mixer", "cement truck"},
+    {"dog", "wolf", "fox"},
+    {"bee", "wasp", "fly"},
+    {"butterfly", "moth"},
+    {"handbag", "suitcase", "backpack"},
+    {"bicycle", "tricycle", "motorcycle", "scooter"},
+    {"donkey", "horse"},
+    {"orange", "apricot", "peach", "lemon", "lime", "mango"},
+    {"plum", "cherry"},
+    {"sword", "knife"},
+    {"pen", "pencil", "marker"},
+)

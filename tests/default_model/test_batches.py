@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import random
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2.text import Tokenizer
+from default_model import batches
+from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, pad, same
+from default_model.language import Language
+from default_model.vocab import save_language, save_matcher, train_language, train_matcher
+
+
+@pytest.fixture(scope="module")
+def words(language: Language, tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    text = list(islice(language.text_corpus(random.Random(0)), 500))
+    for name in ("language", "matcher"):
+        (folder / f"tokenizer-{name}").mkdir()
+    save_language(train_language(iter(text)), folder / "tokenizer-language")
+    save_matcher(train_matcher(iter(text)), folder / "tokenizer-matcher")
+    return Tokenizers.load(folder)
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode([i for i in ids if i != IGNORED], skip_special=False)
+
+
+def test_a_caption_is_a_target_and_its_prompt_is_not(words: Tokenizers) -> None:
+    seen = set()
+    for seed in range(20):
+        ids, labels = caption_row(words, "a bear and two mice", random.Random(seed))
+        assert decoded(words.language, labels) == " a bear and two mice\n"
+        seen.add(decoded(words.language, ids))
+        assert all(label in (IGNORED, i) for i, label in zip(ids, labels, strict=True))
+    assert seen == {"</s>a photo of a bear and two mice\n", "</s> a bear and two mice\n"}
+
+
+def test_every_answer_of_a_conversation_is_a_target(words: Tokenizers) -> None:
+    ids, labels = chat_row(words, [("what is it?", "a bear"), ("where is it?", "on the left")])
+    assert decoded(words.language, ids) == (
+        "</s>Question: what is it? Answer: a bear. Question: where is it? Answer: on the left\n"
+    )
+    assert decoded(words.language, labels) == " a bear\n on the left\n"
+    differing = [(i, label) for i, label in zip(ids, labels, strict=True) if label not in (IGNORED, i)]
+    (stop,) = words.language.encode(".", frame=False)
+    assert differing == [(stop, words.newline)]  # an answer ends in a newline though a full stop stands there
+
+
+def test_rows_are_padded_on_the_right() -> None:
+    batch = pad([([5, 6, 7], [IGNORED, 6, 7]), ([8], [8])], pad_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_equal_texts_share_an_id() -> None:
+    assert same(["a bear", "a bus", "a bear"]).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("shown", [0, 5, 20, 40, 61, 64])
+def test_half_of_the_patches_prefers_those_that_show_something(shown: int) -> None:
+    regions = torch.full((2, 64), -1)
+    regions[:, :shown] = 3
+    kept = half(regions, random.Random(0))
+    assert kept.shape == (2, 32)
+    for row in kept.tolist():
+        assert len(set(row)) == 32 and row == sorted(row)
+        assert sum(i < shown for i in row) == min(shown, max(24, 32 - (64 - shown)))
+
+
+def test_a_batch_follows_from_its_position(
+    words: Tokenizers, composer: object, language: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches.language, "standard", lambda: language)
+    made = batches.InstructionBatches(Path(), words, batch=3)
+    made.pictures.composer, made.pictures.easy_share = composer, 0.0  # type: ignore[assignment]
+    first, other, again = made[4], made[5], made[4]
+    assert first["pixels"].shape == (3, 3, 128, 128)
+    assert first["image_index"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["pixels"], other["pixels"])
