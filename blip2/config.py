@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu")
+ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
 
 
 class ConfigError(ValueError):
@@ -191,7 +191,10 @@ def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -
         if isinstance(default, float) and isinstance(value, int):
             value = float(value)
         if name in ("image_size", "patch_size") and isinstance(value, list):
-            _check(len(set(value)) == 1, f"{where}.{name} is {value}; only square images and patches are supported")
+            _check(
+                len(set(value)) == 1,
+                f"{where}.{name} is {value}; only square images and patches are supported",
+            )
             value = value[0]
         if name == "eos_token_id" and isinstance(value, list):
             value = tuple(value)
@@ -206,7 +209,9 @@ def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -
 
 def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = raw.get(name) or {}
-    _check(isinstance(section, Mapping), f"config.json: {name} is a {type(section).__name__}, expected an object")
+    _check(
+        isinstance(section, Mapping), f"config.json: {name} is a {type(section).__name__}, expected an object"
+    )
     return section
 
 
@@ -228,7 +233,10 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
     )
     vision = _pick(VisionConfig, "vision_config", _section(raw, "vision_config"))
     queries = raw.get("num_query_tokens", 32)
-    _check(isinstance(queries, int) and queries > 0, f"num_query_tokens is {queries!r}, expected a positive integer")
+    _check(
+        isinstance(queries, int) and queries > 0,
+        f"num_query_tokens is {queries!r}, expected a positive integer",
+    )
     # transformers overwrites the width the Q-Former reads with the image encoder's, so files may hold a stale one.
     width = {"encoder_hidden_size": vision.hidden_size}
     architectures = raw.get("architectures") or []
@@ -240,8 +248,13 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
     kind = text.get("model_type", "opt")
     _check(kind == "opt", f"the language model is {kind!r}; this version builds 'opt'")
     for name, needed in _OPT_REQUIRED.items():
-        _check(text.get(name, needed) == needed, f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}")
-    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | {k: v for k, v in text.items() if v is not None})
+        _check(
+            text.get(name, needed) == needed,
+            f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}",
+        )
+    language = _pick(
+        OptConfig, "text_config", _OPT_DEFAULTS | {k: v for k, v in text.items() if v is not None}
+    )
     embedded = text.get("word_embed_proj_dim", language.hidden_size)
     _check(
         embedded == language.hidden_size,

@@ -75,7 +75,9 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config, config.hidden_size)
         self.crossattention = (
-            Attention(config, config.encoder_hidden_size) if index % config.cross_attention_frequency == 0 else None
+            Attention(config, config.encoder_hidden_size)
+            if index % config.cross_attention_frequency == 0
+            else None
         )
         self.intermediate_query = Intermediate(config)
         self.output_query = AddNorm(config, config.intermediate_size)
@@ -136,7 +138,9 @@ class QFormer(nn.Module):
         total = queries + ids.shape[1]
         causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()
         causal[:queries, :queries] = True
-        allowed = causal & F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]  # [B, 1, Q + T, Q + T]
+        allowed = (
+            causal & F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]
+        )  # [B, 1, Q + T, Q + T]
         x = torch.cat([self._queries(len(ids)), self._embed(ids)], dim=1)
         return self._run(x, queries, features, allowed)
 

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
 from blip2.checkpoint.hub import resolve
@@ -30,6 +32,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "fp16": torch.float16,
     "float16": torch.float16,
+    "fp64": torch.float64,
+    "float64": torch.float64,
 }
 
 # Buffers of older files that hold no weights: counted positions, and a version number.
@@ -41,7 +45,6 @@ DROPPED = frozenset(
     }
 )
 _HEAD, _WORDS = "language.lm_head.weight", "language.embed_tokens.weight"
-_STORED = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # What runs together and therefore has one dtype. Between parts the model converts what it passes on.
 _PARTS: Mapping[str, str] = {
     "vision": "vision",
@@ -50,6 +53,19 @@ _PARTS: Mapping[str, str] = {
     "projection": "language",
     "language": "language",
 }
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules built under this keep their parameters as allocated: the checkpoint's values come anyway.
+
+    On the meta device torch would import its compiler to pretend to fill them, which takes longer than torch itself.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def load_model(
@@ -63,7 +79,7 @@ def load_model(
 
     Args:
         path: a folder with config.json and safetensors, the tensor file in such a folder, or a name on the Hub.
-        dtype: of all weights: a torch dtype, "fp32", "bf16" or "fp16". None: as stored, where each of image encoder,
+        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64". None: as stored, where each of image encoder,
             Q-Former and language model with its projection has the dtype most of its stored values have.
         device: where the weights go.
         revision: branch, tag or commit of a model on the Hub.
@@ -133,13 +149,13 @@ def build(
         tied = _share_head(tensors, names)
         words = _vocabulary(tensors, names, _WORDS, config.language.vocab_size)
         language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = Blip2(replace(config, language=language))
     else:
         tied = False
         words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
         qformer = replace(config.qformer, vocab_size=words)
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = Blip2Matcher(
                 replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
             )
@@ -217,7 +233,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str,
     odd = [
         f"{stored} ({tensors.info(stored).dtype})"
         for stored in names.values()
-        if tensors.info(stored).dtype not in _STORED
+        if tensors.info(stored).dtype not in DTYPES.values()
     ]
     if odd and not problems:
         problems.append(f"holds {_listed(odd)}, which are no weights of 16, 32 or 64 bit floats")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.files import INDEX_FILE, SINGLE_FILE, CheckpointError, TensorInfo, sync, write_tensors
-from blip2.checkpoint.load import parse_dtype
+from blip2.checkpoint.load import Unfilled, parse_dtype
 from blip2.checkpoint.names import to_hugging_face
 from blip2.config import Blip2Config, MatcherConfig, to_hf
 from blip2.images import ImageProcessing
@@ -88,7 +88,7 @@ def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
     """The model's tensors under Hugging Face's names, and whether its head is the word embeddings' weight."""
     state = model.state_dict()
     tied = isinstance(model, Blip2) and model.language.lm_head.weight is model.language.embed_tokens.weight
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         plain = (
             Blip2(model.config)
             if isinstance(model, Blip2)

@@ -90,8 +90,8 @@ class ContrastivePretrain(Task):
 
     Batch: pixels [B, 3, S, S]; ids int64 and mask [B, T], a caption each; phrase_ids int64 and phrase_mask [P, T], the
     different phrases that name things in these images; regions int64 [B, N - 1], which phrase each patch (row by row)
-    shows, -1 for none; optionally text_ids int64 [B], equal where captions say the same, and keep int64 [B, K], the patches
-    to encode, the others being left out to train faster.
+    shows, -1 for none; optionally text_ids int64 [B], equal where captions say the same, and keep int64 [B, K], the
+    patches to encode, the others being left out to train faster.
     """
 
     def __init__(self, encoders: ImageTextEncoders, *, region_weight: float = 1.0) -> None:

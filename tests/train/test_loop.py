@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ def start(folder: Path, delay_s: float = 0.0, steps: int = 24) -> Any:
     return child
 
 
+def wait_until(happened: Callable[[], Any], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.002)
+
+
 def test_the_loss_falls(straight: tuple[list[dict[str, str]], dict[str, Tensor]]) -> None:
     record = straight[0]
     assert [int(row["step"]) for row in record] == list(range(3, 25, 3))
@@ -101,8 +109,11 @@ def test_killed_again_and_again(straight: Any, tmp_path: Path) -> None:
     moments = random.Random(5)
     kills = 0
     while True:
+        before = saves.checkpoints(tmp_path)
         child = start(tmp_path, delay_s=0.001)
-        child.join(moments.uniform(0.02, 0.12))
+        # However slow the machine, every life gets one checkpoint further, and then a little.
+        wait_until(lambda old=before, life=child: saves.checkpoints(tmp_path) != old or life.exitcode is not None)
+        child.join(moments.uniform(0.0, 0.02))
         if child.exitcode is not None:
             assert child.exitcode == 0
             break
@@ -130,9 +141,9 @@ def test_sigterm_saves_and_ends(straight: Any, tmp_path: Path) -> None:
 
     child = FORK.Process(target=run)
     child.start()
-    time.sleep(0.25)
+    wait_until(lambda: (tmp_path / "log.csv").exists() and rows(tmp_path))
     os.kill(child.pid, signal.SIGTERM)
-    child.join(10)
+    child.join(60)
     assert child.exitcode == 7
     task = Toy()
     assert fit(task, Noise(), options(), tmp_path).finished
@@ -141,7 +152,7 @@ def test_sigterm_saves_and_ends(straight: Any, tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_set_aside(straight: Any, tmp_path: Path) -> None:
     child = start(tmp_path, steps=24)
-    child.join(10)
+    child.join(60)
     latest = saves.checkpoints(tmp_path)[-1]
     content = bytearray(latest.read_bytes())
     content[-20] ^= 1

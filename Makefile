@@ -1,0 +1,68 @@
+# make demo     captions of the example images by the model that ships
+# make test     the quick tests;  make test-full: all of them
+# make help     the rest
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+FILES := blip2 tests docs default_model benchmarks
+RUN ?= runs/default
+STAGES := vision language stage1 stage2 finetune export
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full lint format types docs default-model clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The pinned file first: it names the torch build, so that the package's own looser bound pulls in no other.
+$(VENV)/.base: requirements/base.txt pyproject.toml
+	@echo "Installing blip2 and what it needs into $(VENV) ..." >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements/base.txt
+	@$(PIP) install --no-deps --editable .
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.base requirements/train.txt
+	@$(PIP) install -r requirements/train.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train requirements/test.txt
+	@echo "Installing what the tests need into $(VENV) ..." >&2
+	@$(PIP) install -r requirements/test.txt
+	@touch $@
+
+install: $(VENV)/.base ## blip2 in a virtual environment ($(VENV))
+
+demo: $(VENV)/.base ## captions of the example images
+	@$(BIN)/blip2 caption examples
+
+test: $(VENV)/.test ## the quick tests
+	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.test ## every test, the long ones too
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/.test ## ruff: rules and format
+	$(BIN)/ruff check $(wildcard $(FILES))
+	$(BIN)/ruff format --check $(wildcard $(FILES))
+
+format: $(VENV)/.test ## let ruff put the files in order
+	$(BIN)/ruff check --fix $(wildcard $(FILES))
+	$(BIN)/ruff format $(wildcard $(FILES))
+
+types: $(VENV)/.test ## mypy, strict
+	$(BIN)/mypy
+
+docs: $(VENV)/.base ## write docs/cli.md from the command line's own help
+	$(BIN)/python docs/make_cli.py
+
+default-model: $(VENV)/.train ## make the default model anew: hours; goes on where it was stopped
+	$(BIN)/python -m default_model.materials $(RUN)
+	$(BIN)/python -m default_model.vocab $(RUN)
+	for stage in $(STAGES); do $(BIN)/python -m default_model.stages $$stage $(RUN) || exit; done
+
+clean: ## remove the virtual environment and what tools left behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

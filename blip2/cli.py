@@ -1,0 +1,229 @@
+"""The command line of `blip2`. What a command does (commands.py) is imported when it runs, so help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import blip2
+
+INPUTS = "paths of images, patterns in quotes ('photos/*.jpg'), folders (searched through), or - for standard input"
+EPILOG = """\
+Results go to standard output, progress and errors to standard error.
+Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.
+BLIP2_DEBUG=1 shows where an error comes from.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; docs/make_cli.py writes its page from this."""
+    parser = argparse.ArgumentParser(
+        prog="blip2",
+        description="From a picture to words: captions, answers, conversation and matching.",
+        epilog="examples:\n"
+        "  blip2 caption photo.jpg\n"
+        '  blip2 ask photo.jpg "how many dogs are there?"\n'
+        "  blip2 chat photo.jpg\n\n" + EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"blip2 {blip2.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, about: str, *examples: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=about[0].lower() + about[1:].rstrip("."),
+            description=about,
+            epilog="examples:\n" + "".join(f"  {example}\n" for example in examples) + "\n" + EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(command=name)
+        return added
+
+    caption = command(
+        "caption",
+        "Say what is in images.",
+        "blip2 caption photo.jpg",
+        "blip2 caption photos/ --json > captions.jsonl",
+        "blip2 caption 'photos/*.png' --beams 3 --max-new-tokens 20",
+        "blip2 caption photo.jpg --num-return-sequences 3",
+        "blip2 caption photo.jpg --temperature 0.8 --top-p 0.9 --seed 1",
+        "curl -s https://example.org/photo.jpg | blip2 caption -",
+        "blip2 caption photo.jpg --model opt-6.7b-coco --dtype bf16",
+    )
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help=INPUTS)
+    _add_model(caption)
+    _add_decoding(caption, length_penalty=1.0, prompt=True)
+    _add_output(caption, several=True, stream=True)
+
+    ask = command(
+        "ask",
+        "Answer a question about images.",
+        'blip2 ask photo.jpg "how many dogs are there?"',
+        'blip2 ask photos/ "is it day or night?" --json',
+        'blip2 ask photo.jpg "what is the man doing?" --model opt-2.7b --max-new-tokens 20',
+    )
+    ask.add_argument("images", nargs="+", metavar="IMAGE", help=INPUTS)
+    ask.add_argument("question", metavar="QUESTION", help="the question, in quotes")
+    _add_model(ask)
+    _add_decoding(ask, length_penalty=-1.0)
+    _add_output(ask, several=True, stream=True)
+
+    chat = command(
+        "chat",
+        "Talk about an image: one question a line, from the keyboard or a pipe.",
+        "blip2 chat photo.jpg",
+        "printf 'what is it?\\nwhat colour is it?\\n' | blip2 chat photo.jpg",
+    )
+    chat.add_argument("image", metavar="IMAGE", help="path of an image")
+    _add_model(chat)
+    _add_decoding(chat, length_penalty=-1.0, several=False)
+    _add_output(chat, stream=True)
+
+    match = command(
+        "match",
+        "Say how well texts fit an image, each as a probability.",
+        'blip2 match photo.jpg "a dog" "a cat"',
+        'blip2 match photos/ "a red car" --json',
+        'blip2 match photo.jpg "a dog on a beach" --model itm',
+    )
+    match.add_argument("images", metavar="IMAGE", help=INPUTS)
+    match.add_argument(
+        "texts", nargs="+", metavar="TEXT", help="texts to compare with the image, each in quotes"
+    )
+    _add_model(match)
+    _add_output(match, several=True)
+
+    embed = command(
+        "embed",
+        "Turn images and texts into vectors for search, one JSON object a line.",
+        "blip2 embed photos/ > photos.jsonl",
+        'blip2 embed --text "a red car" --text "a blue car"',
+    )
+    embed.add_argument("images", nargs="*", metavar="IMAGE", help=INPUTS)
+    embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text; may be repeated")
+    _add_model(embed)
+    _add_output(embed, several=True, as_json=False)
+
+    models = command(
+        "models",
+        "List the models known by name, with their sizes and the memory they need.",
+        "blip2 models",
+        "blip2 models --json",
+    )
+    _add_output(models)
+
+    doctor = command(
+        "doctor",
+        "Say what this machine has, what models need of it, and what would go wrong.",
+        "blip2 doctor",
+        "blip2 doctor opt-6.7b-coco",
+        "blip2 doctor ./my-model --json",
+    )
+    doctor.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a name or a folder; without one all known models"
+    )
+    _add_output(doctor)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="default",
+        metavar="NAME",
+        help="a name from `blip2 models`, one on the Hugging Face Hub, or a folder (default: the model that ships)",
+    )
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    group.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="what to compute in (default: fp32 up to a billion parameters, bf16 above)",
+    )
+
+
+def _add_decoding(
+    parser: argparse.ArgumentParser, *, length_penalty: float, prompt: bool = False, several: bool = True
+) -> None:
+    group = parser.add_argument_group("decoding")
+
+    def option(name: str, kind: type, default: Any, about: str) -> None:
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=about + shown)
+
+    if prompt:
+        text = 'what the caption goes on from, "" for nothing (default: "a photo of")'
+        group.add_argument("--prompt", metavar="TEXT", help=text)
+    option("beams", int, None, "texts that beam search follows (default: 5; 1 when sampling or streaming)")
+    option("max-new-tokens", int, 30, "longest text, in tokens")
+    option("min-new-tokens", int, 0, "shortest text, in tokens")
+    option("length-penalty", float, length_penalty, "above 0 favours long texts, below 0 short ones")
+    group.add_argument(
+        "--early-stopping",
+        choices=("false", "true", "never"),
+        default="false",
+        help="when beam search ends: by estimate, at the first texts found, or never too soon (default: false)",
+    )
+    option("repetition-penalty", float, 1.0, "above 1 makes what was said less likely")
+    option("no-repeat-ngram-size", int, 0, "no run of so many tokens twice, 0 for off")
+    if several:
+        option("num-return-sequences", int, 1, "texts for each image, best first")
+    group.add_argument(
+        "--sample",
+        action="store_true",
+        help="draw the text by chance; --temperature, --top-k and --top-p ask for it too",
+    )
+    option("temperature", float, 1.0, "above 0; low is bland, high is wild")
+    option("top-k", int, 0, "draw among the k likeliest tokens, 0 for all")
+    option("top-p", float, 1.0, "draw among the likeliest tokens that make up this probability")
+    option("seed", int, None, "makes sampling repeatable")
+
+
+def _add_output(
+    parser: argparse.ArgumentParser, *, several: bool = False, stream: bool = False, as_json: bool = True
+) -> None:
+    group = parser.add_argument_group("output")
+    if as_json:
+        group.add_argument("--json", action="store_true", help="one JSON object a line")
+    if stream:
+        group.add_argument(
+            "--stream", action="store_true", help="print words as they come, one image, no beams"
+        )
+    if several:
+        group.add_argument(
+            "--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)"
+        )
+    if several or stream:
+        group.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="surrogateescape")  # file names are printed as the bytes they are
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    from blip2 import commands
+
+    try:
+        status = commands.COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return commands.DONE
+    except Exception as error:
+        if os.environ.get("BLIP2_DEBUG"):
+            raise
+        expected = isinstance(error, ValueError | OSError | MemoryError) and str(error)
+        commands.complain(str(error) if expected else f"{type(error).__name__}: {error}")
+        return commands.NOTHING_DONE

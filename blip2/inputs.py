@@ -1,0 +1,74 @@
+"""What users hand in: one image or many, opened and in batches; paths, patterns and folders on a command line."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from blip2.images import ImageError, ImageSource, load_image
+
+BATCH_SIZE = 8  # images computed at a time
+# Files that are taken for images when a folder is given; what they really are is read from their content.
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+)
+
+Item = TypeVar("Item")
+
+
+def is_many(images: object) -> bool:
+    """Whether the result must be a list."""
+    return isinstance(images, list | tuple)
+
+
+def as_list(images: Any) -> list[Any]:
+    """One or many -> a list."""
+    return list(images) if is_many(images) else [images]
+
+
+def in_batches(items: Sequence[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
+    """Items in runs of `size`, each with the place of its first one."""
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    return ((i, items[i : i + size]) for i in range(0, len(items), size))
+
+
+def open_image(image: ImageSource, place: int) -> Image.Image:
+    """The image at `place` in what the user gave, as RGB. Raises ImageError, which says which one it was."""
+    try:
+        return load_image(image)
+    except ImageError as error:
+        raise ImageError(f"image {place + 1}: {error}" if place else str(error)) from error
+
+
+def expand(argument: str) -> list[str]:
+    """A path, a pattern such as 'photos/**/*.jpg' or a folder (searched through) -> the paths of images, sorted.
+
+    A path that does not exist comes back as it is: opening it says so.
+
+    Raises:
+        ImageError: a folder without images, or a pattern that nothing matches.
+    """
+    if Path(argument).is_dir():
+        found = sorted(_images_under(argument))
+        if not found:
+            raise ImageError(f"{argument}: the folder holds no images ({' '.join(sorted(SUFFIXES))})")
+        return found
+    if Path(argument).exists() or not glob.has_magic(argument):
+        return [argument]
+    found = []
+    for path in sorted(glob.glob(argument, recursive=True)):
+        found += _images_under(path) if Path(path).is_dir() else [path]
+    if not found:
+        raise ImageError(f"{argument}: no file matches this pattern")
+    return list(dict.fromkeys(found))
+
+
+def _images_under(folder: str) -> list[str]:
+    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES)

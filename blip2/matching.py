@@ -1,0 +1,102 @@
+"""Images and texts side by side: how well they fit (ITM, ITC), and embeddings for search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.images import ImageProcessing, ImageSource, to_pixels
+from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
+from blip2.model import Blip2Matcher
+from blip2.results import Encoded, Match
+from blip2.text import Tokenizer
+
+
+class Matcher:
+    """The stage-1 model ready for use; `Predictor.match`, `.embed` and `.embed_text` are these."""
+
+    def __init__(
+        self, model: Blip2Matcher, processing: ImageProcessing, tokenizer: Tokenizer, device: torch.device
+    ) -> None:
+        self.model, self.processing, self.tokenizer, self.device = model, processing, tokenizer, device
+
+    @torch.inference_mode()
+    def match(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """How well texts fit images, every text with every image.
+
+        Returns:
+            One image and one text: a `Match`. One of them a list: a list. Both: for each image a list over the texts.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
+        """
+        results: list[Any] = []
+        for start, batch in in_batches(as_list(images), batch_size):
+            features = self._features(batch, start)  # [B, N, W]
+            queries = self.model.image_embeddings(features).float()  # [B, Q, E]
+            rows: list[list[Match]] = [[] for _ in batch]
+            for _, some in in_batches(as_list(texts), batch_size):
+                ids, mask = self._encode(some)
+                words = self.model.text_embeddings(ids, mask).float()  # [T, E]
+                similarities = torch.einsum("bqe,te->btq", queries, words).amax(-1)
+                for i, row in enumerate(rows):
+                    logits = self.model.itm_logits(features[i : i + 1].expand(len(some), -1, -1), ids, mask)
+                    probabilities = logits.float().softmax(-1)[:, 1]
+                    row += map(Match, probabilities.tolist(), similarities[i].tolist())
+            results += rows if is_many(texts) else [row[0] for row in rows]
+        return results if is_many(images) else results[0]
+
+    @torch.inference_mode()
+    def embed(self, images: ImageSource | Sequence[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """Image embeddings for search, float32: [Q, E] for one image, [B, Q, E] for a list; each query of length 1.
+
+        An image's similarity to a text is the greatest product of one of its queries with the text's embedding.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
+        """
+        found = [
+            self.model.image_embeddings(self._features(batch, start)).float().cpu()
+            for start, batch in in_batches(as_list(images), batch_size)
+        ]
+        if not found:
+            return torch.empty(
+                0, self.model.config.num_query_tokens, self.model.config.image_text_hidden_size
+            )
+        return torch.cat(found) if is_many(images) else found[0][0]
+
+    @torch.inference_mode()
+    def embed_text(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """Text embeddings for search, float32, of length 1: [E] for one text, [B, E] for a list."""
+        found = [
+            self.model.text_embeddings(*self._encode(batch)).float().cpu()
+            for _, batch in in_batches(as_list(texts), batch_size)
+        ]
+        if not found:
+            return torch.empty(0, self.model.config.image_text_hidden_size)
+        return torch.cat(found) if is_many(texts) else found[0][0]
+
+    def _features(self, images: Sequence[Any], start: int) -> Tensor:
+        """Image features [B, N, W]; `start` is the place of the first image in what the user gave."""
+        if any(isinstance(image, Encoded) for image in images):
+            raise ValueError(
+                "the matcher reads images with its own encoder; give it the image, not its encoding"
+            )
+        opened = [open_image(image, start + i) for i, image in enumerate(images)]
+        features: Tensor = self.model.vision(to_pixels(opened, self.processing).to(self.device))
+        return features
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [T, L], what is longer than the model's positions cut off."""
+        limit = self.model.config.qformer.max_position_embeddings
+        ids, mask = self.tokenizer.encode_batch(texts, pad="right", max_length=limit)
+        return ids.to(self.device), mask.to(self.device)

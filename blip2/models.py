@@ -1,0 +1,139 @@
+"""The models this version can load by name, and what each one needs: data, no weights and no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig, read_config
+
+DEFAULT = "default"
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_FOLDER = ASSETS / "default"  # the generating model
+DEFAULT_MATCHER_FOLDER = ASSETS / "default-matcher"  # the stage-1 model that belongs to it
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one parameter
+PROCESS_BYTES = 300 * 2**20  # Python with torch and the libraries, before any weight; 257 MiB measured
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that can be loaded by name.
+
+    name: as on the Hugging Face Hub, or "default". alias: what may be typed instead.
+    parameters: those of the published ones are checked against the built model (tests/test_models.py).
+    disk_bytes: the published weights, which are fp32; the default model's and its matcher's files.
+    """
+
+    name: str
+    alias: str
+    use: str
+    config: Blip2Config | MatcherConfig
+    parameters: int
+    disk_bytes: int
+
+    def memory_bytes(self, dtype: str) -> int:
+        """Memory for one image with five beams of thirty new tokens: an estimate."""
+        width = BYTES[dtype]
+        vision = self.config.vision
+        working = vision.num_positions * (8 * vision.hidden_size + 2 * vision.intermediate_size) * width
+        if isinstance(self.config, Blip2Config):
+            language, beams, prompt, new = self.config.language, 5, 16, 30
+            positions = self.config.num_query_tokens + prompt + beams * new
+            working += (
+                2 * language.num_hidden_layers * language.hidden_size * positions * width
+            )  # keys and values
+            working += 4 * beams * language.vocab_size * 4  # scores are float32 whatever the dtype
+        return PROCESS_BYTES + self.parameters * width + working
+
+
+_VIT_224 = VisionConfig(image_size=224)
+_VIT_364 = VisionConfig(image_size=364)
+_OPT_2B7 = OptConfig(hidden_size=2560, ffn_dim=10240)
+_OPT_6B7 = OptConfig(hidden_size=4096, ffn_dim=16384)
+_WITH_TEXT = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)  # 30522 of BERT, and [DEC]
+
+
+def _generator(name: str, vision: VisionConfig, language: OptConfig, parameters: int) -> KnownModel:
+    use = "captions, questions, chat" if vision is _VIT_224 else "captions in the style of COCO"
+    config = Blip2Config(vision=vision, language=language)
+    return KnownModel(f"Salesforce/blip2-{name}", name, use, config, parameters, disk_bytes=4 * parameters)
+
+
+def _matcher(name: str, alias: str, vision: VisionConfig, parameters: int) -> KnownModel:
+    config = MatcherConfig(vision=vision, qformer=_WITH_TEXT)
+    return KnownModel(
+        f"Salesforce/blip2-{name}", alias, "matching, embeddings", config, parameters, 4 * parameters
+    )
+
+
+PUBLISHED = (
+    _generator("opt-2.7b", _VIT_224, _OPT_2B7, 3_744_679_936),
+    _generator("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304),
+    _generator("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296),
+    _generator("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664),
+    _matcher("itm-vit-g", "itm", _VIT_224, 1_172_032_258),
+    _matcher("itm-vit-g-coco", "itm-coco", _VIT_364, 1_172_623_618),
+)
+
+
+def default_dtype(parameters: int) -> str:
+    """What a model computes in unless told otherwise.
+
+    Up to a billion parameters fp32: processors are quick in it, and nothing is lost whatever the file holds. Above
+    bf16: half the memory, and its range is that of fp32, where fp16 turns image features into NaN.
+    """
+    return "fp32" if parameters <= 1_000_000_000 else "bf16"
+
+
+def resolve(name: str) -> str:
+    """An alias -> the name on the Hub; any other name as it is."""
+    return next((model.name for model in PUBLISHED if model.alias == name), name)
+
+
+def known_models() -> tuple[KnownModel, ...]:
+    """The default model, where this installation holds it, and the published ones."""
+    default = (default_model(),) if (DEFAULT_FOLDER / "config.json").is_file() else ()
+    return default + PUBLISHED
+
+
+def default_model() -> KnownModel:
+    """The model that ships with the package, its matcher counted in. Raises ValueError where it does not."""
+    use = "captions, questions, chat, matching; knows a few hundred objects, ships with the package"
+    if not (DEFAULT_FOLDER / "config.json").is_file():
+        raise ValueError("this installation holds no default model; name one, such as 'opt-2.7b'")
+    return folder_model(DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, name=DEFAULT, use=use)
+
+
+def folder_model(folder: Path, *more: Path, name: str, use: str = "") -> KnownModel:
+    """The model in a Hugging Face folder, and the weights in `more` folders beside it.
+
+    Raises:
+        ValueError: the folder holds no model that this package can build.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = [file for each in (folder, *more) for file in each.glob("*.safetensors")]
+        parameters = sum(_stored_parameters(file) for file in weights)
+        disk_bytes = sum(file.stat().st_size for file in weights)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: cannot be read as a model's folder ({error})") from error
+    if not weights:
+        raise ValueError(f"{name}: {folder} holds a config.json but no weights (*.safetensors)")
+    return KnownModel(name, "", use, read_config(raw), parameters, disk_bytes)
+
+
+def _stored_parameters(file: Path) -> int:
+    """The number of parameters in a safetensors file, from its header: eight bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def readable(size: int | None) -> str:
+    """Bytes for people: '15.0 GiB', '350 MiB'."""
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,522 @@
+"""What people do with a model: captions, answers, conversation, matching, embeddings. The one road from image to text.
+
+`load` gives a `Predictor`. Its methods take whatever `images.load_image` takes, or an `Encoded` image in place of one.
+One image gives one result, a list of images a list in the same order, computed in batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from blip2.checkpoint import load_model, load_processing, open_tensors
+from blip2.checkpoint import resolve as find_files
+from blip2.generate import GenerationOptions, generate, stream
+from blip2.images import ImageProcessing, ImageSource, to_pixels
+from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
+from blip2.layers import Context
+from blip2.matching import Matcher
+from blip2.model import Blip2, Blip2Matcher
+from blip2.models import (
+    DEFAULT,
+    DEFAULT_FOLDER,
+    DEFAULT_MATCHER_FOLDER,
+    default_dtype,
+    default_model,
+    resolve,
+)
+from blip2.results import Answer, Caption, Encoded, in_pieces
+from blip2.text import CAPTION_PROMPT, Tokenizer, chat_prompt, question_prompt
+
+
+@dataclass(frozen=True)
+class Part:
+    """A loaded checkpoint: the model and how its images and texts are prepared."""
+
+    model: Blip2 | Blip2Matcher
+    processing: ImageProcessing
+    tokenizer: Tokenizer
+
+
+Picture = ImageSource | Encoded
+Text = TypeVar("Text", Caption, Answer)
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    matcher: str | Path | None = None,
+) -> Predictor:
+    """Load a model.
+
+    Args:
+        name: a name or alias from `blip2 models`, another name on the Hugging Face Hub, or a folder in its layout.
+            None or "default": the small model that ships with the package, with its matcher.
+        device: "cpu", "cuda", "mps"; "auto" takes a GPU where there is one.
+        dtype: "fp32", "bf16" or "fp16". None: fp32 up to a billion parameters, bf16 above (see
+            `models.default_dtype`), whatever the file holds.
+        revision: branch, tag or commit of a model on the Hub.
+        matcher: the stage-1 model for `match` and `embed`, as `name`; read when first used.
+
+    Raises:
+        ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
+    """
+    place = _device(device)
+    if name is None or name == DEFAULT:
+        default_model()  # says so where this installation holds none
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is for models on the Hugging Face Hub; the default model has none"
+            )
+        name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
+    part = _load_part(name, place, dtype, revision)
+    if isinstance(part.model, Blip2Matcher):
+        if matcher is not None:
+            raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
+        return Predictor(None, lambda: part, place)
+    return Predictor(
+        part, None if matcher is None else lambda: _load_part(matcher, place, dtype, None), place
+    )
+
+
+def _load_part(
+    name: str | Path, device: torch.device, dtype: str | torch.dtype | None, revision: str | None
+) -> Part:
+    files = find_files(resolve(name) if isinstance(name, str) else name, revision)
+    if dtype is None:
+        with open_tensors(files) as tensors:
+            dtype = default_dtype(sum(math.prod(tensors.info(tensor).shape) for tensor in tensors))
+        if (
+            dtype == "bf16"
+            and device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            dtype = "fp16"
+    processing, tokenizer = load_processing(files)
+    return Part(load_model(files, dtype=dtype, device=device), processing, tokenizer)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known; choose auto, cpu, cuda or mps") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r}: torch finds no NVIDIA GPU here; use 'cpu', or see `blip2 doctor`"
+        )
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {str(device)!r}: torch finds no Apple GPU here; use 'cpu'")
+    return place
+
+
+# --- the predictor -------------------------------------------------------------------------------------------------
+
+
+class Predictor:
+    """A model ready for use, as `blip2.load` gives it.
+
+    The decoding options are the same everywhere:
+        beams: how many texts beam search follows. None: 5, or 1 where sampling or streaming needs it.
+        max_new_tokens, min_new_tokens: limits of the text's length; image and prompt do not count.
+        length_penalty: scores are divided by length ** length_penalty, so below 0 short texts win.
+        early_stopping: False, True (stop at `beams` finished texts) or "never" (search as if all could grow).
+        repetition_penalty: above 1 makes what has been said less likely.
+        no_repeat_ngram_size: no run of so many tokens comes twice; 0 is off.
+        num_return_sequences: so many texts for each image, best first; above 1 each image's result is a list.
+        do_sample: draw the text by chance, shaped by temperature, top_k (0: off), top_p (1: off) and seed.
+        stream: for one image, an iterator over pieces of the text as they are written; together they are the text.
+        batch_size: images computed at a time: speed and memory, never the result.
+    """
+
+    def __init__(
+        self, generator: Part | None, load_matcher: Callable[[], Part] | None, device: torch.device
+    ) -> None:
+        """`load_matcher` is called when the matcher is first needed."""
+        self._generator, self._load_matcher = generator, load_matcher
+        self.device = device
+
+    @property
+    def generator(self) -> Part:
+        """The model that writes. Raises ValueError where only a matcher was loaded."""
+        if self._generator is None:
+            raise ValueError(
+                "this model only matches images and texts; load one that writes, such as 'opt-2.7b'"
+            )
+        return self._generator
+
+    @property
+    def model(self) -> Blip2:
+        """The generating model itself, a torch module."""
+        assert isinstance(self.generator.model, Blip2)
+        return self.generator.model
+
+    @cached_property
+    def matcher(self) -> Matcher:
+        """The stage-1 model, read when first used. Raises ValueError where there is none."""
+        if self._load_matcher is None:
+            raise ValueError(
+                "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
+            )
+        part = self._load_matcher()
+        if not isinstance(part.model, Blip2Matcher):
+            raise ValueError("the model given as matcher= writes text; matchers are 'itm' and 'itm-coco'")
+        return Matcher(part.model, part.processing, part.tokenizer, self.device)
+
+    # --- writing ---
+
+    @torch.inference_mode()
+    def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
+        """Read images once: one gives an `Encoded`, a list a list of them.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
+        """
+        many = is_many(images)
+        encoded: list[Encoded] = []
+        for start, batch in in_batches(as_list(images), batch_size):
+            prefix, _, sizes = self._read(batch, start)
+            context = self.model.read_prefix(prefix)
+            for i, size in enumerate(sizes):
+                row = torch.tensor([i], device=prefix.device)
+                encoded.append(Encoded(prefix[i : i + 1], context.select(row), size))
+        return encoded if many else encoded[0]
+
+    def caption(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        prompt: str = CAPTION_PROMPT,
+        beams: int | None = None,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        num_return_sequences: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stream: bool = False,
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """Say what is in images.
+
+        Args:
+            prompt: what the caption goes on from; it is not part of the caption. The default is that of the published
+                captioning results; "" leaves the model to begin by itself.
+            others: see the class.
+
+        Returns:
+            One image: a `Caption`. A list: a list of them, in order. See `num_return_sequences` and `stream`.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
+            ValueError: options that contradict each other.
+        """
+        options = GenerationOptions(
+            beams=_beams(beams, do_sample or stream),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            num_return_sequences=num_return_sequences,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        if stream:
+            return self._stream(images, prompt, options)
+        listed = as_list(images)
+        texts = self._write(Caption, listed, [prompt] * len(listed), options, batch_size)
+        return texts if is_many(images) else texts[0]
+
+    def ask(
+        self,
+        images: Picture | Sequence[Picture],
+        question: str | Sequence[str],
+        *,
+        beams: int | None = None,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        length_penalty: float = -1.0,
+        early_stopping: bool | Literal["never"] = False,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        num_return_sequences: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stream: bool = False,
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """Answer a question about an image.
+
+        Args:
+            question: one for all images, or with a list of images a list of as many questions.
+            length_penalty: -1 as in the published results: short answers.
+            others: see the class.
+
+        Returns:
+            One image: an `Answer`. A list: a list of them, in order. See `num_return_sequences` and `stream`.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
+            ValueError: as many questions as images are needed, or options that contradict each other.
+        """
+        options = GenerationOptions(
+            beams=_beams(beams, do_sample or stream),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            num_return_sequences=num_return_sequences,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        listed = as_list(images)
+        questions = [question] * len(listed) if isinstance(question, str) else list(question)
+        if len(questions) != len(listed):
+            raise ValueError(
+                f"{len(questions)} questions for {len(listed)} images; give one, or one for each image"
+            )
+        if stream:
+            return self._stream(images, question_prompt(questions[0]), options)
+        prompts = [question_prompt(each) for each in questions]
+        texts = self._write(Answer, listed, prompts, options, batch_size)
+        return texts if is_many(images) else texts[0]
+
+    def chat(self, image: Picture) -> Chat:
+        """Begin a conversation about an image, which is read once."""
+        return Chat(self, self.encode(image))
+
+    def _read(
+        self, pictures: Sequence[Picture], start: int = 0
+    ) -> tuple[Tensor, Context | None, list[tuple[int, int]]]:
+        """The prefix [B, Q, W] of pictures; where all of them are encoded their context too; their sizes.
+
+        start: the place of the first one in what the user gave, for messages.
+        """
+        encoded = [picture for picture in pictures if isinstance(picture, Encoded)]
+        width = self.model.config.language.hidden_size
+        if any(picture.prefix.shape[-1] != width for picture in encoded):
+            raise ValueError("an encoded image comes from another model; encode it with this one")
+        if len(encoded) == len(pictures):
+            prefix = torch.cat([picture.prefix for picture in encoded])
+            return (
+                prefix,
+                _join([picture.context for picture in encoded]),
+                [picture.size for picture in encoded],
+            )
+        opened = {
+            i: open_image(picture, start + i)
+            for i, picture in enumerate(pictures)
+            if not isinstance(picture, Encoded)
+        }
+        pixels = to_pixels(list(opened.values()), self.generator.processing)
+        fresh = iter(self.model.embed_image(pixels.to(self.device)).split(1))
+        rows = [picture.prefix if isinstance(picture, Encoded) else next(fresh) for picture in pictures]
+        sizes = [
+            picture.size if isinstance(picture, Encoded) else opened[i].size
+            for i, picture in enumerate(pictures)
+        ]
+        return torch.cat(rows), None, sizes
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        kind: type[Text],
+        pictures: Sequence[Picture],
+        prompts: Sequence[str],
+        options: GenerationOptions,
+        batch_size: int,
+    ) -> list[Any]:
+        """Texts for pictures with a prompt each; a list of texts each with num_return_sequences > 1."""
+        results: list[Any] = []
+        each = options.num_return_sequences
+        for start, batch in in_batches(list(zip(pictures, prompts, strict=True)), batch_size):
+            prefix, context, _ = self._read([picture for picture, _ in batch], start)
+            ids, mask = self.generator.tokenizer.encode_batch([prompt for _, prompt in batch])
+            made = generate(
+                self.model, prefix, ids.to(self.device), mask.to(self.device), options, context=context
+            )
+            texts = [
+                kind(self._decode(row[:-1] if ended else row).strip(), score, row, logprobs)
+                for row, score, logprobs, ended in zip(
+                    made.ids, made.scores, made.token_logprobs, made.finished, strict=True
+                )
+            ]
+            results += texts if each == 1 else [texts[i : i + each] for i in range(0, len(texts), each)]
+        return results
+
+    def _stream(self, image: Any, prompt: str, options: GenerationOptions) -> Iterator[str]:
+        """One text in pieces. What can be wrong is found here, before the first piece."""
+        if is_many(image) or options.num_return_sequences > 1:
+            raise ValueError("stream=True writes one text about one image; leave it out for several")
+        if options.beams > 1:
+            raise ValueError(
+                f"stream=True needs beams=1, got beams={options.beams}: beams know their text at the end"
+            )
+        with torch.inference_mode():
+            prefix, context, _ = self._read([image])
+        ids, mask = self.generator.tokenizer.encode_batch([prompt])
+        steps = stream(
+            self.model, prefix, ids.to(self.device), mask.to(self.device), options, context=context
+        )
+        ends = self.model.config.language.eos_token_id
+        end_ids = {ends} if isinstance(ends, int) else {*ends}
+        written = (step[0] for step in steps)
+        return in_pieces(self._decode, (i for i in written if i is not None and i not in end_ids))
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return self.generator.tokenizer.decode(ids)
+
+    # --- matching: see `matching.Matcher` ---
+
+    def match(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """How well texts fit images, every text with every image.
+
+        Returns:
+            One image and one text: a `Match`. One of them a list: a list. Both: for each image a list over the texts.
+        """
+        return self.matcher.match(images, texts, batch_size=batch_size)
+
+    def embed(self, images: ImageSource | Sequence[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """Image embeddings for search, float32: [Q, E] for one image, [B, Q, E] for a list; each query of length 1."""
+        return self.matcher.embed(images, batch_size=batch_size)
+
+    def embed_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Text embeddings for search, float32, of length 1: [E] for one text, [B, E] for a list."""
+        return self.matcher.embed_text(texts)
+
+
+class Chat:
+    """A conversation about one image. Each question is read after all that was said before it."""
+
+    def __init__(self, predictor: Predictor, image: Encoded) -> None:
+        self._predictor, self.image = predictor, image
+        self._turns: list[tuple[str, str]] = []
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """What was said: (question, answer) pairs."""
+        return tuple(self._turns)
+
+    def send(
+        self,
+        text: str,
+        *,
+        beams: int | None = None,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        length_penalty: float = -1.0,
+        early_stopping: bool | Literal["never"] = False,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stream: bool = False,
+    ) -> Any:
+        """Ask the next question; options as `Predictor.ask`.
+
+        Where the conversation has become longer than the language model can read, it reads the latest turns that fit.
+
+        Returns:
+            An `Answer`; with `stream` an iterator over its pieces, and the turn counts once the last one was taken.
+        """
+        options = GenerationOptions(
+            beams=_beams(beams, do_sample or stream),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        prompt = self._prompt(text, max_new_tokens)
+        if stream:
+            return self._record(text, self._predictor._stream(self.image, prompt, options))
+        answer = self._predictor._write(Answer, [self.image], [prompt], options, 1)[0]
+        self._turns.append((text, answer))
+        return answer
+
+    def _record(self, text: str, pieces: Iterator[str]) -> Iterator[str]:
+        said = []
+        for piece in pieces:
+            said.append(piece)
+            yield piece
+        self._turns.append((text, "".join(said)))
+
+    def _prompt(self, text: str, max_new_tokens: int) -> str:
+        predictor = self._predictor
+        room = (
+            predictor.model.config.language.max_position_embeddings
+            - self.image.prefix.shape[1]
+            - max_new_tokens
+        )
+        turns = self._turns
+        while turns and len(predictor.generator.tokenizer.encode(chat_prompt(turns, text))) > room:
+            turns = turns[1:]
+        return chat_prompt(turns, text)
+
+
+# --- small parts ---------------------------------------------------------------------------------------------------
+
+
+def _beams(beams: int | None, one_by_one: bool) -> int:
+    if beams is not None:
+        return beams
+    return 1 if one_by_one else 5
+
+
+def _join(contexts: Sequence[Context]) -> Context:
+    """Contexts of one prompt each as the context of all of them."""
+    if len(contexts) == 1:
+        return contexts[0]
+    layers = zip(*(context.layers for context in contexts), strict=True)
+    joined = tuple((torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers)
+    return Context(joined, torch.cat([context.mask for context in contexts]))

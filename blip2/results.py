@@ -1,0 +1,89 @@
+"""What a model gives back: text with a score, an image already read, a match; and text in pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from blip2.layers import Context
+
+
+class Written(str):
+    """Text that a model wrote: a str, and how sure the model was.
+
+    score: sum of the log-probabilities of its tokens / number of tokens ** length_penalty.
+    tokens: the ids, the end token included.
+    token_logprobs: the natural logarithm of each token's probability under the model.
+    """
+
+    score: float
+    tokens: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+
+    def __new__(
+        cls,
+        text: str,
+        score: float = math.nan,
+        tokens: Sequence[int] = (),
+        token_logprobs: Sequence[float] = (),
+    ) -> Self:
+        self = super().__new__(cls, text)
+        self.score, self.tokens, self.token_logprobs = score, tuple(tokens), tuple(token_logprobs)
+        return self
+
+
+class Caption(Written):
+    """What is in an image: a str with .score, .tokens and .token_logprobs (see `Written`)."""
+
+
+class Answer(Written):
+    """The answer to a question: a str with .score, .tokens and .token_logprobs (see `Written`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """An image as the language model reads it: paid for once, good for any number of questions to the same model.
+
+    prefix: [1, Q, W], the projected queries.
+    context: what the language model keeps of having read the prefix.
+    size: width and height of the image in pixels.
+    """
+
+    prefix: Tensor
+    context: Context
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well a text fits an image.
+
+    probability: 0..1, from the matching head, which reads image and text together (ITM).
+    similarity: -1..1, cosine between the text's embedding and the closest of the image's (ITC): quicker, coarser.
+    """
+
+    probability: float
+    similarity: float
+
+
+def in_pieces(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """Ids as they come -> pieces of text that add up to `decode(ids).strip()`.
+
+    A token may end within a character: what decodes to the replacement character waits for the tokens that complete it,
+    and white space waits for the word after it, since at the end of a text it goes.
+    """
+    seen: list[int] = []
+    given = 0
+    for i in ids:
+        seen.append(i)
+        text = decode(seen).strip().rstrip("\ufffd").rstrip()
+        if len(text) > given:
+            yield text[given:]
+            given = len(text)
+    text = decode(seen).strip()
+    if len(text) > given:
+        yield text[given:]

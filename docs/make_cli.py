@@ -1,0 +1,67 @@
+"""Write docs/cli.md from the command line's own help; with --check say whether it is up to date (exit status 1: no)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parent / "cli.md"
+sys.path.insert(0, str(PAGE.parent.parent))  # a checkout that is not installed documents itself too
+
+from blip2.cli import EPILOG, build_parser  # noqa: E402
+
+INTRODUCTION = """\
+# The command line
+
+<!-- Written by docs/make_cli.py from the help texts in blip2/cli.py: change those, then `make docs`. -->
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    parts = [INTRODUCTION, f"{parser.description}\n", EPILOG.replace("\n", "  \n").rstrip() + "\n"]
+    parts += [_section(name, command) for name, command in commands.choices.items()]
+    return "\n".join(parts)
+
+
+def _section(name: str, parser: argparse.ArgumentParser) -> str:
+    examples = (parser.epilog or "").removesuffix(EPILOG).removeprefix("examples:\n").strip("\n")
+    lines = [f"## blip2 {name}", "", parser.description or "", "", "```sh"]
+    lines += [line.strip() for line in examples.splitlines()]
+    lines += ["```", "", "| argument | meaning |", "|---|---|"]
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        lines.append(f"| {_signature(action)} | {(action.help or '').replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _signature(action: argparse.Action) -> str:
+    """`--beams N`, `IMAGE...`, `[MODEL]`: as it is typed."""
+    if action.option_strings:
+        value = (
+            "" if action.nargs == 0 else " " + str(action.metavar or "|".join(map(str, action.choices or ())))
+        )
+        return f"`{action.option_strings[-1]}{value}`".replace("|", "\\|")
+    name = {"+": f"{action.metavar}...", "*": f"[{action.metavar}...]", "?": f"[{action.metavar}]"}
+    return f"`{name.get(str(action.nargs), str(action.metavar))}`"
+
+
+def main() -> int:
+    """Write or check the page."""
+    written = page()
+    if "--check" in sys.argv[1:]:
+        current = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+        if current != written:
+            print("docs/cli.md is out of date: run `make docs`", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(written, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Tiny random models as saved folders, and a few pictures: what the tests of the package's upper half run on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+from blip2.checkpoint import save_model
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
+from blip2.model import Blip2, Blip2Matcher
+
+PAD, END_OF_TEXT, NEWLINE = 1, 2, "Ċ"
+WORDS = "a photo of the red cat and two dogs . Question: what is it? Answer: yes no"
+
+torch.set_num_threads(1)
+
+
+def make_visible(module: nn.Module, seed: int) -> nn.Module:
+    """Draw every parameter at random, none of them zero or one, so that the model says something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        middle = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+        parameter.data = middle + 0.3 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def write_opt_tokenizer(folder: Path) -> int:
+    """A byte-level BPE as OPT has one, every text beginning with </s>; returns the id of a newline."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([WORDS] * 4, trainer)
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "</s>",
+        "add_bos_token": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return int(backend.token_to_id(NEWLINE))
+
+
+def write_bert_tokenizer(folder: Path) -> int:
+    """A WordPiece vocabulary as BERT has one; returns its size."""
+    letters = "abcdefghijklmnopqrstuvwxyz?:."
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        "[DEC]",
+    ]
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    return len(vocabulary)
+
+
+VISION = VisionConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=32,
+    patch_size=8,
+)
+
+
+def _qformer(vocabulary: int, *, text: bool) -> QFormerConfig:
+    return QFormerConfig(
+        vocab_size=vocabulary,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=20,
+        encoder_hidden_size=32,
+        use_qformer_text_input=text,
+    )
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny `Blip2` in Hugging Face's layout, fp16 as the default model is stored."""
+    base = tmp_path_factory.mktemp("generator")
+    newline = write_opt_tokenizer(base / "tokenizer")
+    language = OptConfig(
+        vocab_size=304,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=96,
+        bos_token_id=END_OF_TEXT,
+        pad_token_id=PAD,
+        eos_token_id=newline,
+    )
+    config = Blip2Config(VISION, _qformer(60, text=False), language, num_query_tokens=4)
+    model = make_visible(Blip2(config), seed=1)
+    model.projection.weight.data *= 4  # what is said must depend on the image
+    return save_model(model, base / "model", tokenizer=base / "tokenizer", dtype="fp16")
+
+
+@pytest.fixture(scope="session")
+def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny `Blip2Matcher` in Hugging Face's layout."""
+    base = tmp_path_factory.mktemp("matcher")
+    vocabulary = write_bert_tokenizer(base / "tokenizer")
+    config = MatcherConfig(
+        VISION, _qformer(vocabulary, text=True), num_query_tokens=4, image_text_hidden_size=16
+    )
+    model = make_visible(Blip2Matcher(config), seed=2)
+    return save_model(model, base / "model", tokenizer=base / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five pictures, every one different: PNG, JPEG and WebP, wide, tall and square."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    paths = []
+    for i, (suffix, size) in enumerate(
+        [("png", (40, 30)), ("jpg", (30, 50)), ("webp", (32, 32)), ("png", (9, 70)), ("png", (64, 64))]
+    ):
+        path = folder / f"{i}.{suffix}"
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        paths.append(path)
+    return paths

@@ -1,0 +1,371 @@
+"""The command line: what is printed where, exit statuses, and that help needs nothing heavy."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import blip2
+from blip2.cli import build_parser, main
+from blip2.commands import _one_line
+
+ROOT = Path(__file__).parent.parent
+Run = Callable[..., tuple[int, list[str], list[str]]]
+
+
+@pytest.fixture(autouse=True)
+def errors_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BLIP2_DEBUG", raising=False)
+
+
+@pytest.fixture
+def run(generator_folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `blip2` with the tiny model: (exit status, lines of standard output, lines of standard error)."""
+
+    def run(*arguments: object, model: Path | None = generator_folder) -> tuple[int, list[str], list[str]]:
+        named = [] if model is None else ["--model", str(model)]
+        try:
+            status = main([*map(str, arguments), *named])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return run
+
+
+SHORT = ("--max-new-tokens", "6")
+
+
+# --- caption and ask -----------------------------------------------------------------------------------------------
+
+
+def test_one_image_prints_its_caption_alone(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
+    expected = blip2.load(generator_folder).caption(pictures[0], max_new_tokens=6)
+    assert run("caption", pictures[0], *SHORT) == (0, [_one_line(expected)], [])
+
+
+def test_several_print_path_and_caption(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
+    expected = blip2.load(generator_folder).caption(pictures, max_new_tokens=6)
+    status, out, err = run("caption", *pictures, *SHORT, "--batch-size", 2)
+    assert (status, err) == (0, [])
+    assert out == [f"{path}\t{_one_line(text)}" for path, text in zip(pictures, expected)]
+
+
+def test_json(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
+    model = blip2.load(generator_folder)
+    caption, answer = model.caption(pictures[0]), model.ask(pictures[0], "what is it?")
+
+    status, out, _ = run("caption", pictures[0], "--json")
+    assert status == 0
+    assert json.loads(out[0]) == {
+        "image": str(pictures[0]),
+        "caption": caption,
+        "score": pytest.approx(caption.score),
+    }
+    status, out, _ = run("ask", pictures[0], "what is it?", "--json")
+    assert status == 0
+    assert json.loads(out[0]) == {
+        "image": str(pictures[0]),
+        "answer": answer,
+        "score": pytest.approx(answer.score),
+    }
+
+
+def test_a_bad_file_is_one_error_line_and_the_others_come_out(
+    run: Run, pictures: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    status, out, err = run(
+        "caption", pictures[0], bad, tmp_path / "absent.jpg", pictures[1], *SHORT, "--batch-size", 1
+    )
+
+    assert status == 1
+    assert [line.split("\t")[0] for line in out] == [str(pictures[0]), str(pictures[1])]
+    assert len(err) == 2
+    assert str(bad) in err[0]
+    assert "no such file" in err[1]
+
+    status, out, err = run("ask", pictures[0], bad, "what is it?", *SHORT, "--json")
+    assert (status, err) == (1, [])
+    records = [json.loads(line) for line in out]
+    assert [sorted(record) for record in records] == [["answer", "image", "score"], ["error", "image"]]
+    assert records[1]["image"] == str(bad)
+
+
+def test_folders_and_patterns(run: Run, pictures: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/2.PNG", "a/1.png", "a/b/3.png"):
+        (tmp_path / name).write_bytes(pictures[0].read_bytes())
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+
+    def paths(*arguments: object) -> list[str]:
+        return [
+            Path(line.split("\t")[0]).relative_to(tmp_path).as_posix()
+            for line in run("caption", *arguments, *SHORT)[1]
+        ]
+
+    assert paths(tmp_path / "a") == ["a/1.png", "a/2.PNG", "a/b/3.png"]
+    assert paths(tmp_path / "a" / "*.*g", tmp_path / "a" / "b") == ["a/1.png", "a/b/3.png"]
+    assert paths(tmp_path / "**" / "*.png") == ["a/1.png", "a/b/3.png"]
+    status, out, err = run("caption", tmp_path / "empty", tmp_path / "*.gif")
+    assert (status, out) == (1, [])
+    assert "the folder holds no images" in err[0]
+    assert "no file matches" in err[1]
+
+
+def test_standard_input(run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = run("caption", pictures[0], *SHORT)[1]
+    for content, expected in ((pictures[0].read_bytes(), (0, alone, [])), (b"nothing", None)):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+        result = run("caption", "-", *SHORT)
+        if expected is not None:
+            assert result == expected
+        else:
+            assert (result[0], result[1]) == (1, [])
+            assert len(result[2]) == 1
+
+
+def test_every_decoding_option_arrives(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
+    model = blip2.load(generator_folder)
+    image = pictures[0]
+    for flags, options in (
+        (
+            "--beams 3 --min-new-tokens 4 --length-penalty -2 --early-stopping true",
+            {"beams": 3, "min_new_tokens": 4, "length_penalty": -2.0, "early_stopping": True},
+        ),
+        (
+            "--early-stopping never --repetition-penalty 1.7",
+            {"early_stopping": "never", "repetition_penalty": 1.7},
+        ),
+        ("--beams 1 --no-repeat-ngram-size 2", {"beams": 1, "no_repeat_ngram_size": 2}),
+        ("--sample --seed 4", {"do_sample": True, "seed": 4}),
+        (
+            "--temperature 2.5 --top-k 9 --seed 3",
+            {"do_sample": True, "temperature": 2.5, "top_k": 9, "seed": 3},
+        ),
+        ("--top-p 0.7 --seed 3", {"do_sample": True, "top_p": 0.7, "seed": 3}),
+    ):
+        _, out, _ = run("caption", image, *SHORT, *flags.split(), "--json")
+        assert json.loads(out[0])["caption"] == model.caption(image, max_new_tokens=6, **options), flags
+        if "length-penalty" not in flags:
+            _, out, _ = run("ask", image, "why?", *SHORT, *flags.split(), "--json")
+            assert json.loads(out[0])["answer"] == model.ask(image, "why?", max_new_tokens=6, **options), (
+                flags
+            )
+    _, out, _ = run("caption", image, *SHORT, "--prompt", "the cat", "--json")
+    assert json.loads(out[0])["caption"] == model.caption(image, prompt="the cat", max_new_tokens=6)
+    _, out, _ = run("caption", image, *SHORT, "--num-return-sequences", 3)
+    assert len(out) == 3
+
+
+def test_streaming_prints_the_same_text(run: Run, pictures: list[Path]) -> None:
+    for command in (["caption", pictures[0]], ["ask", pictures[0], "what?"]):
+        status, out, _ = run(*command, "--stream")
+        assert status == 0
+        assert _one_line(" ".join(out)) == run(*command, "--beams", "1")[1][0]
+    assert run("caption", "absent.jpg", "--stream")[0] == 1
+
+
+# --- the other commands --------------------------------------------------------------------------------------------
+
+
+def test_chat_reads_lines_from_a_pipe(
+    run: Run, generator_folder: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = blip2.load(generator_folder).chat(pictures[0])
+    expected = [chat.send(question, max_new_tokens=6) for question in ("what is it?", "why?")]
+
+    for flags in ([], ["--json"], ["--stream", "--seed", "1"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("what is it?\n\n  why?  \n"))
+        status, out, err = run("chat", pictures[0], *SHORT, *flags)
+        assert (status, err) == (0, [])
+        if "--json" in flags:
+            assert [json.loads(line)["answer"] for line in out] == expected
+            assert json.loads(out[1])["question"] == "why?"
+        elif not flags:
+            assert out == [_one_line(answer) for answer in expected]
+    assert run("chat", "absent.jpg")[0] == 1
+    assert run("chat", "-")[0] == 2
+
+
+def test_a_question_that_fails_does_not_end_the_conversation(
+    run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("why? " * 50 + "\nwhy?\n"))
+    status, out, err = run("chat", pictures[0], *SHORT)
+    assert (status, len(out), len(err)) == (1, 1, 1)
+    assert "positions" in err[0]
+
+
+def test_match_and_embed(run: Run, matcher_folder: Path, pictures: list[Path]) -> None:
+    matcher = blip2.load(matcher_folder)
+    texts = ["a red cat", "two dogs"]
+    found = matcher.match(pictures[0], texts)
+
+    status, out, _ = run("match", pictures[0], *texts, model=matcher_folder)
+    assert (status, out) == (0, [f"{fit.probability:.4f}\t{text}" for fit, text in zip(found, texts)])
+    status, out, _ = run("match", pictures[0], *texts, "--json", model=matcher_folder)
+    assert json.loads(out[1]) == {
+        "image": str(pictures[0]),
+        "text": "two dogs",
+        "probability": pytest.approx(found[1].probability),
+        "similarity": pytest.approx(found[1].similarity),
+    }
+    status, out, _ = run("match", pictures[0].parent, texts[0], model=matcher_folder)
+    assert [line.split("\t")[0] for line in out] == [str(path) for path in pictures]
+
+    status, out, _ = run("embed", pictures[0], "absent.png", "--text", texts[0], model=matcher_folder)
+    records = [json.loads(line) for line in out]
+    assert (status, [sorted(record) for record in records]) == (
+        1,
+        [["embedding", "text"], ["embedding", "image"], ["error", "image"]],
+    )
+    assert torch.allclose(torch.tensor(records[1]["embedding"]), matcher.embed(pictures[0]), atol=1e-5)
+    assert run("embed", model=matcher_folder)[0] == 2
+
+
+def test_models_and_doctor(run: Run, generator_folder: Path) -> None:
+    status, out, _ = run("models", model=None)
+    assert status == 0
+    assert any(
+        "Salesforce/blip2-opt-6.7b-coco" in line and "7.75 B" in line and "14.9 GiB" in line for line in out
+    )
+    assert json.loads(run("models", "--json", model=None)[1][-1])["alias"] == "itm-coco"
+
+    status, out, _ = run("doctor", model=None)
+    assert (status, out[0]) == (0, "This machine")
+    status, out, _ = run("doctor", generator_folder, "--json", model=None)
+    assert (status, len(out)) == (0, 2)
+    assert json.loads(out[1])["here"]
+    assert run("doctor", "opt-2.7b", model=None)[0] == 1  # not in the cache, and the tests are offline
+    assert run("doctor", "nonesuch", model=None)[0] == 2
+
+
+def test_what_is_printed_does_not_steer_the_terminal() -> None:
+    assert _one_line("a\x1b[31mred\tcat\r\non  a\u2028Bär \x07") == "a [31mred cat on a Bär"
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["caption"], "IMAGE"),
+        (["capton", "x.jpg"], "invalid choice"),
+        (["caption", "x.jpg", "--beam-size", "3"], "unrecognized"),
+        (["caption", "x.jpg", "--beams", "0"], "beams"),
+        (["caption", "x.jpg", "--beams", "2", "--temperature", "0.5"], "do_sample"),
+        (["caption", "x.jpg", "--min-new-tokens", "50"], "min_new_tokens"),
+        (["caption", "x.jpg", "y.jpg", "--stream"], "--stream"),
+        (["caption", "x.jpg", "--stream", "--beams", "2"], "--stream"),
+        (["caption", "x.jpg", "--batch-size", "0"], "batch_size"),
+        (["ask", "x.jpg"], "QUESTION"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_usage_is_status_2(run: Run, arguments: list[str], says: str) -> None:
+    status, out, err = run(*arguments, model=None) if len(arguments) < 2 else run(*arguments)
+    assert (status, out) == (2, [])
+    assert says in err[-1]
+    assert not any("Traceback" in line for line in err)
+
+
+def test_no_model_is_one_line_and_status_2(
+    run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nonesuch", "Salesforce/blip2-opt-2.7b"):
+        status, out, err = run("caption", pictures[0], model=Path(name))
+        assert (status, out, len(err)) == (2, [], 1)
+        assert name in err[0]
+    monkeypatch.setenv("BLIP2_DEBUG", "1")
+    with pytest.raises(ValueError, match="nonesuch"):
+        run("caption", pictures[0], model=Path("nonesuch"))
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_teaches(run: Run) -> None:
+    (commands,) = (
+        action for action in build_parser()._actions if hasattr(action, "choices") and action.choices
+    )
+    assert isinstance(commands.choices, dict)
+    assert [*commands.choices] == ["caption", "ask", "chat", "match", "embed", "models", "doctor"]
+    for name in commands.choices:
+        status, out, _ = run(name, "--help", model=None)
+        assert status == 0
+        assert any(line.startswith(f"  blip2 {name}") for line in out)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, blip2.cli\n"
+        "try: blip2.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'tqdm', 'huggingface_hub'}\n"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_comes_at_once() -> None:
+    seconds = []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run(
+            [sys.executable, "-m", "blip2", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True
+        )
+        after = (
+            os.times()
+        )  # the processor's time, not the clock's: the machine may be busy with something else
+        used = after.children_user - before.children_user + after.children_system - before.children_system
+        seconds.append(used)
+    assert min(seconds) < 0.2, seconds
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(generator_folder: Path, pictures: list[Path]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "blip2",
+        "caption",
+        *map(str, pictures),
+        "--model",
+        str(generator_folder),
+        "--batch-size",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_the_page_in_the_docs_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/make_cli.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
