@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         '  blip2 ask photo.jpg "how many dogs are there?"\n'
         "  blip2 chat photo.jpg\n\n" + EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"blip2 {blip2.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=about,
             epilog="examples:\n" + "".join(f"  {example}\n" for example in examples) + "\n" + EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # a script must not break when an option is added
         )
         added.set_defaults(command=name)
         return added

@@ -33,7 +33,9 @@ def _print(line: str) -> None:
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    _print(json.dumps(record, ensure_ascii=False))
+    text = json.dumps(record, ensure_ascii=False)
+    # A file name that is no UTF-8 arrives with surrogates: written as escapes, the line stays JSON and the name exact.
+    _print("".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text))
 
 
 def _load(args: argparse.Namespace) -> Predictor:

@@ -252,9 +252,10 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
             text.get(name, needed) == needed,
             f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}",
         )
-    language = _pick(
-        OptConfig, "text_config", _OPT_DEFAULTS | {k: v for k, v in text.items() if v is not None}
-    )
+    said = {k: v for k, v in text.items() if v is not None}
+    if "eos_token_id" in text and text["eos_token_id"] is None:  # null is no silence: nothing ends a text
+        said["eos_token_id"] = []
+    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | said)
     embedded = text.get("word_embed_proj_dim", language.hidden_size)
     _check(
         embedded == language.hidden_size,
@@ -283,7 +284,7 @@ def to_hf(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
         }
     language = asdict(config.language)
     if isinstance(config.language.eos_token_id, tuple):
-        language["eos_token_id"] = list(config.language.eos_token_id)
+        language["eos_token_id"] = list(config.language.eos_token_id) or None
     raw |= {
         "architectures": ["Blip2ForConditionalGeneration"],
         "text_config": {"model_type": "opt", "word_embed_proj_dim": config.language.hidden_size, **language},

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from blip2.models import (
     DEFAULT,
@@ -111,7 +112,10 @@ def _find(name: str) -> KnownModel:
             return model
     folder = Path(name)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+        try:
+            cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+        except HFValidationError:  # no name on the Hub could be written so
+            cached = None
         if not isinstance(cached, str):
             raise ValueError(f"{name}: neither a folder nor a model known here or cached; see `blip2 models`")
         folder = Path(cached).parent

@@ -41,7 +41,7 @@ class GenerationOptions:
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
     seed: int | None = None  # sample j of every prompt draws from seed + j; None: from torch's generator
-    eos_token_id: int | tuple[int, ...] | None = None  # None: the model's own; (): nothing ends a text early
+    eos_token_id: int | tuple[int, ...] | list[int] | None = None  # None: the model's own; (): none
 
     def __post_init__(self) -> None:
         for name in ("beams", "max_new_tokens", "num_return_sequences"):
@@ -53,6 +53,8 @@ class GenerationOptions:
         _require_number("length_penalty", self.length_penalty, -math.inf)
         if self.seed is not None:
             _require_int("seed", self.seed, 0)
+        if isinstance(self.eos_token_id, list):  # as transformers has several; the options stay hashable
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for end_id in () if self.eos_token_id is None else _as_tuple(self.eos_token_id):
             _require_int("eos_token_id", end_id, 0)
         if self.top_p > 1:
@@ -92,7 +94,7 @@ def generate(
     model: Blip2,
     prefix: Tensor,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     options: GenerationOptions,
     *,
     context: Context | None = None,
@@ -100,8 +102,11 @@ def generate(
     """Continue B prompts.
 
     prefix [B, Q, width] is `model.embed_image(pixels)`; input_ids and attention_mask [B, T] are the prompts,
-    padded on the left (mask 0). `context` is `model.read_prefix(prefix)`, where that was already paid for.
-    A prompt's result does not depend on the others in its batch.
+    padded on either side (mask 0; None: no padding). `context` is `model.read_prefix(prefix)`, where that was
+    already paid for. A prompt's result does not depend on the others in its batch.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or more positions than the language model has.
     """
     started = _start(model, prefix, input_ids, attention_mask, options, context)
     end_ids = started[-1]
@@ -121,7 +126,7 @@ def stream(
     model: Blip2,
     prefix: Tensor,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     options: GenerationOptions,
     *,
     context: Context | None = None,
@@ -141,11 +146,19 @@ def _start(
     model: Blip2,
     prefix: Tensor,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     options: GenerationOptions,
     context: Context | None,
 ) -> tuple[Decoding, Tensor, GenerationOptions, Tensor]:
     """The prompts read; the ids said before the first new token [B, L]; the options; the end tokens [E]."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    shapes = [tuple(part.shape) for part in (prefix, input_ids, attention_mask)]
+    if list(map(len, shapes)) != [3, 2, 2] or shapes[0][0] != shapes[1][0] or shapes[1] != shapes[2]:
+        raise ValueError(
+            f"prefix, input_ids and attention_mask have shapes {', '.join(map(str, shapes))}; "
+            "expected [B, Q, W], [B, T] and [B, T]"
+        )
     rows = options.beams if options.beams > 1 else options.num_return_sequences
     decoding = model.start(
         prefix, input_ids, attention_mask, rows=rows, max_new_tokens=options.max_new_tokens, context=context
@@ -173,8 +186,8 @@ def _is_end(ids: Tensor, end_ids: Tensor) -> Tensor:
     return (ids[..., None] == end_ids).any(-1)
 
 
-def _as_tuple(ids: int | tuple[int, ...]) -> tuple[int, ...]:
-    return ids if isinstance(ids, tuple) else (ids,)
+def _as_tuple(ids: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
 def _require_int(name: str, value: int, least: int) -> None:
@@ -218,7 +231,8 @@ def apply_rules(
     if options.no_repeat_ngram_size > 0:
         scores = ban_repeated_ngrams(scores, seen, options.no_repeat_ngram_size)
     if new_tokens < options.min_new_tokens:
-        scores = scores.index_fill(1, end_ids, -math.inf)
+        known = end_ids[end_ids < scores.shape[1]]  # a config may name an end token its vocabulary lacks
+        scores = scores.index_fill(1, known, -math.inf)
     return scores
 
 

@@ -93,7 +93,7 @@ class Blip2(nn.Module):
 
         Args:
             prefix: [B, Q, W].
-            input_ids, attention_mask: [B, T], padded on the left.
+            input_ids, attention_mask: [B, T], padded on either side.
             context: the prefix as `read_prefix` gave it; the prefix is then not read again.
 
         Raises:
@@ -108,7 +108,9 @@ class Blip2(nn.Module):
             hidden, context = self.language.read(embeddings, F.pad(mask, (prefix.shape[1], 0), value=1))
         else:
             hidden, context = self.language.read(words, mask, context)
-        logits = self.language.head(hidden[:, -1]).float()
+        read = context.mask[:, -hidden.shape[1] :]
+        last = (read * torch.arange(read.shape[1], device=read.device)).argmax(1)  # [B], not padding
+        logits = self.language.head(hidden[torch.arange(len(last), device=last.device), last]).float()
         tail = Tail(self.config.language, len(input_ids) * rows, max_new_tokens, prefix)
         return Decoding(self.language, context, tail, logits)
 

@@ -305,7 +305,7 @@ class Predictor:
             seed=seed,
         )
         listed = as_list(images)
-        questions = [question] * len(listed) if isinstance(question, str) else list(question)
+        questions: list[Any] = list(question) if is_many(question) else [question] * len(listed)
         if len(questions) != len(listed):
             raise ValueError(
                 f"{len(questions)} questions for {len(listed)} images; give one, or one for each image"
@@ -318,6 +318,8 @@ class Predictor:
 
     def chat(self, image: Picture) -> Chat:
         """Begin a conversation about an image, which is read once."""
+        if is_many(image):
+            raise ValueError("a conversation is about one image; begin one for each")
         return Chat(self, self.encode(image))
 
     def _read(

@@ -295,6 +295,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def question_prompt(question: str) -> str:
     """The prompt that makes OPT answer a question about the image."""
+    if not isinstance(question, str):
+        raise TextError(f"expected a question, got {type(question).__name__}")
     return QUESTION_PROMPT.format(question.strip())
 
 

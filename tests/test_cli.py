@@ -16,7 +16,7 @@ import torch
 
 import blip2
 from blip2.cli import build_parser, main
-from blip2.commands import _one_line
+from blip2.commands import _one_line, _print_json
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., tuple[int, list[str], list[str]]]
@@ -250,11 +250,21 @@ def test_models_and_doctor(run: Run, generator_folder: Path) -> None:
     assert (status, len(out)) == (0, 2)
     assert json.loads(out[1])["here"]
     assert run("doctor", "opt-2.7b", model=None)[0] == 1  # not in the cache, and the tests are offline
-    assert run("doctor", "nonesuch", model=None)[0] == 2
+    for name in ("nonesuch", "/nonesuch"):
+        status, _, err = run("doctor", name, model=None)
+        assert status == 2 and "neither a folder nor a model" in err[0]
 
 
 def test_what_is_printed_does_not_steer_the_terminal() -> None:
     assert _one_line("a\x1b[31mred\tcat\r\non  a\u2028Bär \x07") == "a [31mred cat on a Bär"
+
+
+def test_json_of_a_name_that_is_no_utf8(capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
+    _print_json({"image": name})
+    line = capsys.readouterr().out
+    assert line == '{"image": "caf\\udce9 ü.png"}\n'
+    assert json.loads(line)["image"] == name
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
@@ -266,6 +276,7 @@ def test_what_is_printed_does_not_steer_the_terminal() -> None:
         (["caption"], "IMAGE"),
         (["capton", "x.jpg"], "invalid choice"),
         (["caption", "x.jpg", "--beam-size", "3"], "unrecognized"),
+        (["caption", "x.jpg", "--beam", "3"], "unrecognized"),
         (["caption", "x.jpg", "--beams", "0"], "beams"),
         (["caption", "x.jpg", "--beams", "2", "--temperature", "0.5"], "do_sample"),
         (["caption", "x.jpg", "--min-new-tokens", "50"], "min_new_tokens"),

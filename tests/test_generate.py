@@ -131,7 +131,7 @@ def run(model: Bigrams, inputs: tuple[Tensor, Tensor, Tensor], **options: Any) -
         {"seed": -1},
         {"eos_token_id": -1},
         {"eos_token_id": (1, "2")},
-        {"eos_token_id": [1, 2]},
+        {"eos_token_id": [1, None]},
     ],
     ids=str,
 )
@@ -176,6 +176,22 @@ def test_end_tokens() -> None:
         for ids, whole in zip(got.ids, free.ids):
             cut = next((i + 1 for i, token in enumerate(whole) if token in as_set), 8)
             assert ids == whole[:cut]
+    assert GenerationOptions(eos_token_id=[0, 4]) == GenerationOptions(
+        eos_token_id=(0, 4)
+    )  # a list is as good
+
+
+def test_an_end_token_the_vocabulary_lacks_never_comes() -> None:
+    for options in ({}, {"beams": 3}):
+        got = run(Bigrams(), batch(), max_new_tokens=4, min_new_tokens=2, eos_token_id=50118, **options)
+        assert [len(ids) for ids in got.ids] == [4] * len(PROMPTS)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    prefix, ids, mask = batch()
+    for wrong in ((prefix[:1], ids, mask), (prefix, ids, mask[:, 1:]), (prefix, ids[0], mask[0])):
+        with pytest.raises(ValueError, match="have shapes"):
+            generate(Bigrams(), *wrong, GenerationOptions())  # type: ignore[arg-type]
 
 
 def test_minimum_length() -> None:

@@ -156,6 +156,10 @@ def test_unknown_and_contradicting_options_are_errors(model: Predictor, pictures
         model.caption(pictures[0], temperature=0.5)
     with pytest.raises(ValueError, match="batch_size"):
         model.caption(pictures, batch_size=0)
+    with pytest.raises(ValueError, match="expected a question, got NoneType"):
+        model.ask(pictures[0], None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="about one image"):
+        model.chat(pictures)  # type: ignore[arg-type]
 
 
 def test_a_bad_image_in_a_list_is_named(model: Predictor, pictures: list[Path], tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _settings(
         end = language.eos_token_id
         files["generation_config.json"] = {
             "bos_token_id": language.bos_token_id,
-            "eos_token_id": list(end) if isinstance(end, tuple) else end,
+            "eos_token_id": (list(end) or None) if isinstance(end, tuple) else end,
             "pad_token_id": language.pad_token_id,
         }
     counts: Counter[torch.dtype] = Counter()

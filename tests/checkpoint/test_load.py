@@ -81,7 +81,8 @@ def test_mapped_weights_can_be_trained(generator_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32), ("fp16", torch.float16)]
+    ("name", "dtype"),
+    [("bf16", torch.bfloat16), ("float32", torch.float32), ("fp16", torch.float16), ("fp64", torch.float64)],
 )
 def test_dtypes(name: str, dtype: torch.dtype, generator_folder: Path) -> None:
     for wanted in (name, dtype):

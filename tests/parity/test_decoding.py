@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from reference import QUERIES, VOCABULARY, Prompts, ours_from, prompts, their_blip2
+from reference import PAD, QUERIES, VOCABULARY, Prompts, ours_from, prompts, their_blip2
 from transformers import Blip2ForConditionalGeneration
 
 from blip2.generate import Generated, GenerationOptions, generate, prompt_ids, sampling_distribution, stream
@@ -144,6 +144,25 @@ def test_same_as_their_padded_batch(options: dict[str, Any]) -> None:
     ends = common_ids(ours, batch)
     ids, _ = run_theirs(theirs, batch, ends, options)
     assert run_ours(ours, batch, as_ours(options, ends)).ids == ids
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}])
+def test_padding_stands_on_either_side(options: dict[str, Any]) -> None:
+    _, ours = models(SEEDS[0])
+    batch = prompts((2, 5, 3))
+    right = [torch.full_like(batch.ids, PAD), torch.zeros_like(batch.mask)]
+    for i, kept in enumerate(batch.mask.bool()):
+        length = int(kept.sum())
+        right[0][i, :length], right[1][i, :length] = batch.ids[i, kept], 1
+    chosen = GenerationOptions(max_new_tokens=8, **options)
+    with torch.no_grad():
+        prefix = ours.embed_image(batch.pixels)
+    expected = run_ours(ours, batch, chosen)
+    assert generate(ours, prefix, *right, chosen).ids == expected.ids
+    assert generate(ours, prefix, *right, chosen, context=ours.read_prefix(prefix)).ids == expected.ids
+    alone = batch.row(1)
+    without_mask = generate(ours, prefix[1:2], alone.ids, None, chosen)
+    assert without_mask == generate(ours, prefix[1:2], alone.ids, alone.mask, chosen)
 
 
 def test_end_token_of_the_config() -> None:

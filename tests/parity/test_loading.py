@@ -201,6 +201,17 @@ def test_a_vocabulary_config_json_does_not_know(tmp_path: Path) -> None:
     torch.testing.assert_close(our_logits(ours), their_logits(theirs), **CLOSE)
 
 
+def test_no_end_token(tmp_path: Path) -> None:
+    """null is not silence: transformers then ends no text, whatever its default."""
+    their_blip2(eos_token_id=None).save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert isinstance(ours, Blip2)
+    assert ours.config.language.eos_token_id == ()
+    save_model(ours, tmp_path / "ours")
+    assert reopened(Blip2ForConditionalGeneration, tmp_path / "ours").generation_config.eos_token_id is None
+    assert load_model(tmp_path / "ours").config == ours.config
+
+
 def test_their_matcher(tmp_path: Path) -> None:
     theirs = their_matcher()
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")

@@ -10,9 +10,11 @@ from torch import nn
 pytest.importorskip("transformers")
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+from transformers.activations import ACT2FN
 
 from blip2.checkpoint.names import from_hugging_face, to_hugging_face
-from blip2.config import read_config
+from blip2.config import ACTIVATIONS, read_config
+from blip2.layers import ACTIVATION
 from blip2.model import Blip2, Blip2Matcher
 
 QUERIES, IMAGE_TOKEN = 5, 99
@@ -150,6 +152,13 @@ def test_logits_with_padding(generators: tuple[Blip2ForConditionalGeneration, Bl
     expected = theirs(pixels, **padded).logits
     kept = padded["attention_mask"].bool()
     torch.testing.assert_close(ours(pixels, ids, mask)[kept], expected[kept], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ACTIVATION)
+def test_activations(name: str) -> None:
+    x = torch.linspace(-6, 6, 101)
+    torch.testing.assert_close(ACTIVATION[name](x), ACT2FN[name](x), rtol=0.0, atol=1e-6)
+    assert name in ACTIVATIONS
 
 
 @torch.inference_mode()
