@@ -91,56 +91,62 @@ def pixels_of(pictures: list[Scene | easyvqa.EasyImage]) -> Tensor:
 
 
 class VisionBatches:
-    """For the image encoder: scenes, what is in each, and which noun phrase each patch shows.
+    """For the image encoder: scenes, what is in each, and which of all noun phrases each patch shows.
 
-    Texts are lists of names over a vocabulary of their words, for the text encoder is not kept.
+    The words of the texts are the words of the nouns and colours, and every phrase is a word besides.
     """
 
     def __init__(self, folder: Path, whole_from: int, batch: int = 64) -> None:
         """`whole_from`: batches before this one keep only half of the patches, which takes half of the time."""
         self.batch, self.whole_from = batch, whole_from
         self.pictures, self.seeded = Pictures(folder, 0.0), _Seeded("vision")
-        names = {row.noun for row in read_table()} | set(SHAPES) | set(COLOURS)
-        self.ids = {
-            word: i + 1 for i, word in enumerate(sorted({word for name in names for word in name.split()}))
-        }
+        named = {_phrase(row.noun, row.colour) for row in read_table()}
+        named |= {_phrase(shape, colour) for shape in SHAPES for colour in COLOURS}
+        self.phrases = {phrase: i for i, phrase in enumerate(sorted(named))}
+        words = sorted({word for phrase in self.phrases for word in phrase.split()})
+        self.words = {word: 1 + i for i, word in enumerate(words)}
+        self.phrase_ids, self.phrase_mask = self._encode([[phrase] for phrase in self.phrases])
 
     @property
     def vocabulary(self) -> int:
         """How many word ids there are, the padding (0) included."""
-        return len(self.ids) + 1
+        return 1 + len(self.words) + len(self.phrases)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
         scenes = [s for s in (self.pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
-        phrases: dict[str, int] = {}
-        texts = []
         regions = torch.full((len(scenes), recipe.VISION.grid**2), -1)
-        for row, scene in zip(regions, scenes, strict=True):
+        texts = [[_phrase(placed.noun, placed.colour) for placed in scene.objects] for scene in scenes]
+        for row, scene, named in zip(regions, scenes, texts, strict=True):
             grid = torch.from_numpy(scene.patch_object.astype("int64")).flatten()
-            named = [
-                f"{placed.colour} {placed.noun}" if placed.colour else placed.noun for placed in scene.objects
-            ]
-            for index, name in enumerate(named):
-                row[grid == index] = phrases.setdefault(name, len(phrases))
-            texts.append(" ".join(named))
+            for index, phrase in enumerate(named):
+                row[grid == index] = self.phrases[phrase]
         ids, mask = self._encode(texts)
-        phrase_ids, phrase_mask = self._encode(list(phrases))
         return {
             "pixels": pixels_of(list(scenes)),
             "ids": ids,
             "mask": mask,
-            "text_ids": same(texts),
-            "phrase_ids": phrase_ids,
-            "phrase_mask": phrase_mask,
+            "text_ids": same([", ".join(text) for text in texts]),
+            "phrase_ids": self.phrase_ids,
+            "phrase_mask": self.phrase_mask,
             "regions": regions,
             **({"keep": half(regions, rng)} if position < self.whole_from else {}),
         }
 
-    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        rows = [torch.tensor([self.ids[word] for word in text.split()]) for text in texts]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    def _encode(self, texts: list[list[str]]) -> tuple[Tensor, Tensor]:
+        """Texts of phrases -> word ids and mask."""
+        first = 1 + len(self.words)
+        rows = [
+            [first + self.phrases[phrase] for phrase in text]
+            + [self.words[word] for phrase in text for word in phrase.split()]
+            for text in texts
+        ]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         return ids, (ids != 0).long()
+
+
+def _phrase(noun: str, colour: str | None) -> str:
+    return f"{colour} {noun}" if colour else noun
 
 
 class MatchBatches:

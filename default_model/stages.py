@@ -31,8 +31,9 @@ from blip2.train.pretrain import (
     ContrastivePretrain,
     ImageTextEncoders,
     LanguagePretrain,
-    TextTower,
+    WordBag,
     initialise,
+    mimetic,
     qformer_from_matcher,
 )
 from blip2.train.tasks import Finetune, Stage1, Stage2
@@ -82,9 +83,9 @@ def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
 
 def train_vision(folder: Path, steps: int | None, device: str) -> None:
     data = VisionBatches(folder, recipe.VISION_HALVED)
-    text = TextTower(data.vocabulary, 192, layers=2, heads=6, positions=64, embedding=192)
-    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), text)
+    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.vocabulary, embedding=192))
     initialise(encoders, seed=0)
+    mimetic(encoders.vision, seed=0)
     _train(ContrastivePretrain(encoders), data, recipe.VISION_OPTIONS, folder / "vision", steps, device)
 
 

@@ -61,7 +61,9 @@ class Task(ABC):
         self.module.train()
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """AdamW's groups. A group may hold "lr_scale", by which its learning rate is multiplied."""
+        """The optimizer's groups. A group may hold "lr_scale", by which its learning rate is multiplied, and "muon":
+        True: its matrices are then trained by Muon (Jordan et al., 2024), all others by AdamW.
+        """
         return decay_groups(self.module, weight_decay)
 
 
@@ -173,12 +175,7 @@ class _Run:
         self.trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("the task trains nothing: no parameter of its module requires a gradient")
-        self.optimizer = torch.optim.AdamW(
-            task.parameter_groups(options.weight_decay),
-            lr=options.lr,
-            betas=options.betas,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimizers = _optimizers(task.parameter_groups(options.weight_decay), options, self.device)
         self.step = 0
         self.record = Record(folder / "log.csv")
         self.plotted_at = time.monotonic()
@@ -221,7 +218,7 @@ class _Run:
         """Forward, backward and update; the losses (means over the accumulated batches) and how many rows it saw."""
         options = self.options
         rate = learning_rate(self.step, options)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate * group.get("lr_scale", 1.0)
         generator = _seed_everything(options.seed, self.step, self.device)
         means: dict[str, Tensor] = {}
@@ -237,8 +234,9 @@ class _Run:
                 means[name] = means[name] + part if name in means else part
         if options.clip_norm is not None:
             means["grad_norm"] = nn.utils.clip_grad_norm_(self.trained.values(), options.clip_norm).double()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return means, rows
 
     # --- checkpoints -------------------------------------------------------------------------------------------
@@ -248,7 +246,7 @@ class _Run:
         self.record.check(self.step)
         tensors = {f"module.{name}": tensor for name, tensor in self._kept().items()}
         for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self._optimizer_of(parameter).state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         notes = {"options": _plain(self.options), "record": self.record.state()}
         saves.save(self.folder, self.step, tensors, notes)
@@ -289,10 +287,18 @@ class _Run:
                 if full.startswith("optimizer."):
                     name, key = full.removeprefix("optimizer.").rsplit(".", 1)
                     # cloned: memory of its own, aligned as the optimizer's own tensors are
-                    self.optimizer.state[self.trained[name]][key] = value.to(self.device).clone()
+                    state = self._optimizer_of(self.trained[name]).state
+                    state[self.trained[name]][key] = value.to(self.device).clone()
         self.step = checkpoint.step
         self.record.restore(self.step, checkpoint.notes["record"])
         log.info("going on from step %d in %s", self.step, self.folder)
+
+    def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        return next(
+            optimizer
+            for optimizer in self.optimizers
+            if any(parameter is p for group in optimizer.param_groups for p in group["params"])
+        )
 
     def _kept(self) -> dict[str, Tensor]:
         """What training changes: trained parameters, and buffers."""
@@ -314,6 +320,22 @@ class _Run:
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _optimizers(
+    groups: list[dict[str, Any]], options: FitOptions, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the groups that ask for it."""
+    by_muon = [group for group in groups if group.get("muon")]
+    others = [group for group in groups if not group.get("muon")]
+    found: list[torch.optim.Optimizer] = []
+    if others:
+        fused = device.type in ("cpu", "cuda")
+        found.append(torch.optim.AdamW(others, lr=options.lr, betas=options.betas, fused=fused))
+    if by_muon:
+        # An update as large as AdamW's, so that one learning rate fits both.
+        found.append(torch.optim.Muon(by_muon, lr=options.lr, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def _plain(options: FitOptions) -> dict[str, Any]:

@@ -164,10 +164,10 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | No
 
 
 def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: Tensor) -> Tensor:
-    """Dense contrast: each labelled patch finds its phrase among all phrases of the batch.
+    """Dense contrast: what stands in an image finds its phrase among all phrases, as a whole and patch by patch.
 
-    The mean is over the patches of an object first (an object: the patches of one image with one phrase), then over
-    objects, so large objects do not outweigh small ones.
+    An object is the patches of one image with one phrase. As a whole it is the mean of its patches; that counts twice
+    as much as its single patches, whose mean is taken first, so that large objects do not outweigh small ones.
 
     Args:
         patches: [B, N, E], of any length; normalised here.
@@ -180,12 +180,22 @@ def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: T
     """
     count = len(phrases)
     image, place = (target >= 0).nonzero(as_tuple=True)  # of the K labelled patches
-    wanted = target[image, place]  # [K]
-    labelled = F.normalize(patches[image, place].float(), dim=-1)  # [K, E]
-    cosine = _matmul(labelled, F.normalize(phrases.float(), dim=-1).mT)  # [K, P]
-    each = F.cross_entropy(
-        cosine * logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(), wanted, reduction="none"
-    )  # [K]
-    patches_of = torch.bincount(image * count + wanted, minlength=len(patches) * count)  # [B * P]
-    weight = 1 / patches_of[image * count + wanted]
-    return (each * weight).sum() / (patches_of > 0).sum().clamp(min=1)
+    labelled = patches[image, place].float()  # [K, E]
+    objects, owner, sizes = torch.unique(
+        image * count + target[image, place], return_inverse=True, return_counts=True
+    )  # O objects; the object of each patch; patches of each object
+    weight = 1 / sizes[owner]  # [K]
+    whole = labelled.new_zeros(len(objects), labelled.shape[1]).index_add(
+        0, owner, labelled * weight[:, None]
+    )
+    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    names = F.normalize(phrases.float(), dim=-1).mT  # [E, P]
+
+    def cost(features: Tensor, wanted: Tensor) -> Tensor:
+        logits = _matmul(F.normalize(features, dim=-1), names) * scale
+        return F.cross_entropy(logits, wanted, reduction="none")
+
+    each = cost(labelled, target[image, place]) * weight  # [K]
+    total: Tensor = 2 * cost(whole, objects % count).sum() + each.sum()
+    mean: Tensor = total / (3 * max(1, len(objects)))
+    return mean

@@ -9,74 +9,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.layers import FeedForward, attend, merge_heads
 from blip2.model import Blip2, Blip2Matcher
 from blip2.opt import Opt
 from blip2.qformer import Layer
 from blip2.train import losses
 from blip2.train.loop import Task
-from blip2.vision import ImageEncoder
+from blip2.vision import Block, ImageEncoder
 
 Batch = Mapping[str, Tensor]
 
 
-class TextBlock(nn.Module):
-    """One pre-norm transformer block over text, bidirectional."""
+class WordBag(nn.Module):
+    """The simplest text encoder: the mean of a text's word embeddings.
 
-    def __init__(self, width: int, heads: int) -> None:
+    It costs next to nothing, so that every name there is can stand against every image.
+    """
+
+    def __init__(self, vocabulary: int, embedding: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = FeedForward(width, 4 * width, "gelu")
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: [B, T, W]; mask: bool [B, 1, 1, T]."""
-        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.projection(merge_heads(attend(query, key, value, mask)))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-
-class TextTower(nn.Module):
-    """A small text encoder, the counterpart of the image encoder in contrastive pre-training."""
-
-    def __init__(
-        self, vocabulary: int, width: int, layers: int, heads: int, positions: int, embedding: int
-    ) -> None:
-        """`positions`: the longest text in tokens; `embedding`: width of what it gives."""
-        super().__init__()
-        self.words = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(positions, width)
-        self.layers = nn.ModuleList(TextBlock(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, embedding, bias=False)
+        self.words = nn.Embedding(vocabulary, embedding)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids int64 and mask [B, T] -> [B, E], the mean over the text's positions, not normalised."""
-        x = self.words(ids) + self.positions.weight[: ids.shape[1]]
-        seen = mask.bool()
-        for layer in self.layers:
-            x = layer(x, seen[:, None, None, :])
-        weight = mask.to(x.dtype).unsqueeze(-1)
-        mean = (self.norm(x) * weight).sum(1) / weight.sum(1).clamp(min=1)
-        out: Tensor = self.projection(mean)
+        """ids int64 and mask [B, T] -> [B, E], not normalised."""
+        weight = mask.float().unsqueeze(-1)
+        out: Tensor = (self.words(ids) * weight).sum(1) / weight.sum(1).clamp(min=1)
         return out
 
 
 class ImageTextEncoders(nn.Module):
     """Image encoder and text encoder that meet in one space, E wide."""
 
-    def __init__(self, vision: ImageEncoder, text: TextTower) -> None:
+    def __init__(self, vision: ImageEncoder, text: WordBag) -> None:
         super().__init__()
-        width, shared = vision.config.hidden_size, text.projection.out_features
+        width, shared = vision.config.hidden_size, text.words.embedding_dim
         self.vision, self.text = vision, text
         self.image_projection = nn.Linear(width, shared, bias=False)
         self.patch_projection = nn.Linear(width, shared, bias=False)
@@ -94,9 +65,25 @@ class ContrastivePretrain(Task):
     patches to encode, the others being left out to train faster.
     """
 
-    def __init__(self, encoders: ImageTextEncoders, *, region_weight: float = 1.0) -> None:
+    def __init__(
+        self, encoders: ImageTextEncoders, *, clip_weight: float = 0.25, muon_scale: float = 6.0
+    ) -> None:
+        """`muon_scale`: the encoder's matrices are trained by Muon, at so many times the learning rate of the rest."""
         self.module = self.encoders = encoders
-        self.region_weight = region_weight
+        self.clip_weight, self.muon_scale = clip_weight, muon_scale
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        named = dict(self.module.named_parameters())
+        matrices = [name for name, p in named.items() if name.startswith("vision.layers.") and p.ndim == 2]
+        return [
+            {
+                "params": [named[name] for name in matrices],
+                "weight_decay": weight_decay,
+                "muon": True,
+                "lr_scale": self.muon_scale,
+            },
+            {"params": [p for name, p in named.items() if name not in matrices], "weight_decay": 0.0},
+        ]
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         both = self.encoders
@@ -111,7 +98,7 @@ class ContrastivePretrain(Task):
         )
         phrases = both.text(batch["phrase_ids"], batch["phrase_mask"])  # [P, E]
         region = losses.region_loss(patches, phrases, regions, both.patch_scale)
-        return {"loss": clip + self.region_weight * region, "clip": clip, "region": region}
+        return {"loss": region + self.clip_weight * clip, "clip": clip, "region": region}
 
 
 class LanguagePretrain(Task):
@@ -134,6 +121,40 @@ class LanguagePretrain(Task):
         wanted = targets != losses.IGNORED
         logits = self.language.head(hidden[wanted])  # [K, V]: only where something is to be predicted
         return {"loss": F.cross_entropy(logits.float(), targets[wanted])}
+
+
+def mimetic(vision: ImageEncoder, seed: int) -> None:
+    """Start an image encoder as trained ones look: it learns from far fewer images. In place.
+
+    Queries meet keys of like positions, values are handed on with their sign turned; position embeddings are sines and
+    cosines of row and column. Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width, grid = vision.config.hidden_size, vision.config.grid
+    heads = vision.config.num_attention_heads
+    size = width // heads
+
+    def near_identity(noise: float, identity: float) -> tuple[Tensor, Tensor, Tensor]:
+        drawn = torch.randn(width, width, generator=generator) * noise / math.sqrt(width)
+        left, values, right = torch.linalg.svd(drawn + identity * torch.eye(width))
+        return left, values.sqrt(), right
+
+    with torch.no_grad():
+        for layer in vision.layers:
+            assert isinstance(layer, Block)
+            query, key, value = layer.self_attn.qkv.weight.chunk(3)
+            for head in range(heads):
+                left, root, right = near_identity(0.7, 0.7)
+                rows = slice(head * size, (head + 1) * size)
+                query[rows] = (left[:, :size] * root[:size]).mT
+                key[rows] = right[:size] * root[:size, None]
+            left, root, right = near_identity(0.4, -0.4)
+            value.copy_(root[:, None] * right)
+            layer.self_attn.projection.weight.copy_(left * root)
+        angles = torch.arange(float(grid))[:, None] / 100 ** (torch.arange(width // 4) / (width // 4))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, W / 2]
+        rows_and_columns = [waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)]
+        vision.position_embedding[0, 1:] = 0.3 * torch.cat(rows_and_columns, dim=-1).flatten(0, 1)
 
 
 def initialise(module: nn.Module, seed: int, *, std: float = 0.02) -> None:

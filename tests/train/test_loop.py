@@ -47,6 +47,15 @@ class Toy(Task):
         return {"loss": (out - x.sum(1, keepdim=True)).pow(2).mean(), "size": out.abs().mean()}
 
 
+class ByMuon(Toy):
+    """The same with two matrices trained by Muon."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        matrices = [p for p in self.module.parameters() if p.ndim == 2]
+        others = [p for p in self.module.parameters() if p.ndim < 2 and p.requires_grad]
+        return [{"params": matrices, "muon": True, "lr_scale": 2.0}, {"params": others, "weight_decay": 0.0}]
+
+
 def options(steps: int = 24, **changes: Any) -> FitOptions:
     base = {"lr": 0.01, "log_every": 3, "save_every_steps": 2, "warmup_steps": 4, "accumulate": 2}
     return FitOptions(steps=steps, **(base | changes))
@@ -112,7 +121,9 @@ def test_killed_again_and_again(straight: Any, tmp_path: Path) -> None:
         before = saves.checkpoints(tmp_path)
         child = start(tmp_path, delay_s=0.001)
         # However slow the machine, every life gets one checkpoint further, and then a little.
-        wait_until(lambda old=before, life=child: saves.checkpoints(tmp_path) != old or life.exitcode is not None)
+        wait_until(
+            lambda old=before, life=child: saves.checkpoints(tmp_path) != old or life.exitcode is not None
+        )
         child.join(moments.uniform(0.0, 0.02))
         if child.exitcode is not None:
             assert child.exitcode == 0
@@ -126,6 +137,15 @@ def test_killed_again_and_again(straight: Any, tmp_path: Path) -> None:
     fit(task, Noise(), options(), tmp_path)  # nothing is left to do: it takes up the last checkpoint
     same_as(straight, tmp_path, task)
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_muon_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    straight, again = ByMuon(), ByMuon()
+    assert fit(straight, Noise(), options(), tmp_path).finished
+    saves.checkpoints(tmp_path)[-1].unlink()  # as if the run had been killed before its end
+    assert fit(again, Noise(), options(), tmp_path).finished
+    for name, tensor in straight.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name]), name
 
 
 def test_data_processes_change_nothing(straight: Any, tmp_path: Path) -> None:

@@ -149,8 +149,10 @@ def test_region_loss_weighs_objects_equally() -> None:
         for phrase in range(3):
             places = [n for n in range(6) if target[image, n] == phrase]
             if places:
-                logs = log_softmax(math.e * a[image, places] @ p.T)
-                objects.append(-logs[:, phrase].mean())
+                each = -log_softmax(math.e * a[image, places] @ p.T)[:, phrase].mean()
+                whole = patches[image, places].mean(0).numpy()
+                as_one = -log_softmax(math.e * (whole / np.linalg.norm(whole))[None] @ p.T)[0, phrase]
+                objects.append((each + 2 * as_one) / 3)
     ours = losses.region_loss(patches, phrases, target, scale)
     assert len(objects) == 4
     assert ours.item() == pytest.approx(float(np.mean(objects)), rel=1e-5)

@@ -17,8 +17,9 @@ from blip2.train.pretrain import (
     ContrastivePretrain,
     ImageTextEncoders,
     LanguagePretrain,
-    TextTower,
+    WordBag,
     initialise,
+    mimetic,
     qformer_from_matcher,
 )
 from blip2.train.recipes import coco_caption, coco_retrieval, stage1, stage2
@@ -241,7 +242,7 @@ def test_fine_tuning(tmp_path: Path, train_language: bool) -> None:
 
 
 def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
-    encoders = ImageTextEncoders(ImageEncoder(VISION), TextTower(30, 32, 1, 2, positions=8, embedding=16))
+    encoders = ImageTextEncoders(ImageEncoder(VISION), WordBag(30, embedding=16))
     initialise(encoders, 0, std=0.1)
     ids, mask = texts()
     regions = torch.full((B, 16), -1)
@@ -255,17 +256,53 @@ def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
         "phrase_mask": mask[:3, :3],
         "regions": regions,
     }
-    first, last = learn(ContrastivePretrain(encoders), batch, tmp_path)
-    assert last < 0.2 * first
+    task = ContrastivePretrain(encoders, muon_scale=1.0)
+    first, last = learn(task, batch, tmp_path)
+    assert last < 0.3 * first
+    keep = torch.arange(10).expand(B, -1)
+    part = task.losses(batch | {"keep": keep}, generator())
+    seen = encoders.vision(pixels(), keep=keep)
+    assert seen.shape[1] == 11
+    whole = losses.region_loss(
+        encoders.patch_projection(seen[:, 1:]),
+        encoders.text(ids[:3, :3], mask[:3, :3]),
+        regions[:, :10],
+        encoders.patch_scale,
+    )
+    assert part["region"].item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_muon_trains_the_matrices_of_the_blocks() -> None:
+    task = ContrastivePretrain(ImageTextEncoders(ImageEncoder(VISION), WordBag(30, embedding=16)))
+    by_muon, rest = task.parameter_groups(0.05)
+    assert by_muon["muon"] and all(p.ndim == 2 for p in by_muon["params"])
+    assert len(by_muon["params"]) == 4 * VISION.num_hidden_layers
+    assert len(by_muon["params"]) + len(rest["params"]) == len(list(task.module.parameters()))
 
 
 def test_padding_changes_no_text() -> None:
-    tower = TextTower(30, 32, 1, 2, positions=8, embedding=16)
-    initialise(tower, 0)
+    bag = WordBag(30, embedding=16)
+    initialise(bag, 0)
     ids, mask = texts()
-    torch.testing.assert_close(
-        tower(ids[1:2, :4], mask[1:2, :4]), tower(ids, mask)[1:2], atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(bag(ids[1:2, :4], mask[1:2, :4]), bag(ids, mask)[1:2], atol=1e-6, rtol=1e-5)
+
+
+def test_mimetic_start() -> None:
+    """Queries meet like keys, values turn their sign, rows and columns of patches can be told apart."""
+    encoder = ImageEncoder(VisionConfig(64, 128, 2, 2, image_size=32, patch_size=4))
+    initialise(encoder, 0)
+    mimetic(encoder, 0)
+    width = 64
+    for layer in encoder.layers:
+        query, key, value = layer.self_attn.qkv.weight.chunk(3)
+        half = width // 2  # of the first head
+        meeting = query[:half].mT @ key[:half]
+        assert meeting.diagonal().mean() > 5 * meeting.fill_diagonal_(0).mean().abs()
+        handed_on = layer.self_attn.projection.weight @ value
+        assert -0.6 < handed_on.diagonal().mean() < -0.2
+    places = encoder.position_embedding[0, 1:]
+    assert torch.pdist(places).min() > 0.1
+    assert (encoder.position_embedding[0, 0].abs() <= 0.04).all()
 
 
 def test_language_pre_training_learns(tmp_path: Path) -> None:
