@@ -74,8 +74,8 @@ _COMMON = FitOptions(
     steps=1, weight_decay=0.05, warmup_steps=100, precision="bf16", workers=1, save_every_s=120
 )
 
-VISION_HALVED = 10_500  # of the steps, those on half of the patches
-VISION_OPTIONS = replace(_COMMON, steps=12_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
+VISION_HALVED = 7_900  # of the steps, those on half of the patches
+VISION_OPTIONS = replace(_COMMON, steps=9_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
 LANGUAGE_OPTIONS = replace(_COMMON, steps=1200, lr=1.5e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=600, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)
