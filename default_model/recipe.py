@@ -74,6 +74,7 @@ _COMMON = FitOptions(
     steps=1, weight_decay=0.05, warmup_steps=100, precision="bf16", workers=1, save_every_s=120
 )
 
+MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
 VISION_HALVED = 7_900  # of the steps, those on half of the patches
 VISION_OPTIONS = replace(_COMMON, steps=9_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
 LANGUAGE_OPTIONS = replace(_COMMON, steps=1200, lr=1.5e-3, min_lr=1e-5)

@@ -86,14 +86,21 @@ def train_vision(folder: Path, steps: int | None, device: str) -> None:
     encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.vocabulary, embedding=192))
     initialise(encoders, seed=0)
     mimetic(encoders.vision, seed=0)
-    _train(ContrastivePretrain(encoders), data, recipe.VISION_OPTIONS, folder / "vision", steps, device)
+    _train(
+        ContrastivePretrain(encoders, muon_scale=recipe.MUON_SCALE),
+        data,
+        recipe.VISION_OPTIONS,
+        folder / "vision",
+        steps,
+        device,
+    )
 
 
 def train_language(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
     language = Opt(recipe.language_config(len(words.language), words.newline))
     initialise(language, seed=1)
-    task = LanguagePretrain(language)
+    task = LanguagePretrain(language, muon_scale=recipe.MUON_SCALE)
     _train(task, TextBatches(folder, words), recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
 
 
@@ -102,7 +109,7 @@ def train_stage1(folder: Path, steps: int | None, device: str) -> None:
     matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
     initialise(matcher, seed=2)
     _load(matcher.vision, folder / "vision", "vision.")
-    task = Stage1(matcher, words.dec)
+    task = Stage1(matcher, words.dec, muon_scale=recipe.MUON_SCALE)
     _train(task, MatchBatches(folder, words), recipe.STAGE1_OPTIONS, folder / "stage1", steps, device)
 
 
@@ -124,7 +131,14 @@ def train_stage2(folder: Path, steps: int | None, device: str, *, name: str = "s
         matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
         _load(matcher, folder / "stage1")
         qformer_from_matcher(matcher, model)
-    _train(Stage2(model), CaptionBatches(folder, words), recipe.STAGE2_OPTIONS, folder / name, steps, device)
+    _train(
+        Stage2(model, muon_scale=recipe.MUON_SCALE),
+        CaptionBatches(folder, words),
+        recipe.STAGE2_OPTIONS,
+        folder / name,
+        steps,
+        device,
+    )
 
 
 def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
@@ -136,7 +150,7 @@ def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     model = _generator(folder, words)
     _load(model, folder / "stage2")
     model.language.tie()
-    task = Finetune(model, vision_layer_decay=0.8)
+    task = Finetune(model, vision_layer_decay=0.8, muon_scale=recipe.MUON_SCALE)
     _train(
         task, InstructionBatches(folder, words), recipe.FINETUNE_OPTIONS, folder / "finetune", steps, device
     )

@@ -20,6 +20,7 @@ from blip2.opt import Opt
 from blip2.qformer import Layer
 from blip2.train import losses
 from blip2.train.loop import Task
+from blip2.train.tasks import layerwise_groups
 from blip2.vision import Block, ImageEncoder
 
 Batch = Mapping[str, Tensor]
@@ -108,8 +109,12 @@ class LanguagePretrain(Task):
     -100 = no target (absent: every token that is no padding).
     """
 
-    def __init__(self, language: Opt) -> None:
+    def __init__(self, language: Opt, *, muon_scale: float | None = None) -> None:
         self.module = self.language = language
+        self.muon_scale = muon_scale
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")

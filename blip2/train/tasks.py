@@ -35,6 +35,7 @@ class Stage1(Task):
         *,
         train_vision: bool = False,
         vision_layer_decay: float = 1.0,
+        muon_scale: float | None = None,
     ) -> None:
         """`dec_token_id`: the text vocabulary's [DEC], which begins a text to be generated."""
         if matcher.temp is None or matcher.itg_head is None:
@@ -44,7 +45,7 @@ class Stage1(Task):
         self.module = self.matcher = matcher
         self.temp = matcher.temp
         self.dec_token_id = dec_token_id
-        self.vision_layer_decay = vision_layer_decay
+        self.vision_layer_decay, self.muon_scale = vision_layer_decay, muon_scale
         _train_only(
             matcher,
             [matcher]
@@ -57,7 +58,7 @@ class Stage1(Task):
         _set_modes(self.module)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay)
+        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         matcher, ids, mask = self.matcher, batch["ids"], batch["mask"]
@@ -95,16 +96,16 @@ class Stage2(Task):
     order), so that an image with several texts is encoded once.
     """
 
-    def __init__(self, model: Blip2) -> None:
+    def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:
         self.module = self.model = model
-        self.vision_layer_decay = 1.0
+        self.vision_layer_decay, self.muon_scale = 1.0, muon_scale
         _train_only(model, [model.qformer, model.projection])
 
     def train_mode(self) -> None:
         _set_modes(self.module)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay)
+        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         features = _features(self.model.vision, batch)
@@ -124,9 +125,14 @@ class Finetune(Stage2):
     """
 
     def __init__(
-        self, model: Blip2, *, vision_layer_decay: float = 1.0, train_language: bool = False
+        self,
+        model: Blip2,
+        *,
+        vision_layer_decay: float = 1.0,
+        train_language: bool = False,
+        muon_scale: float | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, muon_scale=muon_scale)
         self.vision_layer_decay = vision_layer_decay
         _train_only(
             model,
@@ -135,17 +141,18 @@ class Finetune(Stage2):
 
 
 def layerwise_groups(
-    module: nn.Module, weight_decay: float, vision_layer_decay: float
+    module: nn.Module, weight_decay: float, vision_layer_decay: float = 1.0, muon_scale: float | None = None
 ) -> list[dict[str, Any]]:
-    """Trained parameters grouped by weight decay and learning rate.
+    """Trained parameters grouped by weight decay, learning rate and optimizer.
 
     Block i of the image encoder's n learns at decay ** (n - i) times the rate, what comes before the blocks at
-    decay ** (n + 1), everything after them at the full rate. As LAVIS does.
+    decay ** (n + 1), everything after them at the full rate. As LAVIS does. With `muon_scale` the matrices of all
+    blocks are trained by Muon, at so many times their rate.
     """
     depth = 1 + max(
         (int(name.split(".")[2]) for name, _ in module.named_parameters() if _in_block(name)), default=-1
     )
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -154,9 +161,14 @@ def layerwise_groups(
             layer = int(name.split(".")[2]) + 1
         elif name.startswith("vision.") and not name.startswith("vision.post_layernorm."):
             layer = 0
-        scale = vision_layer_decay ** (depth + 1 - layer)
-        groups.setdefault((scale, weight_decay if decays(name, parameter) else 0.0), []).append(parameter)
-    return [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
+        muon = muon_scale is not None and parameter.ndim == 2 and "layers." in name
+        scale = vision_layer_decay ** (depth + 1 - layer) * (muon_scale or 1.0 if muon else 1.0)
+        key = scale, weight_decay if decays(name, parameter) else 0.0, muon
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay, "muon": muon}
+        for (scale, decay, muon), parameters in groups.items()
+    ]
 
 
 def _in_block(name: str) -> bool:

@@ -190,6 +190,20 @@ def test_retrieval_fine_tuning_trains_the_image_encoder(tmp_path: Path) -> None:
     assert full["lr_scale"] == 1
 
 
+def test_muon_gets_the_trained_matrices_of_blocks_and_nothing_else(tmp_path: Path) -> None:
+    model = matcher()
+    task = Stage1(model, DEC, muon_scale=4.0)
+    named = {id(p): name for name, p in model.named_parameters()}
+    groups = task.parameter_groups(0.05)
+    by_muon = {named[id(p)] for g in groups if g["muon"] for p in g["params"]}
+    assert all(g["lr_scale"] == (4.0 if g["muon"] else 1.0) for g in groups)
+    assert by_muon == {
+        name for name, p in model.named_parameters() if name.startswith("qformer.layers.") and p.ndim == 2
+    }
+    first, last = learn(task, matching_batch(), tmp_path)
+    assert last < first
+
+
 def test_a_matcher_without_itg_cannot_be_trained() -> None:
     config = MatcherConfig(VISION, dataclasses.replace(QFORMER, use_qformer_text_input=True), 3, 16)
     with pytest.raises(ValueError, match="itg=True"):
