@@ -56,16 +56,7 @@ def matcher_config(vocab_size: int) -> MatcherConfig:
 
 def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
     """The model that captions and answers."""
-    qformer = QFormerConfig(
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        intermediate_size=768,
-        hidden_dropout_prob=0.0,
-        max_position_embeddings=64,
-        cross_attention_frequency=1,
-        encoder_hidden_size=VISION.hidden_size,
-    )
+    qformer = replace(qformer_config(QFormerConfig().vocab_size), use_qformer_text_input=False)
     return Blip2Config(VISION, qformer, language, QUERIES, image_token_id)
 
 
