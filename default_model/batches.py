@@ -18,6 +18,7 @@ from default_model.materials import Cutouts, read_table
 from default_model.scenes import SHAPES, Composer, Scene
 
 IGNORED = -100
+CROWDED = (12, 18, 28, 42)  # more things to name for the same work
 EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
 PROCESSING = ImageProcessing(size=recipe.IMAGE_PX)
 
@@ -71,8 +72,11 @@ class _Seeded:
 class Pictures:
     """Scenes, and with a share of easy-VQA's training images among them. Read when first used, in the data process."""
 
-    def __init__(self, folder: Path, easy_share: float) -> None:
-        self.folder, self.easy_share = folder, easy_share
+    def __init__(
+        self, folder: Path, easy_share: float, objects: tuple[int, int, int, int] | None = None
+    ) -> None:
+        """`objects`: how often a scene has one to four objects, if not as often as the composer would have it."""
+        self.folder, self.easy_share, self.objects = folder, easy_share, objects
         self.composer: Composer | None = None
         self.easy: list[easyvqa.EasyImage] = []
 
@@ -82,7 +86,8 @@ class Pictures:
             self.easy = easyvqa.load(self.folder, "train") if self.easy_share else []
         if rng.random() < self.easy_share:
             return rng.choice(self.easy)
-        return self.composer.compose(rng.getrandbits(48), "train")
+        objects = rng.choices((1, 2, 3, 4), self.objects)[0] if self.objects else None
+        return self.composer.compose(rng.getrandbits(48), "train", objects=objects)
 
 
 def pixels_of(pictures: list[Scene | easyvqa.EasyImage]) -> Tensor:
@@ -99,7 +104,8 @@ class VisionBatches:
     def __init__(self, folder: Path, whole_from: int, batch: int = 64) -> None:
         """`whole_from`: batches before this one keep only half of the patches, which takes half of the time."""
         self.batch, self.whole_from = batch, whole_from
-        self.pictures, self.seeded = Pictures(folder, 0.0), _Seeded("vision")
+        self.full, self.seeded = Pictures(folder, 0.0, CROWDED), _Seeded("vision")
+        self.plain = Pictures(folder, 0.0)
         named = {_phrase(row.noun, row.colour) for row in read_table()}
         named |= {_phrase(shape, colour) for shape in SHAPES for colour in COLOURS}
         self.phrases = {phrase: i for i, phrase in enumerate(sorted(named))}
@@ -114,7 +120,8 @@ class VisionBatches:
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
-        scenes = [s for s in (self.pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
+        pictures = self.full if position < self.whole_from else self.plain
+        scenes = [s for s in (pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
         regions = torch.full((len(scenes), recipe.VISION.grid**2), -1)
         texts = [[_phrase(placed.noun, placed.colour) for placed in scene.objects] for scene in scenes]
         for row, scene, named in zip(regions, scenes, texts, strict=True):

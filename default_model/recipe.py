@@ -11,10 +11,10 @@ IMAGE_PX = 128
 QUERIES = 16
 
 VISION = VisionConfig(
-    hidden_size=256,
-    intermediate_size=1024,
+    hidden_size=192,
+    intermediate_size=768,
     num_hidden_layers=6,
-    num_attention_heads=4,
+    num_attention_heads=3,
     image_size=IMAGE_PX,
     patch_size=16,
 )
@@ -61,13 +61,11 @@ def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
 
 
 # Steps fit two cores in about an hour and a half altogether. Batches are in batches.py beside what they hold.
-_COMMON = FitOptions(
-    steps=1, weight_decay=0.05, warmup_steps=100, precision="bf16", workers=1, save_every_s=120
-)
+_COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, save_every_s=120)
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
-VISION_HALVED = 7_900  # of the steps, those on half of the patches
-VISION_OPTIONS = replace(_COMMON, steps=9_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
+VISION_HALVED = 4_750  # of the steps, those on half of the patches
+VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
 LANGUAGE_OPTIONS = replace(_COMMON, steps=1200, lr=1.5e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=600, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)

@@ -18,6 +18,7 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -67,7 +68,10 @@ def main() -> None:
 def _train(
     task: Task, data: Dataset, options: FitOptions, folder: Path, steps: int | None, device: str
 ) -> None:
-    result = fit(task, data, replace(options, steps=steps or options.steps, device=device), folder)
+    # Many CPUs have no bfloat16 of their own and take ten times as long in it.
+    precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" else "bf16"
+    options = replace(options, steps=steps or options.steps, device=device, precision=precision)
+    result = fit(task, data, options, folder)
     if not result.finished:
         raise SystemExit(f"stopped at step {result.step}; repeat the command to go on")
     save_file(

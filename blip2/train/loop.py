@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from blip2.train import plots, saves
+from blip2.train.muon import Muon
 from blip2.train.record import Record, TrainingError
 
 Batch = Any  # what the dataset gives and the task takes: a dict of tensors, mostly
@@ -333,8 +334,7 @@ def _optimizers(
         fused = device.type in ("cpu", "cuda")
         found.append(torch.optim.AdamW(others, lr=options.lr, betas=options.betas, fused=fused))
     if by_muon:
-        # An update as large as AdamW's, so that one learning rate fits both.
-        found.append(torch.optim.Muon(by_muon, lr=options.lr, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon(by_muon, lr=options.lr))
     return found
 
 
