@@ -101,9 +101,9 @@ class VisionBatches:
     The words of the texts are the words of the nouns and colours, and every phrase is a word besides.
     """
 
-    def __init__(self, folder: Path, whole_from: int, batch: int = 64) -> None:
-        """`whole_from`: batches before this one keep only half of the patches, which takes half of the time."""
-        self.batch, self.whole_from = batch, whole_from
+    def __init__(self, folder: Path, crowded: int, halved: int, batch: int = 64) -> None:
+        """`crowded`: so many batches are of crowded scenes. `halved`: so many keep half of the patches, in half the time."""
+        self.batch, self.crowded, self.halved = batch, crowded, halved
         self.full, self.seeded = Pictures(folder, 0.0, CROWDED), _Seeded("vision")
         self.plain = Pictures(folder, 0.0)
         named = {_phrase(row.noun, row.colour) for row in read_table()}
@@ -120,7 +120,7 @@ class VisionBatches:
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
-        pictures = self.full if position < self.whole_from else self.plain
+        pictures = self.full if position < self.crowded else self.plain
         scenes = [s for s in (pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
         regions = torch.full((len(scenes), recipe.VISION.grid**2), -1)
         texts = [[_phrase(placed.noun, placed.colour) for placed in scene.objects] for scene in scenes]
@@ -137,7 +137,7 @@ class VisionBatches:
             "phrase_ids": self.phrase_ids,
             "phrase_mask": self.phrase_mask,
             "regions": regions,
-            **({"keep": half(regions, rng)} if position < self.whole_from else {}),
+            **({"keep": half(regions, rng)} if position < self.halved else {}),
         }
 
     def _encode(self, texts: list[list[str]]) -> tuple[Tensor, Tensor]:

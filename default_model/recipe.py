@@ -64,9 +64,10 @@ def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
 _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, save_every_s=120)
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
+VISION_CROWDED = 3_750  # of the steps, those on scenes of more things than the other stages have
 VISION_HALVED = 4_750  # of the steps, those on half of the patches
 VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
-LANGUAGE_OPTIONS = replace(_COMMON, steps=1200, lr=1.5e-3, min_lr=1e-5)
-STAGE1_OPTIONS = replace(_COMMON, steps=600, lr=1e-3, min_lr=1e-5)
+LANGUAGE_OPTIONS = replace(_COMMON, steps=900, lr=1e-3, min_lr=1e-5)
+STAGE1_OPTIONS = replace(_COMMON, steps=700, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)
-FINETUNE_OPTIONS = replace(_COMMON, steps=1000, lr=5e-4, min_lr=1e-6)
+FINETUNE_OPTIONS = replace(_COMMON, steps=1200, lr=5e-4, min_lr=1e-6)

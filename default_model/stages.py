@@ -86,7 +86,7 @@ def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
 
 
 def train_vision(folder: Path, steps: int | None, device: str) -> None:
-    data = VisionBatches(folder, recipe.VISION_HALVED)
+    data = VisionBatches(folder, recipe.VISION_CROWDED, recipe.VISION_HALVED)
     encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.vocabulary, embedding=192))
     initialise(encoders, seed=0)
     mimetic(encoders.vision, seed=0)
