@@ -102,7 +102,7 @@ class VisionBatches:
     """
 
     def __init__(self, folder: Path, crowded: int, halved: int, batch: int = 64) -> None:
-        """`crowded`: so many batches are of crowded scenes. `halved`: so many keep half of the patches, in half the time."""
+        """`crowded`: so many batches are of crowded scenes. `halved`: so many keep half of the patches, for speed."""
         self.batch, self.crowded, self.halved = batch, crowded, halved
         self.full, self.seeded = Pictures(folder, 0.0, CROWDED), _Seeded("vision")
         self.plain = Pictures(folder, 0.0)

@@ -70,4 +70,4 @@ VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_step
 LANGUAGE_OPTIONS = replace(_COMMON, steps=900, lr=1e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=700, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)
-FINETUNE_OPTIONS = replace(_COMMON, steps=1200, lr=5e-4, min_lr=1e-6)
+FINETUNE_OPTIONS = replace(_COMMON, steps=1000, lr=5e-4, min_lr=1e-6)
