@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
 from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.names import from_hugging_face
-from blip2.config import Blip2Config, MatcherConfig, read_config
+from blip2.checkpoint.names import COPIES, from_hugging_face
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
@@ -44,7 +44,13 @@ DROPPED = frozenset(
         "language_model.model.decoder.version",
     }
 )
-_HEAD, _WORDS = "language.lm_head.weight", "language.embed_tokens.weight"
+_HEAD, _OPT_WORDS, _T5_WORDS = (
+    "language.lm_head.weight",
+    "language.embed_tokens.weight",
+    "language.shared.weight",
+)
+# T5's matrices that overflow in fp16, whose range ends at 65504. Kept in fp32 as transformers keeps them.
+_OVERFLOWS = ".DenseReluDense.wo.weight"
 # What runs together and therefore has one dtype. Between parts the model converts what it passes on.
 _PARTS: Mapping[str, str] = {
     "vision": "vision",
@@ -79,7 +85,7 @@ def load_model(
 
     Args:
         path: a folder with config.json and safetensors, the tensor file in such a folder, or a name on the Hub.
-        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64". None: as stored, where each of image
+        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" (but for some of T5's, see `t5`) or "fp64". None: as stored, where each of image
             encoder, Q-Former and language model with its projection has the dtype most of its stored values have.
         device: where the weights go.
         revision: branch, tag or commit of a model on the Hub.
@@ -146,8 +152,9 @@ def build(
     names = dict(names)
     model: Blip2 | Blip2Matcher
     if isinstance(config, Blip2Config):
-        tied = _share_head(tensors, names)
-        words = _vocabulary(tensors, names, _WORDS, config.language.vocab_size)
+        embeddings = _OPT_WORDS if isinstance(config.language, OptConfig) else _T5_WORDS
+        tied = _share_head(tensors, names, embeddings)
+        words = _vocabulary(tensors, names, embeddings, config.language.vocab_size)
         language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
         with torch.device("meta"), Unfilled():
             model = Blip2(replace(config, language=language))
@@ -166,10 +173,12 @@ def build(
     for ours, stored in names.items():
         if not (tied and ours == _HEAD):
             target = dtypes[_part(ours)]
+            if target == torch.float16 and ours.endswith(_OVERFLOWS):
+                target = torch.float32
             as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
             state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
     if tied:
-        state[_HEAD] = state[_WORDS]
+        state[_HEAD] = state[embeddings]
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
         assert isinstance(model, Blip2)
@@ -177,12 +186,18 @@ def build(
     return model.eval()
 
 
-def _our_names(tensors: Iterable[str]) -> dict[str, str]:
+def _our_names(tensors: Tensors) -> dict[str, str]:
     """Our names for a file's tensors."""
-    names, spare = {}, []
-    for stored in tensors:
-        ours = from_hugging_face(stored)
-        if ours is not None:
+    names: dict[str, str] = {}
+    spare = []
+    for stored in sorted(tensors, key=COPIES.__contains__):
+        ours = COPIES.get(stored) or from_hugging_face(stored)
+        if ours is not None and ours in names:
+            if not _equal(tensors, names[ours], stored):
+                raise CheckpointError(
+                    f"the file holds {stored} and {names[ours]}, which differ; they must be one and the same"
+                )
+        elif ours is not None:
             names[ours] = stored
         elif stored not in DROPPED:
             spare.append(stored)
@@ -193,15 +208,17 @@ def _our_names(tensors: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _share_head(tensors: Tensors, names: dict[str, str]) -> bool:
+def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> bool:
     """Whether the head is the word embeddings' weight: absent, or stored and equal. One that differs counts."""
-    stored = [name for name in (_HEAD, _WORDS) if name in names]
+    stored = [name for name in (_HEAD, embeddings) if name in names]
     if len(stored) == 1:
-        names[_HEAD] = names[_WORDS] = names[stored[0]]
+        names[_HEAD] = names[embeddings] = names[stored[0]]
         return True
-    if not stored or tensors.info(names[_HEAD]) != tensors.info(names[_WORDS]):
-        return False
-    return torch.equal(tensors[names[_HEAD]], tensors[names[_WORDS]])
+    return bool(stored) and _equal(tensors, names[_HEAD], names[embeddings])
+
+
+def _equal(tensors: Tensors, one: str, other: str) -> bool:
+    return tensors.info(one) == tensors.info(other) and torch.equal(tensors[one], tensors[other])
 
 
 def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, announced: int) -> int:
@@ -216,7 +233,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str,
     problems = []
     if missing:
         problems.append(f"lacks {_listed(missing)}")
-        if all(name in missing for name in expected if name.startswith("language.")) and _WORDS in expected:
+        if all(name in missing for name in expected if name.startswith("language.")) and _HEAD in expected:
             problems.append(
                 "so it has no language model: it is a part of a model, such as its Q-Former alone"
             )

@@ -18,7 +18,7 @@ from torch import Tensor
 from blip2.checkpoint.files import INDEX_FILE, SINGLE_FILE, CheckpointError, TensorInfo, sync, write_tensors
 from blip2.checkpoint.load import Unfilled, parse_dtype
 from blip2.checkpoint.names import to_hugging_face
-from blip2.config import Blip2Config, MatcherConfig, to_hf
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, to_hf
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import TOKENIZER_FILES, Tokenizer
@@ -87,7 +87,7 @@ def save_model(
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
     """The model's tensors under Hugging Face's names, and whether its head is the word embeddings' weight."""
     state = model.state_dict()
-    tied = isinstance(model, Blip2) and model.language.lm_head.weight is model.language.embed_tokens.weight
+    tied = isinstance(model, Blip2) and model.language.tied
     with torch.device("meta"), Unfilled():
         plain = (
             Blip2(model.config)
@@ -121,10 +121,13 @@ def _settings(
             processor["num_query_tokens"] = config.num_query_tokens
         end = language.eos_token_id
         files["generation_config.json"] = {
-            "bos_token_id": language.bos_token_id,
             "eos_token_id": (list(end) or None) if isinstance(end, tuple) else end,
             "pad_token_id": language.pad_token_id,
-        }
+        } | (
+            {"bos_token_id": language.bos_token_id}
+            if isinstance(language, OptConfig)
+            else {"decoder_start_token_id": language.decoder_start_token_id}
+        )
     counts: Counter[torch.dtype] = Counter()
     for entry in info.values():
         counts[entry.dtype] += entry.nbytes
