@@ -100,13 +100,6 @@ _PADDLEMIX: Rules = (
     ("itm_head.", "Qformer.itm_head."),
     ("temp", "temp"),  # [1] for a scalar
 )
-# T5's shared embeddings are stored two more times.
-_T5_COPIES = tuple(
-    f"{model}.{side}.embed_tokens.weight"
-    for model in ("language_model", "t5_model", "language_model.t5")
-    for side in ("encoder", "decoder")
-)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -132,7 +125,7 @@ class Layout:
         """The rules that write a model with these names."""
         names = list(hugging_face_names)
         clip = any(name.startswith("vision_model.pre_layernorm.") for name in names)
-        t5 = "language_model.shared.weight" in names
+        t5 = any(name.startswith("language_model.encoder.") for name in names)
         return (*(self.clip if clip else self.eva), *self.rest, *(self.t5 if t5 else self.opt))
 
     @property
@@ -145,7 +138,7 @@ class Layout:
         return any(name == each or (each.endswith(".") and name.startswith(each)) for each in self.dropped)
 
 
-HUGGING_FACE = Layout("hf", (), (), (), (), (), dropped=_T5_COPIES)
+HUGGING_FACE = Layout("hf", (), (), (), (), ())
 LAVIS = Layout(
     "lavis",
     _EVA,
@@ -153,11 +146,11 @@ LAVIS = Layout(
     _LAVIS_OPT,
     _LAVIS_T5,
     _LAVIS,
-    dropped=(*_BERT_DROPPED, *_T5_COPIES, "opt_model.model.decoder.version"),
+    dropped=(*_BERT_DROPPED, "opt_model.model.decoder.version"),
     split_qkv_bias=True,
 )
 PADDLENLP = Layout(
-    "paddlenlp", (), (), _PADDLE_OPT, _PADDLE_T5, _SAME_IN_PADDLENLP, dropped=_T5_COPIES, transposed=True
+    "paddlenlp", (), (), _PADDLE_OPT, _PADDLE_T5, _SAME_IN_PADDLENLP, transposed=True
 )
 PADDLEMIX = Layout(
     "paddlemix",
@@ -166,7 +159,7 @@ PADDLEMIX = Layout(
     _PADDLE_OPT,
     _PADDLE_T5,
     _PADDLEMIX,
-    dropped=(*_BERT_DROPPED, *_T5_COPIES),
+    dropped=_BERT_DROPPED,
     transposed=True,
 )
 

@@ -6,7 +6,6 @@ as it is built. Do not overwrite a file in place while a model loaded from it li
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
+from blip2.checkpoint.files import CheckpointError, Tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import COPIES, from_hugging_face
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, read_config
+from blip2.checkpoint.source import open_checkpoint, read_json_file
+from blip2.checkpoint.translate import equal_values, read_blocks
+from blip2.config import Blip2Config, MatcherConfig, T5Config, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
-from blip2.text import Tokenizer
+from blip2.text import TOKENIZER_FILES, Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -80,52 +81,64 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
 ) -> Blip2 | Blip2Matcher:
-    """Load a model in Hugging Face's layout, in eval mode.
+    """Load a model in eval mode, from Hugging Face's layout, LAVIS's, PaddleNLP's or PaddleMIX's.
 
     Args:
-        path: a folder with config.json and safetensors, the tensor file in such a folder, or a name on the Hub.
-        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" (but for some of T5's, see `t5`) or "fp64". None: as stored, where each of image
-            encoder, Q-Former and language model with its projection has the dtype most of its stored values have.
+        path: a folder, a tensor file, or a name on the Hub. Settings are in the config.json beside the tensors; LAVIS's
+            files have none, and their shapes tell.
+        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" (but for some of T5's, see `t5`) or "fp64". None:
+            as stored, where each of image encoder, Q-Former and language model with its projection has the dtype most
+            of its stored values have.
         device: where the weights go.
         revision: branch, tag or commit of a model on the Hub.
+        vision, language: the image encoder and the language model, for a checkpoint that was saved without them, as
+            LAVIS does: a tensor file, a folder, or a name on the Hub.
 
     Raises:
         CheckpointError: not found, unreadable, or tensors missing, left over or of another shape than config.json says.
         ConfigError: config.json describes no model this package builds.
     """
     wanted = parse_dtype(dtype)
-    found = resolve(path, revision)
-    config = read_config_file(found if found.is_dir() else found.parent)
-    with open_tensors(found) as tensors:
-        return build(config, tensors, _our_names(tensors), wanted, torch.device(device))
+    parts = [None if part is None else resolve(part) for part in (vision, language)]
+    with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
+        return build(found.required(), found.tensors, our_names(found.tensors), wanted, torch.device(device))
 
 
-def load_processing(path: str | Path, *, revision: str | None = None) -> tuple[ImageProcessing, Tokenizer]:
-    """How a checkpoint's images and texts are prepared.
+def load_processing(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
+) -> tuple[ImageProcessing, Tokenizer]:
+    """How a checkpoint's images and texts are prepared; the tokenizer is the language model's where that is given.
 
     Raises:
         CheckpointError, ConfigError, ImageError, TextError: a file is missing or broken.
     """
     found = resolve(path, revision)
     folder = found if found.is_dir() else found.parent
-    config = read_config_file(folder)
-    return ImageProcessing.load(folder, config.vision.image_size), Tokenizer.load(folder)
+    if (folder / "config.json").is_file():
+        size = read_config_file(folder).vision.image_size
+    else:
+        parts = [None if part is None else resolve(part) for part in (vision, language)]
+        with open_checkpoint(found, vision=parts[0], language=parts[1]) as checkpoint:
+            size = checkpoint.required().vision.image_size
+    words = folder if language is None or has_tokenizer(folder) else resolve(language)
+    return ImageProcessing.load(folder, size), Tokenizer.load(words)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds tokenizer files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_config_file(folder: Path) -> Blip2Config | MatcherConfig:
     """The config.json of a checkpoint's folder."""
-    file = folder / "config.json"
-    try:
-        return read_config(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} holds no config.json; give the folder a model was saved to"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no valid JSON; restore the file") from error
+    return read_config(read_json_file(folder / "config.json"))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -149,10 +162,41 @@ def build(
         names: our parameter name -> the name in `tensors`.
         dtype: of all weights; None as stored, see `load_model`.
     """
+    model, names, tied = arrange(config, tensors, names)
+    dtypes = _part_dtypes(tensors, names, dtype)
+    state: dict[str, Tensor] = {}
+    for ours, stored in names.items():
+        if not (tied and ours == _HEAD):
+            target = dtypes[_part(ours)]
+            if target == torch.float16 and ours.endswith(_OVERFLOWS):
+                target = torch.float32
+            as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
+            state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
+    if tied:
+        state[_HEAD] = state[words_of(config)]
+    model.load_state_dict(state, strict=True, assign=True)
+    if tied:
+        assert isinstance(model, Blip2)
+        model.language.tie()
+    return model.eval()
+
+
+def arrange(
+    config: Blip2Config | MatcherConfig, tensors: Tensors, names: Mapping[str, str]
+) -> tuple[Blip2 | Blip2Matcher, dict[str, str], bool]:
+    """The model these tensors fill, without values.
+
+    Returns:
+        the model, on the meta device; our names -> those in `tensors`, one for every tensor of the model; and whether
+        the language model's head is the word embeddings' weight.
+
+    Raises:
+        CheckpointError: tensors missing, left over or of another shape than the config says.
+    """
     names = dict(names)
     model: Blip2 | Blip2Matcher
     if isinstance(config, Blip2Config):
-        embeddings = _OPT_WORDS if isinstance(config.language, OptConfig) else _T5_WORDS
+        embeddings = words_of(config)
         tied = _share_head(tensors, names, embeddings)
         words = _vocabulary(tensors, names, embeddings, config.language.vocab_size)
         language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
@@ -168,25 +212,15 @@ def build(
             )
     _check(model.state_dict(), tensors, names)
 
-    dtypes = _part_dtypes(tensors, names, dtype)
-    state: dict[str, Tensor] = {}
-    for ours, stored in names.items():
-        if not (tied and ours == _HEAD):
-            target = dtypes[_part(ours)]
-            if target == torch.float16 and ours.endswith(_OVERFLOWS):
-                target = torch.float32
-            as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
-            state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
-    if tied:
-        state[_HEAD] = state[embeddings]
-    model.load_state_dict(state, strict=True, assign=True)
-    if tied:
-        assert isinstance(model, Blip2)
-        model.language.tie()
-    return model.eval()
+    return model, names, tied
 
 
-def _our_names(tensors: Tensors) -> dict[str, str]:
+def words_of(config: Blip2Config | MatcherConfig) -> str:
+    """Our name for the weight that a tied head shares."""
+    return _T5_WORDS if isinstance(config, Blip2Config) and isinstance(config.language, T5Config) else _OPT_WORDS
+
+
+def our_names(tensors: Tensors) -> dict[str, str]:
     """Our names for a file's tensors."""
     names: dict[str, str] = {}
     spare = []
@@ -203,7 +237,7 @@ def _our_names(tensors: Tensors) -> dict[str, str]:
             spare.append(stored)
     if spare:
         raise CheckpointError(
-            f"the file holds {_listed(spare)} that belong to no BLIP-2 model in Hugging Face's layout"
+            f"the file holds {_listed(spare)} that belong to no BLIP-2 model"
         )
     return names
 
@@ -218,7 +252,9 @@ def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> boo
 
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
-    return tensors.info(one) == tensors.info(other) and torch.equal(tensors[one], tensors[other])
+    return tensors.info(one) == tensors.info(other) and equal_values(
+        read_blocks(tensors, one), read_blocks(tensors, other)
+    )
 
 
 def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, announced: int) -> int:

@@ -7,7 +7,7 @@ Linear weights are transposed, a joint bias is put together or taken apart; ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,6 @@ from blip2.checkpoint.files import CheckpointError, TensorInfo, Tensors
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS, Layout, is_transposed, to_hugging_face, to_theirs
 
 BLOCK_ELEMENTS = 8 << 20  # how much is converted and written at a time: 32 MB of fp32
-_T5_SHARED = "language_model.shared.weight"
 _T5_MARKS = ("t5_model.", "language_model.t5.", "language_model.encoder.")
 _CLIP_ADDED = {  # what CLIP stores without leading ones
     "vision_model.embeddings.class_embedding": 2,
@@ -107,6 +106,26 @@ def read_blocks(tensors: Tensors, name: str) -> Iterator[Tensor]:
     return file.blocks(name) if isinstance(file, Translated) else blocks(tensors.copy(name))
 
 
+def equal_values(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    """Whether two streams of values are equal, however they are cut. Values that are no number equal nothing."""
+    return all(torch.equal(a, b) for a, b in side_by_side(one, other))
+
+
+def side_by_side(one: Iterable[Tensor], other: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two streams of equally many values, cut alike."""
+    left, right = iter(one), iter(other)
+    a, b = torch.empty(0), torch.empty(0)
+    while True:
+        a = a if len(a) else next(left, a)
+        b = b if len(b) else next(right, b)
+        length = min(len(a), len(b))
+        if not length:
+            assert len(a) == len(b), "one stream is longer than the other"
+            return
+        yield a[:length], b[:length]
+        a, b = a[length:], b[length:]
+
+
 def joined(*several: Mapping[str, tuple[Tensors, str]]) -> Tensors:
     """Tensors of several files as one; of two with one name the first counts. name -> (where it is, its name there)."""
     files: dict[str, Translated] = {}
@@ -130,6 +149,8 @@ def as_hugging_face(tensors: Tensors, layout: Layout) -> Tensors:
 
     A tensor that the layout has no name for keeps its own, for the strict check of whoever loads it.
     """
+    if layout is HUGGING_FACE:
+        return tensors
     rules = layout.all_rules
     t5 = any(name.startswith(_T5_MARKS) for name in tensors)
     pieces: dict[str, Piece] = {}
@@ -150,10 +171,6 @@ def as_hugging_face(tensors: Tensors, layout: Layout) -> Tensors:
         if target in pieces:
             raise CheckpointError(f"the file holds {target} under two names, {name} and {pieces[target].stored[0]}")
         pieces[target] = _turned(info, name, is_transposed(target, len(info.shape), layout, t5=t5), target)
-    if t5 and _T5_SHARED not in pieces:  # a frozen T5 leaves one of the copies behind, not the original
-        copy = next((n for n in tensors if n.endswith("coder.embed_tokens.weight") and layout.is_dropped(n)), None)
-        if copy is not None:
-            pieces[_T5_SHARED] = Piece(tensors.info(copy), (copy,))
     return view(tensors, pieces)
 
 
@@ -187,7 +204,7 @@ def as_layout(tensors: Tensors, layout: Layout) -> Tensors:
     if layout is HUGGING_FACE:
         return tensors
     rules = layout.rules(tensors)
-    t5 = _T5_SHARED in tensors
+    t5 = any(name.startswith(_T5_MARKS) for name in tensors)
     clip = any(name.startswith("vision_model.pre_layernorm.") for name in tensors)
     pieces: dict[str, Piece] = {}
     for name in tensors:
