@@ -59,6 +59,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     matcher: str | Path | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -70,6 +72,7 @@ def load(
             `models.default_dtype`), whatever the file holds.
         revision: branch, tag or commit of a model on the Hub.
         matcher: the stage-1 model for `match` and `embed`, as `name`; read when first used.
+        vision, language: the image encoder and the language model, where `name` is a checkpoint of LAVIS's without them.
 
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
@@ -82,7 +85,7 @@ def load(
                 f"revision={revision!r} is for models on the Hugging Face Hub; the default model has none"
             )
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
-    part = _load_part(name, place, dtype, revision)
+    part = _load_part(name, place, dtype, revision, vision, language)
     if isinstance(part.model, Blip2Matcher):
         if matcher is not None:
             raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
@@ -93,7 +96,12 @@ def load(
 
 
 def _load_part(
-    name: str | Path, device: torch.device, dtype: str | torch.dtype | None, revision: str | None
+    name: str | Path,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    revision: str | None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
 ) -> Part:
     files = find_files(resolve(name) if isinstance(name, str) else name, revision)
     if dtype is None:
@@ -105,8 +113,9 @@ def _load_part(
             and not torch.cuda.is_bf16_supported(including_emulation=False)
         ):
             dtype = "fp16"
-    processing, tokenizer = load_processing(files)
-    return Part(load_model(files, dtype=dtype, device=device), processing, tokenizer)
+    processing, tokenizer = load_processing(files, vision=vision, language=language)
+    model = load_model(files, dtype=dtype, device=device, vision=vision, language=language)
+    return Part(model, processing, tokenizer)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -5,8 +5,9 @@ All of these are parsed JSON in Hugging Face's spelling, for `config.read_config
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -265,17 +266,24 @@ _TOKENIZERS = {
 }
 
 
-def tokenizer_files(folder: Path, names: tuple[str, ...], read_json: Callable[[Path], dict[str, Any]], *, paddle: bool) -> dict[str, Any]:
-    """Tokenizer files that are to be written anew rather than copied: name -> JSON, or lines of text."""
-    made: dict[str, Any] = {}
-    settings = read_json(folder / "tokenizer_config.json")
+def tokenizer_changes(folder: Path, *, paddle: bool) -> dict[str, str]:
+    """The tokenizer files that another world wants otherwise than they are: name -> content."""
+    made: dict[str, str] = {}
+    settings = _read_json(folder / "tokenizer_config.json")
     kind = settings.get("tokenizer_class")
     words = _TOKENIZERS if paddle else {"GPTTokenizer": "GPT2Tokenizer"}
-    if kind in words:
-        made["tokenizer_config.json"] = settings | {"tokenizer_class": words[kind]}
-    model = read_json(folder / "tokenizer.json").get("model") or {}
-    if paddle and model.get("type") == "BPE" and not (folder / "merges.txt").is_file():
+    if isinstance(kind, str) and kind in words:
+        made["tokenizer_config.json"] = json.dumps(settings | {"tokenizer_class": words[kind]}, indent=2) + "\n"
+    model = _read_json(folder / "tokenizer.json").get("model")
+    if paddle and isinstance(model, dict) and model.get("type") == "BPE" and not (folder / "merges.txt").is_file():
         # Paddle's own tokenizers read the older pair of files
         merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
-        made |= {"vocab.json": model["vocab"], "merges.txt": ["#version: 0.2", *merges]}
+        made["vocab.json"] = json.dumps(model["vocab"], ensure_ascii=False)
+        made["merges.txt"] = "".join(f"{line}\n" for line in ("#version: 0.2", *merges))
     return made
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none."""
+    raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return raw if isinstance(raw, dict) else {}

@@ -65,6 +65,8 @@ class TensorInfo:
 class TensorFile(Protocol):
     """One open file of tensors, whatever its format."""
 
+    format: str  # "safetensors", "torch" or "paddle"
+    metadata: Mapping[str, str]  # what a safetensors file says of itself; empty for the others
     info: Mapping[str, TensorInfo]
 
     def mapped(self, name: str) -> Tensor:
@@ -100,6 +102,10 @@ class Tensors(Mapping[str, Tensor]):
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype, without reading the tensor."""
         return self._files[name].info[name]
+
+    def file(self, name: str) -> TensorFile:
+        """The open file a tensor stands in: its format, and what it says of itself."""
+        return self._files[name]
 
     def copy(self, name: str) -> Tensor:
         """The tensor in memory of its own. For a value that is converted and dropped: a mapped one would leave the
@@ -145,6 +151,8 @@ def _choose(folder: Path) -> Path:
 
 
 class _SafetensorsFile:
+    format = "safetensors"
+    metadata: Mapping[str, str] = {}
     info: Mapping[str, TensorInfo]
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
@@ -296,46 +304,3 @@ def _what_it_is(start: bytes, path: Path) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).split("\n", 1)[0][:200]
-
-
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
-def write_tensors(path: Path, info: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
-    """Write a safetensors file, one tensor in memory at a time; on return it is on the disk.
-
-    Args:
-        info: the tensors to write; wide dtypes come first so that each one is aligned.
-        read: gives a tensor by name; it must be as `info` says.
-    """
-    names = sorted(info, key=lambda name: (-info[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in names:
-        end = position + info[name].nbytes
-        header[name] = {
-            "dtype": _NAMES[info[name].dtype],
-            "shape": list(info[name].shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            _write_values(file, read(name), info[name])
-        sync(file)
-
-
-def _write_values(file: BinaryIO, tensor: Tensor, info: TensorInfo) -> None:
-    assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
-    values = tensor.detach().cpu().contiguous().reshape(-1)
-    if len(values):
-        file.write(values.view(torch.uint8).numpy().data)
-
-
-def sync(file: BinaryIO) -> None:
-    """Hand what was written to the disk."""
-    file.flush()
-    os.fsync(file.fileno())

@@ -194,25 +194,27 @@ def arrange(
         CheckpointError: tensors missing, left over or of another shape than the config says.
     """
     names = dict(names)
-    model: Blip2 | Blip2Matcher
+    tied = isinstance(config, Blip2Config) and _share_head(tensors, names, words_of(config))
+    model = empty_model(config, tensors, names, tied=tied)
+    _check(model.state_dict(), tensors, names)
+    return model, names, tied
+
+
+def empty_model(
+    config: Blip2Config | MatcherConfig, tensors: Tensors, names: Mapping[str, str], *, tied: bool
+) -> Blip2 | Blip2Matcher:
+    """The model of a config on the meta device, its vocabulary as long as it is stored."""
     if isinstance(config, Blip2Config):
-        embeddings = words_of(config)
-        tied = _share_head(tensors, names, embeddings)
-        words = _vocabulary(tensors, names, embeddings, config.language.vocab_size)
+        words = _vocabulary(tensors, names, words_of(config), config.language.vocab_size)
         language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
         with torch.device("meta"), Unfilled():
-            model = Blip2(replace(config, language=language))
-    else:
-        tied = False
-        words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
-        qformer = replace(config.qformer, vocab_size=words)
-        with torch.device("meta"), Unfilled():
-            model = Blip2Matcher(
-                replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
-            )
-    _check(model.state_dict(), tensors, names)
-
-    return model, names, tied
+            return Blip2(replace(config, language=language))
+    words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
+    qformer = replace(config.qformer, vocab_size=words)
+    with torch.device("meta"), Unfilled():
+        return Blip2Matcher(
+            replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
+        )
 
 
 def words_of(config: Blip2Config | MatcherConfig) -> str:

@@ -26,7 +26,7 @@ _DEPTHS = {1408: 39, 1024: 22}
 class Checkpoint:
     """An open checkpoint.
 
-    folder: where its settings and tokenizer are. stored: its tensors as the file names them.
+    folder: where its settings and tokenizer are. stored: its tensors as the file names them. file_format: of these.
     tensors: the same under Hugging Face's names and in its shapes, with what came from elsewhere.
     raw: its settings in Hugging Face's spelling; config: the same, read. None where something is wrong: see problem.
     """
@@ -36,6 +36,7 @@ class Checkpoint:
     layout: Layout
     stored: Tensors
     tensors: Tensors
+    file_format: str
     raw: Mapping[str, Any] | None
     config: Blip2Config | MatcherConfig | None
     problem: ValueError | None
@@ -82,7 +83,8 @@ def open_checkpoint(
             config = read_config(raw)
         except (CheckpointError, ConfigError) as error:
             problem = error
-        yield Checkpoint(path, folder, layout, stored, tensors, raw, config, problem)
+        kind = next((stored.file(name).format for name in stored), "empty")
+        yield Checkpoint(path, folder, layout, stored, tensors, kind, raw, config, problem)
 
 
 def read_json_file(file: Path) -> dict[str, Any]:

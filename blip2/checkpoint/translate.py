@@ -38,6 +38,11 @@ class Piece:
     transposed: bool = False
     third: int | None = None
 
+    @property
+    def plain(self) -> str | None:
+        """The stored tensor that this is as it stands, but for its name and leading ones."""
+        return None if self.transposed or self.third is not None or len(self.stored) > 1 else self.stored[0]
+
 
 @dataclass
 class Translated:
@@ -55,9 +60,8 @@ class Translated:
     def mapped(self, name: str) -> Tensor:
         """The tensor; mapped from the file where it stands there as it is."""
         piece = self.pieces[name]
-        if len(piece.stored) == 1 and not piece.transposed and piece.third is None:
-            assert piece.stored[0] is not None
-            return self.tensors[piece.stored[0]].reshape(piece.info.shape)
+        if piece.plain is not None:
+            return self.tensors[piece.plain].reshape(piece.info.shape)
         return self.copied(name)
 
     def copied(self, name: str) -> Tensor:
@@ -82,6 +86,9 @@ class Translated:
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The values in order, flat, in pieces; a transposed tensor is never in memory twice."""
         piece = self.pieces[name]
+        if piece.plain is not None:
+            yield from read_blocks(self.tensors, piece.plain)
+            return
         if not piece.transposed:
             yield from blocks(self.copied(name))
             return

@@ -12,6 +12,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -213,6 +214,55 @@ def _write_member(
     with archive.open(member, "w", force_zip64=large) as out:
         for piece in pieces:
             out.write(piece)
+
+
+# --- kinds of files ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a layout stores tensors: the writer, and the names of one file, of one of several, and of their index."""
+
+    write: Writer
+    single: str
+    shard: str = ""
+    index: str = ""
+
+
+SAFETENSORS = Kind(
+    write_safetensors, "model.safetensors", "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
+)
+PDPARAMS = Kind(
+    write_pdparams, "model_state.pdparams", "model_state-{:05}-of-{:05}.pdparams", "model_state.pdparams.index.json"
+)
+TORCH = Kind(write_torch, "model.pth")
+
+
+def write_files(
+    folder: Path, kind: Kind, info: Mapping[str, TensorInfo], read: Read, limit: int | None
+) -> dict[str, Any] | None:
+    """Write tensors to as many files as `limit`, bytes in each, asks for (None: one).
+
+    Returns:
+        the index of the files, where there are several.
+    """
+    shards: list[dict[str, TensorInfo]] = [{}]
+    room = limit or 0
+    for name, entry in info.items():
+        if limit is not None and shards[-1] and entry.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = entry
+        room -= entry.nbytes
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = kind.single if len(shards) == 1 else kind.shard.format(i, len(shards))
+        kind.write(folder / file, shard, read)
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) == 1:
+        return None
+    total = sum(entry.nbytes for entry in info.values())
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
