@@ -310,6 +310,7 @@ def models(args: argparse.Namespace) -> int:
                 {
                     "name": model.name,
                     "alias": model.alias,
+                    "lavis": model.lavis,
                     "use": model.use,
                     "parameters": model.parameters,
                     "image_px": model.config.vision.image_size,
@@ -318,7 +319,7 @@ def models(args: argparse.Namespace) -> int:
                 }
             )
         return DONE
-    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", "bf16", "FOR")]
+    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", "bf16", "FOR", "IN LAVIS")]
     for model in known:
         count = model.parameters
         rows.append(
@@ -330,6 +331,7 @@ def models(args: argparse.Namespace) -> int:
                 readable(model.memory_bytes("fp32")),
                 readable(model.memory_bytes("bf16")),
                 model.use,
+                model.lavis,
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -6,7 +6,6 @@ One image gives one result, a list of images a list in the same order, computed 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from blip2.checkpoint import load_model, load_processing, open_tensors
+from blip2.checkpoint import count_parameters, load_model, load_processing
 from blip2.checkpoint import resolve as find_files
 from blip2.config import T5Config
 from blip2.generate import GenerationOptions, generate, stream
@@ -105,8 +104,7 @@ def _load_part(
 ) -> Part:
     files = find_files(resolve(name) if isinstance(name, str) else name, revision)
     if dtype is None:
-        with open_tensors(files) as tensors:
-            dtype = default_dtype(sum(math.prod(tensors.info(tensor).shape) for tensor in tensors))
+        dtype = default_dtype(count_parameters(files, vision=vision, language=language))
         if (
             dtype == "bf16"
             and device.type == "cuda"

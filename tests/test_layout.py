@@ -31,9 +31,34 @@ MAY_IMPORT = {
     "checkpoint.files": "",
     "checkpoint.names": "",
     "checkpoint.hub": "checkpoint.files",
-    "checkpoint.load": "checkpoint.files checkpoint.hub checkpoint.names config images model text",
-    "checkpoint.save": "checkpoint.files checkpoint.load checkpoint.names config images model text",
-    "checkpoint": "checkpoint.files checkpoint.hub checkpoint.load checkpoint.save",
+    "checkpoint.layouts": "",
+    "checkpoint.translate": "checkpoint.files checkpoint.layouts",
+    "checkpoint.dialects": "checkpoint.files config",
+    "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.translate config text",
+    "checkpoint.load": (
+        "checkpoint.files checkpoint.hub checkpoint.names checkpoint.source checkpoint.translate "
+        "config images model text"
+    ),
+    "checkpoint.writers": "checkpoint.files",
+    "checkpoint.folder": "checkpoint.files checkpoint.writers",
+    "checkpoint.save": (
+        "checkpoint.files checkpoint.folder checkpoint.load checkpoint.names checkpoint.translate checkpoint.writers "
+        "config images model text"
+    ),
+    "checkpoint.verify": (
+        "checkpoint.files checkpoint.load checkpoint.source checkpoint.translate config model"
+    ),
+    "checkpoint.convert": (
+        "checkpoint.dialects checkpoint.files checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
+        "checkpoint.names checkpoint.save checkpoint.source checkpoint.translate checkpoint.verify "
+        "checkpoint.writers config images"
+    ),
+    "checkpoint.inspect": (
+        "checkpoint.files checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source config"
+    ),
+    "checkpoint": (
+        "checkpoint.convert checkpoint.files checkpoint.hub checkpoint.inspect checkpoint.load checkpoint.save"
+    ),
     "models": "config",
     "results": "layers",
     "inputs": "images",
@@ -43,7 +68,7 @@ MAY_IMPORT = {
     "data": "images text",
     "train": "config layers vision qformer opt model data checkpoint",
     "cli": "commands",
-    "commands": "doctor generate images inputs models predict",
+    "commands": "checkpoint doctor generate images inputs models predict",
 }
 FOLDERS = {"data", "train"}
 

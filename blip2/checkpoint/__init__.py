@@ -4,7 +4,7 @@ from blip2.checkpoint.convert import Conversion, convert
 from blip2.checkpoint.files import CheckpointError, TensorInfo, Tensors, open_tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.inspect import Inspection, inspect
-from blip2.checkpoint.load import load_model, load_processing
+from blip2.checkpoint.load import count_parameters, load_model, load_processing
 from blip2.checkpoint.save import save_model
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TensorInfo",
     "Tensors",
     "convert",
+    "count_parameters",
     "inspect",
     "load_model",
     "load_processing",

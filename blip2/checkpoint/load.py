@@ -20,7 +20,7 @@ from blip2.checkpoint.files import CheckpointError, Tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import COPIES, from_hugging_face
 from blip2.checkpoint.source import open_checkpoint, read_json_file
-from blip2.checkpoint.translate import equal_values, read_blocks
+from blip2.checkpoint.translate import equal_values, parameters, read_blocks
 from blip2.config import Blip2Config, MatcherConfig, T5Config, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
@@ -105,6 +105,15 @@ def load_model(
     parts = [None if part is None else resolve(part) for part in (vision, language)]
     with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
         return build(found.required(), found.tensors, our_names(found.tensors), wanted, torch.device(device))
+
+
+def count_parameters(
+    path: Path, *, vision: str | Path | None = None, language: str | Path | None = None
+) -> int:
+    """How many values a checkpoint holds, the parts from elsewhere counted in; arguments as `load_model`'s."""
+    parts = [None if part is None else resolve(part) for part in (vision, language)]
+    with open_checkpoint(path, vision=parts[0], language=parts[1]) as found:
+        return parameters(found.tensors)
 
 
 def load_processing(
