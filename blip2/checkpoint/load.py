@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
+from blip2.checkpoint.files import open_tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import from_hugging_face
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.config import Blip2Config, MatcherConfig, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher

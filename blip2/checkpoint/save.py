@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.files import INDEX_FILE, SINGLE_FILE, CheckpointError, TensorInfo, sync, write_tensors
+from blip2.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from blip2.checkpoint.load import Unfilled, parse_dtype
 from blip2.checkpoint.names import to_hugging_face
+from blip2.checkpoint.safetensors_files import sync, write_tensors
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo
 from blip2.config import Blip2Config, MatcherConfig, to_hf
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
