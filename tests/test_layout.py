@@ -28,37 +28,36 @@ MAY_IMPORT = {
     "opt": "config layers",
     "model": "config layers vision qformer opt",
     "generate": "layers model",
-    "checkpoint.files": "",
+    "checkpoint.tensors": "checkpoint.filebytes",
+    "checkpoint.filebytes": "checkpoint.tensors",
+    "checkpoint.pickles": "checkpoint.filebytes checkpoint.tensors",
+    "checkpoint.zips": "checkpoint.filebytes checkpoint.tensors",
+    "checkpoint.safetensors_files": "checkpoint.filebytes checkpoint.tensors",
+    "checkpoint.torch_files": "checkpoint.filebytes checkpoint.pickles checkpoint.tensors checkpoint.zips",
+    "checkpoint.paddle_files": "checkpoint.filebytes checkpoint.pickles checkpoint.tensors",
+    "checkpoint.files": "checkpoint.filebytes checkpoint.paddle_files checkpoint.safetensors_files checkpoint.tensors "
+    "checkpoint.torch_files",
     "checkpoint.names": "",
-    "checkpoint.hub": "checkpoint.files",
+    "checkpoint.hub": "checkpoint.tensors",
     "checkpoint.layouts": "",
-    "checkpoint.translate": "checkpoint.files checkpoint.layouts",
-    "checkpoint.dialects": "checkpoint.files config",
-    "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.translate config text",
-    "checkpoint.load": (
-        "checkpoint.files checkpoint.hub checkpoint.names checkpoint.source checkpoint.translate "
-        "config images model text"
-    ),
-    "checkpoint.writers": "checkpoint.files",
-    "checkpoint.folder": "checkpoint.files checkpoint.writers",
-    "checkpoint.save": (
-        "checkpoint.files checkpoint.folder checkpoint.load checkpoint.names checkpoint.translate checkpoint.writers "
-        "config images model text"
-    ),
-    "checkpoint.verify": (
-        "checkpoint.files checkpoint.load checkpoint.source checkpoint.translate config model"
-    ),
-    "checkpoint.convert": (
-        "checkpoint.dialects checkpoint.files checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
-        "checkpoint.names checkpoint.save checkpoint.source checkpoint.translate checkpoint.verify "
-        "checkpoint.writers config images"
-    ),
-    "checkpoint.inspect": (
-        "checkpoint.files checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source config"
-    ),
-    "checkpoint": (
-        "checkpoint.convert checkpoint.files checkpoint.hub checkpoint.inspect checkpoint.load checkpoint.save"
-    ),
+    "checkpoint.translate": "checkpoint.layouts checkpoint.tensors",
+    "checkpoint.dialects": "checkpoint.tensors config",
+    "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.tensors "
+    "checkpoint.translate config text",
+    "checkpoint.load": "checkpoint.hub checkpoint.names checkpoint.source checkpoint.tensors checkpoint.translate "
+    "config images model text",
+    "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
+    "checkpoint.folder": "checkpoint.tensors checkpoint.writers",
+    "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
+    "checkpoint.writers config images model text",
+    "checkpoint.verify": "checkpoint.load checkpoint.source checkpoint.tensors checkpoint.translate config model",
+    "checkpoint.convert": "checkpoint.dialects checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
+    "checkpoint.names checkpoint.save checkpoint.source checkpoint.tensors checkpoint.translate checkpoint.verify "
+    "checkpoint.writers config images",
+    "checkpoint.inspect": "checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source "
+    "checkpoint.tensors config",
+    "checkpoint": "checkpoint.convert checkpoint.files checkpoint.hub checkpoint.inspect checkpoint.load "
+    "checkpoint.save checkpoint.tensors",
     "models": "config",
     "results": "layers",
     "inputs": "images",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.dialects import to_lavis, to_paddle, tokenizer_changes
-from blip2.checkpoint.files import CheckpointError, TensorInfo, Tensors
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo, Tensors
 from blip2.checkpoint.folder import copy_file, new_folder, write_json, write_text
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS, PADDLEMIX, PADDLENLP, Layout

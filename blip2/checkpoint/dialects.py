@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.files import CheckpointError, Tensors
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.config import Blip2Config, MatcherConfig, OptConfig, T5Config, to_hf
 
 NEWLINE_OF_OPT = 50118  # with which LAVIS ends captions; its config.json says </s>

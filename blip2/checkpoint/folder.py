@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.files import CheckpointError
+from blip2.checkpoint.tensors import CheckpointError
 from blip2.checkpoint.writers import sync
 
 _LOCK = ".lock"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from blip2.checkpoint.files import TensorInfo
+from blip2.checkpoint.tensors import TensorInfo
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS
 from blip2.checkpoint.load import DROPPED, DTYPES, empty_model, has_tokenizer

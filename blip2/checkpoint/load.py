@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.files import CheckpointError, Tensors
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import COPIES, from_hugging_face
 from blip2.checkpoint.source import open_checkpoint, read_json_file

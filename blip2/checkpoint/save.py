@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.files import CheckpointError, TensorInfo
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo
 from blip2.checkpoint.folder import copy_file, new_folder, write_json
 from blip2.checkpoint.load import Unfilled, parse_dtype
 from blip2.checkpoint.names import to_hugging_face

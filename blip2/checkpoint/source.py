@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2.checkpoint.dialects import derive, from_paddle
-from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
+from blip2.checkpoint.files import open_tensors
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
 from blip2.checkpoint.translate import Piece, as_hugging_face, joined, view
 from blip2.config import Blip2Config, ConfigError, MatcherConfig, read_config

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.files import CheckpointError, TensorInfo, Tensors
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo, Tensors, quoted
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS, Layout, is_transposed, to_hugging_face, to_theirs
 
 BLOCK_ELEMENTS = 8 << 20  # how much is converted and written at a time: 32 MB of fp32
@@ -83,6 +83,9 @@ class Translated:
         zeros = torch.zeros(length, dtype=piece.info.dtype)
         return torch.cat([zeros if part is None else part.to(piece.info.dtype) for part in parts])
 
+    def place(self, name: str) -> None:
+        """None: `blocks` knows better."""
+
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The values in order, flat, in pieces; a transposed tensor is never in memory twice."""
         piece = self.pieces[name]
@@ -108,9 +111,21 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def read_blocks(tensors: Tensors, name: str) -> Iterator[Tensor]:
-    """The values of a tensor in order, flat, in pieces, whatever it is stored in."""
-    file = tensors.file(name)
-    return file.blocks(name) if isinstance(file, Translated) else blocks(tensors.copy(name))
+    """The values of a tensor in order, flat, in pieces; read piece by piece where the file lets them."""
+    file, info = tensors.file(name), tensors.info(name)
+    if isinstance(file, Translated):
+        yield from file.blocks(name)
+        return
+    place = file.place(name)
+    if place is None:
+        yield from blocks(tensors.copy(name))
+        return
+    content, start = place
+    width = BLOCK_ELEMENTS * info.dtype.itemsize
+    for done in range(0, info.nbytes, width):
+        block = torch.empty(min(width, info.nbytes - done), dtype=torch.uint8)
+        content.read_into(start + done, block.numpy().data, f"tensor {quoted(name)}")
+        yield block.view(info.dtype)
 
 
 def equal_values(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.files import CheckpointError, Tensors
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.load import build, our_names
 from blip2.checkpoint.source import Checkpoint
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks, side_by_side

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.files import DTYPES, CheckpointError, TensorInfo
+from blip2.checkpoint.safetensors_files import DTYPES
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo
 
 Read = Callable[[str], Iterable[Tensor]]  # a tensor's values by its name: in order, flat, in pieces
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.conftest import VARIANTS, outputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,9 +20,25 @@ import blip2.checkpoint.convert
 from blip2.checkpoint import CheckpointError, convert, inspect, load_model, load_processing, open_tensors
 from blip2.checkpoint.convert import World
 from blip2.checkpoint.writers import write_pdparams
+from blip2.config import T5Config
+from blip2.model import Blip2, Blip2Matcher
 
+VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
 WORLDS: tuple[World, ...] = ("hf", "paddle", "lavis")
 LAYOUT = {"hf": "Hugging Face", "paddle": "PaddleNLP", "lavis": "LAVIS"}
+
+
+@torch.inference_mode()
+def outputs(model: Blip2 | Blip2Matcher) -> list[torch.Tensor]:
+    """What a model makes of two images and texts."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    ids, mask = torch.randint(3, 60, (2, 5), generator=generator), torch.ones(2, 5, dtype=torch.int64)
+    if isinstance(model, Blip2):
+        return [model(pixels, ids, mask, ids if isinstance(model.config.language, T5Config) else None)]
+    features = model.vision(pixels)
+    found = [model.image_embeddings(features), model.text_embeddings(ids, mask), model.itm_logits(features, ids, mask)]
+    return found if model.itg_head is None else [*found, model.itg_logits(features, ids, mask)]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
