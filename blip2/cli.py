@@ -130,7 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SRC", help="a folder, a tensor file or a name")
     convert.add_argument("target", metavar="DST", help="a new folder")
     convert.add_argument(
-        "--to", choices=("hf", "paddle", "lavis"), required=True, help="whose layout: transformers', Paddle's, LAVIS's"
+        "--to",
+        choices=("hf", "paddle", "lavis"),
+        required=True,
+        help="whose layout: transformers', Paddle's, LAVIS's",
     )
     convert.add_argument(
         "--dtype",
@@ -138,10 +141,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to store; smallest-exact: 16 bits where not one value changes (default: as it is)",
     )
     convert.add_argument(
-        "--shard-size", metavar="SIZE", help="start another file beyond this, such as 2GB (default: 5GB for hf)"
+        "--shard-size",
+        metavar="SIZE",
+        help="start another file beyond this, such as 2GB (default: 5GB for hf)",
     )
     convert.add_argument(
-        "--verify", action="store_true", help="read all back and compare every value, and outputs for an image"
+        "--verify",
+        action="store_true",
+        help="read all back and compare every value, and outputs for an image",
     )
     _add_parts(convert)
     convert.add_argument("--json", action="store_true", help="the result as a JSON object")
@@ -192,7 +199,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_parts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("parts that LAVIS's checkpoints leave out")
     group.add_argument("--vision", metavar="PATH", help="the image encoder: EVA-CLIP's .pth, or a folder")
-    group.add_argument("--language", metavar="PATH", help="the language model: a folder of OPT or T5, or its name")
+    group.add_argument(
+        "--language", metavar="PATH", help="the language model: a folder of OPT or T5, or its name"
+    )
 
 
 def _add_decoding(

@@ -240,7 +240,9 @@ def inspect(args: argparse.Namespace) -> int:
     for name, part in found.parts.items():
         dtypes = ", ".join(sorted(part.dtypes))
         _print(f"  {name}: {part.parameters:,} parameters in {part.tensors} tensors, {dtypes}")
-    _print(f"  in all {found.parameters:,} parameters, {readable(found.stored_bytes)} stored in {found.tensors} tensors")
+    _print(
+        f"  in all {found.parameters:,} parameters, {readable(found.stored_bytes)} stored in {found.tensors} tensors"
+    )
     if found.head != "none":
         _print(f"  head: {found.head}")
     for kind, lines in (("WRONG", found.problems), ("note", found.notes)):
@@ -261,7 +263,9 @@ def convert(args: argparse.Namespace) -> int:
 
     def progress(what: str, done: int, total: int) -> None:
         if what not in bars:
-            bars[what] = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=args.quiet, mininterval=1)
+            bars[what] = tqdm(
+                desc=what, total=total, unit="B", unit_scale=True, disable=args.quiet, mininterval=1
+            )
         bars[what].update(done)
 
     try:
@@ -282,7 +286,9 @@ def convert(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(asdict(made) | {"folder": str(made.folder)})
         return DONE
-    saved = "" if args.dtype != "smallest-exact" else f"; {made.narrowed} tensors now in 16 bits, none changed"
+    saved = (
+        "" if args.dtype != "smallest-exact" else f"; {made.narrowed} tensors now in 16 bits, none changed"
+    )
     sizes = f"{readable(made.read_bytes)} read, {readable(made.written_bytes)} written"
     _print(f"{_one_line(str(made.folder))}: {made.tensors} tensors, {sizes}{saved}")
     if made.verified:

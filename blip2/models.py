@@ -129,7 +129,9 @@ def resolve(name: str) -> str:
             name = "blip2:" + name.removeprefix(prefix)
     if name in _LAVIS_FILES:
         file, parts = _LAVIS_FILES[name]
-        raise ValueError(f"{name} is not on the Hub: get {_LAVIS_ADDRESS}{file} and give the file, with {parts}")
+        raise ValueError(
+            f"{name} is not on the Hub: get {_LAVIS_ADDRESS}{file} and give the file, with {parts}"
+        )
     return next((model.name for model in PUBLISHED if name in (model.alias, model.lavis)), name)
 
 

@@ -71,7 +71,7 @@ def load(
             `models.default_dtype`), whatever the file holds.
         revision: branch, tag or commit of a model on the Hub.
         matcher: the stage-1 model for `match` and `embed`, as `name`; read when first used.
-        vision, language: the image encoder and the language model, where `name` is a checkpoint of LAVIS's without them.
+        vision, language: the image encoder and the language model, for a checkpoint without them, as LAVIS's.
 
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.dialects import to_lavis, to_paddle, tokenizer_changes
-from blip2.checkpoint.tensors import CheckpointError, TensorInfo, Tensors
 from blip2.checkpoint.folder import copy_file, new_folder, write_json, write_text
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS, PADDLEMIX, PADDLENLP, Layout
@@ -25,6 +24,7 @@ from blip2.checkpoint.load import arrange, has_tokenizer, our_names, parse_dtype
 from blip2.checkpoint.names import to_hugging_face
 from blip2.checkpoint.save import SHARD_BYTES, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo, Tensors
 from blip2.checkpoint.translate import Piece, as_layout, read_blocks, view
 from blip2.checkpoint.verify import compare_logits, compare_tensors
 from blip2.checkpoint.writers import PDPARAMS, SAFETENSORS, TORCH, Kind, write_files
@@ -75,7 +75,7 @@ def convert(
         target: a new folder.
         to: "hf", transformers' layout; "paddle", PaddleNLP's (and for the stage-1 model, which PaddleNLP has not,
             PaddleMIX's); "lavis", LAVIS's.
-        dtype: "fp32", "fp16", "bf16"; None: every tensor as it is; "smallest-exact": 16 bits where not one value changes.
+        dtype: "fp32", "fp16", "bf16"; None: as it is; "smallest-exact": 16 bits where not one value changes.
         shard_bytes: start another file when one would grow beyond this. None: 5 GB for "hf", one file for the others.
         verify: read the result back before it takes its place, and compare every value, and the outputs for an image.
         vision, language: the parts that LAVIS's checkpoints leave out, as `load_model` takes them.
@@ -88,7 +88,9 @@ def convert(
     if to not in KINDS:
         raise ValueError(f"to={to!r} is not known; choose one of {', '.join(KINDS)}")
     if shard_bytes is not None and (to == "lavis" or shard_bytes < 1):
-        raise ValueError("LAVIS reads one file: no shards" if to == "lavis" else f"shards of {shard_bytes} bytes")
+        raise ValueError(
+            "LAVIS reads one file: no shards" if to == "lavis" else f"shards of {shard_bytes} bytes"
+        )
     if dtype != SMALLEST_EXACT:
         parse_dtype(dtype)
     report = progress or (lambda what, done, total: None)
@@ -111,7 +113,9 @@ def convert(
             )
             if index is not None:
                 write_json(beside / KINDS[to].index, index)
-            words = next((each for each in (found.folder, parts[1]) if each is not None and has_tokenizer(each)), None)
+            words = next(
+                (each for each in (found.folder, parts[1]) if each is not None and has_tokenizer(each)), None
+            )
             _write_settings(beside, folder, to, found, config, info, tied, words)
             verified = ""
             if verify:
@@ -119,7 +123,8 @@ def convert(
                 with open_checkpoint(beside) as written:
                     count = compare_tensors(tensors, written.tensors, narrow, report)
                     logits = compare_logits(found, written, narrow)
-                verified = f"{count} tensors bit by bit{'' if narrow is None else f' after rounding to {dtype}'}; {logits}"
+                rounded = "" if narrow is None else f" after rounding to {dtype}"
+                verified = f"{count} tensors bit by bit{rounded}; {logits}"
     written_bytes = sum(entry.nbytes for entry in info.values())
     return Conversion(folder, layout.name, len(info), total, written_bytes, narrowed, verified)
 
@@ -131,7 +136,7 @@ def _layout(to: World, config: Blip2Config | MatcherConfig) -> Layout:
 
 
 def canonical(found: Checkpoint) -> tuple[Blip2Config | MatcherConfig, Tensors, bool]:
-    """A checkpoint's config, its tensors under Hugging Face's names, each of them once, and whether the head is left out.
+    """A checkpoint's config, its tensors under Hugging Face's names, each once, and whether the head is left out.
 
     A head that is the word embeddings' weight is left out, unless the settings say that it is one of its own.
 
@@ -182,7 +187,8 @@ def _dtypes(stored: Tensors, wanted: str | None, report: Progress) -> tuple[dict
         for dtype in dtypes:
             counts[dtype] += math.prod(stored.info(name).shape)
     chosen = {
-        name: max(dtypes, key=counts.__getitem__) if dtypes else as_it_is[name] for name, dtypes in fits.items()
+        name: max(dtypes, key=counts.__getitem__) if dtypes else as_it_is[name]
+        for name, dtypes in fits.items()
     }
     return as_it_is | chosen, sum(chosen[name] != as_it_is[name] for name in chosen)
 
@@ -192,7 +198,9 @@ def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[
     candidates = [torch.bfloat16, torch.float16]
     for block in read_blocks(stored, name):
         bits = block.view(torch.uint8)
-        candidates = [each for each in candidates if torch.equal(block.to(each).to(block.dtype).view(torch.uint8), bits)]
+        candidates = [
+            each for each in candidates if torch.equal(block.to(each).to(block.dtype).view(torch.uint8), bits)
+        ]
         report("scan", block.numel() * block.dtype.itemsize, total)
         if not candidates:
             break

@@ -67,7 +67,11 @@ def to_paddle(config: Blip2Config | MatcherConfig, dtype: str) -> dict[str, Any]
     if isinstance(config, MatcherConfig):
         vision = raw["vision_config"]
         vision |= {own: vision[theirs] for theirs, own in _VISION_WORDS.items()}
-        vision |= {"mlp_ratio": vision["intermediate_size"] / vision["hidden_size"], "in_chans": 3, "class_num": 1000}
+        vision |= {
+            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+            "in_chans": 3,
+            "class_num": 1000,
+        }
         qformer = raw["qformer_config"]
         qformer |= {"num_query_tokens": config.num_query_tokens, "embed_dim": config.image_text_hidden_size}
         return raw | {"train_mode": "stage1", "freeze_vit": True, "max_txt_len": 32}
@@ -84,9 +88,7 @@ _EVA_HEAD, _HEAD = 88, 64
 _OPT_HEADS = {768: 12, 2048: 32, 2560: 32, 4096: 32, 5120: 40, 7168: 56, 9216: 72}
 
 
-def derive(
-    tensors: Tensors, language: Mapping[str, Any] | None, newline: int | None
-) -> dict[str, Any]:
+def derive(tensors: Tensors, language: Mapping[str, Any] | None, newline: int | None) -> dict[str, Any]:
     """A config.json in Hugging Face's spelling for tensors under its names, with LAVIS's own settings.
 
     Args:
@@ -114,7 +116,9 @@ def derive(
 def _size(tensors: Tensors, name: str, side: int) -> int:
     shape = tensors.info(name).shape if name in tensors else ()
     if len(shape) <= side:
-        raise CheckpointError(f"{name} is missing or has too few sides; put the model's config.json beside the file")
+        raise CheckpointError(
+            f"{name} is missing or has too few sides; put the model's config.json beside the file"
+        )
     return shape[side]
 
 
@@ -127,7 +131,8 @@ def _layers(tensors: Tensors, pattern: str) -> int:
 def _heads(width: int, each: int, whose: str) -> int:
     if width % each:
         raise CheckpointError(
-            f"{whose} is {width} wide, which does not tell its attention heads; put the model's config.json beside the file"
+            f"{whose} is {width} wide, which does not tell its attention heads; "
+            "put the model's config.json beside the file"
         )
     return width // each
 
@@ -154,7 +159,11 @@ def _vision(tensors: Tensors) -> dict[str, Any]:
 def _qformer(tensors: Tensors) -> dict[str, Any]:
     width = _size(tensors, "query_tokens", 2)
     layers = _layers(tensors, r"qformer\.encoder\.layer\.(\d+)\.")
-    crossing = [i for i in range(layers) if f"qformer.encoder.layer.{i}.crossattention.attention.key.weight" in tensors]
+    crossing = [
+        i
+        for i in range(layers)
+        if f"qformer.encoder.layer.{i}.crossattention.attention.key.weight" in tensors
+    ]
     text = "qformer.encoder.layer.0.intermediate.dense.weight" in tensors
     words = "embeddings.word_embeddings.weight"
     said: dict[str, Any] = {
@@ -163,7 +172,9 @@ def _qformer(tensors: Tensors) -> dict[str, Any]:
         "num_attention_heads": _heads(width, _HEAD, "the Q-Former"),
         "intermediate_size": _size(tensors, "qformer.encoder.layer.0.intermediate_query.dense.weight", 0),
         "cross_attention_frequency": crossing[1] if len(crossing) > 1 else max(layers, 1),
-        "encoder_hidden_size": _size(tensors, "qformer.encoder.layer.0.crossattention.attention.key.weight", 1),
+        "encoder_hidden_size": _size(
+            tensors, "qformer.encoder.layer.0.crossattention.attention.key.weight", 1
+        ),
         "use_qformer_text_input": text,
     }
     if words in tensors:
@@ -178,7 +189,12 @@ def _opt(tensors: Tensors, language: Mapping[str, Any] | None, newline: int | No
         return {**language, "model_type": "opt", **ends}
     decoder = "language_model.model.decoder"
     words = next(
-        (each for each in (f"{decoder}.embed_tokens.weight", "language_model.lm_head.weight") if each in tensors), ""
+        (
+            each
+            for each in (f"{decoder}.embed_tokens.weight", "language_model.lm_head.weight")
+            if each in tensors
+        ),
+        "",
     )
     width = _size(tensors, words, 1)
     if width not in _OPT_HEADS:
@@ -242,7 +258,10 @@ def to_lavis(config: Blip2Config | MatcherConfig, weights: str) -> str:
         language = config.language
         depth = language.num_hidden_layers if isinstance(language, OptConfig) else language.num_decoder_layers
         name = _LANGUAGES.get((language.hidden_size, depth), "language_model")
-        lines += [f'{"t5" if isinstance(language, T5Config) else "opt"}_model: "{name}"', 'prompt: "a photo of"']
+        lines += [
+            f'{"t5" if isinstance(language, T5Config) else "opt"}_model: "{name}"',
+            'prompt: "a photo of"',
+        ]
     else:
         lines.append(f"embed_dim: {config.image_text_hidden_size}")
     processors = "".join(
@@ -273,9 +292,16 @@ def tokenizer_changes(folder: Path, *, paddle: bool) -> dict[str, str]:
     kind = settings.get("tokenizer_class")
     words = _TOKENIZERS if paddle else {"GPTTokenizer": "GPT2Tokenizer"}
     if isinstance(kind, str) and kind in words:
-        made["tokenizer_config.json"] = json.dumps(settings | {"tokenizer_class": words[kind]}, indent=2) + "\n"
+        made["tokenizer_config.json"] = (
+            json.dumps(settings | {"tokenizer_class": words[kind]}, indent=2) + "\n"
+        )
     model = _read_json(folder / "tokenizer.json").get("model")
-    if paddle and isinstance(model, dict) and model.get("type") == "BPE" and not (folder / "merges.txt").is_file():
+    if (
+        paddle
+        and isinstance(model, dict)
+        and model.get("type") == "BPE"
+        and not (folder / "merges.txt").is_file()
+    ):
         # Paddle's own tokenizers read the older pair of files
         merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
         made["vocab.json"] = json.dumps(model["vocab"], ensure_ascii=False)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from blip2.checkpoint.tensors import TensorInfo
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS
 from blip2.checkpoint.load import DROPPED, DTYPES, empty_model, has_tokenizer
 from blip2.checkpoint.names import COPIES, from_hugging_face
 from blip2.checkpoint.names import to_hugging_face as hugging_face_name
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
+from blip2.checkpoint.tensors import TensorInfo
 from blip2.config import Blip2Config, MatcherConfig, OptConfig
 
 LAYOUTS = {"hf": "Hugging Face", "lavis": "LAVIS", "paddlenlp": "PaddleNLP", "paddlemix": "PaddleMIX"}
@@ -127,7 +127,11 @@ def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> d
         tensors[part] += 1
         counts.setdefault(part, Counter())[str(info.dtype).removeprefix("torch.")] += _count(info)
     order = [*_PARTS.values(), "heads"]
-    return {part: Part(tensors[part], counts[part].total(), dict(counts[part])) for part in order if part in counts}
+    return {
+        part: Part(tensors[part], counts[part].total(), dict(counts[part]))
+        for part in order
+        if part in counts
+    }
 
 
 def _head(found: Checkpoint) -> str:
@@ -191,8 +195,12 @@ def _notes(found: Checkpoint) -> list[str]:
         )
     if isinstance(config, Blip2Config) and isinstance(config.language, OptConfig):
         ends = config.language.eos_token_id
-        if config.language.vocab_size > _NEWLINE and _NEWLINE not in (ends if isinstance(ends, tuple) else (ends,)):
-            notes.append(f"eos_token_id is {ends}: captions end with a newline, {_NEWLINE}, in all published models")
+        if config.language.vocab_size > _NEWLINE and _NEWLINE not in (
+            ends if isinstance(ends, tuple) else (ends,)
+        ):
+            notes.append(
+                f"eos_token_id is {ends}: captions end with a newline, {_NEWLINE}, in all published models"
+            )
     said = (found.raw or {}).get("text_config")
     said = said.get("tie_word_embeddings") if isinstance(said, Mapping) else None
     if said and _head(found) == "stored" and found.layout is not LAVIS:

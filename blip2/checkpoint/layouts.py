@@ -43,7 +43,10 @@ _BERT: Rules = (
     ("embeddings.word_embeddings.", "Qformer.bert.embeddings.word_embeddings."),
     ("embeddings.position_embeddings.", "Qformer.bert.embeddings.position_embeddings."),
     ("qformer.encoder.layer.*.attention.attention.", "Qformer.bert.encoder.layer.*.attention.self."),
-    ("qformer.encoder.layer.*.crossattention.attention.", "Qformer.bert.encoder.layer.*.crossattention.self."),
+    (
+        "qformer.encoder.layer.*.crossattention.attention.",
+        "Qformer.bert.encoder.layer.*.crossattention.self.",
+    ),
     ("qformer.encoder.layer.", "Qformer.bert.encoder.layer."),
     ("itg_head.dense.", "Qformer.cls.predictions.transform.dense."),
     ("itg_head.LayerNorm.", "Qformer.cls.predictions.transform.LayerNorm."),
@@ -101,6 +104,7 @@ _PADDLEMIX: Rules = (
     ("temp", "temp"),  # [1] for a scalar
 )
 
+
 @dataclass(frozen=True)
 class Layout:
     """How a world names and lays out the tensors of a model.
@@ -149,9 +153,7 @@ LAVIS = Layout(
     dropped=(*_BERT_DROPPED, "opt_model.model.decoder.version"),
     split_qkv_bias=True,
 )
-PADDLENLP = Layout(
-    "paddlenlp", (), (), _PADDLE_OPT, _PADDLE_T5, _SAME_IN_PADDLENLP, transposed=True
-)
+PADDLENLP = Layout("paddlenlp", (), (), _PADDLE_OPT, _PADDLE_T5, _SAME_IN_PADDLENLP, transposed=True)
 PADDLEMIX = Layout(
     "paddlemix",
     (),
@@ -166,7 +168,10 @@ PADDLEMIX = Layout(
 # What a file's names begin with, by which it is known; the first that fits counts.
 _MARKS: tuple[tuple[Layout, tuple[str, ...]], ...] = (
     (PADDLEMIX, ("Qformer.ln_vision.", "Qformer.query_tokens", "Qformer.language_projection.")),
-    (LAVIS, ("Qformer.", "visual_encoder.", "ln_vision.", "opt_model.", "opt_proj.", "t5_model.", "t5_proj.")),
+    (
+        LAVIS,
+        ("Qformer.", "visual_encoder.", "ln_vision.", "opt_model.", "opt_proj.", "t5_model.", "t5_proj."),
+    ),
     (PADDLENLP, ("language_model.opt.", "language_model.t5.", "language_model.lm_head.decoder_weight")),
 )
 
@@ -189,7 +194,14 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
 
 
 # Weights of two dimensions that are no linear layer's. Paddle's OPT keeps its head as it is, T5's is a linear layer.
-_TABLES = ("embed_tokens", "embed_positions", "shared", "word_embeddings", "position_embeddings", "relative_attention_bias")
+_TABLES = (
+    "embed_tokens",
+    "embed_positions",
+    "shared",
+    "word_embeddings",
+    "position_embeddings",
+    "relative_attention_bias",
+)
 
 
 def is_transposed(name: str, dimensions: int, layout: Layout, *, t5: bool) -> bool:

@@ -7,7 +7,7 @@ as it is built. Do not overwrite a file in place while a model loaded from it li
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import COPIES, from_hugging_face
 from blip2.checkpoint.source import open_checkpoint, read_json_file
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks
 from blip2.config import Blip2Config, MatcherConfig, T5Config, read_config
 from blip2.images import ImageProcessing
@@ -228,7 +228,9 @@ def empty_model(
 
 def words_of(config: Blip2Config | MatcherConfig) -> str:
     """Our name for the weight that a tied head shares."""
-    return _T5_WORDS if isinstance(config, Blip2Config) and isinstance(config.language, T5Config) else _OPT_WORDS
+    return (
+        _T5_WORDS if isinstance(config, Blip2Config) and isinstance(config.language, T5Config) else _OPT_WORDS
+    )
 
 
 def our_names(tensors: Tensors) -> dict[str, str]:
@@ -247,9 +249,7 @@ def our_names(tensors: Tensors) -> dict[str, str]:
         elif stored not in DROPPED:
             spare.append(stored)
     if spare:
-        raise CheckpointError(
-            f"the file holds {_listed(spare)} that belong to no BLIP-2 model"
-        )
+        raise CheckpointError(f"the file holds {_listed(spare)} that belong to no BLIP-2 model")
     return names
 
 

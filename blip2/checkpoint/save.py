@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.tensors import CheckpointError, TensorInfo
 from blip2.checkpoint.folder import copy_file, new_folder, write_json
 from blip2.checkpoint.load import Unfilled, parse_dtype
 from blip2.checkpoint.names import to_hugging_face
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo
 from blip2.checkpoint.translate import blocks
 from blip2.checkpoint.writers import SAFETENSORS, write_files
 from blip2.config import Blip2Config, MatcherConfig, OptConfig, to_hf
@@ -144,4 +144,3 @@ def tokenizer_files(folder: Path) -> list[Path]:
     if not found:
         raise CheckpointError(f"{folder} holds no tokenizer files")
     return found
-

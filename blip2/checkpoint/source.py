@@ -1,4 +1,4 @@
-"""A checkpoint of any layout, opened: its tensors under Hugging Face's names, and what its settings or shapes say it is."""
+"""A checkpoint of any layout, opened: its tensors under Hugging Face's names, and what settings or shapes say it is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from blip2.checkpoint.dialects import derive, from_paddle
 from blip2.checkpoint.files import open_tensors
-from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import Piece, as_hugging_face, joined, view
 from blip2.config import Blip2Config, ConfigError, MatcherConfig, read_config
 from blip2.text import TextError, Tokenizer
@@ -112,7 +112,9 @@ def _settings(folder: Path, layout: Layout, tensors: Tensors, language: Path | N
         raw = read_json_file(beside)
         if layout.transposed:
             raw = from_paddle(raw)
-        if "itm_head.weight" in tensors:  # what is stored counts: files say it by `architectures`, or not at all
+        if (
+            "itm_head.weight" in tensors
+        ):  # what is stored counts: files say it by `architectures`, or not at all
             raw["architectures"] = ["Blip2ForImageTextRetrieval"]
         return raw
     _check_parts(tensors)
@@ -134,7 +136,10 @@ def _check_parts(tensors: Tensors) -> None:
     """Say which of a checkpoint's parts were left out when it was saved, and where to get them."""
     missing = []
     for part, where in (
-        ("query_tokens", "its Q-Former: it is a part of a model, to be given as vision= or language= with another file"),
+        (
+            "query_tokens",
+            "its Q-Former: it is a part of a model, to be given as vision= or language= with another file",
+        ),
         (
             "vision_model.encoder.layers.0.",
             "its image encoder (visual_encoder.*), which was frozen and left out; "
@@ -148,9 +153,13 @@ def _check_parts(tensors: Tensors) -> None:
         first = "language_model.decoder.block.0." if t5 else "language_model.model.decoder.layers.0."
         if not any(name.startswith(first) for name in tensors):
             width = (
-                tensors.info("language_projection.weight").shape[0] if "language_projection.weight" in tensors else 0
+                tensors.info("language_projection.weight").shape[0]
+                if "language_projection.weight" in tensors
+                else 0
             )
-            name = {2560: "facebook/opt-2.7b", 4096: "facebook/opt-6.7b or google/flan-t5-xxl"}.get(width, "OPT or T5")
+            name = {2560: "facebook/opt-2.7b", 4096: "facebook/opt-6.7b or google/flan-t5-xxl"}.get(
+                width, "OPT or T5"
+            )
             missing.append(
                 "its language model (opt_model.* or t5_model.*), which was frozen and left out; "
                 f"give it as language= (--language): the folder of {name if width != 2048 else 'google/flan-t5-xl'}"
@@ -187,4 +196,3 @@ def _with_language(tensors: Tensors, found: Tensors) -> Tensors:
     if any(name in tensors for name in _HEADS):
         added = {name: where for name, where in added.items() if name not in _HEADS}
     return joined({name: (tensors, name) for name in tensors}, added)
-

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.tensors import CheckpointError, TensorInfo, Tensors, quoted
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS, Layout, is_transposed, to_hugging_face, to_theirs
+from blip2.checkpoint.tensors import CheckpointError, TensorInfo, Tensors, quoted
 
 BLOCK_ELEMENTS = 8 << 20  # how much is converted and written at a time: 32 MB of fp32
 _T5_MARKS = ("t5_model.", "language_model.t5.", "language_model.encoder.")
@@ -191,7 +191,9 @@ def as_hugging_face(tensors: Tensors, layout: Layout) -> Tensors:
             continue
         target = to_hugging_face(name, rules) or name
         if target in pieces:
-            raise CheckpointError(f"the file holds {target} under two names, {name} and {pieces[target].stored[0]}")
+            raise CheckpointError(
+                f"the file holds {target} under two names, {name} and {pieces[target].stored[0]}"
+            )
         pieces[target] = _turned(info, name, is_transposed(target, len(info.shape), layout, t5=t5), target)
     return view(tensors, pieces)
 

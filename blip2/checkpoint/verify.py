@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.load import build, our_names
 from blip2.checkpoint.source import Checkpoint
+from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks, side_by_side
 from blip2.config import T5Config
 from blip2.model import Blip2, Blip2Matcher
@@ -78,7 +78,9 @@ def compare_logits(expected: Checkpoint, found: Checkpoint, dtype: torch.dtype |
     ours, theirs = (_outputs(each, wanted) for each in (expected, found))
     for a, b in zip(ours, theirs, strict=True):
         if a.shape != b.shape or not bool((a - b).abs().max() <= _TOLERANCE * a.abs().max().clamp(min=1)):
-            raise CheckpointError("the result is wrong: it gives other outputs for an image than what it was made of")
+            raise CheckpointError(
+                "the result is wrong: it gives other outputs for an image than what it was made of"
+            )
     return "outputs for a probe image equal"
 
 
@@ -97,7 +99,11 @@ def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
     if isinstance(model, Blip2):
         return [model(pixels, ids, mask, ids if isinstance(model.config.language, T5Config) else None)]
     features = model.vision(pixels)
-    return [model.image_embeddings(features), model.text_embeddings(ids, mask), model.itm_logits(features, ids, mask)]
+    return [
+        model.image_embeddings(features),
+        model.text_embeddings(ids, mask),
+        model.itm_logits(features, ids, mask),
+    ]
 
 
 def _free_memory() -> int | None:

@@ -142,7 +142,9 @@ def _array_start(entry: TensorInfo) -> bytes:
     code = _NUMPY[entry.dtype]
     order = "|" if entry.dtype.itemsize == 1 else "<"
     dtype = _global("numpy", "dtype") + _tuple(_text(code), _FALSE, _TRUE) + _REDUCE
-    dtype += _tuple(_number(3), _text(order), _NONE, _NONE, _NONE, _number(-1), _number(-1), _number(0)) + _BUILD
+    dtype += (
+        _tuple(_number(3), _text(order), _NONE, _NONE, _NONE, _number(-1), _number(-1), _number(0)) + _BUILD
+    )
     shape = _tuple(*(_number(n) for n in entry.shape))
     start = _global("numpy.core.multiarray", "_reconstruct") + empty + _REDUCE
     return start + _MARK + _number(1) + shape + dtype + _FALSE + b"\x8e" + struct.pack("<Q", entry.nbytes)
@@ -234,7 +236,10 @@ SAFETENSORS = Kind(
     write_safetensors, "model.safetensors", "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
 )
 PDPARAMS = Kind(
-    write_pdparams, "model_state.pdparams", "model_state-{:05}-of-{:05}.pdparams", "model_state.pdparams.index.json"
+    write_pdparams,
+    "model_state.pdparams",
+    "model_state-{:05}-of-{:05}.pdparams",
+    "model_state.pdparams.index.json",
 )
 TORCH = Kind(write_torch, "model.pth")
 

@@ -37,7 +37,11 @@ def outputs(model: Blip2 | Blip2Matcher) -> list[torch.Tensor]:
     if isinstance(model, Blip2):
         return [model(pixels, ids, mask, ids if isinstance(model.config.language, T5Config) else None)]
     features = model.vision(pixels)
-    found = [model.image_embeddings(features), model.text_embeddings(ids, mask), model.itm_logits(features, ids, mask)]
+    found = [
+        model.image_embeddings(features),
+        model.text_embeddings(ids, mask),
+        model.itm_logits(features, ids, mask),
+    ]
     return found if model.itg_head is None else [*found, model.itg_logits(features, ids, mask)]
 
 
@@ -69,7 +73,9 @@ def test_there_and_back(variant: str, world: World, variants: dict[str, Path], t
     assert found.layout == ("PaddleMIX" if matcher and world == "paddle" else LAYOUT[world])
     assert found.variant.startswith("matcher" if matcher else "generator")
     assert found.tokenizer
-    heads = 304 * 32 if world == "paddle" and variant in ("opt", "clip") else 0  # Paddle stores the tied head too
+    heads = (
+        304 * 32 if world == "paddle" and variant in ("opt", "clip") else 0
+    )  # Paddle stores the tied head too
     assert found.parameters == inspect(source).parameters + heads
 
     ours, theirs = load_model(tmp_path / "there"), load_model(source)
@@ -78,7 +84,9 @@ def test_there_and_back(variant: str, world: World, variants: dict[str, Path], t
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     processing, words = load_processing(tmp_path / "there")
     assert processing == load_processing(source)[0]
-    assert words.encode("a photo of the red cat") == load_processing(source)[1].encode("a photo of the red cat")
+    assert words.encode("a photo of the red cat") == load_processing(source)[1].encode(
+        "a photo of the red cat"
+    )
 
     convert(tmp_path / "there", tmp_path / "back", to="hf")
     assert_same_bytes(tmp_path / "back", source)
@@ -100,7 +108,9 @@ def test_paddle_stores_linear_weights_turned_round(variants: dict[str, Path], tm
     layer, theirs = "language_model.model.decoder.layers.1", "language_model.opt.decoder.layers.1"
     words = "language_model.model.decoder.embed_tokens.weight"
     assert torch.equal(paddle[f"{theirs}.linear1.weight"], hf[f"{layer}.fc1.weight"].t())
-    assert torch.equal(paddle[f"{theirs}.self_attn.q_proj.weight"], hf[f"{layer}.self_attn.q_proj.weight"].t())
+    assert torch.equal(
+        paddle[f"{theirs}.self_attn.q_proj.weight"], hf[f"{layer}.self_attn.q_proj.weight"].t()
+    )
     assert torch.equal(paddle[f"{theirs}.norm2.bias"], hf[f"{layer}.final_layer_norm.bias"])
     assert torch.equal(paddle["language_model.opt.embeddings.word_embeddings.weight"], hf[words])
     assert torch.equal(paddle["language_model.lm_head.decoder_weight"], hf[words])
@@ -176,7 +186,9 @@ def test_smallest_exact(variants: dict[str, Path], tmp_path: Path) -> None:
     assert made.read_bytes - made.written_bytes == 2 * (small[half].numel() + small[brain].numel())
     assert (small[half].dtype, small[brain].dtype) == (torch.float16, torch.bfloat16)
     for name, tensor in tensors.items():
-        assert torch.equal(small[name].to(tensor.dtype).view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+        assert torch.equal(
+            small[name].to(tensor.dtype).view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)
+        )
 
 
 def test_values_beyond_fp16(variants: dict[str, Path], tmp_path: Path) -> None:
@@ -258,7 +270,9 @@ def test_kills_leave_all_or_nothing(variants: dict[str, Path], tmp_path: Path) -
     expected = (tmp_path / "whole" / "model_state.pdparams").read_bytes()
     seen = set()
     for i in range(50):
-        target = tmp_path / f"{i // 5}"  # five times the same place: what was left behind is in the way of the next
+        target = (
+            tmp_path / f"{i // 5}"
+        )  # five times the same place: what was left behind is in the way of the next
         process = os.fork()
         if process == 0:
             try:
@@ -270,7 +284,9 @@ def test_kills_leave_all_or_nothing(variants: dict[str, Path], tmp_path: Path) -
         os.waitpid(process, 0)
         if target.exists():
             assert (target / "model_state.pdparams").read_bytes() == expected
-            assert {path.name for path in target.iterdir()} >= {path.name for path in (tmp_path / "whole").iterdir()}
+            assert {path.name for path in target.iterdir()} >= {
+                path.name for path in (tmp_path / "whole").iterdir()
+            }
             shutil.rmtree(target)
         seen.add(target.exists())
         convert(variants["opt"], target, to="paddle")
@@ -317,20 +333,32 @@ def stored_as(folder: Path, file: Path, keep: tuple[str, ...]) -> dict[str, Tens
 
 @pytest.mark.parametrize("variant", ["opt", "t5", "clip", "matcher-itg"])
 def test_parts_from_elsewhere(variant: str, variants: dict[str, Path], tmp_path: Path) -> None:
-    """A file as LAVIS's trainer leaves it, an image encoder as EVA-CLIP's, a language model as transformers saves it."""
+    """A file as LAVIS's trainer leaves it, an image encoder as EVA-CLIP's, a language model as saved alone."""
     source = variants[variant]
     convert(source, tmp_path / "lavis", to="lavis")
     whole = tensors_of(tmp_path / "lavis")
     bare = {n.removeprefix("visual_encoder."): t for n, t in whole.items() if n.startswith("visual_encoder.")}
     save_file(bare, tmp_path / "eva.safetensors")
-    trained = ("Qformer.", "query_tokens", "ln_vision.", "opt_proj.", "t5_proj.", "vision_proj.", "text_proj.")
+    trained = (
+        "Qformer.",
+        "query_tokens",
+        "ln_vision.",
+        "opt_proj.",
+        "t5_proj.",
+        "vision_proj.",
+        "text_proj.",
+    )
     stored_as(tmp_path / "lavis", tmp_path / "model.safetensors", (*trained, "itm_head.", "temp"))
     parts = {"vision": tmp_path / "eva.safetensors"}
     with pytest.raises(CheckpointError, match=r"lacks its image encoder .*--vision"):
         load_model(tmp_path / "model.safetensors")
     if not variant.startswith("matcher"):
         (tmp_path / "language").mkdir()
-        own = {n.removeprefix("language_model."): t for n, t in tensors_of(source).items() if n.startswith("language_m")}
+        own = {
+            n.removeprefix("language_model."): t
+            for n, t in tensors_of(source).items()
+            if n.startswith("language_m")
+        }
         save_file(own, tmp_path / "language" / "model.safetensors", metadata={"format": "pt"})
         text = json.loads((source / "config.json").read_text())["text_config"]
         (tmp_path / "language" / "config.json").write_text(json.dumps(text | {"eos_token_id": 2}))
@@ -343,7 +371,9 @@ def test_parts_from_elsewhere(variant: str, variants: dict[str, Path], tmp_path:
     for a, b in zip(outputs(ours), outputs(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     if variant == "opt":
-        assert ours.config.language.eos_token_id == theirs.config.language.eos_token_id  # the newline, not </s>
+        assert (
+            ours.config.language.eos_token_id == theirs.config.language.eos_token_id
+        )  # the newline, not </s>
         stored_as(tmp_path / "lavis", tmp_path / "other.safetensors", (*trained, "opt_model.lm_head.weight"))
     convert(tmp_path / "model.safetensors", tmp_path / "hf", to="hf", verify=True, **parts)
     assert_same_bytes(tmp_path / "hf", source)
@@ -366,7 +396,9 @@ def test_a_spare_tensor_is_an_error(variants: dict[str, Path], tmp_path: Path) -
     convert(variants["t5"], tmp_path / "paddle", to="paddle")
     tensors = tensors_of(tmp_path / "paddle") | {"language_model.t5.odd": torch.zeros(2)}
     info = {name: blip2.checkpoint.TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    write_pdparams(tmp_path / "paddle" / "model_state.pdparams", info, lambda name: [tensors[name].reshape(-1)])
+    write_pdparams(
+        tmp_path / "paddle" / "model_state.pdparams", info, lambda name: [tensors[name].reshape(-1)]
+    )
     with pytest.raises(CheckpointError, match=r"language_model\.odd"):
         load_model(tmp_path / "paddle")
     assert any("language_model.odd" in problem for problem in inspect(tmp_path / "paddle").problems)

@@ -122,7 +122,9 @@ def test_a_matcher_that_does_not_say_so(variants: dict[str, Path], tmp_path: Pat
 def test_a_part_of_a_lavis_file(variants: dict[str, Path], tmp_path: Path) -> None:
     convert(variants["opt"], tmp_path / "lavis", to="lavis")
     with open_tensors(tmp_path / "lavis") as tensors:
-        kept = {name: tensors.copy(name) for name in tensors if not name.startswith(("visual_", "opt_model."))}
+        kept = {
+            name: tensors.copy(name) for name in tensors if not name.startswith(("visual_", "opt_model."))
+        }
     (tmp_path / "alone").mkdir()
     save_file(kept, tmp_path / "alone" / "model.safetensors")
     found = inspect(tmp_path / "alone" / "model.safetensors")

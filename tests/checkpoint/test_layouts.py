@@ -41,7 +41,11 @@ def test_every_name_goes_there_and_back(variant: str, layout: Layout, variants: 
 def test_names_of_the_peers() -> None:
     """A few of each, as the peers' own code spells them."""
     for layout, theirs, hugging_face in (
-        (LAVIS, "visual_encoder.blocks.38.attn.proj.bias", "vision_model.encoder.layers.38.self_attn.projection.bias"),
+        (
+            LAVIS,
+            "visual_encoder.blocks.38.attn.proj.bias",
+            "vision_model.encoder.layers.38.self_attn.projection.bias",
+        ),
         (LAVIS, "visual_encoder.patch_embed.proj.weight", "vision_model.embeddings.patch_embedding.weight"),
         (LAVIS, "ln_vision.weight", "vision_model.post_layernorm.weight"),
         (
@@ -62,8 +66,11 @@ def test_names_of_the_peers() -> None:
             "language_model.model.decoder.layers.31.fc2.weight",
         ),
         (PADDLENLP, "language_model.lm_head.decoder_weight", "language_model.lm_head.weight"),
-        (PADDLENLP, "language_model.t5.decoder.block.0.layer.2.DenseReluDense.wo.weight",
-         "language_model.decoder.block.0.layer.2.DenseReluDense.wo.weight"),
+        (
+            PADDLENLP,
+            "language_model.t5.decoder.block.0.layer.2.DenseReluDense.wo.weight",
+            "language_model.decoder.block.0.layer.2.DenseReluDense.wo.weight",
+        ),
         (PADDLEMIX, "Qformer.ln_vision.bias", "vision_model.post_layernorm.bias"),
         (PADDLEMIX, "Qformer.language_projection.weight", "language_projection.weight"),
     ):

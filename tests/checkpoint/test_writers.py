@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.checkpoint import CheckpointError, TensorInfo, open_tensors
-from blip2.checkpoint import translate
+from blip2.checkpoint import CheckpointError, TensorInfo, open_tensors, translate
 from blip2.checkpoint.translate import blocks
 from blip2.checkpoint.writers import NAME_TABLE, Writer, write_pdparams, write_safetensors, write_torch
 
@@ -41,7 +40,9 @@ def assert_equal(found: dict[str, Tensor]) -> None:
     assert [*found] == [*TENSORS] or found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
+            name
+        )
 
 
 def test_torch_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,9 @@ def test_our_readers_open_it(writer: Writer, tmp_path: Path, monkeypatch: pytest
     with open_tensors(tmp_path / "file") as tensors:
         assert_equal({name: tensors.copy(name) for name in tensors})
         assert_equal({name: tensors[name] for name in tensors})
-        pieces = {name: torch.cat([*translate.read_blocks(tensors, name), torch.empty(0)]) for name in ("single",)}
+        pieces = {
+            name: torch.cat([*translate.read_blocks(tensors, name), torch.empty(0)]) for name in ("single",)
+        }
         assert torch.equal(pieces["single"], TENSORS["single"].reshape(-1))
 
 
@@ -89,5 +92,5 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
         yield torch.zeros(2).to(torch.float8_e4m3fn)
 
     for writer in (write_torch, write_pdparams):
-        with pytest.raises(CheckpointError, match="odd is torch.float8_e4m3fn"):
+        with pytest.raises(CheckpointError, match=r"odd is torch\.float8_e4m3fn"):
             writer(tmp_path / "file", info, read)
