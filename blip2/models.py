@@ -89,9 +89,9 @@ PUBLISHED = (
     _generator("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304, "blip2_opt:pretrain_opt6.7b"),
     _generator("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296, "blip2_opt:caption_coco_opt2.7b"),
     _generator("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664, "blip2_opt:caption_coco_opt6.7b"),
-    _generator("flan-t5-xl", _VIT_224, _T5_XL, 0, "blip2_t5:pretrain_flant5xl"),
-    _generator("flan-t5-xl-coco", _VIT_364, _T5_XL, 0, "blip2_t5:caption_coco_flant5xl"),
-    _generator("flan-t5-xxl", _VIT_224, _T5_XXL, 0, "blip2_t5:pretrain_flant5xxl"),
+    _generator("flan-t5-xl", _VIT_224, _T5_XL, 3_942_446_592, "blip2_t5:pretrain_flant5xl"),
+    _generator("flan-t5-xl-coco", _VIT_364, _T5_XL, 3_943_037_952, "blip2_t5:caption_coco_flant5xl"),
+    _generator("flan-t5-xxl", _VIT_224, _T5_XXL, 12_229_596_672, "blip2_t5:pretrain_flant5xxl"),
     _matcher("itm-vit-g", "itm", _VIT_224, 1_172_032_258, "blip2:pretrain"),
     _matcher("itm-vit-g-coco", "itm-coco", _VIT_364, 1_172_623_618, "blip2:coco"),
 )
