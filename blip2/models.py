@@ -7,7 +7,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig, read_config
+from blip2.config import (
+    Blip2Config,
+    MatcherConfig,
+    OptConfig,
+    QFormerConfig,
+    T5Config,
+    VisionConfig,
+    read_config,
+)
 
 DEFAULT = "default"
 ASSETS = Path(__file__).parent / "assets"
@@ -42,21 +50,29 @@ class KnownModel:
         if isinstance(self.config, Blip2Config):
             language, beams, prompt, new = self.config.language, 5, 16, 30
             positions = self.config.num_query_tokens + prompt + beams * new
-            working += (
-                2 * language.num_hidden_layers * language.hidden_size * positions * width
-            )  # keys and values
+            working += 2 * _keys_per_position(language) * positions * width  # keys and values
             working += 4 * beams * language.vocab_size * 4  # scores are float32 whatever the dtype
         return PROCESS_BYTES + self.parameters * width + working
+
+
+def _keys_per_position(language: OptConfig | T5Config) -> int:
+    if isinstance(language, OptConfig):
+        return language.num_hidden_layers * language.hidden_size
+    return language.num_decoder_layers * language.num_heads * language.d_kv
 
 
 _VIT_224 = VisionConfig(image_size=224)
 _VIT_364 = VisionConfig(image_size=364)
 _OPT_2B7 = OptConfig(hidden_size=2560, ffn_dim=10240)
 _OPT_6B7 = OptConfig(hidden_size=4096, ffn_dim=16384)
+_FLAN_XL = T5Config()
+_FLAN_XXL = T5Config(d_model=4096, d_ff=10240, num_heads=64)
 _WITH_TEXT = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)  # 30522 of BERT, and [DEC]
 
 
-def _generator(name: str, vision: VisionConfig, language: OptConfig, parameters: int) -> KnownModel:
+def _generator(
+    name: str, vision: VisionConfig, language: OptConfig | T5Config, parameters: int
+) -> KnownModel:
     use = "captions, questions, chat" if vision is _VIT_224 else "captions in the style of COCO"
     config = Blip2Config(vision=vision, language=language)
     return KnownModel(f"Salesforce/blip2-{name}", name, use, config, parameters, disk_bytes=4 * parameters)
@@ -74,6 +90,9 @@ PUBLISHED = (
     _generator("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304),
     _generator("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296),
     _generator("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664),
+    _generator("flan-t5-xl", _VIT_224, _FLAN_XL, 3_942_446_592),
+    _generator("flan-t5-xl-coco", _VIT_364, _FLAN_XL, 3_943_037_952),
+    _generator("flan-t5-xxl", _VIT_224, _FLAN_XXL, 12_229_596_672),
     _matcher("itm-vit-g", "itm", _VIT_224, 1_172_032_258),
     _matcher("itm-vit-g-coco", "itm-coco", _VIT_364, 1_172_623_618),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from conftest import write_t5_tokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from blip2.text import (
@@ -118,12 +119,28 @@ def test_added_tokens_must_fit_their_vocabulary(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_t5_files(tmp_path: Path) -> None:
+    write_t5_tokenizer(tmp_path / "t5")
+    (tmp_path / "t5" / "tokenizer_config.json").unlink()  # the names are T5's own
+    tokenizer = Tokenizer.load(tmp_path / "t5")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 1, 0)
+    ids = tokenizer.encode(" a photo\n of the cat")
+    assert tokenizer.decode(ids) == "a photo of the cat"
+    assert ids[-1] == 1
+    assert 1 not in tokenizer.encode("a </s>", frame=False)
+    assert len(tokenizer.encode("a photo of the cat", max_length=3)) == 3
+    (tmp_path / "t5" / "tokenizer.json").rename(tmp_path / "t5" / "spiece.model")
+    with pytest.raises(TextError, match=r"spiece.model alone.*save_pretrained"):
+        Tokenizer.load(tmp_path / "t5")
+
+
 # --- prompts ---------------------------------------------------------------------------------------------------
 
 
 def test_prompts() -> None:
     assert CAPTION_PROMPT == "a photo of"
     assert question_prompt(" how many {}? ") == "Question: how many {}? Answer:"
+    assert question_prompt("how many?", short=True) == "Question: how many? Short answer:"
     assert chat_prompt([], "what is it?") == "Question: what is it? Answer:"
     assert (
         chat_prompt([("what is it?", "a cat"), ("really?", " yes. ")], "why?")

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
 from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.names import COPIES, from_hugging_face
+from blip2.checkpoint.names import from_hugging_face
 from blip2.config import Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
@@ -190,8 +190,8 @@ def _our_names(tensors: Tensors) -> dict[str, str]:
     """Our names for a file's tensors."""
     names: dict[str, str] = {}
     spare = []
-    for stored in sorted(tensors, key=COPIES.__contains__):
-        ours = COPIES.get(stored) or from_hugging_face(stored)
+    for stored in tensors:
+        ours = from_hugging_face(stored)
         if ours is not None and ours in names:
             if not _equal(tensors, names[ours], stored):
                 raise CheckpointError(
