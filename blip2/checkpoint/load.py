@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def load_model(
 
     Args:
         path: a folder with config.json and safetensors, the tensor file in such a folder, or a name on the Hub.
-        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" (but for some of T5's, see `t5`) or "fp64". None: as stored, where each of image
+        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64"; in fp16 some of T5's stay fp32. None: as stored, where each of image
             encoder, Q-Former and language model with its projection has the dtype most of its stored values have.
         device: where the weights go.
         revision: branch, tag or commit of a model on the Hub.

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_t5_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -121,10 +120,12 @@ def test_answers_follow_their_question(samples: list[Sample], tokenizer: Tokeniz
     assert tokenizer.decode(batch["labels"][batch["labels"] != -100]) == " two\n"
 
 
-def test_t5_reads_the_prompt_and_writes_the_text(samples: list[Sample], tmp_path: Path) -> None:
-    write_t5_tokenizer(tmp_path / "t5")
-    tokenizer = Tokenizer.load(tmp_path / "t5")
-    one = [Sample("x", samples[0].image, ("A red Cat.", "dogs")), Sample("y", samples[1].image, (), "Why?", ("Yes",))]
+def test_t5_reads_the_prompt_and_writes_the_text(samples: list[Sample], t5_folder: Path) -> None:
+    tokenizer = Tokenizer.load(t5_folder)
+    one = [
+        Sample("x", samples[0].image, ("A red Cat.", "dogs")),
+        Sample("y", samples[1].image, (), "Why?", ("Yes",)),
+    ]
     batch = ReadingBatches(Rows(one, PROCESSING, batch_size=3, seed=0), tokenizer, prompt="a photo of")[0]
     found = {}
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):

@@ -49,7 +49,6 @@ T5_TEXT = {
     "d_kv": 10,
     "d_ff": 40,
     "num_layers": 2,
-    "num_decoder_layers": 3,
     "num_heads": 4,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 12,
@@ -98,7 +97,9 @@ def their_t5(seed: int = 0, *, head: bool = True, **text: Any) -> Blip2ForCondit
     if head:
         language = model.language_model
         language.lm_head.weight = nn.Parameter(torch.empty_like(language.shared.weight))
-    model = make_visible(model, seed)
+    model = make_visible(
+        model, seed, spread=0.2
+    )  # its scores are not scaled: wider ones would magnify rounding
     assert isinstance(model, Blip2ForConditionalGeneration)
     return model
 
@@ -107,7 +108,9 @@ def ours_from(theirs: Blip2ForConditionalGeneration) -> Blip2:
     """Our model with their weights, every one of them."""
     config = read_config(theirs.config.to_dict())
     assert isinstance(config, Blip2Config)
-    tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight  # as loading finds out
+    tied = (
+        theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    )  # as loading finds out
     ours = Blip2(replace(config, language=replace(config.language, tie_word_embeddings=tied))).eval()
     ours.load_state_dict({from_hugging_face(name): tensor for name, tensor in theirs.state_dict().items()})
     return ours

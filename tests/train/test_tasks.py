@@ -258,7 +258,8 @@ def test_fine_tuning(tmp_path: Path, train_language: bool) -> None:
 @pytest.mark.parametrize("fine_tuned", [False, True])
 def test_training_with_t5(tmp_path: Path, fine_tuned: bool) -> None:
     model, batch = writer(T5_LANGUAGE), writing_batch()
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]  # another text
+    shown = batch["attention_mask"].bool()
+    batch["labels"] = batch["input_ids"].masked_fill(~shown, -100)[:, 1:]  # as long as it likes
     before = snapshot(model)
     task = Finetune(model, train_language=True, muon_scale=1.0) if fine_tuned else Stage2(model)
     alone = model.loss(*(batch[k] for k in ("pixels", "input_ids", "attention_mask", "labels")))
