@@ -53,9 +53,7 @@ class Blip2(nn.Module):
         With OPT [B, Q + T, V] for every position, the queries first. T5 reads the text and writes another, of which
         decoder_input_ids [B, L] are the start token and all tokens but the last: logits [B, L, V].
         """
-        return self.logits_from_prefix(
-            self.embed_image(pixels), input_ids, attention_mask, decoder_input_ids
-        )
+        return self.logits_from_prefix(self.embed_image(pixels), input_ids, attention_mask, decoder_input_ids)
 
     def logits_from_prefix(
         self,
@@ -156,9 +154,7 @@ class Blip2(nn.Module):
                 raise ValueError("T5 reads prefix and prompt together and has no context of a prefix alone")
             started = self.language.start(embeddings, mask, rows=rows, max_new_tokens=max_new_tokens)
         else:
-            started = self.language.start(
-                embeddings, mask, context, rows=rows, max_new_tokens=max_new_tokens
-            )
+            started = self.language.start(embeddings, mask, context, rows=rows, max_new_tokens=max_new_tokens)
         return Decoding(self.language, *started)
 
 

@@ -51,21 +51,23 @@ class KnownModel:
         if isinstance(self.config, Blip2Config):
             language, beams, prompt, new = self.config.language, 5, 16, 30
             positions = self.config.num_query_tokens + prompt + beams * new
-            if isinstance(language, OptConfig):
-                layers, attended = language.num_hidden_layers, language.hidden_size
-            else:
-                layers, attended = language.num_decoder_layers, language.num_heads * language.d_kv
-            working += 2 * layers * attended * positions * width  # keys and values
+            working += 2 * _keys_per_position(language) * positions * width  # keys and values
             working += 4 * beams * language.vocab_size * 4  # scores are float32 whatever the dtype
         return PROCESS_BYTES + self.parameters * width + working
+
+
+def _keys_per_position(language: OptConfig | T5Config) -> int:
+    if isinstance(language, OptConfig):
+        return language.num_hidden_layers * language.hidden_size
+    return language.num_decoder_layers * language.num_heads * language.d_kv
 
 
 _VIT_224 = VisionConfig(image_size=224)
 _VIT_364 = VisionConfig(image_size=364)
 _OPT_2B7 = OptConfig(hidden_size=2560, ffn_dim=10240)
 _OPT_6B7 = OptConfig(hidden_size=4096, ffn_dim=16384)
-_T5_XL = T5Config()
-_T5_XXL = T5Config(d_model=4096, d_ff=10240, num_heads=64)
+_FLAN_XL = T5Config()
+_FLAN_XXL = T5Config(d_model=4096, d_ff=10240, num_heads=64)
 _WITH_TEXT = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)  # 30522 of BERT, and [DEC]
 
 
@@ -89,9 +91,9 @@ PUBLISHED = (
     _generator("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304, "blip2_opt:pretrain_opt6.7b"),
     _generator("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296, "blip2_opt:caption_coco_opt2.7b"),
     _generator("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664, "blip2_opt:caption_coco_opt6.7b"),
-    _generator("flan-t5-xl", _VIT_224, _T5_XL, 3_942_446_592, "blip2_t5:pretrain_flant5xl"),
-    _generator("flan-t5-xl-coco", _VIT_364, _T5_XL, 3_943_037_952, "blip2_t5:caption_coco_flant5xl"),
-    _generator("flan-t5-xxl", _VIT_224, _T5_XXL, 12_229_596_672, "blip2_t5:pretrain_flant5xxl"),
+    _generator("flan-t5-xl", _VIT_224, _FLAN_XL, 3_942_446_592, "blip2_t5:pretrain_flant5xl"),
+    _generator("flan-t5-xl-coco", _VIT_364, _FLAN_XL, 3_943_037_952, "blip2_t5:caption_coco_flant5xl"),
+    _generator("flan-t5-xxl", _VIT_224, _FLAN_XXL, 12_229_596_672, "blip2_t5:pretrain_flant5xxl"),
     _matcher("itm-vit-g", "itm", _VIT_224, 1_172_032_258, "blip2:pretrain"),
     _matcher("itm-vit-g-coco", "itm-coco", _VIT_364, 1_172_623_618, "blip2:coco"),
 )

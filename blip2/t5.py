@@ -1,12 +1,12 @@
 """The language model T5, in the form of FlanT5: embeddings [B, S, W] -> logits [B, T, V] of the text that answers them.
 
-Raffel et al., T5 (2020); with the gated feed-forward and the head of its version 1.1. An encoder reads prefix and prompt
-once (`read`), whatever the number of beams: every row of a prompt attends to the prompt's one copy of the decoder's
-cross-attention keys and values, and to its own new tokens (`step`). Positions are distances, so there is no longest
-text; they are counted over what is not padding.
+Raffel et al., T5 (2020); with the gated feed-forward and the head of its version 1.1. An encoder reads prefix and
+prompt once (`read`), whatever the number of beams: every row of a prompt attends to the prompt's one copy of the
+cross-attention's keys and values, and to its own new tokens (`step`). Positions are distances, counted over what is not
+padding, so there is no longest text.
 
-In fp16 the second matrix of a feed-forward overflows: loaded so, it stays in fp32 (`checkpoint.load`), as in transformers,
-and with it all that is added up from layer to layer.
+In fp16 the second matrix of a feed-forward gives more than fp16 can hold. Loaded so, it stays in fp32 as in transformers
+(`checkpoint.load`), and with it all that is added up from layer to layer.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ class PositionBias(nn.Embedding):
 def position_buckets(distance: Tensor, count: int, longest: int, *, both_ways: bool) -> Tensor:
     """Which of `count` buckets each distance belongs to.
 
-    The near ones have a bucket each; those farther away share logarithmically wider ones up to `longest`, and the last one
-    holds all beyond. With `both_ways` half of the buckets are for keys after their query; without, there are none such.
+    The near ones have a bucket each; those farther away share ever wider ones, up to `longest` by their logarithm, and
+    the last one holds all beyond. With `both_ways` half of the buckets are for keys after their query.
     """
     first = torch.zeros_like(distance)
     if both_ways:
@@ -326,7 +326,7 @@ class T5(nn.Module):
         return out
 
     def shift_right(self, labels: Tensor) -> Tensor:
-        """Labels [B, T] -> what the decoder has read before each of them: the start token, then the labels but the last.
+        """Labels [B, T] -> what the decoder has read before each of them: the start token, then all but the last.
 
         Labels that are no target (below 0) are read as padding.
         """

@@ -136,7 +136,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text: T5's `</s>`, BERT's `[SEP]`. OPT's is `</s>`, but its captions end with a newline."""
+        """The token that ends a text: `</s>` or BERT's `[SEP]`. With OPT, BLIP-2's captions end with a newline instead."""
         return self._special_id("eos_token", "sep_token")
 
     @property
@@ -156,7 +156,8 @@ class Tokenizer:
 
         Args:
             max_length: cut the text so that there are no more ids than this, those of the frame included.
-            frame: put the tokens around the text that its model expects (OPT: `</s>` first; T5: `</s>` last; BERT: [CLS] and [SEP]).
+            frame: put the tokens around the text that its model expects (OPT: `</s>` first; T5: `</s>` last; BERT:
+                [CLS] and [SEP]).
         """
         if not isinstance(text, str):
             raise TextError(f"expected text, got {type(text).__name__}")

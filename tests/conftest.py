@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 from blip2.checkpoint import save_model
@@ -79,6 +79,25 @@ def write_bert_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
+def write_t5_tokenizer(folder: Path) -> int:
+    """A unigram model as T5 has one, every text ending with </s>; returns how many ids there are."""
+    words = sorted({f"▁{word}" for word in WORDS.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    pieces += [(word, -2.0) for word in words] + [(chr(i), -6.0) for i in range(33, 127)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return len(pieces)
+
+
 VISION = VisionConfig(
     hidden_size=32,
     intermediate_size=48,
@@ -122,6 +141,20 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_visible(Blip2(config), seed=1)
     model.projection.weight.data *= 4  # what is said must depend on the image
     return save_model(model, base / "model", tokenizer=base / "tokenizer", dtype="fp16")
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with T5."""
+    base = tmp_path_factory.mktemp("t5")
+    vocabulary = write_t5_tokenizer(base / "tokenizer")
+    language = T5Config(
+        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4
+    )
+    config = Blip2Config(VISION, _qformer(60, text=False), language, num_query_tokens=4)
+    model = make_visible(Blip2(config), seed=4)
+    model.projection.weight.data *= 4
+    return save_model(model, base / "model", tokenizer=base / "tokenizer")
 
 
 @pytest.fixture(scope="session")

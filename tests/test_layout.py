@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "opt": "config layers",
     "t5": "config layers",
     "model": "config layers vision qformer opt t5",
-    "generate": "layers model",
+    "generate": "config layers model",
     "checkpoint.tensors": "checkpoint.filebytes",
     "checkpoint.filebytes": "checkpoint.tensors",
     "checkpoint.pickles": "checkpoint.filebytes checkpoint.tensors",

@@ -49,7 +49,11 @@ def test_names_of_lavis() -> None:
     assert len({known.lavis for known in models.PUBLISHED}) == len(models.PUBLISHED)
     assert resolve("blip2_opt:caption_coco_opt6.7b") == "Salesforce/blip2-opt-6.7b-coco"
     assert resolve("blip2_t5:pretrain_flant5xxl") == "Salesforce/blip2-flan-t5-xxl"
-    assert resolve("blip2:coco") == resolve("blip2_image_text_matching:coco") == "Salesforce/blip2-itm-vit-g-coco"
+    assert (
+        resolve("blip2:coco")
+        == resolve("blip2_image_text_matching:coco")
+        == "Salesforce/blip2-itm-vit-g-coco"
+    )
     with pytest.raises(ValueError, match=r"blip2_pretrained_flant5xl_vitL\.pth .* --vision .* --language"):
         resolve("blip2_t5:pretrain_flant5xl_vitL")
 

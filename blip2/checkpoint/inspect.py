@@ -13,15 +13,15 @@ import torch
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS
 from blip2.checkpoint.load import DROPPED, DTYPES, empty_model, has_tokenizer
-from blip2.checkpoint.names import COPIES, from_hugging_face
+from blip2.checkpoint.names import from_hugging_face
 from blip2.checkpoint.names import to_hugging_face as hugging_face_name
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.checkpoint.tensors import TensorInfo
 from blip2.config import Blip2Config, MatcherConfig, OptConfig
 
 LAYOUTS = {"hf": "Hugging Face", "lavis": "LAVIS", "paddlenlp": "PaddleNLP", "paddlemix": "PaddleMIX"}
-_HEAD, _WORDS = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
-_SHARED = "language_model.shared.weight"
+_HEAD = "language_model.lm_head.weight"
+_WORDS = ("language.embed_tokens.weight", "language.shared.weight")
 _NEWLINE = 50118  # of OPT: what ends a caption
 _PARTS = {  # our names begin so -> the part
     "vision": "image encoder",
@@ -78,8 +78,10 @@ def inspect(
     parts = [None if part is None else resolve(part) for part in (vision, language)]
     with open_checkpoint(resolve(path), vision=parts[0], language=parts[1]) as found:
         tensors = found.tensors
-        ours = {name: COPIES.get(name) or from_hugging_face(name) for name in tensors}
-        infos = {name: tensors.info(name) for name in tensors if name not in COPIES or _SHARED not in tensors}
+        ours = {name: from_hugging_face(name) for name in tensors}
+        # T5's word embeddings may be there under three names
+        once = {own: name for name, own in reversed(ours.items()) if own is not None}
+        infos = {name: tensors.info(name) for name in once.values()}
         stored = [found.stored.info(name) for name in found.stored]
         config = found.config
         return Inspection(
@@ -89,7 +91,7 @@ def inspect(
             variant=_variant(found),
             parts=_parts(infos, ours),
             tensors=len(stored),
-            parameters=sum(_count(info) for name, info in infos.items() if ours[name] is not None),
+            parameters=sum(map(_count, infos.values())),
             stored_bytes=sum(info.nbytes for info in stored),
             head=_head(found),
             image_px=None if config is None else config.vision.image_size,
@@ -137,7 +139,7 @@ def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> d
 def _head(found: Checkpoint) -> str:
     if found.is_matcher:
         return "none"
-    words = {_WORDS, _SHARED, *COPIES} & {*found.tensors}
+    words = any(from_hugging_face(name) in _WORDS for name in found.tensors)
     if _HEAD in found.tensors:
         return "stored" if words else "tied"
     return "tied" if words else "missing"
@@ -160,8 +162,8 @@ def _problems(found: Checkpoint, ours: Mapping[str, str | None]) -> list[str]:
     model = empty_model(found.config, found.tensors, names, tied=False)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     here = {own: found.tensors.info(name).shape for name, own in ours.items() if own is not None}
-    head, words = "language.lm_head.weight", ("language.embed_tokens.weight", "language.shared.weight")
-    tied = {head, *words} if head in here or any(each in here for each in words) else set()
+    either = {"language.lm_head.weight", *_WORDS}
+    tied = either if either & {*here} else set()
     missing = [hugging_face_name(name) for name in expected if name not in here and name not in tied]
     if missing:
         problems.append(f"missing: {_some(missing)}")

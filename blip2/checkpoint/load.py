@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.names import COPIES, from_hugging_face
+from blip2.checkpoint.names import from_hugging_face
 from blip2.checkpoint.source import open_checkpoint, read_json_file
 from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks
-from blip2.config import Blip2Config, MatcherConfig, T5Config, read_config
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import TOKENIZER_FILES, Tokenizer
@@ -182,6 +182,7 @@ def build(
             as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
             state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
     if tied:
+        assert isinstance(config, Blip2Config)
         state[_HEAD] = state[words_of(config)]
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
@@ -226,19 +227,17 @@ def empty_model(
         )
 
 
-def words_of(config: Blip2Config | MatcherConfig) -> str:
+def words_of(config: Blip2Config) -> str:
     """Our name for the weight that a tied head shares."""
-    return (
-        _T5_WORDS if isinstance(config, Blip2Config) and isinstance(config.language, T5Config) else _OPT_WORDS
-    )
+    return _OPT_WORDS if isinstance(config.language, OptConfig) else _T5_WORDS
 
 
 def our_names(tensors: Tensors) -> dict[str, str]:
     """Our names for a file's tensors."""
     names: dict[str, str] = {}
     spare = []
-    for stored in sorted(tensors, key=COPIES.__contains__):
-        ours = COPIES.get(stored) or from_hugging_face(stored)
+    for stored in tensors:
+        ours = from_hugging_face(stored)
         if ours is not None and ours in names:
             if not _equal(tensors, names[ours], stored):
                 raise CheckpointError(

@@ -41,8 +41,8 @@ HUGGING_FACE: Mapping[str, str] = {
 }
 
 
-# Hugging Face's second and third names for one tensor -> ours; files may hold it once, or under all names.
-COPIES: Mapping[str, str] = {
+# Hugging Face's other names for one tensor -> ours; files may hold it under all of them.
+_COPIES: Mapping[str, str] = {
     f"language_model.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")
 }
 
@@ -64,5 +64,8 @@ def to_hugging_face(name: str) -> str:
 
 
 def from_hugging_face(name: str) -> str | None:
-    """Hugging Face's parameter name -> ours, or None where it names no part of a model."""
-    return translate(name, ((theirs, ours) for ours, theirs in HUGGING_FACE.items()))
+    """Hugging Face's parameter name -> ours, or None where it names no part of a model.
+
+    Its word embeddings of T5 have three names.
+    """
+    return _COPIES.get(name) or translate(name, ((theirs, ours) for ours, theirs in HUGGING_FACE.items()))
