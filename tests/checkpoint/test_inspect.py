@@ -65,12 +65,6 @@ def test_no_value_is_read(variants: dict[str, Path], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Tensors, "__getitem__", read)
     monkeypatch.setattr(Tensors, "copy", read)
-    monkeypatch.setattr("blip2.checkpoint.filebytes.FileBytes.read_into", read)
-    with pytest.raises(AssertionError), open_tensors(variants["opt"]) as tensors:
-        tensors.copy("query_tokens")
-    monkeypatch.undo()
-    monkeypatch.setattr(Tensors, "__getitem__", read)
-    monkeypatch.setattr(Tensors, "copy", read)
     for variant in variants.values():
         assert inspect(variant).problems == ()
 
@@ -130,5 +124,5 @@ def test_a_part_of_a_lavis_file(variants: dict[str, Path], tmp_path: Path) -> No
     found = inspect(tmp_path / "alone" / "model.safetensors")
     (problem,) = found.problems
     assert "lacks its image encoder (visual_encoder.*)" in problem
-    assert "lacks its image encoder" in problem and "its language model" in problem
+    assert "its language model (opt_model.* or t5_model.*)" in problem
     assert [*found.parts] == ["image encoder", "Q-Former", "projection"]  # of the encoder, its last norm
