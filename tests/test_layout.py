@@ -52,12 +52,12 @@ MAY_IMPORT = {
     "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
     "checkpoint.writers config images model text",
     "checkpoint.verify": "checkpoint.load checkpoint.source checkpoint.tensors checkpoint.translate config model",
-    "checkpoint.convert": "checkpoint.dialects checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
+    "checkpoint.conversion": "checkpoint.dialects checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
     "checkpoint.names checkpoint.save checkpoint.source checkpoint.tensors checkpoint.translate checkpoint.verify "
     "checkpoint.writers config images",
-    "checkpoint.inspect": "checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source "
+    "checkpoint.inspection": "checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source "
     "checkpoint.tensors config",
-    "checkpoint": "checkpoint.convert checkpoint.files checkpoint.hub checkpoint.inspect checkpoint.load "
+    "checkpoint": "checkpoint.conversion checkpoint.files checkpoint.hub checkpoint.inspection checkpoint.load "
     "checkpoint.save checkpoint.tensors",
     "models": "config",
     "results": "layers",

@@ -1,9 +1,9 @@
 """Checkpoints: finding, reading, loading, inspecting, converting and writing them."""
 
-from blip2.checkpoint.convert import Conversion, convert
+from blip2.checkpoint.conversion import Conversion, convert
 from blip2.checkpoint.files import open_tensors
 from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.inspect import Inspection, inspect
+from blip2.checkpoint.inspection import Inspection, inspect
 from blip2.checkpoint.load import count_parameters, load_model, load_processing
 from blip2.checkpoint.save import save_model
 from blip2.checkpoint.tensors import (

@@ -1,4 +1,4 @@
-"""Makes tests/parity/fixtures/paddlenlp-*: tiny random models of PaddleNLP's own BLIP-2, as it saves them, and its logits.
+"""Makes tests/parity/fixtures/paddlenlp-*: tiny random models of PaddleNLP's own BLIP-2 as it saves them, and logits.
 
 Run where paddlepaddle and paddlenlp are installed, which need be nowhere else:
     python tests/parity/make_paddlenlp.py tests/parity/fixtures
