@@ -1,190 +1,77 @@
-"""Files that attack and files that lie, over every reader; run as a program, it opens them under watch.
-
-`python tests/checkpoint/hostile.py 1` opens every case (17: every 17th) and prints one JSON object: how many there were,
-by which errors they were refused, what was not refused as it should be, what the interpreter did meanwhile (its audit
-events: imports, executions, files opened for writing, sockets, ...), the slowest case's processor time, memory gained.
-"""
+"""Files that attack and files that lie, over every reader: what each is, and the error it must be refused with."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import resource
 import struct
-import sys
-import tempfile
-import time
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint import BrokenFileError, CheckpointError, UnsafeFileError, UnsupportedFileError, open_tensors
+from assemble import (
+    CONTAINERS,
+    FLOAT,
+    ROW,
+    Code,
+    Made,
+    Name,
+    Outside,
+    archive,
+    good_files,
+    good_tensor,
+    legacy,
+    numpy_array,
+    pickled,
+    safetensors_file,
+    torch_tensor,
+    wrapped,
+)
 
-# --- an assembler of pickles --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Name:
-    """GLOBAL."""
-
-    module: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Made:
-    """REDUCE, and BUILD where there is a state."""
-
-    function: Name
-    arguments: Any
-    state: Any = None
-
-
-@dataclass(frozen=True)
-class Outside:
-    """BINPERSID."""
-
-    id: Any
+from blip2.checkpoint import BrokenFileError, CheckpointError, UnsafeFileError, UnsupportedFileError
 
 
 @dataclass(frozen=True)
-class Code:
-    """Opcodes as they are."""
+class Case:
+    """Files to write, the first of which (or an index among them) is opened, and how it must be refused."""
 
-    opcodes: bytes
-
-
-def assemble(value: Any, protocol: int) -> bytes:
-    """The opcodes that build a value. A list of pairs under the type `Pairs` is a dict, names may stand twice."""
-    match value:
-        case Code():
-            return value.opcodes
-        case None:
-            return b"N"
-        case bool():
-            return (b"\x89", b"\x88")[value] if protocol >= 2 else (b"I00\n", b"I01\n")[value]
-        case int():
-            if protocol and -(2**31) <= value < 2**31:
-                return b"J" + struct.pack("<i", value)
-            if protocol < 2:
-                return b"L%dL\n" % value
-            content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            return b"\x8a" + bytes([len(content)]) + content
-        case float():
-            return b"G" + struct.pack(">d", value)
-        case str():
-            text = value.encode("utf-8")
-            return b"X" + struct.pack("<I", len(text)) + text
-        case bytes():
-            if protocol >= 3:
-                return b"B" + struct.pack("<I", len(value)) + value
-            return assemble(
-                Made(Name("_codecs", "encode"), (value.decode("latin-1"), "latin1")), protocol
-            )
-        case tuple():
-            return b"(" + b"".join(assemble(item, protocol) for item in value) + b"t"
-        case list():
-            return b"(" + b"".join(assemble(item, protocol) for item in value) + b"l"
-        case dict():
-            return b"(" + b"".join(assemble(each, protocol) for item in value.items() for each in item) + b"d"
-        case Name():
-            return f"c{value.module}\n{value.name}\n".encode()
-        case Made():
-            code = assemble(value.function, protocol) + assemble(value.arguments, protocol) + b"R"
-            return code if value.state is None else code + assemble(value.state, protocol) + b"b"
-        case Outside():
-            return assemble(value.id, protocol) + b"Q"
-    raise TypeError(value)
-
-
-def pickled(value: Any, protocol: int) -> bytes:
-    mark = b"\x80" + bytes([protocol]) if protocol >= 2 else b""
-    return mark + assemble(value, protocol) + b"."
-
-
-# --- files around a pickle ----------------------------------------------------------------------------------------
-
-
-def archive(pickle: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A torch file of today."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as file:
-        for name, content in [("data.pkl", pickle), ("version", b"3\n")]:
-            file.writestr(zipfile.ZipInfo(f"archive/{name}"), content, compression)
-        for key, content in storages.items():
-            file.writestr(zipfile.ZipInfo(f"archive/data/{key}"), content, compression)
-    return out.getvalue()
-
-
-def legacy(pickle: bytes, storages: dict[str, bytes], width: int = 4, protocol: int = 2) -> bytes:
-    """A torch file from before version 1.6."""
-    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    heads = [pickled(value, protocol) for value in (0x1950A86A20F9469CFC6C, 1001, machine)]
-    rows = [struct.pack("<q", len(content) // width) + content for content in storages.values()]
-    return b"".join([*heads, pickle, pickled(list(storages), protocol), *rows])
-
-
-ROW = struct.pack("<6f", *range(1, 7))
-FLOAT = Name("torch", "FloatStorage")
-
-
-def torch_tensor(
-    *,
-    container: str,
-    storage: Any = FLOAT,
-    key: Any = "0",
-    count: Any = 6,
-    offset: Any = 0,
-    size: Any = (2, 3),
-    stride: Any = (3, 1),
-    rest: tuple[Any, ...] = (False, Made(Name("collections", "OrderedDict"), ())),
-) -> Made:
-    more = (None,) if container == "legacy" else ()
-    reference = Outside(("storage", storage, key, "cpu", count, *more))
-    return Made(Name("torch._utils", "_rebuild_tensor_v2"), (reference, offset, size, stride, *rest))
-
-
-def numpy_array(
-    *,
-    size: Any = (2, 3),
-    dtype: Any = "f4",
-    order: Any = "<",
-    columns: Any = False,
-    data: Any = ROW,
-    arguments: Any = (Name("numpy", "ndarray"), (0,), b"b"),
-) -> Made:
-    kind = Made(Name("numpy", "dtype"), (dtype, False, True), (3, order, None, None, None, -1, -1, 0))
-    function = Name("numpy.core.multiarray", "_reconstruct")
-    return Made(function, arguments, (1, size, kind, columns, data))
-
-
-CONTAINERS = ("paddle", "archive", "legacy")
-
-
-def wrapped(value: Any, container: str, protocol: int = 2) -> bytes:
-    """A whole file whose pickle holds `value`, beside a good tensor where it is not the whole."""
-    if container == "paddle":
-        return pickled(value, protocol)
-    build = archive if container == "archive" else legacy
-    return build(pickled(value, protocol), {"0": ROW})
-
-
-def good_tensor(container: str) -> Made:
-    return numpy_array() if container == "paddle" else torch_tensor(container=container)
+    label: str
+    files: dict[str, bytes]
+    error: type[CheckpointError] | tuple[type[CheckpointError], ...]
 
 
 # --- attacks ------------------------------------------------------------------------------------------------------
 
-GADGETS = """os.system posix.system subprocess.Popen subprocess.check_output builtins.eval builtins.exec
-builtins.__import__ builtins.getattr builtins.open __builtin__.eval importlib.import_module runpy.run_path
-socket.create_connection ctypes.CDLL marshal.loads operator.methodcaller functools.partial pickle.loads torch.load
-torch.storage._load_from_bytes torch._utils._rebuild_sparse_tensor numpy.load
-collections.OrderedDict.update torch._utils._rebuild_tensor_v2.__globals__ builtins.bytes.fromhex Builtins.eval
-collections.Counter""".split()
+GADGETS = [
+    "os.system",
+    "posix.system",
+    "subprocess.Popen",
+    "subprocess.check_output",
+    "builtins.eval",
+    "builtins.exec",
+    "builtins.__import__",
+    "builtins.getattr",
+    "builtins.open",
+    "__builtin__.eval",
+    "importlib.import_module",
+    "runpy.run_path",
+    "socket.create_connection",
+    "ctypes.CDLL",
+    "marshal.loads",
+    "operator.methodcaller",
+    "functools.partial",
+    "pickle.loads",
+    "torch.load",
+    "torch.storage._load_from_bytes",
+    "torch._utils._rebuild_sparse_tensor",
+    "numpy.load",
+    "collections.OrderedDict.update",
+    "torch._utils._rebuild_tensor_v2.__globals__",
+    "builtins.bytes.fromhex",
+    "Builtins.eval",
+    "collections.Counter",
+]
 
 
 def _ways(module: str, name: str) -> Iterator[tuple[str, bytes]]:
@@ -200,8 +87,9 @@ def _ways(module: str, name: str) -> Iterator[tuple[str, bytes]]:
     yield "NEWOBJ", get + arguments + b"\x81"
     yield "NEWOBJ_EX", get + arguments + b"}\x92"
     yield "STACK_GLOBAL", texts[0] + texts[1] + b"\x93" + arguments + b"R"
-    yield "STACK_GLOBAL from the memo", (
-        b"(" + texts[0] + b"q\x07" + texts[1] + b"r\x08\x00\x00\x00" + b"lh\x07j\x08\x00\x00\x00\x93"
+    yield (
+        "STACK_GLOBAL from the memo",
+        (b"(" + texts[0] + b"q\x07" + texts[1] + b"r\x08\x00\x00\x00" + b"lh\x07j\x08\x00\x00\x00\x93"),
     )
     yield "hidden by POP", get + arguments + b"R0N"
     yield "in a reference", get + arguments + b"RQ"
@@ -264,21 +152,29 @@ def attacks() -> Iterator[Case]:
 
 # --- lies ---------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Case:
-    """Files to write, the first of which (or an index among them) is opened, and how it must be refused."""
-
-    label: str
-    files: dict[str, bytes]
-    error: type[CheckpointError] | tuple[type[CheckpointError], ...]
-
-
 LIES = (BrokenFileError, UnsupportedFileError)
 NO_SIZES: tuple[Any, ...] = (
-    (-2, -3), (2, -3), (2**62, 1), (2**31, 2**31), (2**63,), (2**200,), ("2", 3), (2.0, 3.0), (None,), (True, 3),
-    ((2, 3),), (1,) * 65, 6, None, "23", {"a": 1}, (2, 3, 2), (7,), (4, 3), (0, 2**63),
-)  # fmt: skip
+    (-2, -3),
+    (2, -3),
+    (2**62, 1),
+    (2**31, 2**31),
+    (2**63,),
+    (2**200,),
+    ("2", 3),
+    (2.0, 3.0),
+    (None,),
+    (True, 3),
+    ((2, 3),),
+    (1,) * 65,
+    6,
+    None,
+    "23",
+    {"a": 1},
+    (2, 3, 2),
+    (7,),
+    (4, 3),
+    (0, 2**63),
+)
 NO_NUMBERS: tuple[Any, ...] = (-1, 2**31, 2**40, 2**63, 2**64 - 1, 2**200, "0", None, 1.0, (0,))
 
 
@@ -287,15 +183,38 @@ def torch_lies() -> Iterator[Case]:
         changes: list[dict[str, Any]] = [{"size": size} for size in NO_SIZES]
         changes += [{"offset": offset} for offset in (1, 6, *NO_NUMBERS)]
         changes += [{"count": count} for count in (0, 5, 7, *NO_NUMBERS)]
-        changes += [{"stride": stride} for stride in (
-            (-3, 1), (3, -1), (3,), (3, 1, 1), (6, 1), (3, 2), (0, 1), (0, 0), (2**40, 1), (2**62, 2**62), ("3", 1),
-            (3.0, 1), None, 1,
-        )]  # fmt: skip
+        changes += [
+            {"stride": stride}
+            for stride in (
+                (-3, 1),
+                (3, -1),
+                (3,),
+                (3, 1, 1),
+                (6, 1),
+                (3, 2),
+                (0, 1),
+                (0, 0),
+                (2**40, 1),
+                (2**62, 2**62),
+                ("3", 1),
+                (3.0, 1),
+                None,
+                1,
+            )
+        ]
         changes += [{"key": key} for key in ("1", "../0", "", "0/", "/0", 0, None, ("0",), b"0")]
-        changes += [{"storage": storage} for storage in (
-            Name("torch", "DoubleStorage"), Name("torch", "HalfStorage"), "FloatStorage", None, 4,
-            Name("torch", "uint16"), Name("collections", "OrderedDict"),
-        )]  # fmt: skip
+        changes += [
+            {"storage": storage}
+            for storage in (
+                Name("torch", "DoubleStorage"),
+                Name("torch", "HalfStorage"),
+                "FloatStorage",
+                None,
+                4,
+                Name("torch", "uint16"),
+                Name("collections", "OrderedDict"),
+            )
+        ]
         changes += [{"rest": rest} for rest in ((), (False,), (1, 2, 3, 4))]
         for change in changes:
             for second in (False, True):
@@ -311,7 +230,9 @@ def torch_lies() -> Iterator[Case]:
         for label, value in {
             "no storage": Made(function, (1, 0, (2, 3), (3, 1), False, {})),
             "no arguments": Made(function, ()),
-            "another reference": Made(function, (Outside(("module", FLOAT, "0", "cpu", 6)), 0, (1,), (1,), 0, 0)),
+            "another reference": Made(
+                function, (Outside(("module", FLOAT, "0", "cpu", 6)), 0, (1,), (1,), 0, 0)
+            ),
             "a short reference": Made(function, (Outside(("storage",)), 0, (1,), (1,), False, {})),
             "a text as reference": Made(function, (Outside("0"), 0, (1,), (1,), False, {})),
             "parameter of nothing": Made(Name("torch._utils", "_rebuild_parameter"), (1, False, {})),
@@ -327,10 +248,15 @@ def torch_lies() -> Iterator[Case]:
                 whole = {"a": tensor, "b": other}
             yield Case(f"torch, {label}, {container}", {"model": wrapped(whole, container)}, LIES)
         for label, value in {
-            "a list": [tensor], "a tensor alone": tensor, "a number": 3, "nothing": None,
-            "deeper": {"a": {"b": {"c": tensor}}}, "two wrappers": {"model": {"a": tensor}, "state_dict": {"b": tensor}},
-            "inside and outside": {"a": tensor, "model": {"b": tensor}}, "a number as name": {3: tensor},
-        }.items():  # fmt: skip
+            "a list": [tensor],
+            "a tensor alone": tensor,
+            "a number": 3,
+            "nothing": None,
+            "deeper": {"a": {"b": {"c": tensor}}},
+            "two wrappers": {"model": {"a": tensor}, "state_dict": {"b": tensor}},
+            "inside and outside": {"a": tensor, "model": {"b": tensor}},
+            "a number as name": {3: tensor},
+        }.items():
             yield Case(f"layout, {label}, {container}", {"model": wrapped(value, container)}, LIES)
     pickle = pickled({"a": torch_tensor(container="legacy")}, 2)
     good = legacy(pickle, {"0": ROW})
@@ -361,9 +287,33 @@ def zip_lies() -> Iterator[Case]:
         entries.append(entries[-1] + 46 + sum(struct.unpack_from("<3H", good, entries[-1] + 28)))
     end = entries.pop()
     # Places of fields that count: (first byte, width).
-    fields = [(begin + at, width) for begin in begins for at, width in ((0, 4), (6, 2), (8, 2), (18, 4), (22, 4), (26, 2), (28, 2), (30, 1), (34, 1))]  # fmt: skip
-    fields += [(begin + at, width) for begin in entries for at, width in ((0, 4), (8, 2), (10, 2), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (42, 4), (46, 1), (50, 1))]  # fmt: skip
-    fields += [(end + at, width) for at, width in ((0, 4), (4, 2), (6, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2))]  # fmt: skip
+    fields = [
+        (begin + at, width)
+        for begin in begins
+        for at, width in ((0, 4), (6, 2), (8, 2), (18, 4), (22, 4), (26, 2), (28, 2), (30, 1), (34, 1))
+    ]
+    fields += [
+        (begin + at, width)
+        for begin in entries
+        for at, width in (
+            (0, 4),
+            (8, 2),
+            (10, 2),
+            (20, 4),
+            (24, 4),
+            (28, 2),
+            (30, 2),
+            (32, 2),
+            (34, 2),
+            (42, 4),
+            (46, 1),
+            (50, 1),
+        )
+    ]
+    fields += [
+        (end + at, width)
+        for at, width in ((0, 4), (4, 2), (6, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2))
+    ]
     for place, width in fields:
         old = int.from_bytes(good[place : place + width], "little")
         top = 256**width
@@ -403,7 +353,9 @@ def zip_lies() -> Iterator[Case]:
     }.items():
         yield Case(f"zip, {label}", {"model": content}, LIES)
     twice = good.replace(b"archive/version", b"archive/data.pk")  # equal length, then the same name
-    yield Case("zip, a name twice", {"model": twice.replace(b"archive/data.pkl", b"archive/data.pk\x00")}, LIES)
+    yield Case(
+        "zip, a name twice", {"model": twice.replace(b"archive/data.pkl", b"archive/data.pk\x00")}, LIES
+    )
     # Two entries of the directory for one record: its bytes would count twice.
     first = good[entries[0] : entries[1]]
     tail = bytearray(good[end:])
@@ -415,14 +367,31 @@ def zip_lies() -> Iterator[Case]:
 
 def paddle_lies() -> Iterator[Case]:
     changes: list[dict[str, Any]] = [{"size": size} for size in NO_SIZES]
-    changes += [{"dtype": dtype} for dtype in ("O8", "f8", "f2", "i1", "V4", "U1", "S4", "M8", "f4,i4", "|f4", "", None, 4, b"f4")]  # fmt: skip
+    changes += [
+        {"dtype": dtype}
+        for dtype in ("O8", "f8", "f2", "i1", "V4", "U1", "S4", "M8", "f4,i4", "|f4", "", None, 4, b"f4")
+    ]
     changes += [{"order": order} for order in ("=", "x", "", None, 3, ("<",))]
     changes += [{"columns": columns} for columns in (2, -1, "F", None)]
-    changes += [{"data": data} for data in (ROW[:-1], ROW + b"\0", b"", None, 24, [1.0], (ROW,), {"a": 1}, "Ā" * 24)]
-    changes += [{"data": Made(Name("_codecs", "encode"), arguments)} for arguments in (
-        (), ("a" * 24,), ("a" * 24, "utf-8"), ("a" * 24, "hex"), ("a" * 24, "zlib"), ("a" * 23, "latin1"),
-        ("é" * 12 + "a" * 13, "latin1"), ("Ā" * 24, "latin1"), (24, "latin1"), (None, None), (ROW, "latin1"),
-    )]  # fmt: skip
+    changes += [
+        {"data": data} for data in (ROW[:-1], ROW + b"\0", b"", None, 24, [1.0], (ROW,), {"a": 1}, "Ā" * 24)
+    ]
+    changes += [
+        {"data": Made(Name("_codecs", "encode"), arguments)}
+        for arguments in (
+            (),
+            ("a" * 24,),
+            ("a" * 24, "utf-8"),
+            ("a" * 24, "hex"),
+            ("a" * 24, "zlib"),
+            ("a" * 23, "latin1"),
+            ("é" * 12 + "a" * 13, "latin1"),
+            ("Ā" * 24, "latin1"),
+            (24, "latin1"),
+            (None, None),
+            (ROW, "latin1"),
+        )
+    ]
     changes += [
         {"arguments": arguments}
         for arguments in ((), (1,), (Name("numpy", "dtype"), (0,), b"b"), (None, (0,), b"b"))
@@ -447,17 +416,28 @@ def paddle_lies() -> Iterator[Case]:
         yield Case(f"paddle, long text, {label}", {"model": pickled({"a": array}, 2)}, LIES)
     part = numpy_array(size=(3,), data=ROW[:12])
     for label, entry in {
-        "no dict": [], "no slices": {"OriginShape": (6,)}, "no shape": {"slices": ["a@@.0", "a@@.1"]},
-        "empty": {"OriginShape": (0,), "slices": []}, "one missing": {"OriginShape": (9,), "slices": ["a@@.0", "a@@.1", "a@@.2"]},
-        "one twice": {"OriginShape": (6,), "slices": ["a@@.0", "a@@.0"]}, "wrong order": {"OriginShape": (6,), "slices": ["a@@.1", "a@@.0"]},
-        "larger": {"OriginShape": (7,), "slices": ["a@@.0", "a@@.1"]}, "smaller": {"OriginShape": (5,), "slices": ["a@@.0", "a@@.1"]},
-        "huge": {"OriginShape": (2**62, 2**62), "slices": ["a@@.0", "a@@.1"]}, "numbers": {"OriginShape": (6,), "slices": [0, 1]},
-        "another's": {"OriginShape": (6,), "slices": ["b@@.0", "b@@.1"]}, "a million": {"OriginShape": (3_000_000,), "slices": ["a@@.0"] * 1000},
-    }.items():  # fmt: skip
+        "no dict": [],
+        "no slices": {"OriginShape": (6,)},
+        "no shape": {"slices": ["a@@.0", "a@@.1"]},
+        "empty": {"OriginShape": (0,), "slices": []},
+        "one missing": {"OriginShape": (9,), "slices": ["a@@.0", "a@@.1", "a@@.2"]},
+        "one twice": {"OriginShape": (6,), "slices": ["a@@.0", "a@@.0"]},
+        "wrong order": {"OriginShape": (6,), "slices": ["a@@.1", "a@@.0"]},
+        "larger": {"OriginShape": (7,), "slices": ["a@@.0", "a@@.1"]},
+        "smaller": {"OriginShape": (5,), "slices": ["a@@.0", "a@@.1"]},
+        "huge": {"OriginShape": (2**62, 2**62), "slices": ["a@@.0", "a@@.1"]},
+        "numbers": {"OriginShape": (6,), "slices": [0, 1]},
+        "another's": {"OriginShape": (6,), "slices": ["b@@.0", "b@@.1"]},
+        "a million": {"OriginShape": (3_000_000,), "slices": ["a@@.0"] * 1000},
+    }.items():
         for name in ("a", 3):
             table = {"a@@.0": part, "a@@.1": part, "UnpackBigParamInfor@@": {name: entry}}
             yield Case(f"paddle, split, {label}, {name}", {"model": pickled(table, 4)}, LIES)
-    table = {"a": part, "a@@.0": part, "UnpackBigParamInfor@@": {"a": {"OriginShape": (3,), "slices": ["a@@.0"]}}}
+    table = {
+        "a": part,
+        "a@@.0": part,
+        "UnpackBigParamInfor@@": {"a": {"OriginShape": (3,), "slices": ["a@@.0"]}},
+    }
     yield Case("paddle, split, the whole too", {"model": pickled(table, 4)}, LIES)
 
 
@@ -520,7 +500,10 @@ def pickle_lies() -> Iterator[Case]:
     }
     for label, code in codes.items():
         for container in CONTAINERS:
-            for place, value in {"alone": Code(code), "among tensors": {"a": good_tensor(container), "b": Code(code)}}.items():  # fmt: skip
+            for place, value in {
+                "alone": Code(code),
+                "among tensors": {"a": good_tensor(container), "b": Code(code)},
+            }.items():
                 if not (len(code) > 10_000 and place == "alone"):
                     yield Case(
                         f"pickle, {label}, {place}, {container}", {"model": wrapped(value, container)}, LIES
@@ -530,19 +513,24 @@ def pickle_lies() -> Iterator[Case]:
     for container in CONTAINERS:
         for label, value in {"shape": {"size": Code(bomb)}, "stride": {"stride": Code(bomb)}}.items():
             if container == "paddle":
-                tensor = numpy_array(**({"size": Code(bomb)} if label == "shape" else {"columns": Code(bomb)}))
+                tensor = numpy_array(
+                    **({"size": Code(bomb)} if label == "shape" else {"columns": Code(bomb)})
+                )
             else:
                 tensor = torch_tensor(container=container, **value)
             yield Case(
                 f"pickle, tuples as {label}, {container}", {"model": wrapped({"a": tensor}, container)}, LIES
             )
-        yield Case(f"pickle, tuples as a name, {container}", {"model": wrapped(Code(b"}" + bomb + b"Ns"), container)}, LIES)  # fmt: skip
-        yield Case(f"pickle, a list in itself, {container}", {"model": wrapped(Code(b"]q\x00h\x00a"), container)}, LIES)  # fmt: skip
-
-
-def safetensors_file(header: Any, data: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
+        yield Case(
+            f"pickle, tuples as a name, {container}",
+            {"model": wrapped(Code(b"}" + bomb + b"Ns"), container)},
+            LIES,
+        )
+        yield Case(
+            f"pickle, a list in itself, {container}",
+            {"model": wrapped(Code(b"]q\x00h\x00a"), container)},
+            LIES,
+        )
 
 
 def safetensors_lies() -> Iterator[Case]:
@@ -551,10 +539,30 @@ def safetensors_lies() -> Iterator[Case]:
         for i, name in enumerate("abc")
     }
     for name in good:
-        changes: list[dict[str, Any]] = [{"shape": size if not isinstance(size, tuple) else list(size)} for size in NO_SIZES if size != (True, 3)]  # fmt: skip
-        changes += [{"dtype": dtype} for dtype in ("F64", "F16", "F4", "", None, 4, ["F32"], "f32", "float32")]
+        changes: list[dict[str, Any]] = [
+            {"shape": size if not isinstance(size, tuple) else list(size)}
+            for size in NO_SIZES
+            if size != (True, 3)
+        ]
+        changes += [
+            {"dtype": dtype} for dtype in ("F64", "F16", "F4", "", None, 4, ["F32"], "f32", "float32")
+        ]
         first = good[name]["data_offsets"][0]
-        changes += [{"data_offsets": [first + a, first + b]} for a, b in ((-24, 0), (0, 23), (0, 25), (1, 25), (24, 0), (0, 0), (0, 2**40), (2**63, 2**63 + 24), (0, 48), (4, 28))]  # fmt: skip
+        changes += [
+            {"data_offsets": [first + a, first + b]}
+            for a, b in (
+                (-24, 0),
+                (0, 23),
+                (0, 25),
+                (1, 25),
+                (24, 0),
+                (0, 0),
+                (0, 2**40),
+                (2**63, 2**63 + 24),
+                (0, 48),
+                (4, 28),
+            )
+        ]
         changes += [
             {"data_offsets": place}
             for place in (None, [], [0], [0, 24, 48], "0,24", [0.0, 24.0], ["0", "24"], [None, None])
@@ -563,7 +571,11 @@ def safetensors_lies() -> Iterator[Case]:
             header = {**good, name: {**good[name], **change}}
             yield Case(f"safetensors, {name}, {change}", {"model": safetensors_file(header, ROW * 3)}, LIES)
         for wrong in (None, [], 3, "F32", {}):
-            yield Case(f"safetensors, {name} is {wrong}", {"model": safetensors_file({**good, name: wrong}, ROW * 3)}, LIES)  # fmt: skip
+            yield Case(
+                f"safetensors, {name} is {wrong}",
+                {"model": safetensors_file({**good, name: wrong}, ROW * 3)},
+                LIES,
+            )
     text = json.dumps(good).encode()
     for label, content in {
         "bytes uncovered": safetensors_file(good, ROW * 4),
@@ -613,7 +625,9 @@ def index_lies() -> Iterator[Case]:
         }.items():
             if label == "spare tensor":
                 index = {"weight_map": {"a": shard}}
-                files = {shard: tensors[suffix].replace(b"a", b"b", 1) if suffix == ".safetensors" else content}
+                files = {
+                    shard: tensors[suffix].replace(b"a", b"b", 1) if suffix == ".safetensors" else content
+                }
                 index = {"weight_map": {"c": shard}}
             else:
                 files = {shard: content}
@@ -624,28 +638,20 @@ def index_lies() -> Iterator[Case]:
             )
         twice = f'{{"weight_map": {{"a": "{shard}", "a": "{shard}"}}}}'.encode()
         for label, text in {
-            "a name twice": twice, "no JSON": b"{", "no object": b"[]", "deep": b"[" * 100_000, "empty": b"",
-            "no text": b"\xff\xfe", "too long": b" " * (5 << 20), "many lists": b'{"a":[' + b"[]," * 1_300_000 + b"0]}",
-        }.items():  # fmt: skip
+            "a name twice": twice,
+            "no JSON": b"{",
+            "no object": b"[]",
+            "deep": b"[" * 100_000,
+            "empty": b"",
+            "no text": b"\xff\xfe",
+            "too long": b" " * (5 << 20),
+            "many lists": b'{"a":[' + b"[]," * 1_300_000 + b"0]}",
+        }.items():
             yield Case(
-                f"index, {label}, {suffix}", {f"model{suffix}.index.json": text, shard: content}, CheckpointError
+                f"index, {label}, {suffix}",
+                {f"model{suffix}.index.json": text, shard: content},
+                CheckpointError,
             )
-
-
-def good_files() -> dict[str, bytes]:
-    """Small sound files, one of each kind."""
-    split = {
-        "UnpackBigParamInfor@@": {"a": {"OriginShape": (2, 3), "slices": ["a@@.0", "a@@.1"]}},
-        "a@@.0": numpy_array(size=(3,), data=ROW[:12]),
-        "a@@.1": numpy_array(size=(3,), data=ROW[12:]),
-    }
-    header = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
-    found = {"safetensors": safetensors_file(header, ROW), "split": pickled(split, 4)}
-    for container in CONTAINERS:
-        for protocol in (2, 3, 4):
-            value = {"a": good_tensor(container), "more": {"epoch": 3, "best": 0.5, "none": None, "list": [True]}}
-            found[f"{container}, protocol {protocol}"] = wrapped(value, container, protocol)
-    return found
 
 
 def cut_files() -> Iterator[Case]:
@@ -659,97 +665,33 @@ def cut_files() -> Iterator[Case]:
 
 def other_files() -> Iterator[Case]:
     for label, content in {
-        "empty": b"", "text": b"hello, world", "html": b"<!DOCTYPE html><html>", "lfs": b"version https://git-lfs",
-        "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100), "gzip": b"\x1f\x8b\x08" + bytes(100), "GGUF": b"GGUF" + bytes(100),
-        "numpy": b"\x93NUMPY\x01\x00" + bytes(100), "tar": bytes(257) + b"ustar" + bytes(500), "zeros": bytes(5000),
-        "pickle protocol 200": b"\x80\xc8N.", "json": b'{"a": 1}', "ELF": b"\x7fELF" + bytes(60),
-    }.items():  # fmt: skip
+        "empty": b"",
+        "text": b"hello, world",
+        "html": b"<!DOCTYPE html><html>",
+        "lfs": b"version https://git-lfs",
+        "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100),
+        "gzip": b"\x1f\x8b\x08" + bytes(100),
+        "GGUF": b"GGUF" + bytes(100),
+        "numpy": b"\x93NUMPY\x01\x00" + bytes(100),
+        "tar": bytes(257) + b"ustar" + bytes(500),
+        "zeros": bytes(5000),
+        "pickle protocol 200": b"\x80\xc8N.",
+        "json": b'{"a": 1}',
+        "ELF": b"\x7fELF" + bytes(60),
+    }.items():
         yield Case(f"no tensor file, {label}", {"model": content}, LIES)
 
 
 def cases() -> Iterator[Case]:
     for kind in (
-        attacks, torch_lies, zip_lies, paddle_lies, pickle_lies, safetensors_lies, index_lies, cut_files, other_files,
-    ):  # fmt: skip
+        attacks,
+        torch_lies,
+        zip_lies,
+        paddle_lies,
+        pickle_lies,
+        safetensors_lies,
+        index_lies,
+        cut_files,
+        other_files,
+    ):
         yield from kind()
-
-
-# --- opening them under watch -------------------------------------------------------------------------------------
-
-# What reading a file may do. Opening is allowed for reading alone.
-HARMLESS = {"mmap.__new__", "os.listdir", "os.scandir", "object.__getattr__"}
-
-
-def read_all(path: Path) -> int:
-    with open_tensors(path) as tensors:
-        for name in tensors:
-            tensors.copy(name)
-            tensors[name].sum()
-        return len(tensors)
-
-
-def main(step: int) -> None:
-    watching = False
-    events: Counter[str] = Counter()
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if not watching or event in HARMLESS:
-            return
-        if event == "open":
-            _, mode, flags = arguments
-            if not (flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) and not set(mode or "r") & set("wax+"):
-                return
-        events[f"{event} {str(arguments)[:80]}"] += 1
-
-    sys.addaudithook(watch)
-    refused: Counter[str] = Counter()
-    failures = []
-    slowest = (0.0, "")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for content in good_files().values():  # what is imported once is imported now
-            (folder / "model").write_bytes(content)
-            assert read_all(folder / "model") == 1
-        before = 0
-        count = 0
-        for number, case in enumerate(cases()):
-            if number % step:
-                continue
-            for each in folder.iterdir():
-                each.unlink()
-            for file, content in case.files.items():
-                (folder / file).write_bytes(content)
-            if not before:
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            count += 1
-            watching = True
-            start = time.process_time()
-            try:
-                read_all(folder / next(iter(case.files)))
-                failures.append(f"{case.label}: opened")
-            except CheckpointError as error:
-                refused[type(error).__name__] += 1
-                text = str(error)
-                if not isinstance(error, case.error):
-                    failures.append(f"{case.label}: {type(error).__name__}: {text}")
-                if "\n" in text or len(text) > 1000 or str(folder) not in text:
-                    failures.append(f"{case.label}: a poor message: {text[:300]}")
-            except Exception as error:
-                failures.append(f"{case.label}: {type(error).__name__}: {error}")
-            taken = time.process_time() - start
-            watching = False
-            slowest = max(slowest, (taken, case.label))
-    result = {
-        "cases": count,
-        "refused": dict(refused),
-        "failures": failures,
-        "events": dict(events),
-        "slowest_s": slowest[0],
-        "slowest": slowest[1],
-        "gained_bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
-    }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
