@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing of one reader: `python tests/checkpoint/fuzz.py safetensors|archive|legacy|paddle [seconds]`.
 
-Sound files are mutated; a mutant that reaches a line after another line as no file before it is kept and mutated further.
-A reader must open a file or raise CheckpointError, within two seconds of processor time. The last line printed is one
-JSON object; a file that breaks this is written to the current folder, and the exit status is 1.
+Sound files are mutated; a mutant that takes a step from line to line that no file took before is kept and mutated on.
+A reader must open a file or raise CheckpointError, within two seconds of processor time. A file that breaks this is
+written to the current folder, and the exit status is 1. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def main(reader: str, seconds: float) -> int:
     draw = random.Random(0)
     corpus = [content for label, content in good_files().items() if label.startswith(READERS[reader])]
     coverage = Coverage()
+    sound = len(corpus)
     runs = refused = 0
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "model"
@@ -96,7 +97,7 @@ def main(reader: str, seconds: float) -> int:
         for number in range(sys.maxsize):
             if time.monotonic() > end:
                 break
-            content = corpus[number] if number < len(corpus) else mutated(draw.choice(corpus), corpus, draw)
+            content = corpus[number] if number < sound else mutated(draw.choice(corpus), corpus, draw)
             path.write_bytes(content)
             runs, coverage.new, start = runs + 1, 0, time.process_time()
             sys.settrace(coverage.trace)
@@ -115,9 +116,14 @@ def main(reader: str, seconds: float) -> int:
                 Path(f"fuzz-{reader}").write_bytes(content)
                 print(json.dumps({"reader": reader, "runs": runs, "failure": failure}))
                 return 1
-            if coverage.new and number >= len(corpus) and len(content) < 100_000:
+            if coverage.new and number >= sound and len(content) < 100_000:
                 corpus.append(content)
-    print(json.dumps({"reader": reader, "runs": runs, "refused": refused, "kept": len(corpus), "pairs_of_lines": len(coverage.seen)}))  # fmt: skip
+    kept = len(corpus) - sound
+    print(
+        json.dumps(
+            {"reader": reader, "runs": runs, "refused": refused, "kept": kept, "steps": len(coverage.seen)}
+        )
+    )
     return 0
 
 
