@@ -171,7 +171,7 @@ class PaddleFile:
     def _read_array(self, name: str, value: Any) -> _Array:
         call = _array_call(value)
         state = call.state if call else None
-        if call is None or not isinstance(state, tuple) or len(state) != 5 or call.arguments[0] != _ARRAY:
+        if call is None or call.arguments[:1] != (_ARRAY,) or not isinstance(state, tuple) or len(state) != 5:
             raise self._wrong(name, "is described in no way that numpy has")
         _, sizes, kind, columns_first, data = state
         code, big_endian = self._read_dtype(name, kind)
@@ -260,7 +260,7 @@ def _array_call(value: Any) -> Call | None:
         value = value.arguments[0]
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
         value = value[1]
-    if isinstance(value, Call) and value.function in _RECONSTRUCT and value.arguments:
+    if isinstance(value, Call) and value.function in _RECONSTRUCT:
         return value
     return None
 

@@ -22,6 +22,7 @@ _LOCATOR_64 = struct.Struct("<IQI")
 _ENTRY = struct.Struct("<6H3I5H2I")
 _LOCAL = struct.Struct("<5H3I2H")
 _DESCRIPTOR_FOLLOWS, _UTF8 = 1 << 3, 1 << 11
+_DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)  # of what may follow a record: its checksum and lengths
 _IN_64 = 0xFFFFFFFF
 
 
@@ -58,10 +59,10 @@ def read_records(file: FileBytes) -> dict[str, Record]:
     if position != length:
         raise BrokenFileError(f"{file.path}: the archive's directory holds more than its {count:,} records")
     extents.sort()
-    for (_, end, name), (begin, _, _) in zip(extents, [*extents[1:], (start, 0, "")]):
-        if end > begin:
+    for (_, end, name), (begin, _, _) in zip([(0, 0, "the first"), *extents], [*extents, (start, 0, "")]):
+        if begin - end not in _DESCRIPTOR_SIZES:
             raise BrokenFileError(
-                f"{file.path}: record {quoted(name)} of the archive reaches into what follows it; get the file again"
+                f"{file.path}: record {quoted(name)} of the archive does not end where the next begins; get it again"
             )
     return records
 
@@ -109,7 +110,7 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
             "it anew without compression"
         )
     length, packed, begin = _wide_fields(directory[name_end:extra_end], [length, packed, begin], what, file)
-    if packed != length or disk not in (0, 0xFFFF):
+    if packed != length or disk:
         raise BrokenFileError(f"{file.path}: {what} has two lengths, {packed:,} and {length:,}")
 
     local = file.read(begin, 4 + _LOCAL.size, what)
