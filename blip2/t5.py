@@ -5,8 +5,8 @@ prompt once (`read`), whatever the number of beams: every row of a prompt attend
 cross-attention's keys and values, and to its own new tokens (`step`). Positions are distances, counted over what is not
 padding, so there is no longest text.
 
-In fp16 the second matrix of a feed-forward gives more than fp16 can hold. Loaded so, it stays in fp32 as in transformers
-(`checkpoint.load`), and with it all that is added up from layer to layer.
+The second matrix of a feed-forward gives more than fp16 can hold. Where a model is loaded in fp16 it stays in fp32, as
+in transformers (`checkpoint.load`), and with it all that is added up from layer to layer.
 """
 
 from __future__ import annotations

@@ -85,8 +85,9 @@ def load_model(
 
     Args:
         path: a folder with config.json and safetensors, the tensor file in such a folder, or a name on the Hub.
-        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64"; in fp16 some of T5's stay fp32. None: as stored, where each of image
-            encoder, Q-Former and language model with its projection has the dtype most of its stored values have.
+        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64"; in fp16 some of T5's stay in fp32. None:
+            as stored, where each of image encoder, Q-Former and language model with its projection has the dtype most
+            of its stored values have.
         device: where the weights go.
         revision: branch, tag or commit of a model on the Hub.
 
