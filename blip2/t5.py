@@ -164,18 +164,19 @@ class DecoderLayer(nn.Module):
         return out
 
 
-class PositionBias(nn.Embedding):
+class PositionBias(nn.Module):
     """What a key's distance from its query adds to the scores of each head, learned by bucket."""
 
     def __init__(self, config: T5Config, *, both_ways: bool) -> None:
         """`both_ways`: keys stand before and after their query (the encoder's do)."""
-        super().__init__(config.relative_attention_num_buckets, config.num_heads)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.relative_attention_num_buckets, config.num_heads))
         self.longest, self.both_ways = config.relative_attention_max_distance, both_ways
 
     def forward(self, distance: Tensor) -> Tensor:
         """distance int64 [B, T, S], the key's position less the query's -> [B, H, T, S]."""
-        buckets = position_buckets(distance, self.num_embeddings, self.longest, both_ways=self.both_ways)
-        return super().forward(buckets).movedim(-1, 1)
+        buckets = position_buckets(distance, len(self.weight), self.longest, both_ways=self.both_ways)
+        return self.weight[buckets].movedim(-1, 1)
 
 
 def position_buckets(distance: Tensor, count: int, longest: int, *, both_ways: bool) -> Tensor:
