@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import T5Config
@@ -176,7 +177,7 @@ class PositionBias(nn.Module):
     def forward(self, distance: Tensor) -> Tensor:
         """distance int64 [B, T, S], the key's position less the query's -> [B, H, T, S]."""
         buckets = position_buckets(distance, len(self.weight), self.longest, both_ways=self.both_ways)
-        return self.weight[buckets].movedim(-1, 1)
+        return F.embedding(buckets, self.weight).movedim(-1, 1)
 
 
 def position_buckets(distance: Tensor, count: int, longest: int, *, both_ways: bool) -> Tensor:
