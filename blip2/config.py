@@ -215,7 +215,7 @@ _OPT_REQUIRED: dict[str, Any] = {
     "_remove_final_layer_norm": False,
 }
 
-# The same for T5, whose configs say much of it by its feed-forward's name (`_read_t5`).
+# The same for T5, where the defaults above differ; `_read_t5` completes the rest.
 _T5_DEFAULTS: dict[str, Any] = {
     "d_model": 512,
     "d_ff": 2048,

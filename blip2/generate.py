@@ -35,7 +35,7 @@ class GenerationOptions:
     length_penalty: float = 1.0  # a score is divided by length ** length_penalty: above 0 favours long texts
     early_stopping: bool | Literal["never"] = False  # beams: True stops at `beams` finished texts
     repetition_penalty: float = (
-        1.0  # above 1 makes ids of the text so far (with OPT: of the prompt too) less likely
+        1.0  # above 1: ids of the text so far, with OPT of the prompt too, less likely
     )
     no_repeat_ngram_size: int = 0  # 0 is off
     num_return_sequences: int = 1  # the best so many beams, or so many independent samples

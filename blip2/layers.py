@@ -1,5 +1,4 @@
-"""What every part of the model is built from: activations, attention, the feed-forward, what a decoder has read
-and written."""
+"""What the model's parts are built from: activations, attention, feed-forward, what a decoder has read and written."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from blip2.t5 import T5
 from blip2.vision import ImageEncoder
 
 IGNORED = -100  # label of a position that is no target
-T5_TRAINED_TOKENS = 512
+T5_TRAINED_TOKENS = 512  # the longest text T5 was trained on; it has no last position
 
 
 class Blip2(nn.Module):
@@ -109,7 +109,7 @@ class Blip2(nn.Module):
         return F.cross_entropy(self.language.head(hidden[wanted]).float(), targets[wanted])
 
     def prompt_room(self, max_new_tokens: int) -> int:
-        """Tokens a prompt may have. T5 has no last position, but was trained on no more than 512 tokens."""
+        """How many tokens a prompt may have."""
         queries = self.config.num_query_tokens
         if isinstance(self.config.language, OptConfig):
             return self.config.language.max_position_embeddings - queries - max_new_tokens

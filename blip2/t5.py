@@ -5,8 +5,8 @@ prompt once (`read`), whatever the number of beams: every row of a prompt attend
 cross-attention's keys and values, and to its own new tokens (`step`). Positions are distances, counted over what is not
 padding, so there is no longest text.
 
-In fp16 the second matrix of a feed-forward gives more than fp16 can hold. Loaded so, it stays in fp32 as in transformers
-(`checkpoint.load`), and with it all that is added up from layer to layer.
+The second matrix of a feed-forward gives more than fp16 can hold. Where a model is loaded in fp16 it stays in fp32, as
+in transformers (`checkpoint.load`), and with it all that is added up from layer to layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import T5Config
@@ -164,18 +165,19 @@ class DecoderLayer(nn.Module):
         return out
 
 
-class PositionBias(nn.Embedding):
+class PositionBias(nn.Module):
     """What a key's distance from its query adds to the scores of each head, learned by bucket."""
 
     def __init__(self, config: T5Config, *, both_ways: bool) -> None:
         """`both_ways`: keys stand before and after their query (the encoder's do)."""
-        super().__init__(config.relative_attention_num_buckets, config.num_heads)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.relative_attention_num_buckets, config.num_heads))
         self.longest, self.both_ways = config.relative_attention_max_distance, both_ways
 
     def forward(self, distance: Tensor) -> Tensor:
         """distance int64 [B, T, S], the key's position less the query's -> [B, H, T, S]."""
-        buckets = position_buckets(distance, self.num_embeddings, self.longest, both_ways=self.both_ways)
-        return super().forward(buckets).movedim(-1, 1)
+        buckets = position_buckets(distance, len(self.weight), self.longest, both_ways=self.both_ways)
+        return F.embedding(buckets, self.weight).movedim(-1, 1)
 
 
 def position_buckets(distance: Tensor, count: int, longest: int, *, both_ways: bool) -> Tensor:

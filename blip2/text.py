@@ -136,7 +136,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text: `</s>` or BERT's `[SEP]`. With OPT, BLIP-2's captions end with a newline instead."""
+        """The token that ends a text: `</s>`, BERT's `[SEP]`. BLIP-2's captions by OPT end with a newline instead."""
         return self._special_id("eos_token", "sep_token")
 
     @property

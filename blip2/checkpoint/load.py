@@ -89,7 +89,7 @@ def load_model(
     Args:
         path: a folder, a tensor file, or a name on the Hub. Settings are in the config.json beside the tensors; LAVIS's
             files have none, and their shapes tell.
-        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" (but for some of T5's, see `t5`) or "fp64". None:
+        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64"; in fp16 some of T5's stay in fp32. None:
             as stored, where each of image encoder, Q-Former and language model with its projection has the dtype most
             of its stored values have.
         device: where the weights go.
