@@ -24,7 +24,12 @@ _OPT_WORDS = {
     "activation_function": "hidden_act",
     "do_layer_norm_before": "normalize_before",
 }
-_OPT_DEFAULTS = {"hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192, "num_attention_heads": 32}
+_OPT_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "ffn_dim": 8192,
+    "num_attention_heads": 32,
+}
 _PADDLENLP_VISION_EPS = 1e-5
 # The same for PaddleMIX's image encoder.
 _VISION_WORDS = {
@@ -99,7 +104,7 @@ def derive(tensors: Tensors, language: Mapping[str, Any] | None, newline: int | 
         CheckpointError: a size that shapes do not tell.
     """
     matcher = "itm_head.weight" in tensors
-    raw = {
+    raw: dict[str, Any] = {
         "model_type": "blip-2",
         "architectures": [f"Blip2For{'ImageTextRetrieval' if matcher else 'ConditionalGeneration'}"],
         "vision_config": _vision(tensors),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,18 +44,15 @@ class Piece:
         return None if self.transposed or self.third is not None or len(self.stored) > 1 else self.stored[0]
 
 
-@dataclass
 class Translated:
     """Tensors made from others: a file of tensors, as far as its users can see."""
 
-    tensors: Tensors
-    pieces: Mapping[str, Piece]
-    format: str = "translated"
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    format = "translated"
+    metadata: Mapping[str, str] = {}
 
-    @property
-    def info(self) -> Mapping[str, TensorInfo]:
-        return {name: piece.info for name, piece in self.pieces.items()}
+    def __init__(self, tensors: Tensors, pieces: Mapping[str, Piece]) -> None:
+        self.tensors, self.pieces = tensors, pieces
+        self.info: Mapping[str, TensorInfo] = {name: piece.info for name, piece in pieces.items()}
 
     def mapped(self, name: str) -> Tensor:
         """The tensor; mapped from the file where it stands there as it is."""
