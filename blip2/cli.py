@@ -109,6 +109,51 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(embed)
     _add_output(embed, several=True, as_json=False)
 
+    inspect = command(
+        "inspect",
+        "Say what a checkpoint is and what looks wrong with it; no value is read.",
+        "blip2 inspect ./my-model",
+        "blip2 inspect model_state.pdparams --json",
+        "blip2 inspect blip2_pretrained_opt2.7b.pth --vision eva_vit_g.pth --language ./opt-2.7b",
+    )
+    inspect.add_argument("path", metavar="PATH", help="a folder, a tensor file or a name")
+    _add_parts(inspect)
+    _add_output(inspect)
+
+    convert = command(
+        "convert",
+        "Convert a checkpoint between the layouts of transformers, PaddleNLP and LAVIS, one tensor at a time.",
+        "blip2 convert ./blip2-opt-6.7b-coco-paddle ./hf --to hf --dtype bf16 --verify",
+        "blip2 convert opt-2.7b ./paddle --to paddle",
+        "blip2 convert ./hf ./small --to hf --dtype smallest-exact",
+    )
+    convert.add_argument("source", metavar="SRC", help="a folder, a tensor file or a name")
+    convert.add_argument("target", metavar="DST", help="a new folder")
+    convert.add_argument(
+        "--to",
+        choices=("hf", "paddle", "lavis"),
+        required=True,
+        help="whose layout: transformers', Paddle's, LAVIS's",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "smallest-exact"),
+        help="what to store; smallest-exact: 16 bits where not one value changes (default: as it is)",
+    )
+    convert.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        help="start another file beyond this, such as 2GB (default: 5GB for hf)",
+    )
+    convert.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all back and compare every value, and outputs for an image",
+    )
+    _add_parts(convert)
+    convert.add_argument("--json", action="store_true", help="the result as a JSON object")
+    convert.add_argument("--quiet", action="store_true", help="no progress")
+
     models = command(
         "models",
         "List the models known by name, with their sizes and the memory they need.",
@@ -147,6 +192,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         help="what to compute in (default: fp32 up to a billion parameters, bf16 above)",
+    )
+    _add_parts(parser)
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parts that LAVIS's checkpoints leave out")
+    group.add_argument("--vision", metavar="PATH", help="the image encoder: EVA-CLIP's .pth, or a folder")
+    group.add_argument(
+        "--language", metavar="PATH", help="the language model: a folder of OPT or T5, or its name"
     )
 
 

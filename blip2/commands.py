@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,14 @@ def _print_json(record: dict[str, Any]) -> None:
 def _load(args: argparse.Namespace) -> Predictor:
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    return blip2.load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
+    return blip2.load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        revision=args.revision,
+        vision=args.vision,
+        language=args.language,
+    )
 
 
 def _load_matcher(args: argparse.Namespace) -> Predictor:
@@ -219,6 +227,84 @@ def embed(args: argparse.Namespace) -> int:
     return _for_each_image(args, args.images, lambda images: list(model.embed(images).tolist()), show)
 
 
+def inspect(args: argparse.Namespace) -> int:
+    from blip2.checkpoint import inspect
+    from blip2.models import readable, resolve
+
+    found = inspect(resolve(args.path), vision=args.vision, language=args.language)
+    if args.json:
+        _print_json(found.as_json())
+        return SOME_FAILED if found.problems else DONE
+    _print(f"{_one_line(found.path)}: {found.layout} ({found.file_format})")
+    _print(f"  {found.variant}")
+    for name, part in found.parts.items():
+        dtypes = ", ".join(sorted(part.dtypes))
+        _print(f"  {name}: {part.parameters:,} parameters in {part.tensors} tensors, {dtypes}")
+    _print(
+        f"  in all {found.parameters:,} parameters, {readable(found.stored_bytes)} stored in {found.tensors} tensors"
+    )
+    if found.head != "none":
+        _print(f"  head: {found.head}")
+    for kind, lines in (("WRONG", found.problems), ("note", found.notes)):
+        for line in lines:
+            _print(f"  {kind}: {_one_line(line)}")
+    return SOME_FAILED if found.problems else DONE
+
+
+def convert(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from blip2.checkpoint import convert
+    from blip2.models import readable, resolve
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(
+                desc=what, total=total, unit="B", unit_scale=True, disable=args.quiet, mininterval=1
+            )
+        bars[what].update(done)
+
+    try:
+        made = convert(
+            resolve(args.source),
+            args.target,
+            to=args.to,
+            dtype=args.dtype,
+            shard_bytes=None if args.shard_size is None else _bytes(args.shard_size),
+            verify=args.verify,
+            vision=args.vision,
+            language=args.language,
+            progress=progress,
+        )
+    finally:
+        for bar in bars.values():
+            bar.close()
+    if args.json:
+        _print_json(asdict(made) | {"folder": str(made.folder)})
+        return DONE
+    saved = (
+        "" if args.dtype != "smallest-exact" else f"; {made.narrowed} tensors now in 16 bits, none changed"
+    )
+    sizes = f"{readable(made.read_bytes)} read, {readable(made.written_bytes)} written"
+    _print(f"{_one_line(str(made.folder))}: {made.tensors} tensors, {sizes}{saved}")
+    if made.verified:
+        _print(f"  verified: {made.verified}")
+    return DONE
+
+
+def _bytes(text: str) -> int:
+    """'2GB' -> 2,000,000,000."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
+    if found is None or found[2] not in units:
+        raise ValueError(f"--shard-size {text!r}: expected a number and KB, MB or GB, such as 2GB")
+    return int(float(found[1]) * units[found[2]])
+
+
 def models(args: argparse.Namespace) -> int:
     from blip2.models import known_models, readable
 
@@ -230,6 +316,7 @@ def models(args: argparse.Namespace) -> int:
                 {
                     "name": model.name,
                     "alias": model.alias,
+                    "lavis": model.lavis,
                     "use": model.use,
                     "parameters": model.parameters,
                     "image_px": model.config.vision.image_size,
@@ -238,7 +325,7 @@ def models(args: argparse.Namespace) -> int:
                 }
             )
         return DONE
-    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", "bf16", "FOR")]
+    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", "bf16", "FOR", "IN LAVIS")]
     for model in known:
         count = model.parameters
         rows.append(
@@ -250,6 +337,7 @@ def models(args: argparse.Namespace) -> int:
                 readable(model.memory_bytes("fp32")),
                 readable(model.memory_bytes("bf16")),
                 model.use,
+                model.lavis,
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -337,6 +425,8 @@ COMMANDS = {
     "chat": chat,
     "match": match,
     "embed": embed,
+    "inspect": inspect,
+    "convert": convert,
     "models": models,
     "doctor": doctor,
 }

@@ -35,6 +35,7 @@ class VisionConfig:
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
+    pre_norm: bool = False  # CLIP's: a norm before the blocks, and then no bias on the patches
 
     def __post_init__(self) -> None:
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
@@ -104,12 +105,49 @@ class OptConfig:
 
 
 @dataclass(frozen=True)
+class T5Config:
+    """The language model T5. The defaults are FlanT5-XL as BLIP-2 uses it: with plain gelu in its feed-forward."""
+
+    vocab_size: int = 32128
+    d_model: int = 2048
+    d_kv: int = 64
+    d_ff: int = 5120
+    num_layers: int = 24
+    num_decoder_layers: int = 24
+    num_heads: int = 32
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dense_act_fn: str = "gelu"
+    is_gated_act: bool = True
+    scale_decoder_outputs: bool = False  # times d_model ** -0.5 before the head
+    decoder_start_token_id: int = 0
+    pad_token_id: int = 0
+    eos_token_id: int | tuple[int, ...] = 1
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _check_activation("text_config.dense_act_fn", self.dense_act_fn)
+        count, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        _check(
+            count >= 4 and count % 2 == 0 and longest > count // 2,
+            f"text_config: {count} position buckets up to a distance of {longest} cannot be built; "
+            "expected an even number of them, and a distance of more than half of it",
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the embeddings, as the other parts call it."""
+        return self.d_model
+
+
+@dataclass(frozen=True)
 class Blip2Config:
     """The generating model: image encoder, Q-Former, projection, language model."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    language: OptConfig = field(default_factory=OptConfig)
+    language: OptConfig | T5Config = field(default_factory=OptConfig)
     num_query_tokens: int = 32
     image_token_id: int | None = None
 
@@ -177,7 +215,16 @@ _OPT_REQUIRED: dict[str, Any] = {
     "_remove_final_layer_norm": False,
 }
 
-Config = TypeVar("Config", VisionConfig, QFormerConfig, OptConfig)
+# The same for T5, where the defaults above differ; `_read_t5` completes the rest.
+_T5_DEFAULTS: dict[str, Any] = {
+    "d_model": 512,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "feed_forward_proj": "relu",
+}
+
+Config = TypeVar("Config", VisionConfig, QFormerConfig, OptConfig, T5Config)
 
 
 def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -> Config:
@@ -200,7 +247,7 @@ def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -
             value = tuple(value)
         expected = (int, tuple) if name == "eos_token_id" else type(default)
         _check(
-            isinstance(value, expected) and not (isinstance(value, bool) and expected is int),
+            isinstance(value, expected) and not (isinstance(value, bool) and expected is not bool),
             f"{where}.{name} is {value!r}, expected {getattr(expected, '__name__', 'a number')}",
         )
         values[name] = value
@@ -246,23 +293,52 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
     qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
     text = _section(raw, "text_config")
     kind = text.get("model_type", "opt")
-    _check(kind == "opt", f"the language model is {kind!r}; this version builds 'opt'")
+    _check(kind in ("opt", "t5"), f"the language model is {kind!r}; this version builds 'opt' and 't5'")
+    language = _read_opt(text) if kind == "opt" else _read_t5(text)
+    image_token = raw.get("image_token_index", raw.get("image_token_id"))
+    return Blip2Config(vision, qformer, language, queries, image_token)
+
+
+def _read_opt(text: Mapping[str, Any]) -> OptConfig:
     for name, needed in _OPT_REQUIRED.items():
         _check(
             text.get(name, needed) == needed,
             f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}",
         )
-    said = {k: v for k, v in text.items() if v is not None}
-    if "eos_token_id" in text and text["eos_token_id"] is None:  # null is no silence: nothing ends a text
-        said["eos_token_id"] = []
-    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | said)
+    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | _said(text))
     embedded = text.get("word_embed_proj_dim", language.hidden_size)
     _check(
         embedded == language.hidden_size,
         f"text_config.word_embed_proj_dim {embedded} differs from hidden_size {language.hidden_size}: not supported",
     )
-    image_token = raw.get("image_token_index", raw.get("image_token_id"))
-    return Blip2Config(vision, qformer, language, queries, image_token)
+    return language
+
+
+def _read_t5(text: Mapping[str, Any]) -> T5Config:
+    """What a T5 config says by halves, as transformers completes it; what it spells out beside that counts."""
+    said = _T5_DEFAULTS | _said(text)
+    form = said["feed_forward_proj"]
+    gated, _, activation = form.rpartition("-") if isinstance(form, str) else ("?", "", "")
+    _check(
+        gated in ("", "gated"),
+        f"text_config.feed_forward_proj is {form!r}, expected an activation, or 'gated-' before it",
+    )
+    tied = said.get("tie_word_embeddings", True)
+    completed = {
+        "num_decoder_layers": said["num_layers"],
+        "dense_act_fn": "gelu_new" if form == "gated-gelu" else activation,
+        "is_gated_act": gated == "gated",
+        "scale_decoder_outputs": tied,
+        "tie_word_embeddings": tied,
+    }
+    return _pick(T5Config, "text_config", completed | said)
+
+
+def _said(text: Mapping[str, Any]) -> dict[str, Any]:
+    said = {name: value for name, value in text.items() if value is not None}
+    if "eos_token_id" in text and text["eos_token_id"] is None:  # null is no silence: nothing ends a text
+        said["eos_token_id"] = []
+    return said
 
 
 # --- config -> config.json -----------------------------------------------------------------------------------------
@@ -285,11 +361,17 @@ def to_hf(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
     language = asdict(config.language)
     if isinstance(config.language.eos_token_id, tuple):
         language["eos_token_id"] = list(config.language.eos_token_id) or None
+    if isinstance(config.language, OptConfig):
+        language |= {"model_type": "opt", "word_embed_proj_dim": config.language.hidden_size}
+    else:
+        activation = config.language.dense_act_fn.removesuffix("_new")
+        form = f"gated-{activation}" if config.language.is_gated_act else activation
+        language |= {"model_type": "t5", "is_encoder_decoder": True, "feed_forward_proj": form}
     raw |= {
         "architectures": ["Blip2ForConditionalGeneration"],
-        "text_config": {"model_type": "opt", "word_embed_proj_dim": config.language.hidden_size, **language},
+        "text_config": language,
         "tie_word_embeddings": config.language.tie_word_embeddings,
-        "use_decoder_only_language_model": True,
+        "use_decoder_only_language_model": isinstance(config.language, OptConfig),
     }
     if config.image_token_id is not None:
         raw["image_token_index"] = config.image_token_id

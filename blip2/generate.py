@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from blip2.config import T5Config
 from blip2.layers import Context
 from blip2.model import Blip2, Decoding
 
@@ -33,7 +34,9 @@ class GenerationOptions:
     min_new_tokens: int = 0  # no end token among the first so many
     length_penalty: float = 1.0  # a score is divided by length ** length_penalty: above 0 favours long texts
     early_stopping: bool | Literal["never"] = False  # beams: True stops at `beams` finished texts
-    repetition_penalty: float = 1.0  # above 1 makes ids of the prompt and of the text so far less likely
+    repetition_penalty: float = (
+        1.0  # above 1: ids of the text so far, with OPT of the prompt too, less likely
+    )
     no_repeat_ngram_size: int = 0  # 0 is off
     num_return_sequences: int = 1  # the best so many beams, or so many independent samples
     do_sample: bool = False
@@ -163,8 +166,12 @@ def _start(
     decoding = model.start(
         prefix, input_ids, attention_mask, rows=rows, max_new_tokens=options.max_new_tokens, context=context
     )
-    seen = prompt_ids(model.config.image_token_id, prefix.shape[1], input_ids, attention_mask)
-    configured = model.config.language.eos_token_id
+    language = model.config.language
+    if isinstance(language, T5Config):  # writes a text of its own: the prompt is no part of it
+        seen = input_ids.new_full((len(input_ids), 1), language.decoder_start_token_id)
+    else:
+        seen = prompt_ids(model.config.image_token_id, prefix.shape[1], input_ids, attention_mask)
+    configured = language.eos_token_id
     ends = _as_tuple(configured if options.eos_token_id is None else options.eos_token_id)
     return decoding, seen, options, torch.tensor(sorted(set(ends)), dtype=torch.int64, device=seen.device)
 

@@ -1,4 +1,4 @@
-"""What every part of the model is built from: activations, attention, the feed-forward, what a decoder has read."""
+"""What the model's parts are built from: activations, attention, feed-forward, what a decoder has read and written."""
 
 from __future__ import annotations
 
@@ -43,27 +43,34 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention.
 
     Args:
         query: [B, H, T, D].
         key, value: [B, H, S, D].
-        mask: bool, broadcastable to [B, H, T, S]; True may be seen.
+        mask: broadcastable to [B, H, T, S]; bool: True may be seen; float: is added to the scores.
         causal: position t sees s <= t (needs T == S and no mask).
+        scale: of the scores; None: D ** -0.5.
 
     Returns:
         [B, H, T, D].
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and not causal:
         # torch's fused attention runs its bf16 backward on the CPU several times slower than these three steps
-        scores = (query * query.shape[-1] ** -0.5) @ key.mT
+        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         out: Tensor = scores.softmax(-1).to(value.dtype) @ value
         return out
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
 
 
 class FeedForward(nn.Module):
@@ -107,3 +114,25 @@ class Context:
             tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self.layers),
             self.mask.expand(rows, -1),
         )
+
+
+class Tail:
+    """Keys and values of the tokens written so far, one buffer a layer, allocated once."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor) -> None:
+        """`shape`: layers, rows, heads, tokens at most, width of a head. Device and dtype are those of `like`."""
+        self.buffer = like.new_empty((shape[0], 2, *shape[1:]))
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token's keys and values [R, H, 1, D]; all of this layer's so far: [R, H, t + 1, D]."""
+        here, end = self.buffer[layer], self.length + 1
+        here[0, :, :, self.length : end] = key
+        here[1, :, :, self.length : end] = value
+        return here[0, :, :, :end], here[1, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was; fewer rows drop the rest."""
+        written = self.buffer[..., : self.length, :].index_select(2, rows)
+        self.buffer = self.buffer[:, :, : len(rows)]
+        self.buffer[..., : self.length, :] = written

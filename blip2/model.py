@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.config import Blip2Config, MatcherConfig, QFormerConfig
-from blip2.layers import ACTIVATION, Context
-from blip2.opt import Opt, Tail
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig
+from blip2.layers import ACTIVATION, Context, Tail
+from blip2.opt import Opt
 from blip2.qformer import QFormer
+from blip2.t5 import T5
 from blip2.vision import ImageEncoder
 
 IGNORED = -100  # label of a position that is no target
+T5_TRAINED_TOKENS = 512  # the longest text T5 was trained on; it has no last position
 
 
 class Blip2(nn.Module):
@@ -24,7 +26,11 @@ class Blip2(nn.Module):
         self.vision = ImageEncoder(config.vision)
         self.qformer = QFormer(config.qformer, config.num_query_tokens)
         self.projection = nn.Linear(config.qformer.hidden_size, config.language.hidden_size)
-        self.language = Opt(config.language)
+        self.language: Opt | T5
+        if isinstance(config.language, OptConfig):
+            self.language = Opt(config.language)
+        else:
+            self.language = T5(config.language)
 
     def embed_image(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor:
         """Pixels [B, 3, S, S] -> prefix [B, Q, W]: what the language model reads first."""
@@ -35,21 +41,44 @@ class Blip2(nn.Module):
         out: Tensor = self.projection(queries.to(self.projection.weight.dtype))
         return out
 
-    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Pixels and text [B, T] -> logits [B, Q + T, V] for every position, the queries first."""
-        return self.logits_from_prefix(self.embed_image(pixels), input_ids, attention_mask)
+    def forward(
+        self,
+        pixels: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Pixels and text [B, T] -> logits.
+
+        With OPT [B, Q + T, V] for every position, the queries first. T5 reads the text and writes another, of which
+        decoder_input_ids [B, L] are the start token and all tokens but the last: logits [B, L, V].
+        """
+        return self.logits_from_prefix(self.embed_image(pixels), input_ids, attention_mask, decoder_input_ids)
 
     def logits_from_prefix(
-        self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        prefix: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
     ) -> Tensor:
         """As `forward`, for images that have been embedded already."""
-        return self.language.head(self._read(prefix, input_ids, attention_mask))
+        return self.language.head(self._hidden(prefix, input_ids, attention_mask, decoder_input_ids))
 
-    def _read(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Hidden states [B, Q + T, W] of the queries and the text after them."""
+    def _hidden(
+        self,
+        prefix: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        decoder_input_ids: Tensor | None,
+    ) -> Tensor:
+        """What the head turns into logits: OPT's hidden states of queries and text, T5's of the text it writes."""
         embeddings = torch.cat([prefix, self.language.embed(input_ids).to(prefix.dtype)], dim=1)
         mask = None if attention_mask is None else F.pad(attention_mask, (prefix.shape[1], 0), value=1)
-        out: Tensor = self.language(embeddings, mask)
+        if isinstance(self.language, T5) != (decoder_input_ids is not None):
+            raise ValueError("decoder_input_ids are for T5, which cannot do without; OPT takes none")
+        given = (embeddings, mask) if decoder_input_ids is None else (embeddings, mask, decoder_input_ids)
+        out: Tensor = self.language(*given)
         return out
 
     def loss(
@@ -58,8 +87,9 @@ class Blip2(nn.Module):
         """Mean cross-entropy of the labels, a scalar.
 
         Args:
-            labels: [B, T], the id that stands at each text position, -100 where it is no target; or [B, Q + T].
-                Shifted inside: position t is predicted from what stands before it, the first one from the queries.
+            labels: -100 where a position is no target. With OPT [B, T], the id that stands at each text position, or
+                [B, Q + T]; each is predicted from what stands before it, the first one from the queries. With T5
+                [B, L], the text to write, its end token included. Shifted inside.
         """
         return self.loss_from_prefix(self.embed_image(pixels), input_ids, attention_mask, labels)
 
@@ -67,17 +97,32 @@ class Blip2(nn.Module):
         self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
     ) -> Tensor:
         """As `loss`, for images that have been embedded already."""
-        hidden = self._read(prefix, input_ids, attention_mask)
-        targets = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=IGNORED)[:, 1:]
+        if isinstance(self.language, T5):
+            targets = labels
+            hidden = self._hidden(prefix, input_ids, attention_mask, self.language.shift_right(labels))
+        else:
+            hidden = self._hidden(prefix, input_ids, attention_mask, None)
+            targets = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=IGNORED)[:, 1:]
+            hidden = hidden[:, :-1]
         wanted = targets != IGNORED
         # The head is as wide as the vocabulary: only where something is to be predicted.
-        return F.cross_entropy(self.language.head(hidden[:, :-1][wanted]).float(), targets[wanted])
+        return F.cross_entropy(self.language.head(hidden[wanted]).float(), targets[wanted])
+
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """How many tokens a prompt may have."""
+        queries = self.config.num_query_tokens
+        if isinstance(self.config.language, OptConfig):
+            return self.config.language.max_position_embeddings - queries - max_new_tokens
+        return T5_TRAINED_TOKENS - queries
 
     # --- generation: read once, write as many rows as wanted -----------------------------------------------------
 
-    def read_prefix(self, prefix: Tensor) -> Context:
-        """The prefix as the language model has read it: a value that serves every later question about the image."""
-        return self.language.read(prefix)[1]
+    def read_prefix(self, prefix: Tensor) -> Context | None:
+        """The prefix as the language model has read it: a value that serves every later question about the image.
+
+        None with T5, whose encoder reads prefix and prompt together.
+        """
+        return self.language.read(prefix)[1] if isinstance(self.language, Opt) else None
 
     def start(
         self,
@@ -100,19 +145,17 @@ class Blip2(nn.Module):
             ValueError: prefix, prompt and new tokens are longer than the language model's positions.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # Checked before anything is written; the last new token is never read.
-        self.language.check_length(prefix.shape[1] + int(mask.sum(1).max()) + max_new_tokens - 1)
-        words = self.language.embed(input_ids).to(prefix.dtype)
+        embeddings = self.language.embed(input_ids).to(prefix.dtype)
         if context is None:
-            embeddings = torch.cat([prefix, words], dim=1)
-            hidden, context = self.language.read(embeddings, F.pad(mask, (prefix.shape[1], 0), value=1))
+            embeddings = torch.cat([prefix, embeddings], dim=1)
+            mask = F.pad(mask, (prefix.shape[1], 0), value=1)
+        if isinstance(self.language, T5):
+            if context is not None:
+                raise ValueError("T5 reads prefix and prompt together and has no context of a prefix alone")
+            started = self.language.start(embeddings, mask, rows=rows, max_new_tokens=max_new_tokens)
         else:
-            hidden, context = self.language.read(words, mask, context)
-        read = context.mask[:, -hidden.shape[1] :]
-        last = (read * torch.arange(read.shape[1], device=read.device)).argmax(1)  # [B], not padding
-        logits = self.language.head(hidden[torch.arange(len(last), device=last.device), last]).float()
-        tail = Tail(self.config.language, len(input_ids) * rows, max_new_tokens, prefix)
-        return Decoding(self.language, context, tail, logits)
+            started = self.language.start(embeddings, mask, context, rows=rows, max_new_tokens=max_new_tokens)
+        return Decoding(self.language, *started)
 
 
 class Decoding:
@@ -121,7 +164,7 @@ class Decoding:
     logits: float32 [B, V], for the first new token.
     """
 
-    def __init__(self, language: Opt, context: Context, tail: Tail, logits: Tensor) -> None:
+    def __init__(self, language: Opt | T5, context: Context, tail: Tail, logits: Tensor) -> None:
         self._language, self._context, self._tail = language, context, tail
         self.logits = logits
 

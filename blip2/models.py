@@ -7,7 +7,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig, read_config
+from blip2.config import (
+    Blip2Config,
+    MatcherConfig,
+    OptConfig,
+    QFormerConfig,
+    T5Config,
+    VisionConfig,
+    read_config,
+)
 
 DEFAULT = "default"
 ASSETS = Path(__file__).parent / "assets"
@@ -22,7 +30,7 @@ PROCESS_BYTES = 300 * 2**20  # Python with torch and the libraries, before any w
 class KnownModel:
     """A model that can be loaded by name.
 
-    name: as on the Hugging Face Hub, or "default". alias: what may be typed instead.
+    name: as on the Hugging Face Hub, or "default". alias: what may be typed instead. lavis: its name and type in LAVIS.
     parameters: those of the published ones are checked against the built model (tests/test_models.py).
     disk_bytes: the published weights, which are fp32; the default model's and its matcher's files.
     """
@@ -33,6 +41,7 @@ class KnownModel:
     config: Blip2Config | MatcherConfig
     parameters: int
     disk_bytes: int
+    lavis: str = ""
 
     def memory_bytes(self, dtype: str) -> int:
         """Memory for one image with five beams of thirty new tokens: an estimate."""
@@ -42,41 +51,64 @@ class KnownModel:
         if isinstance(self.config, Blip2Config):
             language, beams, prompt, new = self.config.language, 5, 16, 30
             positions = self.config.num_query_tokens + prompt + beams * new
-            working += (
-                2 * language.num_hidden_layers * language.hidden_size * positions * width
-            )  # keys and values
+            working += 2 * _keys_per_position(language) * positions * width  # keys and values
             working += 4 * beams * language.vocab_size * 4  # scores are float32 whatever the dtype
         return PROCESS_BYTES + self.parameters * width + working
+
+
+def _keys_per_position(language: OptConfig | T5Config) -> int:
+    if isinstance(language, OptConfig):
+        return language.num_hidden_layers * language.hidden_size
+    return language.num_decoder_layers * language.num_heads * language.d_kv
 
 
 _VIT_224 = VisionConfig(image_size=224)
 _VIT_364 = VisionConfig(image_size=364)
 _OPT_2B7 = OptConfig(hidden_size=2560, ffn_dim=10240)
 _OPT_6B7 = OptConfig(hidden_size=4096, ffn_dim=16384)
+_FLAN_XL = T5Config()
+_FLAN_XXL = T5Config(d_model=4096, d_ff=10240, num_heads=64)
 _WITH_TEXT = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)  # 30522 of BERT, and [DEC]
 
 
-def _generator(name: str, vision: VisionConfig, language: OptConfig, parameters: int) -> KnownModel:
+def _generator(
+    name: str, vision: VisionConfig, language: OptConfig | T5Config, parameters: int, lavis: str
+) -> KnownModel:
     use = "captions, questions, chat" if vision is _VIT_224 else "captions in the style of COCO"
     config = Blip2Config(vision=vision, language=language)
-    return KnownModel(f"Salesforce/blip2-{name}", name, use, config, parameters, disk_bytes=4 * parameters)
+    return KnownModel(f"Salesforce/blip2-{name}", name, use, config, parameters, 4 * parameters, lavis)
 
 
-def _matcher(name: str, alias: str, vision: VisionConfig, parameters: int) -> KnownModel:
+def _matcher(name: str, alias: str, vision: VisionConfig, parameters: int, lavis: str) -> KnownModel:
     config = MatcherConfig(vision=vision, qformer=_WITH_TEXT)
     return KnownModel(
-        f"Salesforce/blip2-{name}", alias, "matching, embeddings", config, parameters, 4 * parameters
+        f"Salesforce/blip2-{name}", alias, "matching, embeddings", config, parameters, 4 * parameters, lavis
     )
 
 
 PUBLISHED = (
-    _generator("opt-2.7b", _VIT_224, _OPT_2B7, 3_744_679_936),
-    _generator("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304),
-    _generator("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296),
-    _generator("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664),
-    _matcher("itm-vit-g", "itm", _VIT_224, 1_172_032_258),
-    _matcher("itm-vit-g-coco", "itm-coco", _VIT_364, 1_172_623_618),
+    _generator("opt-2.7b", _VIT_224, _OPT_2B7, 3_744_679_936, "blip2_opt:pretrain_opt2.7b"),
+    _generator("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304, "blip2_opt:pretrain_opt6.7b"),
+    _generator("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296, "blip2_opt:caption_coco_opt2.7b"),
+    _generator("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664, "blip2_opt:caption_coco_opt6.7b"),
+    _generator("flan-t5-xl", _VIT_224, _FLAN_XL, 3_942_446_592, "blip2_t5:pretrain_flant5xl"),
+    _generator("flan-t5-xl-coco", _VIT_364, _FLAN_XL, 3_943_037_952, "blip2_t5:caption_coco_flant5xl"),
+    _generator("flan-t5-xxl", _VIT_224, _FLAN_XXL, 12_229_596_672, "blip2_t5:pretrain_flant5xxl"),
+    _matcher("itm-vit-g", "itm", _VIT_224, 1_172_032_258, "blip2:pretrain"),
+    _matcher("itm-vit-g-coco", "itm-coco", _VIT_364, 1_172_623_618, "blip2:coco"),
 )
+
+# LAVIS's names for the stage-1 model in its other uses.
+_LAVIS_USES = ("blip2_feature_extractor:", "blip2_image_text_matching:")
+# Models of LAVIS that are not on the Hub -> its file, and what else it takes.
+_LAVIS_FILES = {
+    "blip2:pretrain_vitL": ("blip2_pretrained_vitL.pth", "--vision clip_vit_L.pth"),
+    "blip2_t5:pretrain_flant5xl_vitL": (
+        "blip2_pretrained_flant5xl_vitL.pth",
+        "--vision clip_vit_L.pth --language google/flan-t5-xl",
+    ),
+}
+_LAVIS_ADDRESS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 
 
 def default_dtype(parameters: int) -> str:
@@ -89,8 +121,20 @@ def default_dtype(parameters: int) -> str:
 
 
 def resolve(name: str) -> str:
-    """An alias -> the name on the Hub; any other name as it is."""
-    return next((model.name for model in PUBLISHED if model.alias == name), name)
+    """An alias, or a model's name and type in LAVIS -> the name on the Hub; any other name as it is.
+
+    Raises:
+        ValueError: a model of LAVIS that is not on the Hub; the message says how to load it.
+    """
+    for prefix in _LAVIS_USES:
+        if name.startswith(prefix):
+            name = "blip2:" + name.removeprefix(prefix)
+    if name in _LAVIS_FILES:
+        file, parts = _LAVIS_FILES[name]
+        raise ValueError(
+            f"{name} is not on the Hub: get {_LAVIS_ADDRESS}{file} and give the file, with {parts}"
+        )
+    return next((model.name for model in PUBLISHED if name in (model.alias, model.lavis)), name)
 
 
 def known_models() -> tuple[KnownModel, ...]:

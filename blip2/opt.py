@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.config import OptConfig
-from blip2.layers import ACTIVATION, Context, attend, merge_heads, split_heads
+from blip2.layers import ACTIVATION, Context, Tail, attend, merge_heads, split_heads
 
 POSITION_OFFSET = 2  # OPT's position table begins with two entries no position uses
 
@@ -60,29 +60,6 @@ class SelfAttention(nn.Module):
         )
 
 
-class Tail:
-    """Keys and values of the tokens written so far, one buffer a layer, allocated once."""
-
-    def __init__(self, config: OptConfig, rows: int, length: int, like: Tensor) -> None:
-        heads = config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, rows, heads, length, config.hidden_size // heads)
-        self.buffer = like.new_empty(shape)
-        self.length = 0
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token's keys and values [R, H, 1, D]; all of this layer's so far: [R, H, t + 1, D]."""
-        here, end = self.buffer[layer], self.length + 1
-        here[0, :, :, self.length : end] = key
-        here[1, :, :, self.length : end] = value
-        return here[0, :, :, :end], here[1, :, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was; fewer rows drop the rest."""
-        written = self.buffer[..., : self.length, :].index_select(2, rows)
-        self.buffer = self.buffer[:, :, : len(rows)]
-        self.buffer[..., : self.length, :] = written
-
-
 class Layer(nn.Module):
     """One pre-norm decoder layer."""
 
@@ -119,6 +96,11 @@ class Opt(nn.Module):
     def tie(self) -> None:
         """Share one weight between the head and the word embeddings."""
         self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and word embeddings share one weight."""
+        return self.lm_head.weight is self.embed_tokens.weight
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings [B, T, W], without positions."""
@@ -173,6 +155,35 @@ class Opt(nn.Module):
             x = layer.feed_forward(x + out)
             layers.append((key, value))
         return self.final_layer_norm(x), Context(tuple(layers), seen)
+
+    def start(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        past: Context | None = None,
+        *,
+        rows: int,
+        max_new_tokens: int,
+    ) -> tuple[Context, Tail, Tensor]:
+        """Read prompts, ready to write `rows` continuations of each.
+
+        Args: as for `read`.
+
+        Returns:
+            what was read, the empty tail of B * rows texts, and logits float32 [B, V] for the first new token.
+
+        Raises:
+            ValueError: what was read and the new tokens take more positions than the model has.
+        """
+        # Checked before anything is written; the last new token is never read.
+        before = 0 if past is None else past.mask.sum(1)
+        self.check_length(int((before + mask.sum(1)).max()) + max_new_tokens - 1)
+        hidden, context = self.read(embeddings, mask, past)
+        last = (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B], not padding
+        logits = self.head(hidden[torch.arange(len(last), device=last.device), last]).float()
+        heads, width = self.config.num_attention_heads, self.config.hidden_size
+        shape = (self.config.num_hidden_layers, len(mask) * rows, heads, max_new_tokens, width // heads)
+        return context, Tail(shape, embeddings), logits
 
     def step(self, ids: Tensor, context: Context, tail: Tail) -> Tensor:
         """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""

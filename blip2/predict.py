@@ -6,7 +6,6 @@ One image gives one result, a list of images a list in the same order, computed 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from blip2.checkpoint import load_model, load_processing, open_tensors
+from blip2.checkpoint import count_parameters, load_model, load_processing
 from blip2.checkpoint import resolve as find_files
+from blip2.config import T5Config
 from blip2.generate import GenerationOptions, generate, stream
 from blip2.images import ImageProcessing, ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
@@ -58,6 +58,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     matcher: str | Path | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -69,6 +71,7 @@ def load(
             `models.default_dtype`), whatever the file holds.
         revision: branch, tag or commit of a model on the Hub.
         matcher: the stage-1 model for `match` and `embed`, as `name`; read when first used.
+        vision, language: the image encoder and the language model, for a checkpoint without them, as LAVIS's.
 
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
@@ -81,7 +84,7 @@ def load(
                 f"revision={revision!r} is for models on the Hugging Face Hub; the default model has none"
             )
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
-    part = _load_part(name, place, dtype, revision)
+    part = _load_part(name, place, dtype, revision, vision, language)
     if isinstance(part.model, Blip2Matcher):
         if matcher is not None:
             raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
@@ -92,20 +95,25 @@ def load(
 
 
 def _load_part(
-    name: str | Path, device: torch.device, dtype: str | torch.dtype | None, revision: str | None
+    name: str | Path,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    revision: str | None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
 ) -> Part:
     files = find_files(resolve(name) if isinstance(name, str) else name, revision)
     if dtype is None:
-        with open_tensors(files) as tensors:
-            dtype = default_dtype(sum(math.prod(tensors.info(tensor).shape) for tensor in tensors))
+        dtype = default_dtype(count_parameters(files, vision=vision, language=language))
         if (
             dtype == "bf16"
             and device.type == "cuda"
             and not torch.cuda.is_bf16_supported(including_emulation=False)
         ):
             dtype = "fp16"
-    processing, tokenizer = load_processing(files)
-    return Part(load_model(files, dtype=dtype, device=device), processing, tokenizer)
+    processing, tokenizer = load_processing(files, vision=vision, language=language)
+    model = load_model(files, dtype=dtype, device=device, vision=vision, language=language)
+    return Part(model, processing, tokenizer)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -195,7 +203,8 @@ class Predictor:
             context = self.model.read_prefix(prefix)
             for i, size in enumerate(sizes):
                 row = torch.tensor([i], device=prefix.device)
-                encoded.append(Encoded(prefix[i : i + 1], context.select(row), size))
+                kept = None if context is None else context.select(row)
+                encoded.append(Encoded(prefix[i : i + 1], kept, size))
         return encoded if many else encoded[0]
 
     def caption(
@@ -311,8 +320,8 @@ class Predictor:
                 f"{len(questions)} questions for {len(listed)} images; give one, or one for each image"
             )
         if stream:
-            return self._stream(images, question_prompt(questions[0]), options)
-        prompts = [question_prompt(each) for each in questions]
+            return self._stream(images, self._question_prompt(questions[0]), options)
+        prompts = [self._question_prompt(each) for each in questions]
         texts = self._write(Answer, listed, prompts, options, batch_size)
         return texts if is_many(images) else texts[0]
 
@@ -335,11 +344,7 @@ class Predictor:
             raise ValueError("an encoded image comes from another model; encode it with this one")
         if len(encoded) == len(pictures):
             prefix = torch.cat([picture.prefix for picture in encoded])
-            return (
-                prefix,
-                _join([picture.context for picture in encoded]),
-                [picture.size for picture in encoded],
-            )
+            return prefix, _join(encoded), [picture.size for picture in encoded]
         opened = {
             i: open_image(picture, start + i)
             for i, picture in enumerate(pictures)
@@ -399,6 +404,9 @@ class Predictor:
         end_ids = {ends} if isinstance(ends, int) else {*ends}
         written = (step[0] for step in steps)
         return in_pieces(self._decode, (i for i in written if i is not None and i not in end_ids))
+
+    def _question_prompt(self, question: str) -> str:
+        return question_prompt(question, short=isinstance(self.model.config.language, T5Config))
 
     def _decode(self, ids: Iterable[int]) -> str:
         return self.generator.tokenizer.decode(ids)
@@ -494,13 +502,8 @@ class Chat:
         self._turns.append((text, "".join(said)))
 
     def _prompt(self, text: str, max_new_tokens: int) -> str:
-        predictor = self._predictor
-        room = (
-            predictor.model.config.language.max_position_embeddings
-            - self.image.prefix.shape[1]
-            - max_new_tokens
-        )
-        turns = self._turns
+        predictor, turns = self._predictor, self._turns
+        room = predictor.model.prompt_room(max_new_tokens)
         while turns and len(predictor.generator.tokenizer.encode(chat_prompt(turns, text))) > room:
             turns = turns[1:]
         return chat_prompt(turns, text)
@@ -515,10 +518,11 @@ def _beams(beams: int | None, one_by_one: bool) -> int:
     return 1 if one_by_one else 5
 
 
-def _join(contexts: Sequence[Context]) -> Context:
-    """Contexts of one prompt each as the context of all of them."""
-    if len(contexts) == 1:
-        return contexts[0]
+def _join(pictures: Sequence[Encoded]) -> Context | None:
+    """The contexts of encoded images as the context of all of them; None where the language model keeps none."""
+    contexts = [picture.context for picture in pictures if picture.context is not None]
+    if len(contexts) <= 1:
+        return contexts[0] if contexts else None
     layers = zip(*(context.layers for context in contexts), strict=True)
     joined = tuple((torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers)
     return Context(joined, torch.cat([context.mask for context in contexts]))

@@ -49,12 +49,12 @@ class Encoded:
     """An image as the language model reads it: paid for once, good for any number of questions to the same model.
 
     prefix: [1, Q, W], the projected queries.
-    context: what the language model keeps of having read the prefix.
+    context: what the language model keeps of having read the prefix; None with T5, which reads it with each prompt.
     size: width and height of the image in pixels.
     """
 
     prefix: Tensor
-    context: Context
+    context: Context | None
     size: tuple[int, int]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 CAPTION_PROMPT = "a photo of"
 QUESTION_PROMPT = "Question: {} Answer:"
+SHORT_QUESTION_PROMPT = "Question: {} Short answer:"
 MAX_WORDS = 50
 
 TOKENIZER_FILES = (
@@ -29,9 +30,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    "spiece.model",  # never read here, but other tools ask for it
 )
 
-# What OPT's and BERT's tokenizers assume where their files are silent.
+# What OPT's, BERT's and T5's tokenizers assume where their files are silent.
 _OPT_SPECIAL = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
 _BERT_SPECIAL = {
     "unk_token": "[UNK]",
@@ -40,6 +42,8 @@ _BERT_SPECIAL = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+_T5_SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_USUAL = {models.WordPiece: _BERT_SPECIAL, models.Unigram: _T5_SPECIAL}
 _SPECIAL_NAMES = tuple(dict.fromkeys((*_OPT_SPECIAL, *_BERT_SPECIAL)))
 
 
@@ -61,7 +65,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, *, parse_special: bool = False) -> Tokenizer:
-        """Read tokenizer.json, else vocab.json + merges.txt (OPT's), else vocab.txt (BERT's).
+        """Read tokenizer.json (T5's too), else vocab.json + merges.txt (OPT's), else vocab.txt (BERT's).
 
         Args:
             parse_special: let special tokens be written in text, as transformers does by default.
@@ -81,7 +85,7 @@ class Tokenizer:
                 backend = Backend.from_file(str(folder / "tokenizer.json"))
                 backend.no_padding()
                 backend.no_truncation()
-                usual = _BERT_SPECIAL if isinstance(backend.model, models.WordPiece) else _OPT_SPECIAL
+                usual = _USUAL.get(type(backend.model), _OPT_SPECIAL)
                 tokens = {
                     name: token
                     for name, token in _defaults(tokens, usual).items()
@@ -99,6 +103,12 @@ class Tokenizer:
                 backend = _read_wordpiece(folder, config, tokens["unk_token"].content)
                 _add(backend, _added_tokens(folder, added, tokens), tokens.values())
                 _frame(backend, tokens["cls_token"], tokens["sep_token"])
+            elif (folder / "spiece.model").is_file():
+                raise TextError(
+                    f"{folder} holds T5's vocabulary as spiece.model alone, which is not read here; put the "
+                    "tokenizer.json of the same model beside it (transformers writes one: "
+                    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
+                )
             else:
                 raise TextError(
                     f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or vocab.txt"
@@ -121,12 +131,12 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The token that begins a text: OPT's `</s>`, BERT's `[CLS]`."""
+        """The token that begins a text: OPT's `</s>`, BERT's `[CLS]`; T5 has none."""
         return self._special_id("bos_token", "cls_token")
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text: OPT's `</s>`, BERT's `[SEP]`. BLIP-2's captions end with a newline instead."""
+        """The token that ends a text: `</s>`, BERT's `[SEP]`. BLIP-2's captions by OPT end with a newline instead."""
         return self._special_id("eos_token", "sep_token")
 
     @property
@@ -146,7 +156,8 @@ class Tokenizer:
 
         Args:
             max_length: cut the text so that there are no more ids than this, those of the frame included.
-            frame: put the tokens around the text that its model expects (OPT: `</s>` first; BERT: [CLS] and [SEP]).
+            frame: put the tokens around the text that its model expects (OPT: `</s>` first; T5: `</s>` last; BERT:
+                [CLS] and [SEP]).
         """
         if not isinstance(text, str):
             raise TextError(f"expected text, got {type(text).__name__}")
@@ -293,11 +304,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- prompts -------------------------------------------------------------------------------------------------------
 
 
-def question_prompt(question: str) -> str:
-    """The prompt that makes OPT answer a question about the image."""
+def question_prompt(question: str, *, short: bool = False) -> str:
+    """The prompt that makes a language model answer a question about the image; `short`: as published for FlanT5."""
     if not isinstance(question, str):
         raise TextError(f"expected a question, got {type(question).__name__}")
-    return QUESTION_PROMPT.format(question.strip())
+    return (SHORT_QUESTION_PROMPT if short else QUESTION_PROMPT).format(question.strip())
 
 
 def chat_prompt(turns: Sequence[tuple[str, str]], question: str) -> str:

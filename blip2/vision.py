@@ -1,4 +1,4 @@
-"""The image encoder: pixels [B, 3, S, S] -> image features [B, N, W]. EVA-CLIP's ViT, as BLIP-2 uses it."""
+"""The image encoder: pixels [B, 3, S, S] -> image features [B, N, W]. EVA-CLIP's ViT, as BLIP-2 uses it, or CLIP's."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class ImageEncoder(nn.Module):
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_positions, width))
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=not config.pre_norm)
+        self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
@@ -87,6 +88,8 @@ class ImageEncoder(nn.Module):
         if keep is not None:
             kept = x[:, 1:].gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, K, W]
             x = torch.cat([x[:, :1], kept], dim=1)
+        if self.pre_layernorm is not None:
+            x = self.pre_layernorm(x)
         for layer in self.layers:
             x = layer(x)
         out: Tensor = self.post_layernorm(x)

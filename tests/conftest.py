@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 from blip2.checkpoint import save_model
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, T5Config, VisionConfig
 from blip2.model import Blip2, Blip2Matcher
 
 PAD, END_OF_TEXT, NEWLINE = 1, 2, "Ċ"
@@ -78,6 +79,25 @@ def write_bert_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
+def write_t5_tokenizer(folder: Path) -> int:
+    """A unigram model as T5 has one, every text ending with </s>; returns how many ids there are."""
+    words = sorted({f"▁{word}" for word in WORDS.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    pieces += [(word, -2.0) for word in words] + [(chr(i), -6.0) for i in range(33, 127)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return len(pieces)
+
+
 VISION = VisionConfig(
     hidden_size=32,
     intermediate_size=48,
@@ -124,6 +144,20 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with T5."""
+    base = tmp_path_factory.mktemp("t5")
+    vocabulary = write_t5_tokenizer(base / "tokenizer")
+    language = T5Config(
+        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4
+    )
+    config = Blip2Config(VISION, _qformer(60, text=False), language, num_query_tokens=4)
+    model = make_visible(Blip2(config), seed=4)
+    model.projection.weight.data *= 4
+    return save_model(model, base / "model", tokenizer=base / "tokenizer")
+
+
+@pytest.fixture(scope="session")
 def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny `Blip2Matcher` in Hugging Face's layout."""
     base = tmp_path_factory.mktemp("matcher")
@@ -133,6 +167,79 @@ def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = make_visible(Blip2Matcher(config), seed=2)
     return save_model(model, base / "model", tokenizer=base / "tokenizer")
+
+
+VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
+
+# Widths by which the attention heads of EVA-CLIP (88) and of CLIP and BERT (64) are told.
+_EVA = VisionConfig(
+    hidden_size=88,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    image_size=32,
+    patch_size=8,
+)
+_CLIP = replace(_EVA, hidden_size=64, hidden_act="quick_gelu", layer_norm_eps=1e-5, pre_norm=True)
+
+
+def _qformer_of(vision: VisionConfig, vocabulary: int, *, text: bool = False) -> QFormerConfig:
+    return QFormerConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=1,
+        intermediate_size=40,
+        max_position_embeddings=20,
+        encoder_hidden_size=vision.hidden_size,
+        use_qformer_text_input=text,
+    )
+
+
+def _make(variant: str, newline: int, bert_words: int) -> Blip2 | Blip2Matcher:
+    """The model of a variant, every parameter drawn at random."""
+    model: Blip2 | Blip2Matcher
+    if variant.startswith("matcher"):
+        text = MatcherConfig(_EVA, _qformer_of(_EVA, bert_words, text=True), 4, image_text_hidden_size=16)
+        model = Blip2Matcher(text, itg=variant == "matcher-itg")
+    else:
+        vision = _CLIP if variant == "clip" else _EVA
+        opt = OptConfig(
+            vocab_size=304,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=48,
+            max_position_embeddings=96,
+            bos_token_id=END_OF_TEXT,
+            pad_token_id=PAD,
+            eos_token_id=newline,
+            tie_word_embeddings=variant != "opt-untied",
+        )
+        t5 = T5Config(
+            vocab_size=304, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4
+        )
+        language = t5 if variant == "t5" else opt
+        model = Blip2(Blip2Config(vision, _qformer_of(vision, 30522), language, num_query_tokens=4))
+    make_visible(model, seed=VARIANTS.index(variant))
+    if variant == "opt":
+        for name, parameter in model.named_parameters():
+            if name.endswith("qkv.bias"):  # as EVA-CLIP has it: nothing is added to keys
+                parameter.data.chunk(3)[1].zero_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every variant of the family, tiny and random: its name -> its folder in Hugging Face's layout."""
+    base = tmp_path_factory.mktemp("variants")
+    newline, bert_words = write_opt_tokenizer(base / "words"), write_bert_tokenizer(base / "bert")
+    folders = {}
+    for variant in VARIANTS:
+        model = _make(variant, newline, bert_words)
+        words = base / ("bert" if variant.startswith("matcher") else "words")
+        folders[variant] = save_model(model, base / variant, tokenizer=words)
+    return folders
 
 
 @pytest.fixture(scope="session")

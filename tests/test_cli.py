@@ -255,6 +255,43 @@ def test_models_and_doctor(run: Run, generator_folder: Path) -> None:
         assert status == 2 and "neither a folder nor a model" in err[0]
 
 
+def test_inspect(run: Run, generator_folder: Path, tmp_path: Path) -> None:
+    status, out, err = run("inspect", generator_folder, model=None)
+    assert (status, err) == (0, [])
+    assert out[0] == f"{generator_folder}: Hugging Face (safetensors)"
+    assert any("image encoder" in line and "float16" in line for line in out)
+    status, (line,), _ = run("inspect", generator_folder, "--json", model=None)
+    assert (status, json.loads(line)["problems"], json.loads(line)["head"]) == (0, [], "tied")
+    (tmp_path / "model.safetensors").write_bytes((generator_folder / "model.safetensors").read_bytes())
+    status, out, _ = run("inspect", tmp_path, model=None)
+    assert status == 1 and any("WRONG" in line and "no config.json" in line for line in out)
+    status, out, (error,) = run("inspect", tmp_path / "nonesuch", model=None)
+    assert (status, out) == (2, []) and "no such file or folder" in error
+
+
+def test_convert(run: Run, generator_folder: Path, pictures: list[Path], tmp_path: Path) -> None:
+    expected = run("caption", pictures[0], *SHORT)[1]
+    status, out, err = run(
+        "convert", generator_folder, tmp_path / "paddle", "--to", "paddle", "--verify", model=None
+    )
+    assert status == 0
+    assert "tensors" in out[0] and "bit by bit; outputs for a probe image equal" in out[1]
+    assert any("write" in line and "B/s" in line for line in err)  # progress, its rate and the time left
+    assert run("caption", pictures[0], *SHORT, model=tmp_path / "paddle")[1] == expected
+    status, (line,), err = run(
+        "convert", tmp_path / "paddle", tmp_path / "back", "--to", "hf", "--dtype", "smallest-exact",
+        "--shard-size", "20KB", "--quiet", "--json", model=None,
+    )  # fmt: skip
+    assert (status, err) == (0, [])
+    assert json.loads(line)["narrowed"] == 0  # all of it is fp16 already
+    assert len([*(tmp_path / "back").glob("*.safetensors")]) > 1
+    assert run("caption", pictures[0], *SHORT, model=tmp_path / "back")[1] == expected
+    status, _, (error,) = run(
+        "convert", generator_folder, tmp_path / "new", "--to", "hf", "--shard-size", "2 lots", model=None
+    )
+    assert status == 2 and "such as 2GB" in error
+
+
 def test_what_is_printed_does_not_steer_the_terminal() -> None:
     assert _one_line("a\x1b[31mred\tcat\r\non  a\u2028Bär \x07") == "a [31mred cat on a Bär"
 

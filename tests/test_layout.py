@@ -26,24 +26,49 @@ MAY_IMPORT = {
     "vision": "config layers",
     "qformer": "config layers",
     "opt": "config layers",
-    "model": "config layers vision qformer opt",
-    "generate": "layers model",
-    "checkpoint.files": "",
+    "t5": "config layers",
+    "model": "config layers vision qformer opt t5",
+    "generate": "config layers model",
+    "checkpoint.tensors": "checkpoint.filebytes",
+    "checkpoint.filebytes": "checkpoint.tensors",
+    "checkpoint.pickles": "checkpoint.filebytes checkpoint.tensors",
+    "checkpoint.zips": "checkpoint.filebytes checkpoint.tensors",
+    "checkpoint.safetensors_files": "checkpoint.filebytes checkpoint.tensors",
+    "checkpoint.torch_files": "checkpoint.filebytes checkpoint.pickles checkpoint.tensors checkpoint.zips",
+    "checkpoint.paddle_files": "checkpoint.filebytes checkpoint.pickles checkpoint.tensors",
+    "checkpoint.files": "checkpoint.filebytes checkpoint.paddle_files checkpoint.safetensors_files checkpoint.tensors "
+    "checkpoint.torch_files",
     "checkpoint.names": "",
-    "checkpoint.hub": "checkpoint.files",
-    "checkpoint.load": "checkpoint.files checkpoint.hub checkpoint.names config images model text",
-    "checkpoint.save": "checkpoint.files checkpoint.load checkpoint.names config images model text",
-    "checkpoint": "checkpoint.files checkpoint.hub checkpoint.load checkpoint.save",
+    "checkpoint.hub": "checkpoint.tensors",
+    "checkpoint.layouts": "",
+    "checkpoint.translate": "checkpoint.layouts checkpoint.tensors",
+    "checkpoint.dialects": "checkpoint.tensors config",
+    "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.tensors "
+    "checkpoint.translate config text",
+    "checkpoint.load": "checkpoint.hub checkpoint.names checkpoint.source checkpoint.tensors checkpoint.translate "
+    "config images model text",
+    "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
+    "checkpoint.folder": "checkpoint.tensors checkpoint.writers",
+    "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
+    "checkpoint.writers config images model text",
+    "checkpoint.verify": "checkpoint.load checkpoint.source checkpoint.tensors checkpoint.translate config model",
+    "checkpoint.conversion": "checkpoint.dialects checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
+    "checkpoint.names checkpoint.save checkpoint.source checkpoint.tensors checkpoint.translate checkpoint.verify "
+    "checkpoint.writers config images",
+    "checkpoint.inspection": "checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source "
+    "checkpoint.tensors config",
+    "checkpoint": "checkpoint.conversion checkpoint.files checkpoint.hub checkpoint.inspection checkpoint.load "
+    "checkpoint.save checkpoint.tensors",
     "models": "config",
     "results": "layers",
     "inputs": "images",
     "matching": "images inputs model results text",
-    "predict": "checkpoint generate images inputs layers matching model models results text",
+    "predict": "checkpoint config generate images inputs layers matching model models results text",
     "doctor": "models",
     "data": "images text",
     "train": "config layers vision qformer opt model data checkpoint",
     "cli": "commands",
-    "commands": "doctor generate images inputs models predict",
+    "commands": "checkpoint doctor generate images inputs models predict",
 }
 FOLDERS = {"data", "train"}
 

@@ -45,9 +45,22 @@ def test_aliases() -> None:
     assert resolve("someone/else") == "someone/else"
 
 
+def test_names_of_lavis() -> None:
+    assert len({known.lavis for known in models.PUBLISHED}) == len(models.PUBLISHED)
+    assert resolve("blip2_opt:caption_coco_opt6.7b") == "Salesforce/blip2-opt-6.7b-coco"
+    assert resolve("blip2_t5:pretrain_flant5xxl") == "Salesforce/blip2-flan-t5-xxl"
+    assert (
+        resolve("blip2:coco")
+        == resolve("blip2_image_text_matching:coco")
+        == "Salesforce/blip2-itm-vit-g-coco"
+    )
+    with pytest.raises(ValueError, match=r"blip2_pretrained_flant5xl_vitL\.pth .* --vision .* --language"):
+        resolve("blip2_t5:pretrain_flant5xl_vitL")
+
+
 def test_dtype_by_size() -> None:
     chosen = [models.default_dtype(known.parameters) for known in models.PUBLISHED]
-    assert chosen == ["bf16"] * 6
+    assert chosen == ["bf16"] * len(models.PUBLISHED)
     assert models.default_dtype(40_000_000) == "fp32"
 
 

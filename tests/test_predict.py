@@ -34,6 +34,11 @@ def model(generator_folder: Path, matcher_folder: Path) -> Predictor:
     return blip2.load(generator_folder, device="cpu", matcher=matcher_folder)
 
 
+@pytest.fixture(scope="module")
+def t5(t5_folder: Path) -> Predictor:
+    return blip2.load(t5_folder, device="cpu")
+
+
 # --- captions and answers ------------------------------------------------------------------------------------------
 
 
@@ -318,6 +323,39 @@ def test_a_long_conversation_forgets_its_beginning(model: Predictor, pictures: l
 def test_a_question_that_cannot_fit_is_an_error(model: Predictor, pictures: list[Path]) -> None:
     with pytest.raises(ValueError, match="positions"):
         model.chat(pictures[0]).send("what is it? " * 40)
+
+
+# --- T5 ------------------------------------------------------------------------------------------------------------
+
+
+def test_t5_has_its_own_question_prompt(t5: Predictor, pictures: list[Path]) -> None:
+    options = {"beams": 1, "max_new_tokens": 6}
+    published = t5.caption(pictures[0], prompt="Question: what is it? Short answer:", **options)
+    assert t5.ask(pictures[0], "what is it?", **options) == published
+    assert published != t5.caption(pictures[0], prompt="Question: what is it? Answer:", **options)
+    chat = t5.chat(pictures[0])
+    first = chat.send("what is it?", **options)
+    assert first == t5.caption(pictures[0], prompt="Question: what is it? Answer:", **options)
+    second = chat.send("why?", **options)
+    assert second == t5.caption(pictures[0], prompt=chat_prompt(chat.turns[:1], "why?"), **options)
+
+
+def test_t5_takes_every_way_in(t5: Predictor, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [t5.ask(*pair, max_new_tokens=5) for pair in zip(pictures, QUESTIONS)]
+    assert len(set(alone)) > 1
+    assert t5.ask(pictures, QUESTIONS, max_new_tokens=5) == alone
+    encoded = t5.encode(pictures)
+    assert t5.ask([*encoded[:2], *pictures[2:]], QUESTIONS, max_new_tokens=5) == alone
+    monkeypatch.setattr(t5.model, "vision", None)  # nothing encoded is read again
+    assert t5.ask(encoded, QUESTIONS, max_new_tokens=5) == alone
+    pieces = list(t5.ask(encoded[0], QUESTIONS[0], max_new_tokens=5, stream=True))
+    assert "".join(pieces) == t5.ask(encoded[0], QUESTIONS[0], beams=1, max_new_tokens=5)
+
+
+def test_t5_forgets_the_beginning_of_a_long_conversation(t5: Predictor, pictures: list[Path]) -> None:
+    chat = t5.chat(pictures[0])
+    chat._turns = [("what is it?", "a red cat " * 60), ("why?", "yes")]
+    assert chat._prompt("really?", 10) == chat_prompt(chat._turns[1:], "really?")
 
 
 # --- matching ------------------------------------------------------------------------------------------------------

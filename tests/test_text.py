@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,12 +119,27 @@ def test_added_tokens_must_fit_their_vocabulary(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_t5_files(t5_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(t5_folder / "tokenizer.json", tmp_path)  # alone: the names are T5's own
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 1, 0)
+    ids = tokenizer.encode(" a photo\n of the cat")
+    assert tokenizer.decode(ids) == "a photo of the cat"
+    assert ids[-1] == 1
+    assert 1 not in tokenizer.encode("a </s>", frame=False)
+    assert len(tokenizer.encode("a photo of the cat", max_length=3)) == 3
+    (tmp_path / "tokenizer.json").rename(tmp_path / "spiece.model")
+    with pytest.raises(TextError, match=r"spiece.model alone.*save_pretrained"):
+        Tokenizer.load(tmp_path)
+
+
 # --- prompts ---------------------------------------------------------------------------------------------------
 
 
 def test_prompts() -> None:
     assert CAPTION_PROMPT == "a photo of"
     assert question_prompt(" how many {}? ") == "Question: how many {}? Answer:"
+    assert question_prompt("how many?", short=True) == "Question: how many? Short answer:"
     assert chat_prompt([], "what is it?") == "Question: what is it? Answer:"
     assert (
         chat_prompt([("what is it?", "a cat"), ("really?", " yes. ")], "why?")

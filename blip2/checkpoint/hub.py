@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from blip2.checkpoint.files import CheckpointError
+from blip2.checkpoint.tensors import CheckpointError
 
-# Weights that are data alone, and the settings beside them: never a pickle, never code.
+# Weights that are data alone, and the settings beside them: never code.
 HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -20,9 +20,20 @@ HUB_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    "spiece.model",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
+)
+
+# Where a model has no safetensors: pickles, which are read as data.
+OLDER_FILES = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model-*-of-*.bin",
+    "model_state.pdparams",
+    "model_state.pdparams.index.json",
+    "model_state-*-of-*.pdparams",
 )
 
 
@@ -52,7 +63,11 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
 
     which = name if revision is None else f"{name} at revision {revision!r}"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        if not any(found.glob("*.safetensors")):
+            wanted = [*HUB_FILES, *OLDER_FILES]
+            found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return found
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{which} is not in the local cache and the Hugging Face Hub cannot be reached; "

@@ -6,9 +6,8 @@ as it is built. Do not overwrite a file in place while a model loaded from it li
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.files import CheckpointError, Tensors, open_tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import from_hugging_face
-from blip2.config import Blip2Config, MatcherConfig, read_config
+from blip2.checkpoint.source import open_checkpoint, read_json_file
+from blip2.checkpoint.tensors import CheckpointError, Tensors
+from blip2.checkpoint.translate import equal_values, parameters, read_blocks
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
-from blip2.text import Tokenizer
+from blip2.text import TOKENIZER_FILES, Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -44,7 +45,13 @@ DROPPED = frozenset(
         "language_model.model.decoder.version",
     }
 )
-_HEAD, _WORDS = "language.lm_head.weight", "language.embed_tokens.weight"
+_HEAD, _OPT_WORDS, _T5_WORDS = (
+    "language.lm_head.weight",
+    "language.embed_tokens.weight",
+    "language.shared.weight",
+)
+# T5's matrices that overflow in fp16, whose range ends at 65504. Kept in fp32 as transformers keeps them.
+_OVERFLOWS = ".DenseReluDense.wo.weight"
 # What runs together and therefore has one dtype. Between parts the model converts what it passes on.
 _PARTS: Mapping[str, str] = {
     "vision": "vision",
@@ -74,52 +81,73 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
 ) -> Blip2 | Blip2Matcher:
-    """Load a model in Hugging Face's layout, in eval mode.
+    """Load a model in eval mode, from Hugging Face's layout, LAVIS's, PaddleNLP's or PaddleMIX's.
 
     Args:
-        path: a folder with config.json and safetensors, the tensor file in such a folder, or a name on the Hub.
-        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64". None: as stored, where each of image
-            encoder, Q-Former and language model with its projection has the dtype most of its stored values have.
+        path: a folder, a tensor file, or a name on the Hub. Settings are in the config.json beside the tensors; LAVIS's
+            files have none, and their shapes tell.
+        dtype: of all weights: a torch dtype, "fp32", "bf16", "fp16" or "fp64"; in fp16 some of T5's stay in fp32. None:
+            as stored, where each of image encoder, Q-Former and language model with its projection has the dtype most
+            of its stored values have.
         device: where the weights go.
         revision: branch, tag or commit of a model on the Hub.
+        vision, language: the image encoder and the language model, for a checkpoint that was saved without them, as
+            LAVIS does: a tensor file, a folder, or a name on the Hub.
 
     Raises:
         CheckpointError: not found, unreadable, or tensors missing, left over or of another shape than config.json says.
         ConfigError: config.json describes no model this package builds.
     """
     wanted = parse_dtype(dtype)
-    found = resolve(path, revision)
-    config = read_config_file(found if found.is_dir() else found.parent)
-    with open_tensors(found) as tensors:
-        return build(config, tensors, _our_names(tensors), wanted, torch.device(device))
+    parts = [None if part is None else resolve(part) for part in (vision, language)]
+    with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
+        return build(found.required(), found.tensors, our_names(found.tensors), wanted, torch.device(device))
 
 
-def load_processing(path: str | Path, *, revision: str | None = None) -> tuple[ImageProcessing, Tokenizer]:
-    """How a checkpoint's images and texts are prepared.
+def count_parameters(
+    path: Path, *, vision: str | Path | None = None, language: str | Path | None = None
+) -> int:
+    """How many values a checkpoint holds, the parts from elsewhere counted in; arguments as `load_model`'s."""
+    parts = [None if part is None else resolve(part) for part in (vision, language)]
+    with open_checkpoint(path, vision=parts[0], language=parts[1]) as found:
+        return parameters(found.tensors)
+
+
+def load_processing(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
+) -> tuple[ImageProcessing, Tokenizer]:
+    """How a checkpoint's images and texts are prepared; the tokenizer is the language model's where that is given.
 
     Raises:
         CheckpointError, ConfigError, ImageError, TextError: a file is missing or broken.
     """
     found = resolve(path, revision)
     folder = found if found.is_dir() else found.parent
-    config = read_config_file(folder)
-    return ImageProcessing.load(folder, config.vision.image_size), Tokenizer.load(folder)
+    if (folder / "config.json").is_file():
+        size = read_config_file(folder).vision.image_size
+    else:
+        parts = [None if part is None else resolve(part) for part in (vision, language)]
+        with open_checkpoint(found, vision=parts[0], language=parts[1]) as checkpoint:
+            size = checkpoint.required().vision.image_size
+    words = folder if language is None or has_tokenizer(folder) else resolve(language)
+    return ImageProcessing.load(folder, size), Tokenizer.load(words)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds tokenizer files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_config_file(folder: Path) -> Blip2Config | MatcherConfig:
     """The config.json of a checkpoint's folder."""
-    file = folder / "config.json"
-    try:
-        return read_config(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} holds no config.json; give the folder a model was saved to"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no valid JSON; restore the file") from error
+    return read_config(read_json_file(folder / "config.json"))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -143,33 +171,19 @@ def build(
         names: our parameter name -> the name in `tensors`.
         dtype: of all weights; None as stored, see `load_model`.
     """
-    names = dict(names)
-    model: Blip2 | Blip2Matcher
-    if isinstance(config, Blip2Config):
-        tied = _share_head(tensors, names)
-        words = _vocabulary(tensors, names, _WORDS, config.language.vocab_size)
-        language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
-        with torch.device("meta"), Unfilled():
-            model = Blip2(replace(config, language=language))
-    else:
-        tied = False
-        words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
-        qformer = replace(config.qformer, vocab_size=words)
-        with torch.device("meta"), Unfilled():
-            model = Blip2Matcher(
-                replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
-            )
-    _check(model.state_dict(), tensors, names)
-
+    model, names, tied = arrange(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
     state: dict[str, Tensor] = {}
     for ours, stored in names.items():
         if not (tied and ours == _HEAD):
             target = dtypes[_part(ours)]
+            if target == torch.float16 and ours.endswith(_OVERFLOWS):
+                target = torch.float32
             as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
             state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
     if tied:
-        state[_HEAD] = state[_WORDS]
+        assert isinstance(config, Blip2Config)
+        state[_HEAD] = state[words_of(config)]
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
         assert isinstance(model, Blip2)
@@ -177,31 +191,80 @@ def build(
     return model.eval()
 
 
-def _our_names(tensors: Iterable[str]) -> dict[str, str]:
+def arrange(
+    config: Blip2Config | MatcherConfig, tensors: Tensors, names: Mapping[str, str]
+) -> tuple[Blip2 | Blip2Matcher, dict[str, str], bool]:
+    """The model these tensors fill, without values.
+
+    Returns:
+        the model, on the meta device; our names -> those in `tensors`, one for every tensor of the model; and whether
+        the language model's head is the word embeddings' weight.
+
+    Raises:
+        CheckpointError: tensors missing, left over or of another shape than the config says.
+    """
+    names = dict(names)
+    tied = isinstance(config, Blip2Config) and _share_head(tensors, names, words_of(config))
+    model = empty_model(config, tensors, names, tied=tied)
+    _check(model.state_dict(), tensors, names)
+    return model, names, tied
+
+
+def empty_model(
+    config: Blip2Config | MatcherConfig, tensors: Tensors, names: Mapping[str, str], *, tied: bool
+) -> Blip2 | Blip2Matcher:
+    """The model of a config on the meta device, its vocabulary as long as it is stored."""
+    if isinstance(config, Blip2Config):
+        words = _vocabulary(tensors, names, words_of(config), config.language.vocab_size)
+        language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
+        with torch.device("meta"), Unfilled():
+            return Blip2(replace(config, language=language))
+    words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
+    qformer = replace(config.qformer, vocab_size=words)
+    with torch.device("meta"), Unfilled():
+        return Blip2Matcher(
+            replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
+        )
+
+
+def words_of(config: Blip2Config) -> str:
+    """Our name for the weight that a tied head shares."""
+    return _OPT_WORDS if isinstance(config.language, OptConfig) else _T5_WORDS
+
+
+def our_names(tensors: Tensors) -> dict[str, str]:
     """Our names for a file's tensors."""
-    names, spare = {}, []
+    names: dict[str, str] = {}
+    spare = []
     for stored in tensors:
         ours = from_hugging_face(stored)
-        if ours is not None:
+        if ours is not None and ours in names:
+            if not _equal(tensors, names[ours], stored):
+                raise CheckpointError(
+                    f"the file holds {stored} and {names[ours]}, which differ; they must be one and the same"
+                )
+        elif ours is not None:
             names[ours] = stored
         elif stored not in DROPPED:
             spare.append(stored)
     if spare:
-        raise CheckpointError(
-            f"the file holds {_listed(spare)} that belong to no BLIP-2 model in Hugging Face's layout"
-        )
+        raise CheckpointError(f"the file holds {_listed(spare)} that belong to no BLIP-2 model")
     return names
 
 
-def _share_head(tensors: Tensors, names: dict[str, str]) -> bool:
+def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> bool:
     """Whether the head is the word embeddings' weight: absent, or stored and equal. One that differs counts."""
-    stored = [name for name in (_HEAD, _WORDS) if name in names]
+    stored = [name for name in (_HEAD, embeddings) if name in names]
     if len(stored) == 1:
-        names[_HEAD] = names[_WORDS] = names[stored[0]]
+        names[_HEAD] = names[embeddings] = names[stored[0]]
         return True
-    if not stored or tensors.info(names[_HEAD]) != tensors.info(names[_WORDS]):
-        return False
-    return torch.equal(tensors[names[_HEAD]], tensors[names[_WORDS]])
+    return bool(stored) and _equal(tensors, names[_HEAD], names[embeddings])
+
+
+def _equal(tensors: Tensors, one: str, other: str) -> bool:
+    return tensors.info(one) == tensors.info(other) and equal_values(
+        read_blocks(tensors, one), read_blocks(tensors, other)
+    )
 
 
 def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, announced: int) -> int:
@@ -216,7 +279,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str,
     problems = []
     if missing:
         problems.append(f"lacks {_listed(missing)}")
-        if all(name in missing for name in expected if name.startswith("language.")) and _WORDS in expected:
+        if all(name in missing for name in expected if name.startswith("language.")) and _HEAD in expected:
             problems.append(
                 "so it has no language model: it is a part of a model, such as its Q-Former alone"
             )

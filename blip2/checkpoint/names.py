@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-# ours -> Hugging Face. What follows the prefix is equal on both sides.
+# The position biases that all layers of T5 share are stored with the first of them.
+_T5_BIAS = "language_model.{}.block.0.layer.0.SelfAttention.relative_attention_bias"
+
+# ours -> Hugging Face; the first that fits counts. What follows the prefix is equal on both sides.
 HUGGING_FACE: Mapping[str, str] = {
     "vision.class_embedding": "vision_model.embeddings.class_embedding",
     "vision.position_embedding": "vision_model.embeddings.position_embedding",
     "vision.patch_embedding.": "vision_model.embeddings.patch_embedding.",
+    "vision.pre_layernorm.": "vision_model.pre_layernorm.",
     "vision.layers.": "vision_model.encoder.layers.",
     "vision.post_layernorm.": "vision_model.post_layernorm.",
     "qformer.query_tokens": "query_tokens",
@@ -21,12 +25,25 @@ HUGGING_FACE: Mapping[str, str] = {
     "language.embed_positions.": "language_model.model.decoder.embed_positions.",
     "language.layers.": "language_model.model.decoder.layers.",
     "language.final_layer_norm.": "language_model.model.decoder.final_layer_norm.",
+    "language.shared.": "language_model.shared.",
+    "language.encoder.relative_attention_bias.": f"{_T5_BIAS.format('encoder')}.",
+    "language.encoder.layers.": "language_model.encoder.block.",
+    "language.encoder.final_layer_norm.": "language_model.encoder.final_layer_norm.",
+    "language.decoder.relative_attention_bias.": f"{_T5_BIAS.format('decoder')}.",
+    "language.decoder.layers.": "language_model.decoder.block.",
+    "language.decoder.final_layer_norm.": "language_model.decoder.final_layer_norm.",
     "language.lm_head.": "language_model.lm_head.",
     "vision_projection.": "vision_projection.",
     "text_projection.": "text_projection.",
     "itm_head.": "itm_head.",
     "itg_head.": "itg_head.",
     "temp": "temp",
+}
+
+
+# Hugging Face's other names for one tensor -> ours; files may hold it under all of them.
+_COPIES: Mapping[str, str] = {
+    f"language_model.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")
 }
 
 
@@ -47,5 +64,8 @@ def to_hugging_face(name: str) -> str:
 
 
 def from_hugging_face(name: str) -> str | None:
-    """Hugging Face's parameter name -> ours, or None where it names no part of a model."""
-    return translate(name, ((theirs, ours) for ours, theirs in HUGGING_FACE.items()))
+    """Hugging Face's parameter name -> ours, or None where it names no part of a model.
+
+    Its word embeddings of T5 have three names.
+    """
+    return _COPIES.get(name) or translate(name, ((theirs, ours) for ours, theirs in HUGGING_FACE.items()))

@@ -127,7 +127,7 @@ class MatchingBatches:
 
 
 class WritingBatches:
-    """Batches of stage 2 and fine-tuning: captions after a prompt, answers after their question.
+    """Batches of stage 2 and fine-tuning with OPT: captions after a prompt, answers after their question.
 
     Targets are the text and the newline that ends it; `</s>`, the prompt and padding are none.
     """
@@ -145,21 +145,8 @@ class WritingBatches:
         """pixels [B, 3, S, S]; input_ids, attention_mask, labels [R, T]; image_index [R]: the image of each text."""
         items, pixels = self.rows[position]
         texts = [self.encode(item.sample, text) for item in items for text in item.texts]
-        longest = max(len(ids) for ids, _ in texts)
-        input_ids = torch.full((len(texts), longest), self.tokenizer.pad_id)
-        labels = torch.full((len(texts), longest), IGNORED)
-        mask = torch.zeros(len(texts), longest, dtype=torch.int64)
-        for i, (ids, prompt) in enumerate(texts):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            labels[i, prompt : len(ids)] = torch.tensor(ids[prompt:])
-            mask[i, : len(ids)] = 1
-        return {
-            "pixels": pixels,
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "labels": labels,
-            "image_index": torch.tensor([i for i, item in enumerate(items) for _ in item.texts]),
-        }
+        labels = [[IGNORED] * prompt + ids[prompt:] for ids, prompt in texts]
+        return _writing_batch(items, pixels, [ids for ids, _ in texts], labels, self.tokenizer.pad_id)
 
     def encode(self, sample: Sample, text: str) -> tuple[list[int], int]:
         """Token ids of prompt and text, and how many of them are prompt."""
@@ -168,3 +155,76 @@ class WritingBatches:
         written = f"{clean_caption(text)}\n"
         after = self.tokenizer.encode(f" {written}" if prompt else written, frame=False)
         return (before + after)[: self.max_tokens], len(before)
+
+
+class ReadingBatches:
+    """The same with T5, which reads a prompt or a question and writes the caption or the answer.
+
+    Targets are the text and the `</s>` that ends it.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: Tokenizer,
+        *,
+        prompt: str = "",
+        max_tokens: int = 32,
+        split: bool = False,
+    ) -> None:
+        """
+        Args:
+            tokenizer: the language model's.
+            prompt: is read with every caption's image.
+            max_tokens: what is read and what is written are cut to this many token ids each, `</s>` included.
+            split: cut every caption at a random word: what stands before it is read after the prompt, the rest is
+                written. So T5 is trained in stage 2 (section 3.2 of the paper).
+        """
+        self.rows, self.tokenizer, self.prompt = rows, tokenizer, prompt
+        self.max_tokens, self.split = max_tokens, split
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """pixels [B, 3, S, S]; input_ids, attention_mask [R, T]; labels [R, L]; image_index [R]: each text's image."""
+        items, pixels = self.rows[position]
+        rng = np.random.default_rng((self.rows.seed, 2, position))
+        pairs = [self.encode(item.sample, text, rng) for item in items for text in item.texts]
+        read, written = ([pair[i] for pair in pairs] for i in (0, 1))
+        return _writing_batch(items, pixels, read, written, self.tokenizer.pad_id)
+
+    def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Token ids of what is read and of what is written."""
+        read, written = self.prompt, clean_caption(text)
+        if sample.question is not None:
+            read = question_prompt(clean_question(sample.question), short=True)
+        elif self.split:
+            words = written.split(" ")
+            cut = int(rng.integers(len(words)))
+            read, written = " ".join([self.prompt, *words[:cut]]).strip(), " ".join(words[cut:])
+        return (
+            self.tokenizer.encode(read, max_length=self.max_tokens),
+            self.tokenizer.encode(written, max_length=self.max_tokens),
+        )
+
+
+def _writing_batch(
+    items: Sequence[Item],
+    pixels: Tensor,
+    read: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    pad_id: int,
+) -> dict[str, Tensor]:
+    """A batch of texts, one row each, padded on the right."""
+    return {
+        "pixels": pixels,
+        "input_ids": _padded(read, pad_id),
+        "attention_mask": _padded([[1] * len(ids) for ids in read], 0),
+        "labels": _padded(labels, IGNORED),
+        "image_index": torch.tensor([i for i, item in enumerate(items) for _ in item.texts]),
+    }
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    out = torch.full((len(rows), max(map(len, rows))), fill)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out

@@ -91,9 +91,10 @@ class Stage1(Task):
 class Stage2(Task):
     """Captions through the frozen language model. Trains the Q-Former, its queries and the projection.
 
-    Batch: pixels [B, 3, S, S] (or features [B, N, W]); input_ids, attention_mask int64 [R, T]; labels int64 [R, T],
-    -100 on prompt and padding; optionally image_index int64 [R], the image each text is about (absent: R = B, in
-    order), so that an image with several texts is encoded once.
+    Batch: pixels [B, 3, S, S] (or features [B, N, W]); input_ids, attention_mask int64 [R, T]; labels int64, -100 where
+    there is no target: with OPT [R, T], on prompt and padding, with T5 [R, L], the text to write; optionally
+    image_index int64 [R], the image each text is about (absent: R = B, in order), so that an image with several texts
+    is encoded once.
     """
 
     def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip2.checkpoint import CheckpointError, TensorInfo, open_tensors
-from blip2.checkpoint.files import DTYPES, write_tensors
+from blip2.checkpoint import (
+    BrokenFileError,
+    CheckpointError,
+    TensorInfo,
+    UnsafeFileError,
+    UnsupportedFileError,
+    open_tensors,
+)
+from blip2.checkpoint.files import FOLDER_FILES
+from blip2.checkpoint.safetensors_files import DTYPES
+from blip2.checkpoint.translate import blocks
+from blip2.checkpoint.writers import write_safetensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -147,7 +159,7 @@ def test_headers_of_absurd_length(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="truncated or broken"), open_tensors(path):
             pass
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", 100 << 20))
+        file.write(struct.pack("<Q", 100 << 20) + b"{")
         file.truncate(101 << 20)  # a hole: no disk is used
     with pytest.raises(CheckpointError, match="announces 104,857,600 bytes"), open_tensors(path):
         pass
@@ -181,23 +193,78 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
 def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
     class Exploit:
         def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-            return pytest.fail, ("a pickle was opened",)
+            return pytest.fail, ("a pickle was run",)
 
-    for content, says in (
-        (pickle.dumps(Exploit()), "a Python pickle, as older torch.save and paddle.save write"),
-        (b"PK\x03\x04 and so on", "a zip archive, as torch.save writes"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the file itself"),
-        (b"", "no safetensors file"),
-        (b"hello, world", "no safetensors file"),
+    for content, kind, says in (
+        (pickle.dumps(Exploit()), UnsafeFileError, "asks for '.*', which no tensor needs. Nothing was run"),
+        (b"PK\x03\x04 and so on", BrokenFileError, "a zip archive that does not end as one"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            UnsupportedFileError,
+            "a Git LFS pointer, not the file",
+        ),
+        (bytes(257) + b"ustar" + bytes(500), UnsupportedFileError, "a tar archive, as torch wrote before"),
+        (b"", UnsupportedFileError, "no tensor file"),
+        (b"hello, world", UnsupportedFileError, "no tensor file"),
     ):
         (tmp_path / "pytorch_model.bin").write_bytes(content)
-        with pytest.raises(CheckpointError, match=says), open_tensors(tmp_path / "pytorch_model.bin"):
-            pass
-    with pytest.raises(CheckpointError, match=r"no model.safetensors.*it holds pytorch_model.bin"):  # noqa: SIM117
-        with open_tensors(tmp_path):
-            pass
+        for path in (tmp_path / "pytorch_model.bin", tmp_path):
+            with pytest.raises(kind, match=says), open_tensors(path):
+                pass
     with pytest.raises(CheckpointError, match="cannot be read"), open_tensors(tmp_path / "missing"):
         pass
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnsupportedFileError, match="no regular file"), open_tensors(tmp_path / "pipe"):
+        pass
+
+
+def test_what_a_folder_is_searched_for(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model.safetensors and no other tensor file"):  # noqa: SIM117
+        with open_tensors(tmp_path):
+            pass
+    writers: dict[str, Callable[[Path], object]] = {
+        ".pdparams": lambda path: path.write_bytes(pickle.dumps({path.name: np.ones(2)})),
+        ".safetensors": lambda path: save_file({path.name: torch.ones(2)}, path),
+        ".bin": lambda path: torch.save({path.name: torch.ones(2)}, path),
+    }
+    # From what is taken last to what is taken first.
+    for number, name in enumerate(
+        ("blip2.pth", *reversed([each for each in FOLDER_FILES if "index" not in each]))
+    ):
+        writers.get(Path(name).suffix, writers[".bin"])(tmp_path / name)
+        with open_tensors(tmp_path) as opened:
+            assert list(opened) == [name]
+        for other in (f"{number}.safetensors", f"{number}.bin", f"{number}.pdparams"):
+            if number == 0:
+                writers[Path(other).suffix](tmp_path / other)
+        if number == 0:
+            with (
+                pytest.raises(
+                    CheckpointError, match=r"4 tensor files .*0\.bin.*give the path of the one to take"
+                ),
+                open_tensors(tmp_path),
+            ):
+                pass
+
+
+def test_the_content_counts_not_the_name(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.pdparams")
+    torch.save({"b": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.bin").write_bytes(pickle.dumps({"c": np.ones(2)}))
+    for file, name, form in (
+        ("model.pdparams", "a", "safetensors"),
+        ("model.safetensors", "b", "torch"),
+        ("model.bin", "c", "paddle"),
+    ):
+        with open_tensors(tmp_path / file) as opened:
+            assert list(opened) == [name]
+            assert opened.file(name).format == form
+    # 640 bytes of header: such a file begins as a pickle does.
+    save_file({"a": torch.ones(2)}, tmp_path / "odd", metadata={"format": "np", "more": "x" * 540})
+    assert (tmp_path / "odd").read_bytes()[:2] == b"\x80\x02"
+    with open_tensors(tmp_path / "odd") as opened:
+        assert opened["a"].tolist() == [1, 1]
+        assert opened.file("a").metadata["format"] == "np"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +278,7 @@ def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
         ({"a": "x\0.safetensors"}, "expected the plain name"),
         ({"a": 7}, "must give the file of every tensor"),
         (["a"], "must give the file of every tensor"),
-        ({"a": "gone.safetensors"}, "gone.safetensors, which is not there"),
+        ({"a": "gone.safetensors"}, "'gone.safetensors', which is not there"),
         (
             {"a": "one.safetensors", "c": "one.safetensors"},
             "'c' stands in one.safetensors, which does not hold it",
@@ -243,7 +310,7 @@ def test_broken_indexes(tmp_path: Path) -> None:
             pass
     with (tmp_path / INDEX).open("wb") as file:
         file.truncate(33 << 20)
-    with pytest.raises(CheckpointError, match="over 33,554,432"), open_tensors(tmp_path):
+    with pytest.raises(CheckpointError, match="over 4,194,304"), open_tensors(tmp_path):
         pass
 
 
@@ -253,7 +320,7 @@ def test_broken_indexes(tmp_path: Path) -> None:
 def test_written_files_are_those_of_the_library(tmp_path: Path) -> None:
     tensors = samples() | {"transposed": torch.arange(6.0).reshape(2, 3).T}
     info = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    write_tensors(tmp_path / "model.safetensors", info, tensors.__getitem__)
+    write_safetensors(tmp_path / "model.safetensors", info, lambda name: blocks(tensors[name]))
     theirs = load_file(tmp_path / "model.safetensors")
     assert theirs.keys() == tensors.keys()
     assert all(equal(theirs[name], tensor) for name, tensor in tensors.items())

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import errors
 
 from blip2.checkpoint import CheckpointError, resolve
-from blip2.checkpoint.hub import HUB_FILES
+from blip2.checkpoint.hub import HUB_FILES, OLDER_FILES
 
 
 @pytest.fixture
@@ -54,10 +54,15 @@ def test_local_paths(tmp_path: Path) -> None:
 
 def test_only_data_is_downloaded(hub: Callable[[object], list[dict[str, Any]]], tmp_path: Path) -> None:
     calls = hub(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
     assert resolve("Salesforce/blip2-opt-2.7b", "abc") == tmp_path
     assert calls == [
         {"name": "Salesforce/blip2-opt-2.7b", "revision": "abc", "allow_patterns": list(HUB_FILES)}
     ]
+
+    (tmp_path / "model.safetensors").unlink()
+    assert resolve("facebook/opt-2.7b") == tmp_path
+    assert calls[-1]["allow_patterns"] == [*HUB_FILES, *OLDER_FILES]
 
     def wanted(file: str) -> bool:
         return any(fnmatch(file, pattern) for pattern in HUB_FILES)

@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     model = load_model(generator_folder)
-    monkeypatch.setattr(blip2.checkpoint.save, "write_tensors", full)
+    monkeypatch.setattr(blip2.checkpoint.save, "write_files", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.; nothing was saved"):
         save_model(model, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from blip2.data import DataError, MatchingBatches, Rows, Sample, WritingBatches
+from blip2.data import DataError, MatchingBatches, ReadingBatches, Rows, Sample, WritingBatches
 from blip2.images import ImageProcessing, load_image, to_pixels
 from blip2.text import Tokenizer
 
@@ -118,6 +118,33 @@ def test_answers_follow_their_question(samples: list[Sample], tokenizer: Tokeniz
     )[0]
     assert decoded(tokenizer, batch["input_ids"]) == ["Question: how many? Answer: two\n"]
     assert tokenizer.decode(batch["labels"][batch["labels"] != -100]) == " two\n"
+
+
+def test_t5_reads_the_prompt_and_writes_the_text(samples: list[Sample], t5_folder: Path) -> None:
+    tokenizer = Tokenizer.load(t5_folder)
+    one = [
+        Sample("x", samples[0].image, ("A red Cat.", "dogs")),
+        Sample("y", samples[1].image, (), "Why?", ("Yes",)),
+    ]
+    batch = ReadingBatches(Rows(one, PROCESSING, batch_size=3, seed=0), tokenizer, prompt="a photo of")[0]
+    found = {}
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
+        read, written = ids[mask.bool()], labels[labels != -100]
+        assert read[-1] == written[-1] == tokenizer.eos_id
+        assert (ids[len(read) :] == tokenizer.pad_id).all()
+        found[tokenizer.decode(written)] = tokenizer.decode(read)
+    assert found == {"a red cat": "a photo of", "dogs": "a photo of", "yes": "Question: why? Short answer:"}
+
+    split = ReadingBatches(Rows(one[:1] * 20, PROCESSING, batch_size=40, seed=0), tokenizer, split=True)
+    there = [split[position] for position in (0, 1)]
+    texts = set()
+    for row in range(40):
+        labels = there[0]["labels"][row]
+        read = tokenizer.decode(there[0]["input_ids"][row])
+        texts.add(f"{read}|{tokenizer.decode(labels[labels != -100])}")
+    assert texts == {"|a red cat", "a|red cat", "a red|cat", "|dogs"}
+    assert torch.equal(split[0]["labels"], there[0]["labels"])
+    assert there[0]["labels"].tolist() != there[1]["labels"].tolist()
 
 
 def test_an_unreadable_image_gives_way(

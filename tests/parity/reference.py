@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration
 
 from blip2.checkpoint.names import from_hugging_face
-from blip2.config import read_config
+from blip2.config import Blip2Config, read_config
 from blip2.model import Blip2
 
 QUERIES, IMAGE_TOKEN, PAD, VOCABULARY = 4, 97, 1, 100
@@ -43,6 +43,22 @@ TEXT = {
     "max_position_embeddings": 64,
     "eos_token_id": 7,
 }
+T5_TEXT = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 10,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu",
+    "tie_word_embeddings": False,
+    "vocab_size": VOCABULARY,
+    "eos_token_id": 7,
+    "decoder_start_token_id": 0,
+}
 
 
 def make_visible(module: nn.Module, seed: int, spread: float = 0.3) -> nn.Module:
@@ -68,11 +84,34 @@ def their_blip2(seed: int = 0, **text: Any) -> Blip2ForConditionalGeneration:
     return model
 
 
+def their_t5(seed: int = 0, *, head: bool = True, **text: Any) -> Blip2ForConditionalGeneration:
+    """The same with T5; `head`: one of its own, not the word embeddings' weight."""
+    config = TheirConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=T5_TEXT | text,
+        num_query_tokens=QUERIES,
+        image_token_index=IMAGE_TOKEN,
+    )
+    model = Blip2ForConditionalGeneration(config)
+    if head:
+        language = model.language_model
+        language.lm_head.weight = nn.Parameter(torch.empty_like(language.shared.weight))
+    model = make_visible(
+        model, seed, spread=0.2
+    )  # its scores are not scaled: wider ones would magnify rounding
+    assert isinstance(model, Blip2ForConditionalGeneration)
+    return model
+
+
 def ours_from(theirs: Blip2ForConditionalGeneration) -> Blip2:
     """Our model with their weights, every one of them."""
     config = read_config(theirs.config.to_dict())
-    assert not hasattr(config, "image_text_hidden_size")
-    ours = Blip2(config).eval()  # type: ignore[arg-type]
+    assert isinstance(config, Blip2Config)
+    tied = (
+        theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    )  # as loading finds out
+    ours = Blip2(replace(config, language=replace(config.language, tie_word_embeddings=tied))).eval()
     ours.load_state_dict({from_hugging_face(name): tensor for name, tensor in theirs.state_dict().items()})
     return ours
 

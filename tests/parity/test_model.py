@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,13 +12,19 @@ from torch import nn
 
 pytest.importorskip("transformers")
 from transformers import Blip2Config as TheirConfig
-from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 from transformers.activations import ACT2FN
 
 from blip2.checkpoint.names import from_hugging_face, to_hugging_face
-from blip2.config import ACTIVATIONS, read_config
+from blip2.config import ACTIVATIONS, VisionConfig, read_config
 from blip2.layers import ACTIVATION
 from blip2.model import Blip2, Blip2Matcher
+from blip2.vision import ImageEncoder
 
 QUERIES, IMAGE_TOKEN = 5, 99
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -129,6 +138,39 @@ def test_image_features_queries_and_prefix(generators: tuple[Blip2ForConditional
     torch.testing.assert_close(features, out.last_hidden_state, **CLOSE)
     torch.testing.assert_close(ours.qformer(features), out.qformer_outputs.last_hidden_state, **CLOSE)
     torch.testing.assert_close(ours.embed_image(pixels), out.pooler_output, **CLOSE)
+
+
+@torch.inference_mode()
+def test_clips_image_encoder() -> None:
+    """A norm before the blocks and no bias on the patches: LAVIS's ViT-L is CLIP's without its last block."""
+    sizes = {name: size for name, size in VISION.items() if name != "layer_norm_eps"}
+    theirs = make_visible(CLIPVisionModel(CLIPVisionConfig(**sizes, hidden_act="quick_gelu")))
+    config = VisionConfig(
+        **{**sizes, "num_hidden_layers": 2}, hidden_act="quick_gelu", layer_norm_eps=1e-5, pre_norm=True
+    )
+    ours = make_visible(ImageEncoder(config), seed=1)
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in theirs.state_dict().items()}
+    mine = {
+        "class_embedding": state["embeddings.class_embedding"][None, None],
+        "position_embedding": state["embeddings.position_embedding.weight"][None],
+        "patch_embedding.weight": state["embeddings.patch_embedding.weight"],
+        "post_layernorm.weight": ours.state_dict()["post_layernorm.weight"],
+        "post_layernorm.bias": ours.state_dict()["post_layernorm.bias"],
+        "pre_layernorm.weight": state["pre_layrnorm.weight"],
+        "pre_layernorm.bias": state["pre_layrnorm.bias"],
+    }
+    for i, end in itertools.product(range(2), ("weight", "bias")):
+        there = f"encoder.layers.{i}."
+        qkv = [state[f"{there}self_attn.{part}_proj.{end}"] for part in "qkv"]
+        mine[f"layers.{i}.self_attn.qkv.{end}"] = torch.cat(qkv)
+        mine[f"layers.{i}.self_attn.projection.{end}"] = state[f"{there}self_attn.out_proj.{end}"]
+        for part in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"):
+            mine[f"layers.{i}.{part}.{end}"] = state[f"{there}{part}.{end}"]
+    ours.load_state_dict(mine, strict=True)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    hidden = theirs(pixels, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(ours(pixels), ours.post_layernorm(hidden), **CLOSE)
+    assert read_config({"model_type": "blip-2", "vision_config": dataclasses.asdict(config)}).vision == config
 
 
 @torch.inference_mode()

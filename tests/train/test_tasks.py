@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
+from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, T5Config, VisionConfig
 from blip2.model import Blip2, Blip2Matcher
 from blip2.opt import Opt
 from blip2.train import FitOptions, Task, fit, losses, plots
@@ -45,6 +45,9 @@ LANGUAGE = OptConfig(
     ffn_dim=64,
     max_position_embeddings=32,
 )
+T5_LANGUAGE = T5Config(
+    vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2
+)
 DEC = 29
 B = 4
 
@@ -57,8 +60,8 @@ def matcher() -> Blip2Matcher:
     return model
 
 
-def writer() -> Blip2:
-    model = Blip2(Blip2Config(VISION, QFORMER, LANGUAGE, 3))
+def writer(language: OptConfig | T5Config = LANGUAGE) -> Blip2:
+    model = Blip2(Blip2Config(VISION, QFORMER, language, 3))
     initialise(model, 1, std=0.1)
     return model
 
@@ -249,6 +252,27 @@ def test_fine_tuning(tmp_path: Path, train_language: bool) -> None:
     assert last < (0.2 if train_language else 0.9) * first
     assert changed(model, before) == {"vision", "qformer", "projection"} | (
         {"language"} if train_language else set()
+    )
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_training_with_t5(tmp_path: Path, fine_tuned: bool) -> None:
+    model, batch = writer(T5_LANGUAGE), writing_batch()
+    shown = batch["attention_mask"].bool()
+    batch["labels"] = batch["input_ids"].masked_fill(~shown, -100)[:, 1:]  # as long as it likes
+    before = snapshot(model)
+    task = Finetune(model, train_language=True, muon_scale=1.0) if fine_tuned else Stage2(model)
+    alone = model.loss(*(batch[k] for k in ("pixels", "input_ids", "attention_mask", "labels")))
+    assert task.losses(batch, generator())["loss"].item() == pytest.approx(alone.item(), rel=1e-6)
+    if fine_tuned:
+        by_muon = {id(p) for g in task.parameter_groups(0.05) if g["muon"] for p in g["params"]}
+        named = {name: id(p) in by_muon for name, p in model.language.named_parameters()}
+        assert named["decoder.layers.0.layer.1.EncDecAttention.q.weight"]
+        assert not named["encoder.relative_attention_bias.weight"]
+    first, last = learn(task, batch, tmp_path, steps=40, lr=1e-2)
+    assert last < (0.5 if fine_tuned else 0.9) * first
+    assert changed(model, before) == {"qformer", "projection"} | (
+        {"vision", "language"} if fine_tuned else set()
     )
 
 

@@ -1,0 +1,116 @@
+"""Whether two checkpoints are the same model: every value, and what comes out for an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip2.checkpoint.load import build, our_names
+from blip2.checkpoint.source import Checkpoint
+from blip2.checkpoint.tensors import CheckpointError, Tensors
+from blip2.checkpoint.translate import equal_values, parameters, read_blocks, side_by_side
+from blip2.config import T5Config
+from blip2.model import Blip2, Blip2Matcher
+
+_HEAD, _WORDS = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
+_TOLERANCE = 1e-4  # of the largest output: two layouts may be added up in another order
+
+
+def compare_tensors(
+    expected: Tensors, found: Tensors, dtype: torch.dtype | None, report: Callable[[str, int, int], None]
+) -> int:
+    """Compare all tensors, both under Hugging Face's names, bit by bit.
+
+    Args:
+        dtype: what the expected ones are rounded to first; None compares values, whatever each is stored in.
+
+    Returns:
+        how many there are.
+
+    Raises:
+        CheckpointError: one is missing, there is one more, or a value differs.
+    """
+    spare = set(found) - set(expected)
+    if spare == {_HEAD} and _WORDS in expected:  # a head that is no longer tied
+        if not equal_values(read_blocks(found, _HEAD), read_blocks(found, _WORDS)):
+            raise CheckpointError(f"the result is wrong: {_HEAD} is not {_WORDS}")
+        spare = set()
+    if spare or set(expected) - set(found):
+        odd = ", ".join(sorted(spare | (set(expected) - set(found)))[:5])
+        raise CheckpointError(f"the result is wrong: missing or spare tensors, {odd}")
+    total = sum(expected.info(name).nbytes for name in expected)
+    for name in expected:
+        old, new = expected.info(name), found.info(name)
+        equal = old.shape == new.shape
+        target = dtype if dtype is not None and old.dtype.is_floating_point else None
+        if equal:
+            for a, b in side_by_side(read_blocks(expected, name), read_blocks(found, name)):
+                equal = equal and _same_bits(a if target is None else a.to(target), b)
+                report("verify", a.numel() * a.dtype.itemsize, total)
+        if not equal:
+            raise CheckpointError(f"the result is wrong: {name} differs from what it was made of")
+    return len(expected)
+
+
+def _same_bits(expected: Tensor, found: Tensor) -> bool:
+    """Whether values are equal bit by bit; one that was stored in fewer bits is widened first."""
+    widened = found.to(expected.dtype)
+    return torch.equal(expected.contiguous().view(torch.uint8), widened.contiguous().view(torch.uint8))
+
+
+def compare_logits(expected: Checkpoint, found: Checkpoint, dtype: torch.dtype | None) -> str:
+    """Compare what two checkpoints make of a probe image, each with its own settings; says what was compared.
+
+    Both are computed in `dtype` (None: fp32), one after the other, where this machine has the memory for one.
+
+    Raises:
+        CheckpointError: outputs differ.
+    """
+    wanted = dtype or torch.float32
+    needed = parameters(expected.tensors) * wanted.itemsize * 5 // 4
+    free = _free_memory()
+    if free is not None and needed > free:
+        return f"outputs not compared, which takes {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free"
+    ours, theirs = (_outputs(each, wanted) for each in (expected, found))
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape or not bool((a - b).abs().max() <= _TOLERANCE * a.abs().max().clamp(min=1)):
+            raise CheckpointError(
+                "the result is wrong: it gives other outputs for an image than what it was made of"
+            )
+    return "outputs for a probe image equal"
+
+
+@torch.inference_mode()
+def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Tensor]:
+    tensors = checkpoint.tensors
+    model = build(checkpoint.required(), tensors, our_names(tensors), dtype, torch.device("cpu"))
+    return [each.float() for each in _probe(model)]
+
+
+def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
+    """Outputs for a pattern of pixels and a few tokens."""
+    size = model.config.vision.image_size
+    pixels = torch.arange(3 * size * size, dtype=torch.float32).mul(0.37).sin().view(1, 3, size, size) * 2
+    ids, mask = torch.tensor([[2, 5, 9, 4]]), torch.ones(1, 4, dtype=torch.int64)
+    if isinstance(model, Blip2):
+        return [model(pixels, ids, mask, ids if isinstance(model.config.language, T5Config) else None)]
+    features = model.vision(pixels)
+    return [
+        model.image_embeddings(features),
+        model.text_embeddings(ids, mask),
+        model.itm_logits(features, ids, mask),
+    ]
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.split(":", 1) for line in lines)
+    return math.prod((int(sizes["MemAvailable"].split()[0]), 1024)) if "MemAvailable" in sizes else None

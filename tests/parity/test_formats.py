@@ -1,0 +1,157 @@
+"""Other layouts than Hugging Face's, against transformers on the same weights, and our files in its hands and torch's.
+
+The names of LAVIS are written out as transformers' own conversion script renames them, not with our tables.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+from reference import prompts, their_blip2
+from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
+
+from blip2.checkpoint import convert, load_model
+from blip2.model import Blip2
+
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+@torch.inference_mode()
+def their_logits(theirs: Blip2ForConditionalGeneration) -> Tensor:
+    logits: Tensor = theirs(**prompts((4, 4)).theirs()).logits
+    return logits
+
+
+@torch.inference_mode()
+def our_logits(folder: Path, **parts: Path) -> Tensor:
+    ours = load_model(folder, dtype="fp32", **parts)
+    assert isinstance(ours, Blip2)
+    batch = prompts((4, 4))
+    return ours(batch.pixels, batch.ids, batch.mask)
+
+
+def lavis_state(theirs: Blip2ForConditionalGeneration) -> dict[str, Tensor]:
+    """The state dict of LAVIS's Blip2OPT with these weights: the script's steps, backwards."""
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        if name.endswith("qkv.bias"):
+            query, key, value = tensor.chunk(3)
+            assert not key.any()
+            prefix = name.replace("vision_model.encoder.layers", "visual_encoder.blocks")
+            prefix = prefix.removesuffix("self_attn.qkv.bias") + "attn."
+            state |= {prefix + "q_bias": query.clone(), prefix + "v_bias": value.clone()}
+            continue
+        for old, new in (
+            ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+            ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+            ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+            ("vision_model.post_layernorm", "ln_vision"),
+            ("vision_model.encoder.layers", "visual_encoder.blocks"),
+            ("layer_norm", "norm") if name.startswith("vision_model") else ("", ""),
+            ("self_attn.qkv", "attn.qkv"),
+            ("self_attn.projection", "attn.proj"),
+            ("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"),
+            ("qformer.", "Qformer.bert."),
+            ("attention.attention", "attention.self"),
+            ("language_projection", "opt_proj"),
+            ("language_model", "opt_model"),
+        ):
+            name = name.replace(old, new) if old else name
+        state[name] = tensor.clone()
+    state["Qformer.bert.embeddings.position_ids"] = torch.arange(20)[None]
+    return state
+
+
+def without_key_bias(theirs: Blip2ForConditionalGeneration) -> Blip2ForConditionalGeneration:
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("qkv.bias"):
+            parameter.data.chunk(3)[1].zero_()
+    return theirs
+
+
+def test_a_lavis_file(tmp_path: Path) -> None:
+    """torch.save's file, whole, then without its frozen parts as LAVIS's trainer leaves it."""
+    theirs = without_key_bias(their_blip2())
+    theirs.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "lavis").mkdir()
+    config = (tmp_path / "theirs" / "config.json").read_text()
+    (tmp_path / "lavis" / "config.json").write_text(
+        config
+    )  # tiny models' heads are not to be seen in their shapes
+    state = lavis_state(theirs)
+    beside = {"optimizer": {"step": 3}, "epoch": 4, "scaler": None}
+    torch.save({"model": state, **beside}, tmp_path / "lavis" / "checkpoint_4.pth")
+    torch.testing.assert_close(our_logits(tmp_path / "lavis"), their_logits(theirs), **CLOSE)
+
+    language = OPTForCausalLM(theirs.config.text_config)
+    language.load_state_dict(theirs.language_model.state_dict())
+    language.save_pretrained(tmp_path / "opt")
+    encoder = {
+        n.removeprefix("visual_encoder."): t for n, t in state.items() if n.startswith("visual_encoder.")
+    }
+    torch.save(encoder, tmp_path / "eva.pth")
+    left = {n: t for n, t in state.items() if not n.startswith(("visual_encoder.", "opt_model.model."))}
+    assert "opt_model.lm_head.weight" in left  # the tied head's own name stays
+    torch.save({"model": left, **beside}, tmp_path / "lavis" / "checkpoint_4.pth")
+    parts = {"vision": tmp_path / "eva.pth", "language": tmp_path / "opt"}
+    torch.testing.assert_close(our_logits(tmp_path / "lavis", **parts), their_logits(theirs), **CLOSE)
+
+
+@pytest.mark.parametrize("world", ["paddle", "lavis"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_came_back_opens_in_transformers(world: str, tied: bool, tmp_path: Path) -> None:
+    theirs = their_blip2(tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "there", to=world)  # type: ignore[arg-type]
+    torch.testing.assert_close(our_logits(tmp_path / "there"), their_logits(theirs), **CLOSE)
+    convert(tmp_path / "there", tmp_path / "back", to="hf")
+    again, report = Blip2ForConditionalGeneration.from_pretrained(
+        tmp_path / "back", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values()), report
+    assert torch.equal(their_logits(again.eval()), their_logits(theirs))
+
+
+def test_torch_and_lavis_open_ours(tmp_path: Path) -> None:
+    """`torch.load(weights_only=True)`, with every tensor where LAVIS has it."""
+    theirs = without_key_bias(their_blip2())
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "lavis", to="lavis")
+    found = torch.load(tmp_path / "lavis" / "model.pth", weights_only=True)["model"]
+    expected = lavis_state(theirs)
+    del (
+        expected["Qformer.bert.embeddings.position_ids"],
+        expected["opt_model.lm_head.weight"],
+    )  # counted; tied
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    yaml = pytest.importorskip("yaml")
+    settings = yaml.safe_load((tmp_path / "lavis" / "config.yaml").read_text())
+    assert settings["model"]["image_size"] == 32
+    assert settings["model"]["finetuned"] == str(tmp_path / "lavis" / "model.pth")
+    assert settings["preprocess"]["vis_processor"]["eval"] == {"name": "blip_image_eval", "image_size": 32}
+
+
+def test_a_pytorch_bin(tmp_path: Path) -> None:
+    """`pytorch_model.bin`, head and embeddings sharing a storage, single and sharded."""
+    theirs = their_blip2()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = theirs.state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    torch.testing.assert_close(our_logits(tmp_path), their_logits(theirs), **CLOSE)
+    convert(tmp_path, tmp_path / "paddle", to="paddle", verify=True)
+    (tmp_path / "pytorch_model.bin").unlink()
+    names = [*state]
+    shards = {"a.bin": names[::2], "b.bin": names[1::2]}
+    for file, some in shards.items():
+        torch.save({name: state[name].clone() for name in some}, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, some in shards.items() for name in some}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.testing.assert_close(our_logits(tmp_path), their_logits(theirs), **CLOSE)
