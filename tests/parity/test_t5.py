@@ -450,7 +450,7 @@ def test_half_precision(tmp_path: Path) -> None:
     expected = half(**given, decoder_input_ids=written(2)).logits.float()
     got = our_logits(ours).float()
     assert got.isfinite().all()
-    assert (got - expected).abs().max() < 0.05 * expected.std()
+    assert (got - expected).abs().max() < 0.1 * expected.std()
     hidden = ours.language.encoder.layers[1].layer[1].DenseReluDense(torch.ones(1, 1, 32).half())
     assert hidden.abs().max() > torch.finfo(torch.float16).max  # it would have been infinite
 
