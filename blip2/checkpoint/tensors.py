@@ -57,9 +57,17 @@ class TensorInfo:
 class TensorFile(Protocol):
     """One open file of tensors, whatever its format."""
 
-    format: str  # "safetensors", "torch" or "paddle"
-    metadata: Mapping[str, str]  # what a safetensors file says of itself; empty for the others
-    info: Mapping[str, TensorInfo]
+    @property
+    def format(self) -> str:
+        """ "safetensors", "torch" or "paddle"."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What a safetensors file says of itself; empty for the others."""
+
+    @property
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Shapes and dtypes by name."""
 
     def mapped(self, name: str) -> Tensor:
         """The tensor, mapped from the file where its format allows."""

@@ -75,7 +75,7 @@ def _find_directory(file: FileBytes) -> tuple[int, int, int]:
         raise BrokenFileError(
             f"{file.path}: a zip archive that does not end as one; it is cut short, get the file again"
         )
-    disk, first_disk, here, count, length, start, _ = _END.unpack(file.read(end + 4, _END.size, what))
+    disk, first_disk, here, count, length, start, comment = _END.unpack(file.read(end + 4, _END.size, what))
     directory_end = end
     locator = end - _LOCATOR_64.size - 4
     if locator >= 0 and file.read(locator, 4, what) == b"PK\x06\x07":
@@ -86,7 +86,7 @@ def _find_directory(file: FileBytes) -> tuple[int, int, int]:
         size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack(fields[4:])
         if fields[:4] != b"PK\x06\x06" or directory_end + 12 + size != locator or first_disk_64 or disks > 1:
             raise BrokenFileError(f"{file.path}: the archive's two ends contradict each other")
-    if disk or first_disk or here != count or start + length != directory_end:
+    if comment or disk or first_disk or here != count or start + length != directory_end:
         raise BrokenFileError(
             f"{file.path}: the archive's directory is not where its end says; get the file again"
         )
@@ -118,9 +118,12 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
         local[4:]
     )
     start = begin + len(local) + name_size + extra_size
-    told = {local_packed, local_length} - {length, _IN_64}
+    told = {local_packed, local_length} - {length}
     if local_flags & _DESCRIPTOR_FOLLOWS:
         told.discard(0)
+    if _IN_64 in told:
+        extra = file.read(start - extra_size, extra_size, what)
+        told = {*_wide_fields(extra, [local_length, local_packed], what, file)} - {length}
     if (
         local[:4] != b"PK\x03\x04"
         or (local_method, local_flags) != (method, flags)

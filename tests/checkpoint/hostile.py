@@ -202,7 +202,7 @@ def torch_lies() -> Iterator[Case]:
                 1,
             )
         ]
-        changes += [{"key": key} for key in ("1", "../0", "", "0/", "/0", 0, None, ("0",), b"0")]
+        changes += [{"key": key} for key in ("1", "../0", "", "0/", "/0", 0, None, ("0",), 0.0)]
         changes += [
             {"storage": storage}
             for storage in (

@@ -195,7 +195,7 @@ def test_broken_configs(folder: Path) -> None:
 
 def test_weights_of_another_kind(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors.*it holds no tensor file"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors.*no other tensor file"):
         load_model(folder)
 
 
