@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
@@ -118,6 +118,8 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise TextError(f"the tokenizer files in {folder} cannot be read: {error}") from error
         backend.encode_special_tokens = not parse_special
+        if isinstance(backend.model, models.Unigram) and not parse_special:
+            _break_special_tokens(backend)
         return cls(backend, {name: token.content for name, token in tokens.items()})
 
     def __len__(self) -> int:
@@ -226,6 +228,14 @@ def _read_wordpiece(folder: Path, config: Mapping[str, Any], unknown: str) -> Ba
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
     return backend
+
+
+def _break_special_tokens(backend: Backend) -> None:
+    """A unigram model has its special tokens among its pieces and would find them in text: part their first letter."""
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    first = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special)
+    apart = pre_tokenizers.Split(Regex(first), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, apart])
 
 
 def _ends(

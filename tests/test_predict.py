@@ -346,7 +346,7 @@ def test_t5_takes_every_way_in(t5: Predictor, pictures: list[Path], monkeypatch:
     assert t5.ask(pictures, QUESTIONS, max_new_tokens=5) == alone
     encoded = t5.encode(pictures)
     assert t5.ask([*encoded[:2], *pictures[2:]], QUESTIONS, max_new_tokens=5) == alone
-    monkeypatch.setattr(t5.model, "vision", None)  # nothing encoded is read again
+    monkeypatch.setattr(t5.model.vision, "forward", None)  # nothing encoded is read again
     assert t5.ask(encoded, QUESTIONS, max_new_tokens=5) == alone
     pieces = list(t5.ask(encoded[0], QUESTIONS[0], max_new_tokens=5, stream=True))
     assert "".join(pieces) == t5.ask(encoded[0], QUESTIONS[0], beams=1, max_new_tokens=5)

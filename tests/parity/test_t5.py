@@ -439,7 +439,7 @@ def test_half_precision(tmp_path: Path) -> None:
     theirs = their_t5(0)
     for name, parameter in theirs.named_parameters():
         if name.endswith("DenseReluDense.wo.weight"):
-            parameter.data *= 3e4
+            parameter.data *= 1e5
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs", dtype="fp16")
     for name, parameter in ours.named_parameters():
@@ -450,13 +450,13 @@ def test_half_precision(tmp_path: Path) -> None:
     expected = half(**given, decoder_input_ids=written(2)).logits.float()
     got = our_logits(ours).float()
     assert got.isfinite().all()
-    assert (got - expected).abs().max() < 0.05 * expected.std()
+    assert (got - expected).abs().max() < 0.1 * expected.std()
     hidden = ours.language.encoder.layers[1].layer[1].DenseReluDense(torch.ones(1, 1, 32).half())
     assert hidden.abs().max() > torch.finfo(torch.float16).max  # it would have been infinite
 
     for name, parameter in theirs.named_parameters():
         if name.endswith("DenseReluDense.wo.weight"):
-            parameter.data /= 3e4
+            parameter.data /= 1e5
     theirs.half().save_pretrained(tmp_path / "half")
     stored = load_model(tmp_path / "half")  # as stored
     assert stored.language.shared.weight.dtype == torch.float16
@@ -530,5 +530,7 @@ def test_tokenizer(text: str, tmp_path: Path) -> None:
     assert (ours.pad_id, ours.bos_id, len(ours)) == (theirs.pad_token_id, None, len(theirs))
     ids = ours.encode(text)
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    typed = ours.encode(f"{text}</s>", frame=False)
-    assert ours.eos_id not in typed  # text is only text
+    typed = ours.encode(f"{text}</s> <extra_id_0><pad>", frame=False)
+    assert not {0, 1, theirs.convert_tokens_to_ids("<extra_id_0>")} & {*typed}  # text is only text
+    parsed = Tokenizer.load(tmp_path, parse_special=True).encode(f"{text}</s> <extra_id_0><pad>")
+    assert parsed == theirs(f"{text}</s> <extra_id_0><pad>").input_ids
