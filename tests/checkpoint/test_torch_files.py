@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from assemble import ROW, archive, pickled, torch_tensor
 from test_files import equal, samples
 from torch import Tensor, nn
 
@@ -152,6 +153,16 @@ def test_shards(tmp_path: Path) -> None:
         with open_tensors(path) as opened:
             assert set(opened) == set(tensors)
             assert all(equal(opened[name], tensor) for name, tensor in tensors.items())
+
+
+def test_archives_of_over_four_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their lengths and places stand in other fields; here in a small archive."""
+    pickle = pickled({"a": torch_tensor(container="archive")}, 2)
+    narrow = archive(pickle, {"0": ROW})
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    (tmp_path / "a.bin").write_bytes(archive(pickle, {"0": ROW}))
+    assert (tmp_path / "a.bin").stat().st_size > len(narrow) + 100
+    assert_read(tmp_path / "a.bin", {"a": torch.arange(1.0, 7.0).reshape(2, 3)})
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
