@@ -351,7 +351,17 @@ def test_help_teaches(run: Run) -> None:
         action for action in build_parser()._actions if hasattr(action, "choices") and action.choices
     )
     assert isinstance(commands.choices, dict)
-    assert [*commands.choices] == ["caption", "ask", "chat", "match", "embed", "models", "doctor"]
+    assert [*commands.choices] == [
+        "caption",
+        "ask",
+        "chat",
+        "match",
+        "embed",
+        "inspect",
+        "convert",
+        "models",
+        "doctor",
+    ]
     for name in commands.choices:
         status, out, _ = run(name, "--help", model=None)
         assert status == 0

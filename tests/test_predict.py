@@ -354,7 +354,7 @@ def test_t5_takes_every_way_in(t5: Predictor, pictures: list[Path], monkeypatch:
 
 def test_t5_forgets_the_beginning_of_a_long_conversation(t5: Predictor, pictures: list[Path]) -> None:
     chat = t5.chat(pictures[0])
-    chat._turns = [("what is it?", "a red cat " * 60), ("why?", "yes")]
+    chat._turns = [("what is it?", "a red cat " * 200), ("why?", "yes")]
     assert chat._prompt("really?", 10) == chat_prompt(chat._turns[1:], "really?")
 
 

@@ -178,7 +178,8 @@ def _state_dict(info: Mapping[str, TensorInfo]) -> bytes:
     for i, (name, entry) in enumerate(info.items()):
         if entry.dtype not in _STORAGES:
             raise CheckpointError(f"{name} is {entry.dtype}, which a torch file of this kind cannot hold")
-        count, strides = 1, []
+        count = 1
+        strides: list[int] = []
         for n in reversed(entry.shape):
             strides.insert(0, count)
             count *= max(n, 1)

@@ -66,4 +66,5 @@ def orthogonal(matrix: Tensor) -> Tensor:
             gram = factor @ gram @ factor
     assert total is not None
     x = total @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.mT
+    out: Tensor = x if matrix.shape[0] <= matrix.shape[1] else x.mT
+    return out
