@@ -1,0 +1,75 @@
+"""The model that ships: what it says of the example images, and that transformers opens both of its folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
+
+import blip2
+from blip2.models import ASSETS, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# What each picture shows, as examples/README.md says it; a good caption holds these words.
+SHOWN = {"rose.jpg": ["rose"], "easy-vqa.png": ["green circle"], "two-rabbits.jpg": ["rabbit"]}
+
+
+@pytest.fixture(scope="module")
+def model() -> blip2.Predictor:
+    return blip2.load()
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_captions_name_what_is_there(model: blip2.Predictor, name: str) -> None:
+    caption = model.caption(EXAMPLES / name)
+    assert all(words in caption for words in SHOWN[name]), caption
+
+
+def test_answers(model: blip2.Predictor) -> None:
+    shape = model.encode(EXAMPLES / "easy-vqa.png")
+    assert model.ask(shape, "what shape is in the image?") == "circle"
+    assert model.ask(shape, "what color is the shape?") == "green"
+
+
+def test_matching_prefers_the_right_text(model: blip2.Predictor) -> None:
+    right, wrong = model.match(EXAMPLES / "rose.jpg", ["a rose", "two cement mixers"])
+    assert right.probability > 0.5 > wrong.probability
+    assert right.similarity > wrong.similarity
+
+
+def test_folders_are_small() -> None:
+    total = sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file())
+    assert total <= 40e6
+
+
+@pytest.mark.parametrize("name", ["rose.jpg", "penguin-gravestone-mixers.jpg"])
+def test_transformers_says_the_same(model: blip2.Predictor, name: str) -> None:
+    theirs = Blip2ForConditionalGeneration.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32).eval()
+    processor = Blip2Processor.from_pretrained(DEFAULT_FOLDER)
+    with Image.open(EXAMPLES / name) as image:
+        inputs = processor(images=image.convert("RGB"), text="a photo of", return_tensors="pt")
+    ids = theirs.generate(**inputs, num_beams=5, max_new_tokens=30)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(new, skip_special_tokens=True).strip() == model.caption(EXAMPLES / name)
+
+
+def test_transformers_matches_the_same(model: blip2.Predictor) -> None:
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(DEFAULT_MATCHER_FOLDER, dtype=torch.float32).eval()
+    processor = Blip2Processor.from_pretrained(DEFAULT_MATCHER_FOLDER)
+    text = "a rose"
+    pixels = processor.image_processor(
+        images=Image.open(EXAMPLES / "rose.jpg").convert("RGB"), return_tensors="pt"
+    )
+    words = processor.tokenizer(text, return_tensors="pt")
+    with torch.inference_mode():
+        logits = theirs(
+            pixel_values=pixels["pixel_values"],
+            input_ids=words["input_ids"],
+            attention_mask=words["attention_mask"],
+            use_image_text_matching_head=True,
+        ).logits_per_image
+    (match,) = model.match(EXAMPLES / "rose.jpg", [text])
+    assert match.probability == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-4)
