@@ -213,18 +213,29 @@ class TextBatches:
     """For the language model: a picture in words where its queries will stand, `</s>`, then texts about it.
 
     So the language model learns to caption and to answer from a prefix before it has seen one; stage 2 then has to say
-    what is in the picture in its language. An eighth is plain text.
+    what is in the picture in its language. An eighth is plain text. Batches hold rows of about one length: half of
+    every batch would be padding otherwise.
     """
+
+    POOL = 4  # batches that share out their rows by length
 
     def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
         self.folder, self.words, self.batch, self.seeded = folder, words, batch, _Seeded("text")
         self.easy: list[easyvqa.EasyImage] = []
+        self.pool: tuple[int, list[list[Row]]] = (-1, [])  # the last one made, and its number
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         self.easy = self.easy or easyvqa.load(self.folder, "train")
-        rng = self.seeded.at(position)
-        rows = [self._row(rng) for _ in range(self.batch)]
-        return pad(rows, self.words.language.pad_id)
+        number, place = divmod(position, self.POOL)
+        if self.pool[0] != number:
+            rng = self.seeded.at(number)
+            rows = sorted(
+                (self._row(rng) for _ in range(self.POOL * self.batch)), key=lambda row: len(row[0])
+            )
+            batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+            rng.shuffle(batches)
+            self.pool = number, batches
+        return pad(self.pool[1][place], self.words.language.pad_id)
 
     def _row(self, rng: random.Random) -> Row:
         tokenizer = self.words.language
@@ -239,7 +250,7 @@ class TextBatches:
         if rng.random() < 0.4:
             ids, labels = caption_row(self.words, caption_of(picture, rng), rng)
         else:
-            ids, labels = chat_row(self.words, turns_of(picture, rng))
+            ids, labels = chat_row(self.words, turns_of(picture, rng, most=8))
         return seen + ids, [IGNORED] * len(seen) + labels
 
 
@@ -264,15 +275,15 @@ def in_words(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> str:
     return ", ".join(parts)
 
 
-def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> list[tuple[str, str]]:
-    """Two to four questions with their answers; sometimes such that build on each other."""
+def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:
+    """Two to `most` questions with their answers; sometimes such that build on each other."""
     if isinstance(picture, Scene):
         if rng.random() < 0.25:
             return language.conversation(picture, rng)
         asked = [(qa.question, qa.answer) for qa in language.questions(picture, rng)]
     else:
         asked = list(picture.questions)
-    return rng.sample(asked, min(len(asked), rng.randint(2, 4)))
+    return rng.sample(asked, min(len(asked), rng.randint(2, most)))
 
 
 def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:

@@ -67,7 +67,7 @@ MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the
 VISION_CROWDED = 3_750  # of the steps, those on scenes of more things than the other stages have
 VISION_HALVED = 4_750  # of the steps, those on half of the patches
 VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
-LANGUAGE_OPTIONS = replace(_COMMON, steps=900, lr=1e-3, min_lr=1e-5)
+LANGUAGE_OPTIONS = replace(_COMMON, steps=3_500, lr=1e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=700, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=250, lr=1e-3, min_lr=1e-5)
 FINETUNE_OPTIONS = replace(_COMMON, steps=540, lr=5e-4, min_lr=1e-6)
