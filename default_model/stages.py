@@ -117,7 +117,7 @@ def train_stage1(folder: Path, steps: int | None, device: str) -> None:
     _train(task, MatchBatches(folder, words), recipe.STAGE1_OPTIONS, folder / "stage1", steps, device)
 
 
-def _generator(folder: Path, words: Tokenizers) -> Blip2:
+def generator(folder: Path, words: Tokenizers) -> Blip2:
     """The generating model before stage 2: image encoder and language model trained, Q-Former not."""
     language = recipe.language_config(len(words.language), words.newline)
     model = Blip2(recipe.generator_config(language, words.image))
@@ -130,7 +130,7 @@ def _generator(folder: Path, words: Tokenizers) -> Blip2:
 
 def train_stage2(folder: Path, steps: int | None, device: str, *, name: str = "stage2") -> None:
     words = Tokenizers.load(folder)
-    model = _generator(folder, words)
+    model = generator(folder, words)
     if name == "stage2":
         matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
         _load(matcher, folder / "stage1")
@@ -151,7 +151,7 @@ def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
 
 def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
-    model = _generator(folder, words)
+    model = generator(folder, words)
     _load(model, folder / "stage2")
     model.language.tie()
     task = Finetune(model, vision_layer_decay=0.8, muon_scale=recipe.MUON_SCALE)
@@ -163,7 +163,7 @@ def train_finetune(folder: Path, steps: int | None, device: str) -> None:
 def export(folder: Path, steps: int | None, device: str) -> None:
     """Write both models as they ship: fp16, in Hugging Face's layout, with their tokenizers."""
     words = Tokenizers.load(folder)
-    model = _generator(folder, words)
+    model = generator(folder, words)
     _load(model, folder / "finetune")
     model.language.tie()
     matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
