@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -155,3 +156,20 @@ def test_a_pytorch_bin(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {name: file for file, some in shards.items() for name in some}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     torch.testing.assert_close(our_logits(tmp_path), their_logits(theirs), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_paddlenlps_own_model(kind: str, tmp_path: Path) -> None:
+    """A model as PaddleNLP saved it, and the logits it gave (recorded by make_paddlenlp.py)."""
+    folder = Path(__file__).parent / "fixtures" / f"paddlenlp-{kind}"
+    theirs = np.load(folder / "expected.npz")
+    ids = torch.from_numpy(theirs["ids"])
+    for path in (folder, convert(folder, tmp_path / "hf", to="hf", verify=True).folder):
+        ours = load_model(path)
+        assert isinstance(ours, Blip2)
+        assert ours.config.vision.layer_norm_eps == 1e-5  # Paddle's default means what it says
+        with torch.inference_mode():
+            logits = ours(
+                torch.from_numpy(theirs["pixels"]), ids, torch.ones_like(ids), ids if kind == "t5" else None
+            )
+        torch.testing.assert_close(logits, torch.from_numpy(theirs["logits"]), **CLOSE)
