@@ -13,13 +13,13 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from blip2.checkpoint.inspection import stored_model
 from blip2.models import (
     DEFAULT,
     PUBLISHED,
     KnownModel,
     default_dtype,
     default_model,
-    folder_model,
     known_models,
     readable,
     resolve,
@@ -94,7 +94,7 @@ def examine_machine() -> Machine:
 
 
 def examine_models(machine: Machine, name: str | None = None) -> list[Checkup]:
-    """What each known model would meet on this machine; or the one model called `name`, a folder too.
+    """What each known model would meet on this machine; or the one called `name`, or in that folder or file.
 
     Raises:
         ValueError: no such model, or a folder that holds none.
@@ -110,16 +110,17 @@ def _find(name: str) -> KnownModel:
     for model in PUBLISHED:
         if model.name == full:
             return model
-    folder = Path(name)
-    if not folder.is_dir():
+    path = Path(name)
+    if not path.exists():
         try:
             cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
         except HFValidationError:  # no name on the Hub could be written so
             cached = None
         if not isinstance(cached, str):
             raise ValueError(f"{name}: neither a folder nor a model known here or cached; see `blip2 models`")
-        folder = Path(cached).parent
-    return folder_model(folder, name=name)
+        path = Path(cached).parent
+    config, parameters, disk_bytes = stored_model(path)
+    return KnownModel(name, "", "", config, parameters, disk_bytes)
 
 
 def _examine(model: KnownModel, machine: Machine) -> Checkup:
@@ -166,7 +167,7 @@ def _examine(model: KnownModel, machine: Machine) -> Checkup:
 
 
 def _is_here(name: str) -> bool:
-    if name == DEFAULT or Path(name).is_dir():
+    if name == DEFAULT or Path(name).exists():
         return True
     weights = ("model.safetensors", "model.safetensors.index.json")
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in weights)

@@ -26,7 +26,7 @@ def language_config(vocab_size: int, eos_token_id: int) -> OptConfig:
         vocab_size=vocab_size,
         hidden_size=256,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=8,
         ffn_dim=768,
         max_position_embeddings=256,
         eos_token_id=eos_token_id,
@@ -64,10 +64,11 @@ def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
 _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, save_every_s=120)
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
+FINETUNE_MUON_SCALE = 2.0  # with 6 the image encoder forgets, and the loss stands until the rate falls
 VISION_CROWDED = 3_750  # of the steps, those on scenes of more things than the other stages have
 VISION_HALVED = 4_750  # of the steps, those on half of the patches
 VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
 LANGUAGE_OPTIONS = replace(_COMMON, steps=3_500, lr=1e-3, min_lr=1e-5)
-STAGE1_OPTIONS = replace(_COMMON, steps=700, lr=1e-3, min_lr=1e-5)
-STAGE2_OPTIONS = replace(_COMMON, steps=250, lr=1e-3, min_lr=1e-5)
-FINETUNE_OPTIONS = replace(_COMMON, steps=540, lr=5e-4, min_lr=1e-6)
+STAGE1_OPTIONS = replace(_COMMON, steps=1_700, lr=1e-3, min_lr=1e-5)
+STAGE2_OPTIONS = replace(_COMMON, steps=600, lr=1e-3, min_lr=1e-5)
+FINETUNE_OPTIONS = replace(_COMMON, steps=1_300, lr=5e-4, min_lr=1e-6)

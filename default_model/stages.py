@@ -5,7 +5,7 @@
     stage1      ITC + ITM + ITG, image encoder frozen               -> DIR/stage1
     stage2      captions through the frozen language model          -> DIR/stage2
     stage2-raw  the same without stage 1, for the comparison        -> DIR/stage2-raw
-    finetune    captions, questions and chat, image encoder trained -> DIR/finetune
+    finetune    captions, questions and chat, all parts trained     -> DIR/finetune
     export      the two folders that ship with the package          -> DIR/default, DIR/default-matcher
 
 DIR holds what `python -m default_model.materials DIR` and `python -m default_model.vocab DIR` have put there.
@@ -154,7 +154,10 @@ def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     model = generator(folder, words)
     _load(model, folder / "stage2")
     model.language.tie()
-    task = Finetune(model, vision_layer_decay=0.8, muon_scale=recipe.MUON_SCALE)
+    # The language model learns too: one as small as this, frozen, does not make up for what the queries leave open.
+    task = Finetune(
+        model, vision_layer_decay=0.8, train_language=True, muon_scale=recipe.FINETUNE_MUON_SCALE
+    )
     _train(
         task, InstructionBatches(folder, words), recipe.FINETUNE_OPTIONS, folder / "finetune", steps, device
     )

@@ -7,7 +7,6 @@ the materials, the tokenizers and the finished stage `language`.
 from __future__ import annotations
 
 import argparse
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -34,11 +33,10 @@ def main() -> None:
     words = Tokenizers.load(arguments.folder)
     model = stages.generator(arguments.folder, words).eval()
     composer = Composer(Cutouts.load(arguments.folder))
-    rng = random.Random(0)
 
     @torch.inference_mode()
     def say(scene: Scene, prompt: str) -> str:
-        seen = torch.tensor([words.language.encode(in_words(scene, rng), frame=False)])
+        seen = torch.tensor([words.language.encode(in_words(scene), frame=False)])
         ids = torch.tensor([words.language.encode(prompt)])
         said = generate(model, model.language.embed(seen), ids, None, GREEDY)
         return words.language.decode(said.ids[0]).strip()

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "inputs": "images",
     "matching": "images inputs model results text",
     "predict": "checkpoint config generate images inputs layers matching model models results text",
-    "doctor": "models",
+    "doctor": "checkpoint.inspection models",
     "data": "images text",
     "train": "config layers vision qformer opt model data checkpoint",
     "cli": "commands",

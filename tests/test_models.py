@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blip2 import doctor, models
+from blip2.checkpoint import convert
 from blip2.config import Blip2Config
 from blip2.model import Blip2, Blip2Matcher
 from blip2.models import KnownModel, folder_model, known_models, readable, resolve
@@ -154,9 +155,16 @@ def test_what_is_worth_knowing(machine: doctor.Machine) -> None:
     assert doctor.examine_models(enough, "opt-6.7b")[0].problems == ()
 
 
-def test_a_folder_can_be_examined(machine: doctor.Machine, generator_folder: Path) -> None:
+def test_a_folder_or_a_file_can_be_examined(
+    machine: doctor.Machine, generator_folder: Path, tmp_path: Path
+) -> None:
     (checkup,) = doctor.examine_models(machine, str(generator_folder))
     assert (checkup.here, checkup.problems, checkup.hints) == (True, (), ())
+    convert(generator_folder, tmp_path / "paddle", to="paddle", dtype="bf16")
+    for path in (tmp_path / "paddle", tmp_path / "paddle" / "model_state.pdparams"):
+        (same,) = doctor.examine_models(machine, str(path))
+        assert same.parameters == checkup.parameters
+        assert same.disk_bytes == 2 * same.parameters
     with pytest.raises(ValueError, match="neither a folder nor a model known"):
         doctor.examine_models(machine, "nonesuch")
 

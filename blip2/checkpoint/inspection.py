@@ -101,6 +101,22 @@ def inspect(
         )
 
 
+def stored_model(path: Path) -> tuple[Blip2Config | MatcherConfig, int, int]:
+    """The settings of a model on this machine, its number of parameters, and the bytes they take there.
+
+    Raises:
+        CheckpointError, ConfigError: no model that can be built.
+    """
+    with open_checkpoint(path) as found:
+        ours = {from_hugging_face(name): name for name in found.tensors}
+        parameters = sum(_count(found.tensors.info(name)) for own, name in ours.items() if own is not None)
+        return (
+            found.required(),
+            parameters,
+            sum(found.stored.info(name).nbytes for name in found.stored),
+        )
+
+
 def _count(info: TensorInfo) -> int:
     return info.nbytes // info.dtype.itemsize
 
