@@ -34,6 +34,7 @@ class VisionConfig:
     patch_size: int = 14
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
+    last_norm_eps: float = 0.0  # of the norm after the blocks, where it differs as in LAVIS; 0: as the others
     qkv_bias: bool = True
     pre_norm: bool = False  # CLIP's: a norm before the blocks, and then no bias on the patches
 
@@ -346,9 +347,12 @@ def _said(text: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_hf(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
     """The config.json that transformers opens: the inverse of `read_config`."""
+    vision = asdict(config.vision)
+    if not config.vision.last_norm_eps:
+        del vision["last_norm_eps"]  # transformers has one eps
     raw: dict[str, Any] = {
         "model_type": "blip-2",
-        "vision_config": {"model_type": "blip_2_vision_model", **asdict(config.vision)},
+        "vision_config": {"model_type": "blip_2_vision_model", **vision},
         "qformer_config": {"model_type": "blip_2_qformer", **asdict(config.qformer)},
         "num_query_tokens": config.num_query_tokens,
     }

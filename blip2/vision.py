@@ -54,7 +54,7 @@ class ImageEncoder(nn.Module):
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=not config.pre_norm)
         self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(width, eps=config.last_norm_eps or config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, *, interpolate: bool = False, keep: Tensor | None = None) -> Tensor:
         """Encode images.

@@ -156,6 +156,7 @@ def _vision(tensors: Tensors) -> dict[str, Any]:
         "patch_size": patch,
         "hidden_act": "quick_gelu" if clip else "gelu",
         "layer_norm_eps": 1e-5 if clip else 1e-6,
+        "last_norm_eps": 1e-5,
         "qkv_bias": "vision_model.encoder.layers.0.self_attn.qkv.bias" in tensors,
         "pre_norm": clip,
     }

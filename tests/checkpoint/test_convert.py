@@ -367,6 +367,8 @@ def test_parts_from_elsewhere(variant: str, variants: dict[str, Path], tmp_path:
             load_model(tmp_path / "model.safetensors", **parts)
         parts["language"] = tmp_path / "language"
     ours, theirs = load_model(tmp_path / "model.safetensors", **parts), load_model(source)
+    assert ours.vision.post_layernorm.eps == 1e-5  # LAVIS's own, and what it is run with
+    theirs.vision.post_layernorm.eps = 1e-5
     for a, b in zip(outputs(ours), outputs(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     if variant == "opt":
@@ -375,6 +377,7 @@ def test_parts_from_elsewhere(variant: str, variants: dict[str, Path], tmp_path:
         )  # the newline, not </s>
     convert(tmp_path / "model.safetensors", tmp_path / "hf", to="hf", verify=True, **parts)
     assert_same_bytes(tmp_path / "hf", source)
+    assert load_model(tmp_path / "hf").vision.post_layernorm.eps == 1e-5
 
 
 def test_what_lavis_stores_beside_is_dropped(variants: dict[str, Path], tmp_path: Path) -> None:
