@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "predict": "checkpoint config generate images inputs layers matching model models results text",
     "doctor": "checkpoint.inspection models",
     "data": "images text",
-    "train": "config layers vision qformer opt model data checkpoint",
+    "train": "config layers vision qformer opt t5 model data checkpoint",
     "cli": "commands",
     "commands": "checkpoint doctor generate images inputs models predict",
 }

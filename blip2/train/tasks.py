@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.model import Blip2, Blip2Matcher
+from blip2.model import IGNORED, Blip2, Blip2Matcher
+from blip2.t5 import T5
 from blip2.train import losses
 from blip2.train.loop import Task, decays
 
 Batch = Mapping[str, Tensor]
+GROUP_ROWS = 24  # texts of about one length that are read together
 
 
 class Stage1(Task):
@@ -113,10 +115,24 @@ class Stage2(Task):
         prefix = self.model.project(self.model.qformer(features))  # [B, Q, W]
         if (index := batch.get("image_index")) is not None:
             prefix = prefix[index]  # [R, Q, W]
-        loss = self.model.loss_from_prefix(
-            prefix, batch["input_ids"], batch["attention_mask"], batch["labels"]
-        )
-        return {"loss": loss}
+        return {"loss": self._loss(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])}
+
+    def _loss(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """The mean over all targets. OPT reads rows of about one length together, their common padding cut off."""
+        right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
+        total = (labels != IGNORED).sum()
+        groups = len(ids) // GROUP_ROWS
+        if isinstance(self.model.language, T5) or not right_padded or not total or groups < 2:
+            return self.model.loss_from_prefix(prefix, ids, mask, labels)
+        lengths = mask.sum(1)
+        losses = []
+        for rows in lengths.argsort().chunk(groups):
+            end = int(lengths[rows].max())
+            targets = labels[rows, :end]
+            if count := (targets != IGNORED).sum():
+                loss = self.model.loss_from_prefix(prefix[rows], ids[rows, :end], mask[rows, :end], targets)
+                losses.append(loss * count / total)
+        return torch.stack(losses).sum()
 
 
 class Finetune(Stage2):

@@ -233,6 +233,26 @@ def test_several_texts_of_an_image() -> None:
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_rows_of_one_length_together_give_the_same_loss() -> None:
+    model, few = writer(), writing_batch()
+    rows = torch.arange(60) % 4
+    batch = {name: value[rows].clone() for name, value in few.items()}
+    for row in range(60):
+        end = 2 + row % (batch["input_ids"].shape[1] - 1)
+        batch["attention_mask"][row, end:], batch["labels"][row, end:] = 0, -100
+    batch["labels"][:30:3] = -100  # rows with nothing to learn from
+    task = Stage2(model)
+    task.losses(batch, generator())["loss"].backward()
+    ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    loss = model.loss(*(batch[k] for k in ("pixels", "input_ids", "attention_mask", "labels")))
+    loss.backward()
+    theirs = [p.grad for p in model.parameters() if p.grad is not None]
+    assert task.losses(batch, generator())["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
 def test_stage2_learns_through_a_frozen_language_model(tmp_path: Path) -> None:
     model = writer()
     before = snapshot(model)
