@@ -40,11 +40,15 @@ def main() -> None:
     blip2 = [sys.executable, "-m", "blip2"]
 
     made = _run(
-        [sys.executable, "-m", "benchmarks.full_size", arguments.model, str(paddle), "--to", "paddle"]
-        + ["--dtype", "fp32"]
+        [
+            *(sys.executable, "-m", "benchmarks.full_size"),
+            *(arguments.model, str(paddle), "--to", "paddle", "--dtype", "fp32"),
+        ]
     )
     size = sum(file.stat().st_size for file in paddle.iterdir())
-    print(f"wrote {size / 1e9:.1f} GB of random weights in {made.seconds:.0f} s, {made.peak_gb:.2f} GB at most")
+    print(
+        f"wrote {size / 1e9:.1f} GB of random weights in {made.seconds:.0f} s, {made.peak_gb:.2f} GB at most"
+    )
     copied = _run(["sh", "-c", f'cp -r "{paddle}" "{copy}" && sync'])
     shutil.rmtree(copy)
     print(f"cp, {size / 1e9:.1f} GB: {copied.seconds:.0f} s")
@@ -52,8 +56,10 @@ def main() -> None:
     print(f"blip2 convert: {done.seconds:.0f} s, {done.peak_gb:.2f} GB at most")
     shutil.rmtree(paddle)
     said = _run(
-        [*blip2, "caption", str(IMAGE), "--model", str(converted), "--dtype", "bf16"]
-        + ["--beams", "1", "--max-new-tokens", "5", "--json"]
+        [
+            *(*blip2, "caption", str(IMAGE), "--model", str(converted), "--dtype", "bf16"),
+            *("--beams", "1", "--max-new-tokens", "5", "--json"),
+        ]
     )
     print(f"load and caption: {said.seconds:.0f} s, {said.peak_gb:.2f} GB at most (the weights are mapped)")
     print(

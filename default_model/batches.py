@@ -20,6 +20,8 @@ from default_model.scenes import SHAPES, Composer, Scene
 IGNORED = -100
 CROWDED = (12, 18, 28, 42)  # more things to name for the same work
 EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
+# Column and row of every patch, [N - 1, 2].
+PATCHES = torch.cartesian_prod(*[torch.arange(recipe.VISION.grid)] * 2).flip(1)
 PROCESSING = ImageProcessing(size=recipe.IMAGE_PX)
 
 
@@ -96,7 +98,7 @@ def pixels_of(pictures: list[Scene | easyvqa.EasyImage]) -> Tensor:
 
 
 class VisionBatches:
-    """For the image encoder: scenes, what is in each, and which of all noun phrases each patch shows.
+    """For the image encoder: scenes, what is in each, which of all noun phrases each patch shows, and where that is.
 
     The words of the texts are the words of the nouns and colours, and every phrase is a word besides.
     """
@@ -123,11 +125,14 @@ class VisionBatches:
         pictures = self.full if position < self.crowded else self.plain
         scenes = [s for s in (pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
         regions = torch.full((len(scenes), recipe.VISION.grid**2), -1)
+        places = torch.stack([(PATCHES + 0.5) / recipe.VISION.grid] * len(scenes))  # [B, N - 1, 2]
         texts = [[_phrase(placed.noun, placed.colour) for placed in scene.objects] for scene in scenes]
-        for row, scene, named in zip(regions, scenes, texts, strict=True):
+        for row, place, scene, named in zip(regions, places, scenes, texts, strict=True):
             grid = torch.from_numpy(scene.patch_object.astype("int64")).flatten()
             for index, phrase in enumerate(named):
+                left, top, right, bottom = scene.objects[index].box
                 row[grid == index] = self.phrases[phrase]
+                place[grid == index] = torch.tensor([left + right, top + bottom]) / (2 * scene.side)
         ids, mask = self._encode(texts)
         return {
             "pixels": pixels_of(list(scenes)),
@@ -137,6 +142,7 @@ class VisionBatches:
             "phrase_ids": self.phrase_ids,
             "phrase_mask": self.phrase_mask,
             "regions": regions,
+            "places": places,
             **({"keep": half(regions, rng)} if position < self.halved else {}),
         }
 

@@ -155,9 +155,7 @@ def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     _load(model, folder / "stage2")
     model.language.tie()
     # The language model learns too: one as small as this, frozen, does not make up for what the queries leave open.
-    task = Finetune(
-        model, vision_layer_decay=0.8, train_language=True, muon_scale=recipe.FINETUNE_MUON_SCALE
-    )
+    task = Finetune(model, vision_layer_decay=0.8, train_language=True, muon_scale=recipe.FINETUNE_MUON_SCALE)
     _train(
         task, InstructionBatches(folder, words), recipe.FINETUNE_OPTIONS, folder / "finetune", steps, device
     )

@@ -14,7 +14,14 @@ from blip2.models import ASSETS, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What each picture shows, as examples/README.md says it; a good caption holds these words.
-SHOWN = {"rose.jpg": ["rose"], "easy-vqa.png": ["green circle"], "two-rabbits.jpg": ["rabbit"]}
+SHOWN = {
+    "rose.jpg": ["rose"],
+    "easy-vqa.png": ["green circle"],
+    "two-rabbits.jpg": ["rabbit"],
+    "triangle-and-square.jpg": ["a blue triangle to the left of an orange square"],
+    "four-pineapples.jpg": ["pineapples"],
+    "swallow-and-balloon.jpg": ["hot air balloon"],
+}
 
 
 @pytest.fixture(scope="module")

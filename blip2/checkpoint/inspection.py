@@ -102,19 +102,18 @@ def inspect(
 
 
 def stored_model(path: Path) -> tuple[Blip2Config | MatcherConfig, int, int]:
-    """The settings of a model on this machine, its number of parameters, and the bytes they take there.
+    """The settings of a model on this machine, its parameters (a tied head once), and the bytes of its file.
 
     Raises:
         CheckpointError, ConfigError: no model that can be built.
     """
     with open_checkpoint(path) as found:
-        ours = {from_hugging_face(name): name for name in found.tensors}
-        parameters = sum(_count(found.tensors.info(name)) for own, name in ours.items() if own is not None)
-        return (
-            found.required(),
-            parameters,
-            sum(found.stored.info(name).nbytes for name in found.stored),
-        )
+        config = found.required()
+        names = {own: name for name in found.tensors if (own := from_hugging_face(name)) is not None}
+        tied = isinstance(config, Blip2Config) and config.language.tie_word_embeddings
+        model = empty_model(config, found.tensors, names, tied=tied)
+        stored = sum(found.stored.info(name).nbytes for name in found.stored)
+        return config, sum(p.numel() for p in model.parameters()), stored
 
 
 def _count(info: TensorInfo) -> int:

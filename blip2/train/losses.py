@@ -163,6 +163,21 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | No
     return contrast(cosine * logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(), ids, label_smoothing=0.0)
 
 
+def place_loss(places: Tensor, target: Tensor) -> Tensor:
+    """The share of the variance of places that is not explained: 1 for a guess at the middle, 0 for what is exact.
+
+    Args:
+        places: [B, N, 2], column and row as shares of the image's side.
+        target: [B, N, 2], the same.
+
+    Returns:
+        A scalar.
+    """
+    return 12 * F.mse_loss(
+        places.float(), target
+    )  # 1 / 12 is the variance of what lies anywhere in the image
+
+
 def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: Tensor) -> Tensor:
     """Dense contrast: what stands in an image finds its phrase among all phrases, as a whole and patch by patch.
 

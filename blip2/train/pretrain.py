@@ -1,8 +1,8 @@
 """Training the parts BLIP-2 starts from, where no pre-trained ones are at hand.
 
-The image encoder learns from captions (CLIP's loss) and from the places of named things (`losses.region_loss`), the
-language model from text; `initialise` gives untrained modules their first weights, `qformer_from_matcher` hands stage
-1's result to stage 2.
+The image encoder learns from captions (CLIP's loss), from the places of named things (`losses.region_loss`) and where
+they are (`losses.place_loss`), the language model from text; `initialise` gives untrained modules their first weights,
+`qformer_from_matcher` hands stage 1's result to stage 2.
 """
 
 from __future__ import annotations
@@ -52,18 +52,23 @@ class ImageTextEncoders(nn.Module):
         self.vision, self.text = vision, text
         self.image_projection = nn.Linear(width, shared, bias=False)
         self.patch_projection = nn.Linear(width, shared, bias=False)
+        self.place = nn.Linear(width, 2)
         first = math.log(1 / 0.07)  # where CLIP starts
         self.image_scale = nn.Parameter(torch.tensor(first))
         self.patch_scale = nn.Parameter(torch.tensor(first))
 
 
 class ContrastivePretrain(Task):
-    """Image encoder from captions and from places: CLIP's loss on whole images, `region_loss` on patches.
+    """Image encoder from captions and from places: CLIP's loss on images, `region_loss` and `place_loss` on patches.
+
+    Contrast alone makes an encoder forget where a patch is: names do not ask for it. Counting, ordering and every
+    question of place do, and a Q-Former cannot find what the features do not hold.
 
     Batch: pixels [B, 3, S, S]; ids int64 and mask [B, T], a caption each; phrase_ids int64 and phrase_mask [P, T], the
     different phrases that name things in these images; regions int64 [B, N - 1], which phrase each patch (row by row)
-    shows, -1 for none; optionally text_ids int64 [B], equal where captions say the same, and keep int64 [B, K], the
-    patches to encode, the others being left out to train faster.
+    shows, -1 for none; places [B, N - 1, 2], the middle of what each patch shows (of the patch itself where that is
+    nothing), column and row as shares of the image's side; optionally text_ids int64 [B], equal where captions say the
+    same, and keep int64 [B, K], the patches to encode, the others being left out to train faster.
     """
 
     def __init__(
@@ -88,10 +93,11 @@ class ContrastivePretrain(Task):
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         both = self.encoders
-        keep, regions = batch.get("keep"), batch["regions"]
+        keep, regions, places = batch.get("keep"), batch["regions"], batch["places"]
         features = both.vision(batch["pixels"], keep=keep)  # [B, N or K + 1, W], the class position first
         if keep is not None:
             regions = regions.gather(1, keep)
+            places = places.gather(1, keep.unsqueeze(-1).expand(-1, -1, 2))
         image = both.image_projection(features[:, 0])  # [B, E]
         patches = both.patch_projection(features[:, 1:])  # [B, N - 1, E]
         clip = losses.clip_loss(
@@ -99,7 +105,9 @@ class ContrastivePretrain(Task):
         )
         phrases = both.text(batch["phrase_ids"], batch["phrase_mask"])  # [P, E]
         region = losses.region_loss(patches, phrases, regions, both.patch_scale)
-        return {"loss": region + self.clip_weight * clip, "clip": clip, "region": region}
+        place = losses.place_loss(both.place(features[:, 1:]), places)
+        loss = region + self.clip_weight * clip + place
+        return {"loss": loss, "clip": clip, "region": region, "place": place}
 
 
 class LanguagePretrain(Task):

@@ -4,13 +4,15 @@ import random
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from blip2.text import Tokenizer
 from default_model import batches
-from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, pad, same
+from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, in_words, pad, same
 from default_model.language import Language
+from default_model.scenes import Placed, Scene
 from default_model.vocab import save_language, save_matcher, train_language, train_matcher
 
 
@@ -55,6 +57,16 @@ def test_rows_are_padded_on_the_right() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_words_for_a_picture_say_where_before_what() -> None:
+    objects = (
+        Placed("a", "bus", None, (100, 10, 120, 30), False),
+        Placed("b", "hat", "red", (0, 60, 40, 80), False),
+    )
+    image, patches = np.zeros((128, 128, 3), np.uint8), np.full((8, 8), -1, np.int8)
+    scene = Scene(0, "train", image, objects, "", patches)
+    assert in_words(scene) == "15 red hat,81 bus"
 
 
 def test_equal_texts_share_an_id() -> None:

@@ -139,6 +139,12 @@ def test_clip_with_equal_texts() -> None:
     assert same.item() == pytest.approx((math.log(2) + back.item()) / 2, rel=1e-5)
 
 
+def test_place_loss_is_a_share_of_the_variance() -> None:
+    target = torch.rand(64, 50, 2, generator=torch.Generator().manual_seed(0))
+    assert losses.place_loss(torch.full_like(target, 0.5), target).item() == pytest.approx(1, abs=0.05)
+    assert losses.place_loss(target, target).item() == 0
+
+
 def test_region_loss_weighs_objects_equally() -> None:
     patches, phrases, scale = normal(2, 6, 5), normal(3, 5, seed=1), torch.tensor(1.0)
     target = torch.tensor([[0, 0, 0, 1, -1, -1], [2, -1, 0, -1, -1, -1]])

@@ -313,6 +313,7 @@ def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
         "phrase_ids": ids[:3, :3],
         "phrase_mask": mask[:3, :3],
         "regions": regions,
+        "places": torch.rand(B, 16, 2, generator=torch.Generator().manual_seed(5)),
     }
     task = ContrastivePretrain(encoders, muon_scale=1.0)
     first, last = learn(task, batch, tmp_path)
@@ -328,6 +329,9 @@ def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
         encoders.patch_scale,
     )
     assert part["region"].item() == pytest.approx(whole.item(), rel=1e-5)
+    place = losses.place_loss(encoders.place(seen[:, 1:]), batch["places"][:, :10])
+    assert part["place"].item() == pytest.approx(place.item(), rel=1e-5)
+    assert place.item() < 0.3 * losses.place_loss(torch.full((B, 16, 2), 0.5), batch["places"]).item()
 
 
 def test_muon_trains_the_matrices_of_the_blocks() -> None:
