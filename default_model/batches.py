@@ -197,7 +197,10 @@ class CaptionBatches:
 
 
 class InstructionBatches:
-    """For fine-tuning: pictures with a caption and a conversation each."""
+    """For fine-tuning: pictures with a caption, a question and a conversation each.
+
+    The question alone is what will be asked most; in a conversation what was said before gives much away.
+    """
 
     def __init__(self, folder: Path, words: Tokenizers, batch: int = 48) -> None:
         self.words, self.batch = words, batch
@@ -209,8 +212,9 @@ class InstructionBatches:
         rows, index = [], []
         for i, picture in enumerate(pictures):
             rows.append(caption_row(self.words, caption_of(picture, rng), rng))
+            rows.append(chat_row(self.words, turns_of(picture, rng)[:1]))
             rows.append(chat_row(self.words, turns_of(picture, rng)))
-            index += [i, i]
+            index += [i, i, i]
         batch = pad(rows, self.words.language.pad_id)
         return {"pixels": pixels_of(pictures), "image_index": torch.tensor(index), **batch}
 
