@@ -183,27 +183,28 @@ class _Run:
 
     def train(self, dataset: Dataset, stop: _StopOnSignal) -> FitResult:
         options, record = self.options, self.record
-        batches = self._batches(dataset)
         self.task.train_mode()
         record.start(self.step, options.steps)
         saved_at, saved_step = time.monotonic(), self.step
-        while self.step < options.steps and not stop.asked:
-            losses, rows = self._one_step(batches)
-            self.step += 1
-            record.add(losses, rows)
-            if self.step % options.log_every == 0 or self.step == options.steps:
-                record.write(self.step, learning_rate(self.step - 1, options))
-            due = time.monotonic() - saved_at >= options.save_every_s
-            if due or (options.save_every_steps and self.step % options.save_every_steps == 0):
-                self.save()
-                saved_at, saved_step = time.monotonic(), self.step
+        with self._batches(dataset) as batches:
+            while self.step < options.steps and not stop.asked:
+                losses, rows = self._one_step(batches)
+                self.step += 1
+                record.add(losses, rows)
+                if self.step % options.log_every == 0 or self.step == options.steps:
+                    record.write(self.step, learning_rate(self.step - 1, options))
+                due = time.monotonic() - saved_at >= options.save_every_s
+                if due or (options.save_every_steps and self.step % options.save_every_steps == 0):
+                    self.save()
+                    saved_at, saved_step = time.monotonic(), self.step
         if saved_step != self.step:
             self.save()
         record.end()
         plots.draw(record.path, self.folder / "loss.png")
         return FitResult(self.step, self.step >= options.steps, dict(record.latest))
 
-    def _batches(self, dataset: Dataset) -> Iterator[Batch]:
+    @contextlib.contextmanager
+    def _batches(self, dataset: Dataset) -> Iterator[Iterator[Batch]]:
         options = self.options
         loader: DataLoader[Batch] = DataLoader(
             dataset,  # type: ignore[arg-type]  # needs no base class
@@ -213,7 +214,13 @@ class _Run:
             worker_init_fn=_start_worker if options.workers else None,
             pin_memory=self.device.type == "cuda",
         )
-        return iter(loader)
+        batches = iter(loader)
+        try:
+            yield batches
+        finally:
+            # An error's traceback keeps the iterator, and with it data processes that no signal ends, alive.
+            if options.workers:
+                batches._shutdown_workers()  # type: ignore[attr-defined]
 
     def _one_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], int]:
         """Forward, backward and update; the losses (means over the accumulated batches) and how many rows it saw."""

@@ -154,6 +154,25 @@ def test_data_processes_change_nothing(straight: Any, tmp_path: Path) -> None:
     same_as(straight, tmp_path, task)
 
 
+class Broken:
+    """A dataset whose fourth batch cannot be read."""
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        if position == 3:
+            raise OSError("the disk is gone")
+        return Noise()[position]
+
+
+def test_an_error_in_a_data_process_ends_the_run(tmp_path: Path) -> None:
+    child = FORK.Process(target=lambda: fit(Toy(), Broken(), options(workers=1), tmp_path))
+    child.start()
+    child.join(60)
+    try:
+        assert child.exitcode == 1, "the process of a failed run must end"
+    finally:
+        child.kill()
+
+
 def test_sigterm_saves_and_ends(straight: Any, tmp_path: Path) -> None:
     def run() -> None:
         result = fit(Toy(), Noise(0.02), options(save_every_steps=None), tmp_path)
