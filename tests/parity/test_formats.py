@@ -18,7 +18,8 @@ from reference import prompts, their_blip2
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 from blip2.checkpoint import convert, load_model
-from blip2.model import Blip2
+from blip2.model import IGNORED, Blip2, Blip2Matcher
+from blip2.train.tasks import Stage1, Stage2
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
@@ -173,3 +174,47 @@ def test_paddlenlps_own_model(kind: str, tmp_path: Path) -> None:
                 torch.from_numpy(theirs["pixels"]), ids, torch.ones_like(ids), ids if kind == "t5" else None
             )
         torch.testing.assert_close(logits, torch.from_numpy(theirs["logits"]), **CLOSE)
+
+
+@pytest.mark.parametrize("world", ["hf", "paddle", "lavis"])
+def test_lavis_own_stage_1(world: str, tmp_path: Path) -> None:
+    """ITC, ITM and ITG of a model as LAVIS saved it, and its two scores of a pair (recorded by make_lavis.py)."""
+    folder = Path(__file__).parent / "fixtures" / "lavis-stage1"
+    theirs = {name: torch.from_numpy(value) for name, value in np.load(folder / "expected.npz").items()}
+    made = convert(folder / "checkpoint.pth", tmp_path / world, to=world, verify=True)  # type: ignore[arg-type]
+    for path in (folder / "checkpoint.pth", made.folder):
+        ours = load_model(path, dtype="fp32").eval()
+        assert isinstance(ours, Blip2Matcher)
+        task = Stage1(ours, int(theirs["dec"]))
+        batch = {name: theirs[name] for name in ("pixels", "ids", "mask")}
+        with torch.inference_mode():
+            losses = task.losses(batch, torch.Generator().manual_seed(0))
+            for name, expected in (("itc", "itc"), ("itm", "itm"), ("itg", "lm")):
+                torch.testing.assert_close(losses[name], theirs[expected], **CLOSE)
+            features = ours.vision(theirs["pixels"])
+            ids, mask = theirs["ids"][:1].expand(2, -1), theirs["mask"][:1].expand(2, -1)
+            torch.testing.assert_close(ours.itm_logits(features, ids, mask), theirs["itm_logits"], **CLOSE)
+            queries = ours.project_queries(ours.qformer(features))  # [2, Q, E]
+            scores = (queries * ours.text_embeddings(ids, mask)[:, None]).sum(-1).amax(1, keepdim=True)
+            torch.testing.assert_close(scores, theirs["itc_scores"], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_lavis_own_stage_2(kind: str, tmp_path: Path) -> None:
+    """The loss of a model as LAVIS saved it (recorded by make_lavis.py)."""
+    folder = Path(__file__).parent / "fixtures" / f"lavis-{kind}"
+    theirs = {name: torch.from_numpy(value) for name, value in np.load(folder / "expected.npz").items()}
+    pad = 1 if kind == "opt" else 0
+    ids = theirs["ids_0"]
+    mask = (ids != pad).long()
+    labels = (theirs["ids_1"] if kind == "t5" else ids).clone()
+    labels[labels == pad] = IGNORED
+    if kind == "opt":
+        labels[:, :4] = IGNORED  # </s> and the prompt, "a photo of"
+    batch = {"pixels": theirs["pixels"], "input_ids": ids, "attention_mask": mask, "labels": labels}
+    for path in (folder, convert(folder, tmp_path / "hf", to="hf", verify=True).folder):
+        ours = load_model(path, dtype="fp32").eval()
+        assert isinstance(ours, Blip2)
+        with torch.inference_mode():
+            loss = Stage2(ours).losses(batch, torch.Generator())["loss"]
+        torch.testing.assert_close(loss, theirs["loss"], **CLOSE)
