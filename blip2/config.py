@@ -6,10 +6,14 @@ Field names are those of config.json. `read_config` accepts what transformers ac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+MAX_LAYERS = 1000
+MAX_SIZE = 2**24  # of any number in a config
+MAX_IMAGE_PX = 2**14
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
 
 
@@ -39,11 +43,13 @@ class VisionConfig:
     pre_norm: bool = False  # CLIP's: a norm before the blocks, and then no bias on the patches
 
     def __post_init__(self) -> None:
+        _check_depth("vision_config", self.num_hidden_layers)
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         _check_activation("vision_config.hidden_act", self.hidden_act)
         _check(
-            self.image_size >= self.patch_size,
-            f"vision_config: image_size {self.image_size} is smaller than patch_size {self.patch_size}",
+            self.patch_size <= self.image_size <= MAX_IMAGE_PX,
+            f"vision_config: image_size {self.image_size} is smaller than patch_size {self.patch_size} "
+            f"or larger than {MAX_IMAGE_PX}",
         )
 
     @property
@@ -76,6 +82,7 @@ class QFormerConfig:
     use_qformer_text_input: bool = False
 
     def __post_init__(self) -> None:
+        _check_depth("qformer_config", self.num_hidden_layers)
         _check_heads("qformer_config", self.hidden_size, self.num_attention_heads)
         _check_activation("qformer_config.hidden_act", self.hidden_act)
         _check(
@@ -101,6 +108,7 @@ class OptConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        _check_depth("text_config", self.num_hidden_layers)
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         _check_activation("text_config.activation_function", self.activation_function)
 
@@ -128,6 +136,7 @@ class T5Config:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        _check_depth("text_config", self.num_layers, self.num_decoder_layers)
         _check_activation("text_config.dense_act_fn", self.dense_act_fn)
         count, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         _check(
@@ -177,6 +186,14 @@ def _check_heads(where: str, width: int, heads: int) -> None:
     _check(
         heads > 0 and width % heads == 0,
         f"{where}: hidden_size {width} cannot be divided into {heads} attention heads",
+    )
+
+
+def _check_depth(where: str, *layers: int) -> None:
+    # A file that lies about this would have us build layers for ever.
+    _check(
+        max(layers) <= MAX_LAYERS,
+        f"{where}: {max(layers)} layers; known are models of up to {MAX_LAYERS}",
     )
 
 
@@ -237,22 +254,31 @@ def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -
             continue
         value, default = raw[name], getattr(defaults, name)
         if isinstance(default, float) and isinstance(value, int):
-            value = float(value)
+            value = float(_whole(f"{where}.{name}", value, 0))
         if name in ("image_size", "patch_size") and isinstance(value, list):
             _check(
-                len(set(value)) == 1,
+                bool(value) and all(side == value[0] for side in value),
                 f"{where}.{name} is {value}; only square images and patches are supported",
             )
             value = value[0]
         if name == "eos_token_id" and isinstance(value, list):
-            value = tuple(value)
-        expected = (int, tuple) if name == "eos_token_id" else type(default)
-        _check(
-            isinstance(value, expected) and not (isinstance(value, bool) and expected is not bool),
-            f"{where}.{name} is {value!r}, expected {getattr(expected, '__name__', 'a number')}",
-        )
+            value = tuple(_whole(f"{where}.{name}", each, 0) for each in value)
+        elif type(default) is int:
+            value = _whole(f"{where}.{name}", value, -1 if name.endswith("_token_id") else 1)
+        else:
+            expected = type(default).__name__
+            good = type(value) is type(default) and (type(value) is not float or math.isfinite(value))
+            _check(good, f"{where}.{name} is {value!r}, expected {expected}")
         values[name] = value
     return cls(**values)
+
+
+def _whole(where: str, value: object, least: int = 1) -> int:
+    """A whole number that a model may have."""
+    good = type(value) is int and least <= value <= MAX_SIZE
+    _check(good, f"{where} is {str(value)[:80]!r}, expected a whole number from {least} to {MAX_SIZE:,}")
+    assert type(value) is int
+    return value
 
 
 def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -280,23 +306,23 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
         f"config.json says model_type {model_type!r}; expected 'blip-2'. Is this the folder of another model?",
     )
     vision = _pick(VisionConfig, "vision_config", _section(raw, "vision_config"))
-    queries = raw.get("num_query_tokens", 32)
-    _check(
-        isinstance(queries, int) and queries > 0,
-        f"num_query_tokens is {queries!r}, expected a positive integer",
-    )
+    queries = _whole("num_query_tokens", raw.get("num_query_tokens", 32))
     # transformers overwrites the width the Q-Former reads with the image encoder's, so files may hold a stale one.
     width = {"encoder_hidden_size": vision.hidden_size}
     architectures = raw.get("architectures") or []
+    _check(isinstance(architectures, list), f"architectures is {architectures!r}, expected a list of names")
     if any("ImageTextRetrieval" in str(name) for name in architectures):
         qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
-        return MatcherConfig(vision, qformer, queries, int(raw.get("image_text_hidden_size") or 256))
+        width_of_both = _whole("image_text_hidden_size", raw.get("image_text_hidden_size") or 256)
+        return MatcherConfig(vision, qformer, queries, width_of_both)
     qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
     text = _section(raw, "text_config")
     kind = text.get("model_type", "opt")
     _check(kind in ("opt", "t5"), f"the language model is {kind!r}; this version builds 'opt' and 't5'")
     language = _read_opt(text) if kind == "opt" else _read_t5(text)
     image_token = raw.get("image_token_index", raw.get("image_token_id"))
+    if image_token is not None:
+        image_token = _whole("image_token_index", image_token, 0)
     return Blip2Config(vision, qformer, language, queries, image_token)
 
 

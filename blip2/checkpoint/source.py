@@ -98,7 +98,7 @@ def read_json_file(file: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
         raise CheckpointError(f"{file} is no valid JSON; restore the file") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} holds a {type(raw).__name__}, expected an object; restore the file")
