@@ -21,6 +21,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from blip2.config import MAX_IMAGE_PX
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # AVIF last: an older Pillow has none
 MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -241,8 +243,8 @@ class ImageProcessing:
                 )
             size = height
         resample, factor = raw.get("resample", cls.resample), raw.get("rescale_factor", cls.rescale_factor)
-        if type(size) is not int or size < 1:
-            raise ImageError(f"the image settings ask for size {size!r}, expected a positive integer")
+        if type(size) is not int or not 1 <= size <= MAX_IMAGE_PX:
+            raise ImageError(f"the image settings ask for size {size!r}, expected 1 to {MAX_IMAGE_PX}")
         if type(resample) is not int or resample not in set(Image.Resampling):
             raise ImageError(
                 f"the image settings ask for resample {resample!r}, expected 0 to 5 (3 is bicubic)"
