@@ -108,25 +108,19 @@ VISION = VisionConfig(
 )
 
 
-def _qformer(vocabulary: int, *, text: bool) -> QFormerConfig:
-    return QFormerConfig(
-        vocab_size=vocabulary,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        max_position_embeddings=20,
-        encoder_hidden_size=32,
-        use_qformer_text_input=text,
-    )
+QFORMER = QFormerConfig(
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=20,
+    encoder_hidden_size=VISION.hidden_size,
+    use_qformer_text_input=False,
+)
 
 
-@pytest.fixture(scope="session")
-def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny `Blip2` in Hugging Face's layout, fp16 as the default model is stored."""
-    base = tmp_path_factory.mktemp("generator")
-    newline = write_opt_tokenizer(base / "tokenizer")
-    language = OptConfig(
+def _opt(newline: int, *, tied: bool = True) -> OptConfig:
+    return OptConfig(
         vocab_size=304,
         hidden_size=32,
         num_hidden_layers=2,
@@ -136,8 +130,22 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=END_OF_TEXT,
         pad_token_id=PAD,
         eos_token_id=newline,
+        tie_word_embeddings=tied,
     )
-    config = Blip2Config(VISION, _qformer(60, text=False), language, num_query_tokens=4)
+
+
+def _t5(vocabulary: int) -> T5Config:
+    return T5Config(
+        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4
+    )
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny `Blip2` in Hugging Face's layout, fp16 as the default model is stored."""
+    base = tmp_path_factory.mktemp("generator")
+    newline = write_opt_tokenizer(base / "tokenizer")
+    config = Blip2Config(VISION, QFORMER, _opt(newline), num_query_tokens=4)
     model = make_visible(Blip2(config), seed=1)
     model.projection.weight.data *= 4  # what is said must depend on the image
     return save_model(model, base / "model", tokenizer=base / "tokenizer", dtype="fp16")
@@ -148,10 +156,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with T5."""
     base = tmp_path_factory.mktemp("t5")
     vocabulary = write_t5_tokenizer(base / "tokenizer")
-    language = T5Config(
-        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4
-    )
-    config = Blip2Config(VISION, _qformer(60, text=False), language, num_query_tokens=4)
+    config = Blip2Config(VISION, QFORMER, _t5(vocabulary), num_query_tokens=4)
     model = make_visible(Blip2(config), seed=4)
     model.projection.weight.data *= 4
     return save_model(model, base / "model", tokenizer=base / "tokenizer")
@@ -162,9 +167,8 @@ def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny `Blip2Matcher` in Hugging Face's layout."""
     base = tmp_path_factory.mktemp("matcher")
     vocabulary = write_bert_tokenizer(base / "tokenizer")
-    config = MatcherConfig(
-        VISION, _qformer(vocabulary, text=True), num_query_tokens=4, image_text_hidden_size=16
-    )
+    qformer = replace(QFORMER, vocab_size=vocabulary, use_qformer_text_input=True)
+    config = MatcherConfig(VISION, qformer, num_query_tokens=4, image_text_hidden_size=16)
     model = make_visible(Blip2Matcher(config), seed=2)
     return save_model(model, base / "model", tokenizer=base / "tokenizer")
 
@@ -172,55 +176,23 @@ def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
 
 # Widths by which the attention heads of EVA-CLIP (88) and of CLIP and BERT (64) are told.
-_EVA = VisionConfig(
-    hidden_size=88,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=1,
-    image_size=32,
-    patch_size=8,
-)
+_EVA = replace(VISION, hidden_size=88, num_attention_heads=1)
 _CLIP = replace(_EVA, hidden_size=64, hidden_act="quick_gelu", layer_norm_eps=1e-5, pre_norm=True)
-
-
-def _qformer_of(vision: VisionConfig, vocabulary: int, *, text: bool = False) -> QFormerConfig:
-    return QFormerConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=1,
-        intermediate_size=40,
-        max_position_embeddings=20,
-        encoder_hidden_size=vision.hidden_size,
-        use_qformer_text_input=text,
-    )
+_BERT = replace(QFORMER, hidden_size=64, num_hidden_layers=3, num_attention_heads=1)
 
 
 def _make(variant: str, newline: int, bert_words: int) -> Blip2 | Blip2Matcher:
     """The model of a variant, every parameter drawn at random."""
     model: Blip2 | Blip2Matcher
+    vision = _CLIP if variant == "clip" else _EVA
+    qformer = replace(_BERT, encoder_hidden_size=vision.hidden_size)
     if variant.startswith("matcher"):
-        text = MatcherConfig(_EVA, _qformer_of(_EVA, bert_words, text=True), 4, image_text_hidden_size=16)
-        model = Blip2Matcher(text, itg=variant == "matcher-itg")
+        qformer = replace(qformer, vocab_size=bert_words, use_qformer_text_input=True)
+        config = MatcherConfig(vision, qformer, num_query_tokens=4, image_text_hidden_size=16)
+        model = Blip2Matcher(config, itg=variant == "matcher-itg")
     else:
-        vision = _CLIP if variant == "clip" else _EVA
-        opt = OptConfig(
-            vocab_size=304,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=48,
-            max_position_embeddings=96,
-            bos_token_id=END_OF_TEXT,
-            pad_token_id=PAD,
-            eos_token_id=newline,
-            tie_word_embeddings=variant != "opt-untied",
-        )
-        t5 = T5Config(
-            vocab_size=304, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4
-        )
-        language = t5 if variant == "t5" else opt
-        model = Blip2(Blip2Config(vision, _qformer_of(vision, 30522), language, num_query_tokens=4))
+        language = _t5(304) if variant == "t5" else _opt(newline, tied=variant != "opt-untied")
+        model = Blip2(Blip2Config(vision, qformer, language, num_query_tokens=4))
     make_visible(model, seed=VARIANTS.index(variant))
     if variant == "opt":
         for name, parameter in model.named_parameters():

@@ -96,9 +96,12 @@ def test_a_folder_and_its_shards(tmp_path: Path) -> None:
         assert list(opened) == ["single"]
 
 
-def test_tensors_outlive_their_file_and_leave_it_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.arange(1000.0)}, path)
+@pytest.mark.parametrize(("name", "save"), [("model.safetensors", save_file), ("a.bin", torch.save)])
+def test_tensors_outlive_their_file_and_leave_it_as_it_is(
+    name: str, save: Callable[[dict[str, torch.Tensor], Path], None], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    save({"a": torch.arange(1000.0), "b": torch.ones(3)}, path)
     before = path.read_bytes()
     with open_tensors(path) as opened:
         tensor = opened["a"]
@@ -107,8 +110,8 @@ def test_tensors_outlive_their_file_and_leave_it_as_it_is(tmp_path: Path) -> Non
     assert tensor[:3].tolist() == [7, 1, 2]
     assert (tmp_path / "elsewhere").read_bytes() == before
     for read in (opened.__getitem__, opened.copy):
-        with pytest.raises(CheckpointError, match="tensor 'a' cannot be read"):
-            read("a")
+        with pytest.raises(CheckpointError, match="tensor 'b' cannot be read"):
+            read("b")
 
 
 # --- refused ---------------------------------------------------------------------------------------------------

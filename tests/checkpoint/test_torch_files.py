@@ -126,20 +126,6 @@ def test_opening_reads_no_values(
         assert archive is (sum(counted) < 1 << 18)  # mapped in an archive, where values stand aligned
 
 
-def test_tensors_outlive_their_file_and_leave_it_as_it_is(tmp_path: Path) -> None:
-    path = save({"a": torch.arange(1000.0), "b": torch.ones(3)}, tmp_path / "a.bin")
-    before = path.read_bytes()
-    with open_tensors(path) as opened:
-        tensor = opened["a"]
-    path.rename(tmp_path / "elsewhere")
-    tensor[0] = 7
-    assert tensor[:3].tolist() == [7, 1, 2]
-    assert (tmp_path / "elsewhere").read_bytes() == before
-    for read in (opened.__getitem__, opened.copy):
-        with pytest.raises(CheckpointError, match="tensor 'b' cannot be read: the file is closed"):
-            read("b")
-
-
 def test_shards(tmp_path: Path) -> None:
     tensors = samples()
     names = list(tensors)
