@@ -20,6 +20,7 @@ from default_model.scenes import SHAPES, Composer, Scene
 IGNORED = -100
 CROWDED = (12, 18, 28, 42)  # more things to name for the same work
 EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
+ASKED = (2, 1, 2, 3, 4)  # how often each of language.KINDS is asked: most, what takes longest to learn
 # Column and row of every patch, [N - 1, 2].
 PATCHES = torch.cartesian_prod(*[torch.arange(recipe.VISION.grid)] * 2).flip(1)
 PROCESSING = ImageProcessing(size=recipe.IMAGE_PX)
@@ -197,10 +198,7 @@ class CaptionBatches:
 
 
 class InstructionBatches:
-    """For fine-tuning: pictures with a caption, a question and a conversation each.
-
-    The question alone is what will be asked most; in a conversation what was said before gives much away.
-    """
+    """For fine-tuning: pictures with a caption and a conversation each."""
 
     def __init__(self, folder: Path, words: Tokenizers, batch: int = 48) -> None:
         self.words, self.batch = words, batch
@@ -212,9 +210,8 @@ class InstructionBatches:
         rows, index = [], []
         for i, picture in enumerate(pictures):
             rows.append(caption_row(self.words, caption_of(picture, rng), rng))
-            rows.append(chat_row(self.words, turns_of(picture, rng)[:1]))
             rows.append(chat_row(self.words, turns_of(picture, rng)))
-            index += [i, i, i]
+            index += [i, i]
         batch = pad(rows, self.words.language.pad_id)
         return {"pixels": pixels_of(pictures), "image_index": torch.tensor(index), **batch}
 
@@ -289,14 +286,15 @@ def in_words(picture: Scene | easyvqa.EasyImage) -> str:
 
 
 def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:
-    """Two to `most` questions with their answers; sometimes such that build on each other."""
-    if isinstance(picture, Scene):
-        if rng.random() < 0.25:
-            return language.conversation(picture, rng)
-        asked = [(qa.question, qa.answer) for qa in language.questions(picture, rng)]
-    else:
-        asked = list(picture.questions)
-    return rng.sample(asked, min(len(asked), rng.randint(2, most)))
+    """Up to `most` questions with their answers; sometimes such that build on each other."""
+    if not isinstance(picture, Scene):
+        return rng.sample(picture.questions, min(len(picture.questions), rng.randint(2, most)))
+    if rng.random() < 0.25:
+        return language.conversation(picture, rng)
+    kinds = rng.choices(language.KINDS, ASKED, k=rng.randint(2, most))
+    drawn = [language.standard().question(picture, rng, kind) for kind in (*kinds, "presence")]
+    asked = {qa.question: qa.answer for qa in drawn if qa is not None}
+    return list(asked.items())[:most]
 
 
 def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:

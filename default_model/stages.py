@@ -34,6 +34,7 @@ from blip2.train.pretrain import (
     LanguagePretrain,
     WordBag,
     initialise,
+    matching,
     mimetic,
     qformer_from_matcher,
 )
@@ -104,6 +105,7 @@ def train_language(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
     language = Opt(recipe.language_config(len(words.language), words.newline))
     initialise(language, seed=1)
+    matching(language, seed=1)
     task = LanguagePretrain(language, muon_scale=recipe.MUON_SCALE)
     _train(task, TextBatches(folder, words), recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
 

@@ -19,6 +19,7 @@ from blip2.train.pretrain import (
     LanguagePretrain,
     WordBag,
     initialise,
+    matching,
     mimetic,
     qformer_from_matcher,
 )
@@ -365,6 +366,20 @@ def test_mimetic_start() -> None:
     places = encoder.position_embedding[0, 1:]
     assert torch.pdist(places).min() > 0.1
     assert (encoder.position_embedding[0, 0].abs() <= 0.04).all()
+
+
+def test_matching_heads_look_for_equal_tokens() -> None:
+    language = Opt(dataclasses.replace(LANGUAGE, hidden_size=128, num_attention_heads=4))
+    initialise(language, 0)
+    matching(language, 0)
+    ids = torch.tensor([[2, 7, 11, 5, 30, 8, 19, 7]])  # the last is the second of an equal pair
+    x = language.embed(ids) + language.embed_positions(torch.arange(2, 10))
+    first = language.layers[0]
+    query, key, _ = first.self_attn._project(first.self_attn_layer_norm(x))
+    scores = (query @ key.mT)[0, :, -1, :-1]  # [heads, earlier tokens]
+    assert (scores[:2].argmax(-1) == 1).all()
+    second = scores[:2].topk(2).values[:, 1]
+    assert (scores[:2, 1] > 2 * second).all()
 
 
 def test_language_pre_training_learns(tmp_path: Path) -> None:
