@@ -117,7 +117,7 @@ def test_paddle_stores_linear_weights_turned_round(variants: dict[str, Path], tm
     patches = "vision_model.embeddings.patch_embedding.weight"
     assert torch.equal(paddle[patches], hf[patches])
     text = json.loads((tmp_path / "paddle" / "config.json").read_text())["text_config"]
-    assert (text["intermediate_size"], text["hidden_act"]) == (48, "relu")
+    assert (text["intermediate_size"], text["hidden_act"]) == (64, "relu")
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "paddle").iterdir()}
 
 
