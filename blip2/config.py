@@ -137,6 +137,10 @@ class T5Config:
 
     def __post_init__(self) -> None:
         _check_depth("text_config", self.num_layers, self.num_decoder_layers)
+        _check(
+            self.num_heads * self.d_kv <= MAX_SIZE,
+            f"text_config: {self.num_heads} attention heads of {self.d_kv} are more than any model has",
+        )
         _check_activation("text_config.dense_act_fn", self.dense_act_fn)
         count, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         _check(
@@ -333,7 +337,7 @@ def _read_opt(text: Mapping[str, Any]) -> OptConfig:
             f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}",
         )
     language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | _said(text))
-    embedded = text.get("word_embed_proj_dim", language.hidden_size)
+    embedded = text.get("word_embed_proj_dim") or language.hidden_size
     _check(
         embedded == language.hidden_size,
         f"text_config.word_embed_proj_dim {embedded} differs from hidden_size {language.hidden_size}: not supported",

@@ -42,11 +42,11 @@ MAY_IMPORT = {
     "checkpoint.hub": "checkpoint.tensors",
     "checkpoint.layouts": "",
     "checkpoint.translate": "checkpoint.layouts checkpoint.tensors",
-    "checkpoint.dialects": "checkpoint.tensors config",
+    "checkpoint.dialects": "checkpoint.filebytes checkpoint.tensors config",
     "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.tensors "
     "checkpoint.translate config text",
-    "checkpoint.load": "checkpoint.hub checkpoint.names checkpoint.source checkpoint.tensors checkpoint.translate "
-    "config images model text",
+    "checkpoint.load": "checkpoint.dialects checkpoint.hub checkpoint.names checkpoint.source checkpoint.tensors "
+    "checkpoint.translate config images model text",
     "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
     "checkpoint.folder": "checkpoint.tensors checkpoint.writers",
     "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "

@@ -102,6 +102,10 @@ def convert(
         dtypes, narrowed = _dtypes(stored, dtype, report)
         info = {name: replace(stored.info(name), dtype=dtypes[name]) for name in stored}
         total = sum(stored.info(name).nbytes for name in stored)
+        words = next(
+            (each for each in (found.folder, parts[1]) if each is not None and has_tokenizer(each)), None
+        )
+        changed = {} if words is None else tokenizer_changes(words, paddle=to == "paddle")
         folder = Path(target)
         with new_folder(folder) as beside:
             index = write_files(
@@ -113,10 +117,7 @@ def convert(
             )
             if index is not None:
                 write_json(beside / KINDS[to].index, index)
-            words = next(
-                (each for each in (found.folder, parts[1]) if each is not None and has_tokenizer(each)), None
-            )
-            _write_settings(beside, folder, to, found, config, info, tied, words)
+            _write_settings(beside, folder, to, found, config, info, tied, words, changed)
             verified = ""
             if verify:
                 narrow = None if dtype == SMALLEST_EXACT else parse_dtype(dtype)
@@ -164,8 +165,10 @@ def _converted(
 ) -> Iterator[Tensor]:
     for block in read_blocks(stored, name):
         out = block.to(dtype)
-        if dtype == torch.float16 and block.dtype != dtype and bool((out.isinf() & ~block.isinf()).any()):
-            raise CheckpointError(f"{name} holds values beyond fp16's range (65504); use bf16 or fp32")
+        if block.dtype != dtype and bool(out.isinf().any()) and bool((out.isinf() & ~block.isinf()).any()):
+            raise CheckpointError(
+                f"{name} holds values beyond the range of {dtype} ({torch.finfo(dtype).max:.6g}); use a wider dtype"
+            )
         yield out
         report("write", block.numel() * block.dtype.itemsize, total)
 
@@ -219,8 +222,12 @@ def _write_settings(
     info: Mapping[str, TensorInfo],
     tied: bool,
     words: Path | None,
+    changed: Mapping[str, str],
 ) -> None:
-    """The files beside the weights, as the other world wants them. `words`: where the tokenizer is."""
+    """The files beside the weights, as the other world wants them.
+
+    `words`: where the tokenizer is; `changed`: those of its files that the other world wants otherwise.
+    """
     processing = ImageProcessing.load(found.folder, config.vision.image_size)
     files: dict[str, Any] = settings(config, info, tied, words, processing)
     generation = found.folder / "generation_config.json"
@@ -236,7 +243,6 @@ def _write_settings(
     for name, value in files.items():
         write_json(beside / name, value)
     if words is not None:
-        changed = tokenizer_changes(words, paddle=to == "paddle")
         for file in tokenizer_files(words):
             if file.name not in changed:
                 copy_file(file, beside)

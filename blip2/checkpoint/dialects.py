@@ -8,11 +8,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.tensors import CheckpointError, Tensors
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, T5Config, to_hf
+from blip2.checkpoint.filebytes import FileBytes
+from blip2.checkpoint.tensors import CheckpointError, Tensors, UnsupportedFileError, quoted
+from blip2.config import MAX_LAYERS, MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, T5Config, to_hf
+
+MAX_JSON_BYTES = 64 << 20  # T5's tokenizer.json has 2.4 million
+
+
+def read_json_file(file: Path) -> dict[str, Any]:
+    """A JSON file of settings. Raises CheckpointError where there is none, or a broken one."""
+    if not file.exists():
+        raise CheckpointError(f"{file.parent} holds no {file.name}; give the folder a model was saved to")
+    with ExitStack() as stack:
+        content = FileBytes(file, stack)
+        if content.size > MAX_JSON_BYTES:
+            raise UnsupportedFileError(f"{file}: settings of {content.size:,} bytes; restore the file")
+        text = content.read(0, content.size, "a file of settings")
+    try:
+        raw = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
+        raise CheckpointError(f"{file} is no valid JSON; restore the file") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds a {type(raw).__name__}, expected an object; restore the file")
+    return raw
+
 
 NEWLINE_OF_OPT = 50118  # with which LAVIS ends captions; its config.json says </s>
 
@@ -45,7 +68,13 @@ def from_paddle(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Paddle's config.json in Hugging Face's spelling, its own defaults filled in."""
     vision = _respelled(_section(raw, "vision_config"), _VISION_WORDS)
     if "intermediate_size" not in vision and {"mlp_ratio", "hidden_size"} <= vision.keys():
-        vision["intermediate_size"] = int(vision["hidden_size"] * vision["mlp_ratio"])
+        width, ratio = vision["hidden_size"], vision["mlp_ratio"]
+        sizes = type(width) is int and 0 < width <= MAX_SIZE and type(ratio) in (int, float)
+        if not sizes or not 0 < ratio <= MAX_SIZE:
+            raise CheckpointError(
+                f"config.json: an image encoder {quoted(width)} wide, mlp_ratio {quoted(ratio)}"
+            )
+        vision["intermediate_size"] = int(width * ratio)
     vision = {"layer_norm_eps": _PADDLENLP_VISION_EPS} | vision
     text = _section(raw, "text_config")
     if text.get("model_type", "opt") == "opt":
@@ -120,17 +149,22 @@ def derive(tensors: Tensors, language: Mapping[str, Any] | None, newline: int | 
 
 def _size(tensors: Tensors, name: str, side: int) -> int:
     shape = tensors.info(name).shape if name in tensors else ()
-    if len(shape) <= side:
+    if len(shape) <= side or not shape[side]:
         raise CheckpointError(
-            f"{name} is missing or has too few sides; put the model's config.json beside the file"
+            f"{name} is missing, empty or has too few sides; put the model's config.json beside the file"
         )
     return shape[side]
 
 
 def _layers(tensors: Tensors, pattern: str) -> int:
     """How many layers there are: one more than the highest number."""
-    numbers = [int(found[1]) for found in map(re.compile(pattern).match, tensors) if found]
-    return max(numbers, default=-1) + 1
+    numbers = {found[1] for found in map(re.compile(pattern).match, tensors) if found}
+    for number in numbers:
+        if len(number) > 4 or int(number) >= MAX_LAYERS:
+            raise CheckpointError(
+                f"the file speaks of layer {quoted(number)}; known are up to {MAX_LAYERS} layers"
+            )
+    return max(map(int, numbers), default=-1) + 1
 
 
 def _heads(width: int, each: int, whose: str) -> int:
@@ -255,7 +289,8 @@ _LANGUAGES = {
 def to_lavis(config: Blip2Config | MatcherConfig, weights: str) -> str:
     """The model config (YAML) with which LAVIS's `Blip2*.from_config` opens a checkpoint beside it."""
     size = config.vision.image_size
-    lines = ["load_finetuned: True", f'pretrained: "{weights}"', f'finetuned: "{weights}"']
+    quoted_path = json.dumps(weights, ensure_ascii=False)  # a JSON string is one of YAML
+    lines = ["load_finetuned: True", f"pretrained: {quoted_path}", f"finetuned: {quoted_path}"]
     if config.vision.pre_norm:
         lines.append('vit_model: "clip_L"')
     lines += [f"image_size: {size}", "drop_path_rate: 0", "use_grad_checkpoint: False"]
@@ -309,13 +344,16 @@ def tokenizer_changes(folder: Path, *, paddle: bool) -> dict[str, str]:
         and not (folder / "merges.txt").is_file()
     ):
         # Paddle's own tokenizers read the older pair of files
-        merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
-        made["vocab.json"] = json.dumps(model["vocab"], ensure_ascii=False)
+        vocabulary, pairs = model.get("vocab"), model.get("merges")
+        try:
+            merges = [each if isinstance(each, str) else " ".join(each) for each in pairs or ()]
+        except TypeError as error:
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: its merges are no pairs of words") from error
+        made["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
         made["merges.txt"] = "".join(f"{line}\n" for line in ("#version: 0.2", *merges))
     return made
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON file; nothing where there is none."""
-    raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return raw if isinstance(raw, dict) else {}
+    return read_json_file(file) if file.exists() else {}

@@ -140,7 +140,7 @@ def _open_index(path: Path, stack: ExitStack) -> Tensors:
             raise BrokenFileError(
                 f"{path}: the index names {quoted(shard)}, expected the plain name of a {' or '.join(expected)} file"
             )
-        if len(shard) > 255 or not (path.parent / shard).is_file():
+        if len(shard.encode("utf-8", "surrogatepass")) > 255 or not (path.parent / shard).is_file():
             raise CheckpointError(
                 f"{path}: the index names {quoted(shard)}, which is not there; get the missing file"
             )

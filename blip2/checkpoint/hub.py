@@ -48,8 +48,12 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such path and no such model, or the Hub cannot be reached and the model is not in the cache.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
+    try:
+        path = Path(name_or_path).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, with a NUL
+        raise CheckpointError(f"{str(name_or_path)[:200]!r} is no valid path ({error})") from error
+    if there:
         if revision is not None:
             raise CheckpointError(f"{path} is a local path; revision={revision!r} is for models on the Hub")
         return path

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from blip2.checkpoint.dialects import read_json_file
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import from_hugging_face
-from blip2.checkpoint.source import open_checkpoint, read_json_file
+from blip2.checkpoint.source import open_checkpoint
 from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, read_config
+from blip2.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import TOKENIZER_FILES, Tokenizer
@@ -270,7 +271,7 @@ def _equal(tensors: Tensors, one: str, other: str) -> bool:
 def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, announced: int) -> int:
     """vocab_size as stored: vocabularies get padded or extended, and config.json is not always told."""
     shape = tensors.info(names[embeddings]).shape if embeddings in names else ()
-    return shape[0] if len(shape) == 2 else announced
+    return shape[0] if len(shape) == 2 and shape[0] <= MAX_SIZE else announced
 
 
 def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]) -> None:

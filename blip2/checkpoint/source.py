@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.dialects import derive, from_paddle
+from blip2.checkpoint.dialects import derive, from_paddle, read_json_file
 from blip2.checkpoint.files import open_tensors
 from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
 from blip2.checkpoint.tensors import CheckpointError, Tensors
@@ -21,6 +20,12 @@ _VISION, _LANGUAGE = "vision_model.", "language_model."
 _HEADS = ("language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight")
 # The image encoders LAVIS takes from elsewhere are a layer or two deeper than it uses them: width -> layers.
 _DEPTHS = {1408: 39, 1024: 22}
+# The language models LAVIS takes from elsewhere, by the width of what they read.
+_LANGUAGES: Mapping[tuple[int, ...], str] = {
+    (2048,): "google/flan-t5-xl",
+    (2560,): "facebook/opt-2.7b",
+    (4096,): "facebook/opt-6.7b or google/flan-t5-xxl",
+}
 
 
 @dataclass(frozen=True)
@@ -88,23 +93,6 @@ def open_checkpoint(
         yield Checkpoint(path, folder, layout, stored, tensors, kind, raw, config, problem)
 
 
-def read_json_file(file: Path) -> dict[str, Any]:
-    """A JSON file of settings. Raises CheckpointError where there is none, or a broken one."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file.parent} holds no {file.name}; give the folder a model was saved to"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
-        raise CheckpointError(f"{file} is no valid JSON; restore the file") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds a {type(raw).__name__}, expected an object; restore the file")
-    return raw
-
-
 def _settings(folder: Path, layout: Layout, tensors: Tensors, language: Path | None) -> dict[str, Any]:
     """What config.json says, in Hugging Face's spelling; without one, what the shapes say."""
     beside = folder / "config.json"
@@ -152,17 +140,11 @@ def _check_parts(tensors: Tensors) -> None:
         t5 = any(name.startswith("language_model.encoder.") for name in tensors)
         first = "language_model.decoder.block.0." if t5 else "language_model.model.decoder.layers.0."
         if not any(name.startswith(first) for name in tensors):
-            width = (
-                tensors.info("language_projection.weight").shape[0]
-                if "language_projection.weight" in tensors
-                else 0
-            )
-            name = {2560: "facebook/opt-2.7b", 4096: "facebook/opt-6.7b or google/flan-t5-xxl"}.get(
-                width, "OPT or T5"
-            )
+            projection = "language_projection.weight"
+            width = tensors.info(projection).shape[:1] if projection in tensors else ()
             missing.append(
                 "its language model (opt_model.* or t5_model.*), which was frozen and left out; "
-                f"give it as language= (--language): the folder of {name if width != 2048 else 'google/flan-t5-xl'}"
+                f"give it as language= (--language): the folder of {_LANGUAGES.get(width, 'OPT or T5')}"
             )
     if missing:
         raise CheckpointError(f"the file lacks {'; and '.join(missing)}")
@@ -178,12 +160,12 @@ def _with_vision(tensors: Tensors, found: Tensors) -> Tensors:
         found = view(found, {f"visual_encoder.{name}": Piece(found.info(name), (name,)) for name in found})
     encoder = as_hugging_face(found, recognise({name: found.info(name).shape for name in found}))
     patches = "vision_model.embeddings.patch_embedding.weight"
-    depth = _DEPTHS.get(encoder.info(patches).shape[0], 10**6) if patches in encoder else 10**6
+    width = encoder.info(patches).shape[:1] if patches in encoder else ()
+    beyond = tuple(
+        f"{_VISION}encoder.layers.{_DEPTHS[n] + more}." for n in width if n in _DEPTHS for more in (0, 1)
+    )
     added = {
-        name: (encoder, name)
-        for name in encoder
-        if name.startswith(_VISION)
-        and not (name.startswith(f"{_VISION}encoder.layers.") and int(name.split(".")[3]) >= depth)
+        name: (encoder, name) for name in encoder if name.startswith(_VISION) and not name.startswith(beyond)
     }
     return joined({name: (tensors, name) for name in tensors}, added)
 

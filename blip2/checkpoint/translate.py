@@ -78,7 +78,7 @@ class Translated:
             return whole.reshape(piece.info.shape)
         length = next(len(part) for part in parts if part is not None)
         zeros = torch.zeros(length, dtype=piece.info.dtype)
-        return torch.cat([zeros if part is None else part.to(piece.info.dtype) for part in parts])
+        return torch.cat([zeros if part is None else part for part in parts])
 
     def place(self, name: str) -> None:
         """None: `blocks` knows better."""
@@ -182,16 +182,19 @@ def as_hugging_face(tensors: Tensors, layout: Layout) -> Tensors:
             stored = (name, joint + "k_bias" if joint + "k_bias" in tensors else None, joint + "v_bias")
             target = to_hugging_face(joint + "qkv.bias", rules) or name
             if target == name or stored[2] not in tensors or len(info.shape) != 1:
-                pieces[name] = Piece(info, (name,))
-                continue
-            pieces[target] = Piece(TensorInfo((3 * info.shape[0],), info.dtype), stored)
-            continue
-        target = to_hugging_face(name, rules) or name
+                target, piece = name, Piece(info, (name,))
+            else:
+                if any(each is not None and tensors.info(each) != info for each in stored):
+                    raise CheckpointError(f"{name} and the other biases beside it differ in length or dtype")
+                piece = Piece(TensorInfo((3 * info.shape[0],), info.dtype), stored)
+        else:
+            target = to_hugging_face(name, rules) or name
+            piece = _turned(info, name, is_transposed(target, len(info.shape), layout, t5=t5), target)
         if target in pieces:
             raise CheckpointError(
                 f"the file holds {target} under two names, {name} and {pieces[target].stored[0]}"
             )
-        pieces[target] = _turned(info, name, is_transposed(target, len(info.shape), layout, t5=t5), target)
+        pieces[target] = piece
     return view(tensors, pieces)
 
 

@@ -196,7 +196,7 @@ def test_values_beyond_fp16(variants: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["query_tokens"][0, 0, 0] = 70_000
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="query_tokens holds values beyond fp16's range"):
+    with pytest.raises(CheckpointError, match="query_tokens holds values beyond the range"):
         convert(folder, tmp_path / "new", to="hf", dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

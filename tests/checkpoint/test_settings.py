@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from blip2.checkpoint import CheckpointError, convert, load_model
+from blip2.checkpoint import CheckpointError, convert, load_model, open_tensors
 from blip2.config import ConfigError
 
 LIES = (True, -1, 0, 7, 10**30, 1e30, float("nan"), float("inf"), "x", [], {}, [[1]], [1, "x"], {"a": None})
@@ -67,3 +69,49 @@ def test_depths_are_bounded(variants: dict[str, Path], tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="100000 layers"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [
+        ("Qformer.bert.encoder.layer.99999999999.output.bias", (3,), "layer '99999999999'"),
+        ("Qformer.bert.encoder.layer." + "9" * 500 + ".output.bias", (3,), "speaks of layer"),
+        ("visual_encoder.blocks.5000.norm1.bias", (88,), "layer '5000'"),
+        ("visual_encoder.pos_embed", (1, 0, 88), "empty"),
+        ("opt_proj.weight", (), "opt_proj|language_projection"),
+        ("visual_encoder.blocks.0.attn.v_bias", (9,), "differ in length"),
+        ("visual_encoder.blocks.0.attn.qkv.bias", (264,), "two names"),
+    ],
+)
+def test_tensors_that_lie_about_sizes(
+    name: str, shape: tuple[int, ...], says: str, variants: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a file without settings sizes are derived: none may take for ever, or end in another error than ours."""
+    convert(variants["opt"], tmp_path / "lavis", to="lavis")
+    (tmp_path / "lavis" / "config.json").unlink()
+    file = tmp_path / "lavis" / "model.pth"
+    with open_tensors(file) as tensors:
+        state = {each: tensors.copy(each) for each in tensors}
+    torch.save({"model": state | {name: torch.zeros(shape)}}, file)
+    with pytest.raises((CheckpointError, ConfigError), match=says):
+        load_model(file, language=variants["opt"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes")
+def test_settings_that_never_end(variants: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(variants["opt"], tmp_path / "model")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        load_model(folder)
+    (folder / "config.json").unlink()
+    with (folder / "config.json").open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="settings of 1,099,511,627,776 bytes"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 5000])
+def test_paths_that_are_none(path: str) -> None:
+    with pytest.raises(CheckpointError, match="no valid path"):
+        load_model(path)
