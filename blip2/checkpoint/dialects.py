@@ -278,7 +278,7 @@ def _t5(tensors: Tensors, language: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 # Width of the language model, layers of its decoder -> where LAVIS takes it from.
-_LANGUAGES = {
+LANGUAGES = {
     (2560, 32): "facebook/opt-2.7b",
     (4096, 32): "facebook/opt-6.7b",
     (2048, 24): "google/flan-t5-xl",
@@ -298,7 +298,7 @@ def to_lavis(config: Blip2Config | MatcherConfig, weights: str) -> str:
     if isinstance(config, Blip2Config):
         language = config.language
         depth = language.num_hidden_layers if isinstance(language, OptConfig) else language.num_decoder_layers
-        name = _LANGUAGES.get((language.hidden_size, depth), "language_model")
+        name = LANGUAGES.get((language.hidden_size, depth), "language_model")
         lines += [
             f'{"t5" if isinstance(language, T5Config) else "opt"}_model: "{name}"',
             'prompt: "a photo of"',

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.dialects import derive, from_paddle, read_json_file
+from blip2.checkpoint.dialects import LANGUAGES, derive, from_paddle, read_json_file
 from blip2.checkpoint.files import open_tensors
 from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
 from blip2.checkpoint.tensors import CheckpointError, Tensors
@@ -18,14 +18,8 @@ from blip2.text import TextError, Tokenizer
 
 _VISION, _LANGUAGE = "vision_model.", "language_model."
 _HEADS = ("language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight")
-# The image encoders LAVIS takes from elsewhere are a layer or two deeper than it uses them: width -> layers.
-_DEPTHS = {1408: 39, 1024: 22}
-# The language models LAVIS takes from elsewhere, by the width of what they read.
-_LANGUAGES: Mapping[tuple[int, ...], str] = {
-    (2048,): "google/flan-t5-xl",
-    (2560,): "facebook/opt-2.7b",
-    (4096,): "facebook/opt-6.7b or google/flan-t5-xxl",
-}
+# The image encoders LAVIS takes from elsewhere are a layer or two deeper than it uses them: width -> layers too many.
+_UNUSED: Mapping[tuple[int, ...], tuple[int, ...]] = {(1408,): (39, 40), (1024,): (22, 23)}
 
 
 @dataclass(frozen=True)
@@ -141,10 +135,11 @@ def _check_parts(tensors: Tensors) -> None:
         first = "language_model.decoder.block.0." if t5 else "language_model.model.decoder.layers.0."
         if not any(name.startswith(first) for name in tensors):
             projection = "language_projection.weight"
-            width = tensors.info(projection).shape[:1] if projection in tensors else ()
+            shape = tensors.info(projection).shape if projection in tensors else ()
+            fitting = [name for (width, _), name in LANGUAGES.items() if shape[:1] == (width,)]
             missing.append(
                 "its language model (opt_model.* or t5_model.*), which was frozen and left out; "
-                f"give it as language= (--language): the folder of {_LANGUAGES.get(width, 'OPT or T5')}"
+                f"give it as language= (--language): the folder of {' or '.join(fitting) or 'OPT or T5'}"
             )
     if missing:
         raise CheckpointError(f"the file lacks {'; and '.join(missing)}")
@@ -161,11 +156,9 @@ def _with_vision(tensors: Tensors, found: Tensors) -> Tensors:
     encoder = as_hugging_face(found, recognise({name: found.info(name).shape for name in found}))
     patches = "vision_model.embeddings.patch_embedding.weight"
     width = encoder.info(patches).shape[:1] if patches in encoder else ()
-    beyond = tuple(
-        f"{_VISION}encoder.layers.{_DEPTHS[n] + more}." for n in width if n in _DEPTHS for more in (0, 1)
-    )
+    unused = tuple(f"{_VISION}encoder.layers.{number}." for number in _UNUSED.get(width, ()))
     added = {
-        name: (encoder, name) for name in encoder if name.startswith(_VISION) and not name.startswith(beyond)
+        name: (encoder, name) for name in encoder if name.startswith(_VISION) and not name.startswith(unused)
     }
     return joined({name: (tensors, name) for name in tensors}, added)
 
