@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blip2.images import ImageProcessing, to_pixels
 from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
+from blip2.train.queries import parts_of
 from default_model import easyvqa, language, recipe
 from default_model.colours import COLOURS
 from default_model.materials import Cutouts, read_table
@@ -157,6 +158,31 @@ class VisionBatches:
         ]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         return ids, (ids != 0).long()
+
+
+class QueryBatches:
+    """For the queries: scenes, and what has its middle in the part of the image each query answers for."""
+
+    def __init__(self, folder: Path, batch: int = 128) -> None:
+        self.batch, self.seeded = batch, _Seeded("queries")
+        self.pictures = Pictures(folder, 0.0, (2, 3, 3, 3))
+        self.names = VisionBatches(folder, 0, 0)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = self.seeded.at(position)
+        scenes = [s for s in (self.pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
+        parts = torch.full((len(scenes), recipe.QUERIES), -1)
+        places = torch.full((len(scenes), recipe.QUERIES, 2), 0.5)
+        for part, place, scene in zip(parts, places, scenes, strict=True):
+            boxes = torch.tensor([placed.box for placed in scene.objects])
+            middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * scene.side)
+            owners = parts_of(middles, recipe.QUERIES)
+            part[owners] = torch.tensor(
+                [self.names.phrases[_phrase(o.noun, o.colour)] for o in scene.objects]
+            )
+            place[owners] = middles
+        phrases = {"phrase_ids": self.names.phrase_ids, "phrase_mask": self.names.phrase_mask}
+        return {"pixels": pixels_of(list(scenes)), "parts": parts, "places": places, **phrases}
 
 
 def _phrase(noun: str, colour: str | None) -> str:

@@ -1,6 +1,7 @@
 """Makes the default model: `python -m default_model.stages STAGE DIR`, one command a stage, each resumable.
 
     vision      image encoder, contrastively from scenes            -> DIR/vision
+    queries     each query answers for a part of the image          -> DIR/queries
     language    OPT on text                                         -> DIR/language
     stage1      ITC + ITM + ITG, image encoder frozen               -> DIR/stage1
     stage2      captions through the frozen language model          -> DIR/stage2
@@ -20,12 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from blip2.checkpoint.save import save_model
+from blip2.config import QFormerConfig
 from blip2.model import Blip2, Blip2Matcher
 from blip2.opt import Opt
+from blip2.qformer import QFormer
 from blip2.train import FitOptions, Task, fit
 from blip2.train.loop import Dataset
 from blip2.train.pretrain import (
@@ -38,6 +42,7 @@ from blip2.train.pretrain import (
     mimetic,
     qformer_from_matcher,
 )
+from blip2.train.queries import QueryPretrain, QueryReaders, stand
 from blip2.train.tasks import Finetune, Stage1, Stage2
 from blip2.vision import ImageEncoder
 from default_model import recipe
@@ -45,6 +50,7 @@ from default_model.batches import (
     CaptionBatches,
     InstructionBatches,
     MatchBatches,
+    QueryBatches,
     TextBatches,
     Tokenizers,
     VisionBatches,
@@ -86,6 +92,12 @@ def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
     module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
 
 
+def _load_queries(qformer: QFormer, folder: Path) -> None:
+    """Take the query branch that the stage `queries` has trained; a text branch stays as it is."""
+    tensors = {n.removeprefix("qformer."): t for n, t in load_file(folder / "queries" / WEIGHTS).items()}
+    qformer.load_state_dict({n: tensors.get(n, t) for n, t in qformer.state_dict().items()})
+
+
 def train_vision(folder: Path, steps: int | None, device: str) -> None:
     data = VisionBatches(folder, recipe.VISION_CROWDED, recipe.VISION_HALVED)
     encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.vocabulary, embedding=192))
@@ -99,6 +111,25 @@ def train_vision(folder: Path, steps: int | None, device: str) -> None:
         steps,
         device,
     )
+
+
+def train_queries(folder: Path, steps: int | None, device: str) -> None:
+    data = QueryBatches(folder)
+    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.names.vocabulary, embedding=192))
+    _load(encoders, folder / "vision")
+    config = replace(recipe.qformer_config(QFormerConfig().vocab_size), use_qformer_text_input=False)
+    qformer = QFormer(config, recipe.QUERIES)
+    initialise(qformer, seed=4)
+    samples = VisionBatches(folder, 0, 0)
+    # batches the encoder was not trained on
+    seen = [samples[recipe.VISION_OPTIONS.steps + i] for i in range(12)]
+    with torch.inference_mode():
+        features = torch.cat([encoders.vision(batch["pixels"])[:, 1:].flatten(0, 1) for batch in seen])
+    middles = torch.cat([batch["places"].flatten(0, 1) for batch in seen])
+    shown = torch.cat([batch["regions"].flatten() >= 0 for batch in seen])
+    stand(qformer, features, middles, shown, seed=4)
+    task = QueryPretrain(QueryReaders(encoders, qformer), muon_scale=recipe.QFORMER_MUON_SCALE)
+    _train(task, data, recipe.QUERIES_OPTIONS, folder / "queries", steps, device)
 
 
 def train_language(folder: Path, steps: int | None, device: str) -> None:
@@ -115,16 +146,18 @@ def train_stage1(folder: Path, steps: int | None, device: str) -> None:
     matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
     initialise(matcher, seed=2)
     _load(matcher.vision, folder / "vision", "vision.")
-    task = Stage1(matcher, words.dec, muon_scale=recipe.MUON_SCALE)
+    _load_queries(matcher.qformer, folder)
+    task = Stage1(matcher, words.dec, muon_scale=recipe.QFORMER_MUON_SCALE)
     _train(task, MatchBatches(folder, words), recipe.STAGE1_OPTIONS, folder / "stage1", steps, device)
 
 
 def generator(folder: Path, words: Tokenizers) -> Blip2:
-    """The generating model before stage 2: image encoder and language model trained, Q-Former not."""
+    """The generating model before stage 2: image encoder and language model trained, the Q-Former's queries placed."""
     language = recipe.language_config(len(words.language), words.newline)
     model = Blip2(recipe.generator_config(language, words.image))
     initialise(model, seed=3)
     _load(model.vision, folder / "vision", "vision.")
+    _load_queries(model.qformer, folder)
     _load(model.language, folder / "language")
     model.language.tie()
     return model
@@ -138,7 +171,7 @@ def train_stage2(folder: Path, steps: int | None, device: str, *, name: str = "s
         _load(matcher, folder / "stage1")
         qformer_from_matcher(matcher, model)
     _train(
-        Stage2(model, muon_scale=recipe.MUON_SCALE),
+        Stage2(model, muon_scale=recipe.QFORMER_MUON_SCALE),
         CaptionBatches(folder, words),
         recipe.STAGE2_OPTIONS,
         folder / name,
@@ -177,6 +210,7 @@ def export(folder: Path, steps: int | None, device: str) -> None:
 
 STAGES = {
     "vision": train_vision,
+    "queries": train_queries,
     "language": train_language,
     "stage1": train_stage1,
     "stage2": train_stage2,

@@ -12,7 +12,8 @@ from blip2.text import Tokenizer
 from default_model import batches
 from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, in_words, pad, same
 from default_model.language import Language
-from default_model.scenes import Placed, Scene
+from default_model.materials import Cutouts
+from default_model.scenes import Composer, Placed, Scene
 from default_model.vocab import save_language, save_matcher, train_language, train_matcher
 
 
@@ -95,3 +96,21 @@ def test_a_batch_follows_from_its_position(
     assert first["image_index"].tolist() == [0, 0, 1, 1, 2, 2]
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["pixels"], other["pixels"])
+
+
+def test_queries_answer_for_the_things_whose_middles_their_parts_hold(
+    composer: Composer, cutouts: Cutouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "read_table", lambda: cutouts.rows)
+    made = batches.QueryBatches(Path(), batch=6)
+    made.pictures.composer = composer
+    batch, rng = made[3], made.seeded.at(3)
+    phrases = {number: phrase for phrase, number in made.names.phrases.items()}
+    assert batch["parts"].shape == (6, 16) and batch["phrase_ids"].shape[0] == len(phrases)
+    for parts, places in zip(batch["parts"], batch["places"], strict=True):
+        scene = made.pictures.draw(rng)
+        assert isinstance(scene, Scene)
+        named = sorted(phrases[i] for i in parts.tolist() if i >= 0)
+        assert named == sorted(f"{o.colour} {o.noun}" if o.colour else o.noun for o in scene.objects)
+        middles = {((o.box[0] + o.box[2]) / 256, (o.box[1] + o.box[3]) / 256) for o in scene.objects}
+        assert {tuple(place) for place in places[parts >= 0].tolist()} == middles

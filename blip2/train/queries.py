@@ -1,0 +1,165 @@
+"""A start for the queries of a small Q-Former: each answers for the part of the image where it stands.
+
+BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where. One that has seen
+thousands gets this from its first weights (`stand`) and a short pre-training (`QueryPretrain`): a query says what has
+its middle in its part, and where exactly. Stage 1 then starts from queries that tell the things of an image apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.qformer import Layer, QFormer
+from blip2.train import losses
+from blip2.train.loop import Task
+from blip2.train.pretrain import ImageTextEncoders
+from blip2.train.tasks import layerwise_groups
+
+Batch = Mapping[str, Tensor]
+
+
+class QueryReaders(nn.Module):
+    """A Q-Former and what reads its queries, as wide as the image features: names, places, whether there is a thing."""
+
+    def __init__(self, encoders: ImageTextEncoders, qformer: QFormer) -> None:
+        """`encoders`: trained by `ContrastivePretrain`; what reads their patches goes on to read the queries."""
+        super().__init__()
+        self.encoders, self.qformer = encoders, qformer
+        self.shown = nn.Linear(qformer.config.hidden_size, 1)
+
+
+class QueryPretrain(Task):
+    """Queries from places: what has its middle in the part of the image a query answers for, and where that is.
+
+    Trains the Q-Former's query branch and the readers; the image encoder is frozen.
+
+    Batch: pixels [B, 3, S, S]; phrase_ids int64 and phrase_mask [P, T], all phrases that name things; parts int64
+    [B, Q], the phrase of what each query answers for, -1 for nothing; places [B, Q, 2], its middle, column and row as
+    shares of the image's side.
+    """
+
+    def __init__(self, readers: QueryReaders, *, muon_scale: float | None = None) -> None:
+        self.module = self.readers = readers
+        self.muon_scale = muon_scale
+        readers.encoders.vision.requires_grad_(False)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        readers, encoders = self.readers, self.readers.encoders
+        with torch.no_grad():
+            features = encoders.vision(batch["pixels"])
+        queries = readers.qformer(features)  # [B, Q, W]
+        full = batch["parts"] >= 0
+        phrases = F.normalize(
+            encoders.text(batch["phrase_ids"], batch["phrase_mask"]).float(), dim=-1
+        )  # [P, E]
+        said = F.normalize(encoders.patch_projection(queries[full]).float(), dim=-1)  # [K, E]
+        scale = encoders.patch_scale.clamp(max=losses.MAX_LOGIT_SCALE).exp()
+        name = F.cross_entropy(said @ phrases.mT * scale, batch["parts"][full])
+        shown = F.binary_cross_entropy_with_logits(readers.shown(queries).squeeze(-1).float(), full.float())
+        place = losses.place_loss(encoders.place(queries)[full], batch["places"][full])
+        return {"loss": name + shown + place, "name": name, "shown": shown, "place": place}
+
+
+REACH = (
+    0.1  # standard deviation of a query's look around the middle of its part, as a share of the image's side
+)
+LOUD = 2.0  # how much of what it has seen a query holds, beside one of what it is
+EAGER = 4.0  # what a patch that shows a thing has over one that does not, in nats
+
+
+def parts_of(middles: Tensor, queries: int) -> Tensor:
+    """Which query answers for each of one image's things: int64 [K], all different.
+
+    Parts are the cells of a square grid, row by row. A thing belongs to the part its middle is in, or to the nearest
+    that is still free.
+
+    Args:
+        middles: [K, 2], column and row as shares of the image's side; K <= queries.
+        queries: how many parts, a square number.
+    """
+    side = math.isqrt(queries)
+    distance = torch.cdist(middles.float(), _centres(side))  # [K, Q]
+    inside = ((middles * side).long().clamp(0, side - 1) * torch.tensor([1, side])).sum(1)
+    distance[torch.arange(len(middles)), inside] = 0.0
+    taken: list[int] = []
+    for row in distance:
+        row[taken] = math.inf
+        taken.append(int(row.argmin()))
+    return torch.tensor(taken, dtype=torch.int64)
+
+
+def stand(qformer: QFormer, features: Tensor, middles: Tensor, shown: Tensor, seed: int) -> None:
+    """Let every query look at the patches of what has its middle in its part of the image. In place.
+
+    In the first layer, the cross-attention's score of a patch is that of a Gaussian around the middle of the query's
+    part, at the place where the patch says that the middle of what it shows is; what is read is handed on unchanged.
+    The keys are fitted, by ridge regression, to image features whose places are known: -|c - p|^2 is linear in p and
+    |p|^2, and the |c|^2 that is left is the same for all patches.
+
+    Args:
+        qformer: after `initialise`; Q a square number, as wide as the image features, heads of four or more.
+        features: [K, W], of patches from many images.
+        middles: [K, 2], the middle of what each patch shows, or of the patch where that is nothing.
+        shown: bool [K], whether the patch shows a thing.
+        seed: of the queries themselves, which are orthogonal to one another.
+
+    Raises:
+        ValueError: a Q-Former of another shape.
+    """
+    config, count = qformer.config, qformer.query_tokens.shape[1]
+    width, heads = config.hidden_size, config.num_attention_heads
+    side, size = math.isqrt(count), width // heads
+    if side * side != count or width != config.encoder_hidden_size or size < 4 or count > width:
+        raise ValueError(
+            f"{count} queries {width} wide in {heads} heads cannot stand over image features "
+            f"{config.encoder_hidden_size} wide: the number must be square and at most the width, "
+            "the widths equal, a head four or wider"
+        )
+    wanted = torch.cat(
+        [middles, middles.square().sum(1, keepdim=True), shown.float()[:, None]], dim=1
+    )  # [K, 4]
+    weight, bias = _ridge(features, wanted)
+    sharp = 1 / (2 * REACH**2)
+    codes = torch.cat(
+        [2 * sharp * _centres(side), torch.tensor([[-sharp, EAGER]]).expand(count, -1)], dim=1
+    )  # [Q, 4]
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.linalg.qr(torch.randn(width, count, generator=generator))[0].mT * math.sqrt(width)
+    first = qformer.layers[0]
+    assert isinstance(first, Layer) and first.crossattention is not None
+    read = first.crossattention
+    with torch.no_grad():
+        qformer.query_tokens[0] = tokens
+        seen = first.attention.output.LayerNorm(qformer.layernorm(qformer.query_tokens[0]))  # [Q, W]
+        query = torch.linalg.lstsq(seen, codes * math.sqrt(size)).solution.mT  # [4, W]
+        for head in range(heads):
+            rows = slice(head * size, head * size + 4)
+            read.attention.query.weight[rows] = query
+            read.attention.key.weight[rows] = weight
+            read.attention.key.bias[rows] = bias
+        read.attention.value.weight.copy_(torch.eye(width))
+        read.output.dense.weight.copy_(LOUD * torch.eye(width))
+
+
+def _centres(side: int) -> Tensor:
+    """The middles of a square grid's cells, row by row: [side * side, 2], column and row in 0..1."""
+    steps = (torch.arange(side) + 0.5) / side
+    return torch.cartesian_prod(steps, steps).flip(1)
+
+
+def _ridge(x: Tensor, y: Tensor, penalty: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """Weight [M, W] and bias [M] that give y [K, M] from x [K, W], by ridge regression."""
+    mean, target = x.mean(0), y.mean(0)
+    gram = (x - mean).mT @ (x - mean) / len(x)
+    gram += penalty * gram.diagonal().mean() * torch.eye(len(gram))
+    weight = torch.linalg.solve(gram, (x - mean).mT @ (y - target) / len(x)).mT
+    return weight, target - weight @ mean
