@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blip2.images import ImageProcessing, to_pixels
@@ -17,6 +18,7 @@ from default_model import easyvqa, language, recipe
 from default_model.colours import COLOURS
 from default_model.materials import Cutouts, read_table
 from default_model.scenes import SHAPES, Composer, Scene
+from default_model.spelling import Speller
 
 IGNORED = -100
 CROWDED = (12, 18, 28, 42)  # more things to name for the same work
@@ -160,13 +162,13 @@ class VisionBatches:
         return ids, (ids != 0).long()
 
 
-class QueryBatches:
-    """For the queries: scenes, and what has its middle in the part of the image each query answers for."""
+class SceneBatches:
+    """Scenes, what has its middle in the part of the image each query answers for, and what each is to say."""
 
-    def __init__(self, folder: Path, batch: int = 128) -> None:
-        self.batch, self.seeded = batch, _Seeded("queries")
+    def __init__(self, folder: Path, words: Tokenizers, batch: int = 100) -> None:
+        self.batch, self.seeded = batch, _Seeded("seen")
         self.pictures = Pictures(folder, 0.0, (2, 3, 3, 3))
-        self.names = VisionBatches(folder, 0, 0)
+        self.phrases, self.speller = VisionBatches(folder, 0, 0).phrases, Speller(words.language)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
@@ -177,12 +179,28 @@ class QueryBatches:
             boxes = torch.tensor([placed.box for placed in scene.objects])
             middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * scene.side)
             owners = parts_of(middles, recipe.QUERIES)
-            part[owners] = torch.tensor(
-                [self.names.phrases[_phrase(o.noun, o.colour)] for o in scene.objects]
-            )
+            part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in scene.objects])
             place[owners] = middles
-        phrases = {"phrase_ids": self.names.phrase_ids, "phrase_mask": self.names.phrase_mask}
-        return {"pixels": pixels_of(list(scenes)), "parts": parts, "places": places, **phrases}
+        spelled = torch.tensor([self.speller.spell(scene) for scene in scenes])
+        return {"pixels": pixels_of(list(scenes)), "parts": parts, "places": places, "spelled": spelled}
+
+
+class SeenBatches:
+    """Some of what `SceneBatches` gives with the image features in the place of the images, drawn from a file."""
+
+    def __init__(
+        self, file: Path, keys: tuple[str, ...], same: dict[str, Tensor], name: str, batch: int = 128
+    ) -> None:
+        """`keys`: what a batch holds beside the features. `same`: what every batch holds."""
+        self.file, self.keys, self.same, self.batch = file, ("features", *keys), same, batch
+        self.seeded, self.seen = _Seeded(name), dict[str, Tensor]()
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        self.seen = self.seen or load_file(self.file)
+        rng = self.seeded.at(position)
+        rows = torch.tensor([rng.randrange(len(self.seen["features"])) for _ in range(self.batch)])
+        drawn = {key: self.seen[key][rows] for key in self.keys}
+        return {k: v.float() if v.is_floating_point() else v.long() for k, v in drawn.items()} | self.same
 
 
 def _phrase(noun: str, colour: str | None) -> str:
@@ -243,19 +261,23 @@ class InstructionBatches:
 
 
 class TextBatches:
-    """For the language model: a picture in words where its queries will stand, `</s>`, then texts about it.
+    """For the language model: a picture in words where its queries will stand, then texts about it.
 
-    So the language model learns to caption and to answer from a prefix before it has seen one; stage 2 then has to say
-    what is in the picture in its language. An eighth is plain text. Batches hold rows of about one length: half of
-    every batch would be padding otherwise.
+    So the language model learns to caption and to answer from a prefix before it has seen one; the queries then have to
+    say what is in the picture in its language. An eighth is plain text, after a picture of nothing. Batches hold rows
+    of about one length: half of every batch would be padding otherwise.
     """
 
     POOL = 4  # batches that share out their rows by length
 
     def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
         self.folder, self.words, self.batch, self.seeded = folder, words, batch, _Seeded("text")
+        self.speller = Speller(words.language)
         self.easy: list[easyvqa.EasyImage] = []
-        self.pool: tuple[int, list[list[Row]]] = (-1, [])  # the last one made, and its number
+        self.pool: tuple[int, list[list[tuple[list[int], Row]]]] = (
+            -1,
+            [],
+        )  # the last one made, and its number
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         self.easy = self.easy or easyvqa.load(self.folder, "train")
@@ -263,28 +285,31 @@ class TextBatches:
         if self.pool[0] != number:
             rng = self.seeded.at(number)
             rows = sorted(
-                (self._row(rng) for _ in range(self.POOL * self.batch)), key=lambda row: len(row[0])
+                (self._row(rng) for _ in range(self.POOL * self.batch)), key=lambda row: len(row[1][0])
             )
             batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
             rng.shuffle(batches)
             self.pool = number, batches
-        return pad(self.pool[1][place], self.words.language.pad_id)
+        chosen = self.pool[1][place]
+        spelled = {
+            "bags": self.speller.bags,
+            "spelled": torch.tensor([spelled for spelled, _ in chosen]),
+        }
+        return spelled | pad([row for _, row in chosen], self.words.language.pad_id)
 
-    def _row(self, rng: random.Random) -> Row:
-        tokenizer = self.words.language
+    def _row(self, rng: random.Random) -> tuple[list[int], Row]:
         if rng.random() < 0.125:
-            ids = tokenizer.encode(next(language.text_corpus(rng)))
-            return ids, [IGNORED, *ids[1:]]
+            ids = self.words.language.encode(next(language.text_corpus(rng)))
+            return self.speller.nothing, (ids, [IGNORED, *ids[1:]])
         if rng.random() < EASY_SHARE:
             picture: Scene | easyvqa.EasyImage = rng.choice(self.easy)
         else:
             picture = language.imagined(rng)
-        seen = tokenizer.encode(in_words(picture), frame=False)
         if rng.random() < 0.4:
-            ids, labels = caption_row(self.words, caption_of(picture, rng), rng)
+            row = caption_row(self.words, caption_of(picture, rng), rng)
         else:
-            ids, labels = chat_row(self.words, turns_of(picture, rng, most=8))
-        return seen + ids, [IGNORED] * len(seen) + labels
+            row = chat_row(self.words, turns_of(picture, rng, most=8))
+        return self.speller.spell(picture, rng), row
 
 
 # --- texts -> rows of ids and labels ---------------------------------------------------------------------------------
@@ -294,21 +319,6 @@ Row = tuple[list[int], list[int]]  # ids, labels
 
 def caption_of(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> str:
     return language.caption(picture, rng) if isinstance(picture, Scene) else picture.caption
-
-
-def in_words(picture: Scene | easyvqa.EasyImage) -> str:
-    """What is where, from left to right, as coordinates from 0 to 9 and bare words: "27 red hat,61 cat".
-
-    Every word has a space before it and no digit has, so each is written in the same tokens wherever it stands.
-    Coordinates come first, so that who reads a word knows already where the thing is.
-    """
-    if not isinstance(picture, Scene):
-        return picture.caption.removeprefix("a")
-    parts = []
-    for placed in sorted(picture.objects, key=lambda each: each.box[0] + each.box[2]):
-        across, down = ((placed.box[i] + placed.box[i + 2]) * 5 // picture.side for i in (0, 1))
-        parts.append(f"{across}{down} {_phrase(placed.noun, placed.colour)}")
-    return ",".join(parts)
 
 
 def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:

@@ -65,11 +65,14 @@ _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, sa
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
 QFORMER_MUON_SCALE = 3.0  # the same for the Q-Former, which begins where it should not be torn from
+SPELLING_MUON_SCALE = 4.0
 FINETUNE_MUON_SCALE = 2.0  # with 6 the image encoder forgets, and the loss stands until the rate falls
 VISION_CROWDED = 3_750  # of the steps, those on scenes of more things than the other stages have
 VISION_HALVED = 4_750  # of the steps, those on half of the patches
 VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
+SEEN = 400  # hundreds of scenes whose features are kept
 QUERIES_OPTIONS = replace(_COMMON, steps=900, lr=6e-4, min_lr=1e-5, warmup_steps=30)
+SPELLING_OPTIONS = replace(_COMMON, steps=2_300, lr=1e-3, min_lr=1e-5, warmup_steps=30)
 LANGUAGE_OPTIONS = replace(_COMMON, steps=3_500, lr=1e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=1_700, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)

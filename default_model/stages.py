@@ -1,11 +1,13 @@
 """Makes the default model: `python -m default_model.stages STAGE DIR`, one command a stage, each resumable.
 
     vision      image encoder, contrastively from scenes            -> DIR/vision
+    see         image features of scenes, for the next but one      -> DIR/seen.safetensors
     queries     each query answers for a part of the image          -> DIR/queries
-    language    OPT on text                                         -> DIR/language
+    language    OPT on pictures in words, and texts about them      -> DIR/language
     stage1      ITC + ITM + ITG, image encoder frozen               -> DIR/stage1
     stage2      captions through the frozen language model          -> DIR/stage2
     stage2-raw  the same without stage 1, for the comparison        -> DIR/stage2-raw
+    spelling    the queries say pictures in these words             -> DIR/spelling
     finetune    captions, questions and chat, all parts trained     -> DIR/finetune
     export      the two folders that ship with the package          -> DIR/default, DIR/default-matcher
 
@@ -23,7 +25,9 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from blip2.checkpoint.save import save_model
 from blip2.config import QFormerConfig
@@ -42,7 +46,7 @@ from blip2.train.pretrain import (
     mimetic,
     qformer_from_matcher,
 )
-from blip2.train.queries import QueryPretrain, QueryReaders, stand
+from blip2.train.queries import QueryPretrain, QueryReaders, Spelling, SpellingModel, stand
 from blip2.train.tasks import Finetune, Stage1, Stage2
 from blip2.vision import ImageEncoder
 from default_model import recipe
@@ -50,13 +54,16 @@ from default_model.batches import (
     CaptionBatches,
     InstructionBatches,
     MatchBatches,
-    QueryBatches,
+    SceneBatches,
+    SeenBatches,
     TextBatches,
     Tokenizers,
     VisionBatches,
 )
+from default_model.spelling import Speller
 
 WEIGHTS = "weights.safetensors"
+SEEN = "seen.safetensors"
 
 
 def main() -> None:
@@ -113,21 +120,41 @@ def train_vision(folder: Path, steps: int | None, device: str) -> None:
     )
 
 
+def see(folder: Path, steps: int | None, device: str) -> None:
+    """Image features of scenes, encoded once for the two stages that only train the queries."""
+    data, encoder = SceneBatches(folder, Tokenizers.load(folder)), ImageEncoder(recipe.VISION).to(device)
+    _load(encoder, folder / "vision", "vision.")
+    seen: list[dict[str, Tensor]] = []
+    loader: DataLoader[dict[str, Tensor]] = DataLoader(
+        data,  # type: ignore[arg-type]  # what torch asks for is a class of its own
+        sampler=range(steps or recipe.SEEN),
+        batch_size=None,
+        num_workers=1,
+    )
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="features", mininterval=5):
+            features = encoder(batch.pop("pixels").to(device)).cpu()
+            seen.append({k: v.half() if v.is_floating_point() else v.short() for k, v in batch.items()})
+            seen[-1]["features"] = features.half()
+    save_file({key: torch.cat([batch[key] for batch in seen]) for key in seen[0]}, folder / SEEN)
+
+
 def train_queries(folder: Path, steps: int | None, device: str) -> None:
-    data = QueryBatches(folder)
-    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.names.vocabulary, embedding=192))
+    samples = VisionBatches(folder, 0, 0)
+    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(samples.vocabulary, embedding=192))
     _load(encoders, folder / "vision")
     config = replace(recipe.qformer_config(QFormerConfig().vocab_size), use_qformer_text_input=False)
     qformer = QFormer(config, recipe.QUERIES)
     initialise(qformer, seed=4)
-    samples = VisionBatches(folder, 0, 0)
     # batches the encoder was not trained on
-    seen = [samples[recipe.VISION_OPTIONS.steps + i] for i in range(12)]
+    batches = [samples[recipe.VISION_OPTIONS.steps + i] for i in range(12)]
     with torch.inference_mode():
-        features = torch.cat([encoders.vision(batch["pixels"])[:, 1:].flatten(0, 1) for batch in seen])
-    middles = torch.cat([batch["places"].flatten(0, 1) for batch in seen])
-    shown = torch.cat([batch["regions"].flatten() >= 0 for batch in seen])
+        features = torch.cat([encoders.vision(batch["pixels"])[:, 1:].flatten(0, 1) for batch in batches])
+    middles = torch.cat([batch["places"].flatten(0, 1) for batch in batches])
+    shown = torch.cat([batch["regions"].flatten() >= 0 for batch in batches])
     stand(qformer, features, middles, shown, seed=4)
+    phrases = {"phrase_ids": samples.phrase_ids, "phrase_mask": samples.phrase_mask}
+    data = SeenBatches(folder / SEEN, ("parts", "places"), phrases, "queries")
     task = QueryPretrain(QueryReaders(encoders, qformer), muon_scale=recipe.QFORMER_MUON_SCALE)
     _train(task, data, recipe.QUERIES_OPTIONS, folder / "queries", steps, device)
 
@@ -184,10 +211,21 @@ def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
     train_stage2(folder, steps, device, name="stage2-raw")
 
 
-def train_finetune(folder: Path, steps: int | None, device: str) -> None:
+def train_spelling(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
     model = generator(folder, words)
     _load(model, folder / "stage2")
+    model.language.tie()
+    speller = SpellingModel(model)
+    data = SeenBatches(folder / SEEN, ("spelled",), {"bags": Speller(words.language).bags}, "spelling")
+    task = Spelling(speller, muon_scale=recipe.SPELLING_MUON_SCALE)
+    _train(task, data, recipe.SPELLING_OPTIONS, folder / "spelling", steps, device)
+
+
+def train_finetune(folder: Path, steps: int | None, device: str) -> None:
+    words = Tokenizers.load(folder)
+    model = generator(folder, words)
+    _load(model, folder / "spelling", "model.")
     model.language.tie()
     # The language model learns too: one as small as this, frozen, does not make up for what the queries leave open.
     task = Finetune(model, vision_layer_decay=0.8, train_language=True, muon_scale=recipe.FINETUNE_MUON_SCALE)
@@ -210,11 +248,13 @@ def export(folder: Path, steps: int | None, device: str) -> None:
 
 STAGES = {
     "vision": train_vision,
+    "see": see,
     "queries": train_queries,
     "language": train_language,
     "stage1": train_stage1,
     "stage2": train_stage2,
     "stage2-raw": train_stage2_raw,
+    "spelling": train_spelling,
     "finetune": train_finetune,
     "export": export,
 }

@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 
 from blip2.generate import GenerationOptions, generate
+from blip2.opt import Opt
 from blip2.text import CAPTION_PROMPT, question_prompt
+from blip2.train.pretrain import bag_embeddings
 from default_model import evaluation, stages
-from default_model.batches import Tokenizers, in_words
+from default_model.batches import Tokenizers
 from default_model.language import standard
 from default_model.materials import Cutouts
 from default_model.scenes import Composer, Scene
+from default_model.spelling import Speller
 
 GREEDY = GenerationOptions(beams=1, max_new_tokens=30)
 
@@ -32,13 +35,16 @@ def main() -> None:
     arguments = parser.parse_args()
     words = Tokenizers.load(arguments.folder)
     model = stages.generator(arguments.folder, words).eval()
+    assert isinstance(model.language, Opt)
+    speller = Speller(words.language)
+    spoken = bag_embeddings(model.language, speller.bags).detach()
     composer = Composer(Cutouts.load(arguments.folder))
 
     @torch.inference_mode()
     def say(scene: Scene, prompt: str) -> str:
-        seen = torch.tensor([words.language.encode(in_words(scene), frame=False)])
+        prefix = spoken[speller.spell(scene)].unsqueeze(0)  # [1, Q, W]
         ids = torch.tensor([words.language.encode(prompt)])
-        said = generate(model, model.language.embed(seen), ids, None, GREEDY)
+        said = generate(model, prefix, ids, None, GREEDY)
         return words.language.decode(said.ids[0]).strip()
 
     right: Counter[str] = Counter()

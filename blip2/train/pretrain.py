@@ -115,7 +115,8 @@ class LanguagePretrain(Task):
     """The language model on text alone.
 
     Batch: input_ids int64 [B, T]; optionally attention_mask [B, T] (absent: rows packed full) and labels int64 [B, T],
-    -100 = no target (absent: every token that is no padding).
+    -100 = no target (absent: every token that is no padding); bags int64 [C, K] and spelled int64 [B, Q], what stands
+    where an image's queries will stand: for each its number among C bags of up to K tokens, see `bag_embeddings`.
     """
 
     def __init__(self, language: Opt, *, muon_scale: float | None = None) -> None:
@@ -130,11 +131,22 @@ class LanguagePretrain(Task):
         labels = batch.get("labels")
         if labels is None:
             labels = ids if mask is None else ids.masked_fill(mask == 0, losses.IGNORED)
-        hidden = self.language(self.language.embed(ids), mask)[:, :-1]  # [B, T - 1, W]
+        embeddings = self.language.embed(ids)
+        if (spelled := batch.get("spelled")) is not None:
+            prefix = bag_embeddings(self.language, batch["bags"])[spelled]  # [B, Q, W]
+            embeddings = torch.cat([prefix, embeddings], dim=1)
+            labels = F.pad(labels, (prefix.shape[1], 0), value=losses.IGNORED)
+            mask = None if mask is None else F.pad(mask, (prefix.shape[1], 0), value=1)
+        hidden = self.language(embeddings, mask)[:, :-1]  # [B, Q + T - 1, W]
         targets = labels[:, 1:]
         wanted = targets != losses.IGNORED
         logits = self.language.head(hidden[wanted])  # [K, V]: only where something is to be predicted
         return {"loss": F.cross_entropy(logits.float(), targets[wanted])}
+
+
+def bag_embeddings(language: Opt, bags: Tensor) -> Tensor:
+    """Bags of tokens, int64 [C, K], -1 where there are fewer -> the sum of each one's word embeddings [C, W]."""
+    return (language.embed(bags.clamp(min=0)) * (bags >= 0).unsqueeze(-1)).sum(1)
 
 
 def mimetic(vision: ImageEncoder, seed: int) -> None:

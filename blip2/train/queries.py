@@ -1,8 +1,9 @@
-"""A start for the queries of a small Q-Former: each answers for the part of the image where it stands.
+"""A start for the queries of a small Q-Former, from images whose things and places are known.
 
 BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where. One that has seen
 thousands gets this from its first weights (`stand`) and a short pre-training (`QueryPretrain`): a query says what has
-its middle in its part, and where exactly. Stage 1 then starts from queries that tell the things of an image apart.
+its middle in its part of the image, and where exactly. `Spelling` then makes a list of it, in words that the language
+model reads already: what it goes through in order it neither loses nor repeats.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2.model import Blip2
+from blip2.opt import Opt
 from blip2.qformer import Layer, QFormer
 from blip2.train import losses
 from blip2.train.loop import Task
-from blip2.train.pretrain import ImageTextEncoders
-from blip2.train.tasks import layerwise_groups
+from blip2.train.pretrain import ImageTextEncoders, bag_embeddings
+from blip2.train.tasks import layerwise_groups, train_only
 
 Batch = Mapping[str, Tensor]
 
@@ -39,9 +42,9 @@ class QueryPretrain(Task):
 
     Trains the Q-Former's query branch and the readers; the image encoder is frozen.
 
-    Batch: pixels [B, 3, S, S]; phrase_ids int64 and phrase_mask [P, T], all phrases that name things; parts int64
-    [B, Q], the phrase of what each query answers for, -1 for nothing; places [B, Q, 2], its middle, column and row as
-    shares of the image's side.
+    Batch: pixels [B, 3, S, S] (or features [B, N, W]); phrase_ids int64 and phrase_mask [P, T], all phrases that name
+    things; parts int64 [B, Q], the phrase of what each query answers for, -1 for nothing; places [B, Q, 2], its
+    middle, column and row as shares of the image's side.
     """
 
     def __init__(self, readers: QueryReaders, *, muon_scale: float | None = None) -> None:
@@ -55,7 +58,7 @@ class QueryPretrain(Task):
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         readers, encoders = self.readers, self.readers.encoders
         with torch.no_grad():
-            features = encoders.vision(batch["pixels"])
+            features = batch["features"] if "features" in batch else encoders.vision(batch["pixels"])
         queries = readers.qformer(features)  # [B, Q, W]
         full = batch["parts"] >= 0
         phrases = F.normalize(
@@ -69,9 +72,48 @@ class QueryPretrain(Task):
         return {"loss": name + shown + place, "name": name, "shown": shown, "place": place}
 
 
-REACH = (
-    0.1  # standard deviation of a query's look around the middle of its part, as a share of the image's side
-)
+class SpellingModel(nn.Module):
+    """A generating model and how sharply its queries' words are told apart."""
+
+    def __init__(self, model: Blip2) -> None:
+        super().__init__()
+        self.model = model
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+
+class Spelling(Task):
+    """Queries that say what is in an image in words the language model has learned to read in their place.
+
+    Trains the Q-Former and the projection; image encoder and language model are frozen.
+
+    Batch: pixels [B, 3, S, S] (or features [B, N, W]); bags int64 [C, K], all that a query can say, each a bag of
+    tokens, -1 where there are fewer than K; spelled int64 [B, Q], which of them each query is to say.
+    """
+
+    def __init__(self, speller: SpellingModel, *, muon_scale: float | None = None) -> None:
+        self.module = self.speller = speller
+        self.model, self.muon_scale = speller.model, muon_scale
+        train_only(speller, [self.model.qformer, self.model.projection])
+        speller.log_scale.requires_grad_(True)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        model, spelled = self.model, batch["spelled"]
+        assert isinstance(model.language, Opt)
+        with torch.no_grad():
+            words = bag_embeddings(model.language, batch["bags"]).float()  # [C, W]
+            features = batch["features"] if "features" in batch else model.vision(batch["pixels"])
+        said = model.project(model.qformer(features)).float()  # [B, Q, W]
+        # The likelihood of Gaussians around the words: the length is learned with the direction.
+        near = 2 * said @ words.mT - words.square().sum(1)  # [B, Q, C]
+        name = F.cross_entropy((near * self.speller.log_scale.exp()).flatten(0, 1), spelled.flatten())
+        distance = (said - words[spelled]).square().sum(-1).mean() / words.square().sum(1).mean()
+        return {"loss": name + distance, "name": name, "distance": distance}
+
+
+REACH = 0.1  # of a query around the middle of its part: a standard deviation, as a share of the image's side
 LOUD = 2.0  # how much of what it has seen a query holds, beside one of what it is
 EAGER = 4.0  # what a patch that shows a thing has over one that does not, in nats
 

@@ -48,7 +48,7 @@ class Stage1(Task):
         self.temp = matcher.temp
         self.dec_token_id = dec_token_id
         self.vision_layer_decay, self.muon_scale = vision_layer_decay, muon_scale
-        _train_only(
+        train_only(
             matcher,
             [matcher]
             if train_vision
@@ -102,7 +102,7 @@ class Stage2(Task):
     def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:
         self.module = self.model = model
         self.vision_layer_decay, self.muon_scale = 1.0, muon_scale
-        _train_only(model, [model.qformer, model.projection])
+        train_only(model, [model.qformer, model.projection])
 
     def train_mode(self) -> None:
         _set_modes(self.module)
@@ -151,7 +151,7 @@ class Finetune(Stage2):
     ) -> None:
         super().__init__(model, muon_scale=muon_scale)
         self.vision_layer_decay = vision_layer_decay
-        _train_only(
+        train_only(
             model,
             [model.vision, model.qformer, model.projection, *([model.language] if train_language else [])],
         )
@@ -202,7 +202,7 @@ def _features(vision: nn.Module, batch: Batch) -> Tensor:
     return features
 
 
-def _train_only(module: nn.Module, parts: list[nn.Module]) -> None:
+def train_only(module: nn.Module, parts: list[nn.Module]) -> None:
     """Freeze a module but for some of its parts."""
     module.requires_grad_(False)
     for part in parts:

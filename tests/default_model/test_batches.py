@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from blip2.config import OptConfig
+from blip2.opt import Opt
 from blip2.text import Tokenizer
-from default_model import batches
-from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, in_words, pad, same
+from blip2.train.pretrain import LanguagePretrain, initialise
+from default_model import batches, spelling
+from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, pad, same
+from default_model.easyvqa import EasyImage
 from default_model.language import Language
 from default_model.materials import Cutouts
 from default_model.scenes import Composer, Placed, Scene
@@ -60,16 +65,6 @@ def test_rows_are_padded_on_the_right() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_words_for_a_picture_say_where_before_what() -> None:
-    objects = (
-        Placed("a", "bus", None, (100, 10, 120, 30), False),
-        Placed("b", "hat", "red", (0, 60, 40, 80), False),
-    )
-    image, patches = np.zeros((128, 128, 3), np.uint8), np.full((8, 8), -1, np.int8)
-    scene = Scene(0, "train", image, objects, "", patches)
-    assert in_words(scene) == "15 red hat,81 bus"
-
-
 def test_equal_texts_share_an_id() -> None:
     assert same(["a bear", "a bus", "a bear"]).tolist() == [0, 1, 0]
 
@@ -98,19 +93,93 @@ def test_a_batch_follows_from_its_position(
     assert not torch.equal(first["pixels"], other["pixels"])
 
 
-def test_queries_answer_for_the_things_whose_middles_their_parts_hold(
-    composer: Composer, cutouts: Cutouts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seen(
+    words: Tokenizers,
+    composer: Composer,
+    cutouts: Cutouts,
+    language: Language,
+    monkeypatch: pytest.MonkeyPatch,
+) -> batches.SceneBatches:
     monkeypatch.setattr(batches, "read_table", lambda: cutouts.rows)
-    made = batches.QueryBatches(Path(), batch=6)
+    monkeypatch.setattr(spelling, "standard", lambda: language)
+    made = batches.SceneBatches(Path(), words, batch=6)
     made.pictures.composer = composer
-    batch, rng = made[3], made.seeded.at(3)
-    phrases = {number: phrase for phrase, number in made.names.phrases.items()}
-    assert batch["parts"].shape == (6, 16) and batch["phrase_ids"].shape[0] == len(phrases)
-    for parts, places in zip(batch["parts"], batch["places"], strict=True):
-        scene = made.pictures.draw(rng)
+    return made
+
+
+def test_queries_answer_for_the_things_whose_middles_their_parts_hold(seen: batches.SceneBatches) -> None:
+    batch, rng = seen[3], seen.seeded.at(3)
+    phrases = {number: phrase for phrase, number in seen.phrases.items()}
+    assert batch["parts"].shape == (6, 16)
+    for parts, places, spelled in zip(batch["parts"], batch["places"], batch["spelled"], strict=True):
+        scene = seen.pictures.draw(rng)
         assert isinstance(scene, Scene)
         named = sorted(phrases[i] for i in parts.tolist() if i >= 0)
         assert named == sorted(f"{o.colour} {o.noun}" if o.colour else o.noun for o in scene.objects)
         middles = {((o.box[0] + o.box[2]) / 256, (o.box[1] + o.box[3]) / 256) for o in scene.objects}
         assert {tuple(place) for place in places[parts >= 0].tolist()} == middles
+        assert spelled.tolist() == seen.speller.spell(scene)
+
+
+def test_seen_batches_draw_rows_that_belong_together(seen: batches.SceneBatches, tmp_path: Path) -> None:
+    batch = seen[0]
+    features = torch.arange(6.0).half()[:, None, None].expand(-1, 5, 4).contiguous()
+    stored = {"features": features, "spelled": batch["spelled"].short(), "parts": batch["parts"].short()}
+    save_file(stored, tmp_path / "seen.safetensors")
+    made = batches.SeenBatches(
+        tmp_path / "seen.safetensors", ("spelled",), {"bags": seen.speller.bags}, "x", 9
+    )
+    drawn = made[2]
+    assert drawn.keys() == {"features", "spelled", "bags"} and drawn["features"].dtype == torch.float32
+    rows = drawn["features"][:, 0, 0].long()
+    assert len(rows) == 9 and torch.equal(drawn["spelled"], batch["spelled"][rows])
+
+
+def test_a_picture_is_spelled_from_left_to_right(words: Tokenizers, seen: batches.SceneBatches) -> None:
+    objects = (
+        Placed("a", "bus", None, (100, 10, 120, 30), False),
+        Placed("b", "teddy bear", "brown", (0, 60, 40, 80), False),
+    )
+    image, patches = np.zeros((128, 128, 3), np.uint8), np.full((8, 8), -1, np.int8)
+    scene, speller = Scene(0, "train", image, objects, "", patches), seen.speller
+    said = [speller.choices[i] for i in speller.spell(scene)]
+    assert said == ["1", "5", "brown", "teddy bear", "8", "1", ",", "bus", *["."] * 8]
+    bag = speller.bags[speller.choices.index("teddy bear")]
+    assert decoded(words.language, [i for i in bag.tolist() if i >= 0]) == " teddy bear"
+    easy = EasyImage(np.zeros((64, 64, 3), np.uint8), (), "a teal circle")
+    assert [speller.choices[i] for i in speller.spell(easy)][2:5] == ["teal", "circle", "."]
+    roughly = [speller.choices[i] for i in speller.spell(scene, random.Random(5))]
+    assert roughly[2:4] == ["brown", "teddy bear"] and roughly != said
+
+
+def test_the_language_model_reads_pictures_in_words(
+    words: Tokenizers, seen: batches.SceneBatches, language: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        batches.easyvqa,
+        "load",
+        lambda *_: [EasyImage(np.zeros((64, 64, 3)), (("is it?", "yes"),) * 3, "a circle")],
+    )
+    monkeypatch.setattr(batches.language, "standard", lambda: language)
+    made = batches.TextBatches(Path(), words, batch=12)
+    batch = made[0]
+    assert batch["spelled"].shape == (12, 16) and len(batch["input_ids"]) == 12
+    assert torch.equal(made[5]["input_ids"], made[5]["input_ids"])
+    lm = Opt(
+        OptConfig(
+            vocab_size=len(words.language),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=16,
+            max_position_embeddings=256,
+        )
+    )
+    initialise(lm, seed=0)
+    task = LanguagePretrain(lm)
+    told = task.losses(batch, torch.Generator())["loss"]
+    other = task.losses(batch | {"spelled": batch["spelled"].flip(0)}, torch.Generator())["loss"]
+    assert told.isfinite() and not torch.equal(told, other)
+    told.backward()
+    assert lm.layers[0].fc1.weight.grad.abs().sum() > 0

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.config import QFormerConfig, VisionConfig
+from blip2.config import Blip2Config, OptConfig, QFormerConfig, VisionConfig
+from blip2.model import Blip2
 from blip2.qformer import Layer, QFormer
 from blip2.train import FitOptions, fit
-from blip2.train.pretrain import ImageTextEncoders, WordBag, initialise
-from blip2.train.queries import QueryPretrain, QueryReaders, parts_of, stand
+from blip2.train.pretrain import ImageTextEncoders, WordBag, bag_embeddings, initialise
+from blip2.train.queries import QueryPretrain, QueryReaders, Spelling, SpellingModel, parts_of, stand
 from blip2.vision import ImageEncoder
 
 CONFIG = QFormerConfig(
@@ -118,3 +119,50 @@ def test_queries_learn_what_is_in_their_part_from_a_frozen_encoder(tmp_path: Pat
     for name, share in {"name": 0.1, "shown": 0.9, "place": 0.1}.items():
         assert last[name].item() < share * first[name].item(), name
     assert all(torch.equal(p, frozen[name]) for name, p in encoders.vision.state_dict().items())
+
+
+def test_queries_learn_to_say_what_is_there_in_the_language_models_words(tmp_path: Path) -> None:
+    opt = OptConfig(
+        vocab_size=12,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=16,
+        max_position_embeddings=32,
+    )
+    vision = VisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    model = Blip2(Blip2Config(vision, CONFIG, opt, num_query_tokens=4))
+    initialise(model, seed=6, std=0.3)
+    speller = SpellingModel(model)
+    frozen = {
+        name: p.clone() for name, p in model.state_dict().items() if name.startswith(("vision.", "language."))
+    }
+
+    class Said(Squares):
+        """For each part what it shows: one of three bags, or a fourth for nothing."""
+
+        def __getitem__(self, position: int) -> dict[str, Tensor]:
+            batch = super().__getitem__(position)
+            bags = torch.tensor([[3, -1], [4, 5], [6, 7], [8, -1]])
+            return {"pixels": batch["pixels"], "bags": bags, "spelled": batch["parts"] % 4}
+
+    task = Spelling(speller)
+    first = task.losses(Said()[1000], torch.Generator())
+    fit(task, Said(), FitOptions(steps=150, lr=5e-3, min_lr=1e-4, warmup_steps=5), tmp_path)
+    last = task.losses(Said()[1000], torch.Generator())
+    assert last["name"].item() < 0.1 * first["name"].item() and last["distance"].item() < 0.3
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in frozen.items())
+    with torch.inference_mode():
+        words = bag_embeddings(model.language, Said()[0]["bags"])  # type: ignore[arg-type]
+        features = model.vision(Said()[7]["pixels"])
+        given = task.losses(Said()[7] | {"features": features}, torch.Generator())
+        assert torch.equal(given["loss"], task.losses(Said()[7], torch.Generator())["loss"])
+        said = model.embed_image(Said()[7]["pixels"])  # [B, 4, W]: the prefix itself is the words
+        assert (torch.cdist(said, words).argmin(-1) == Said()[7]["spelled"]).float().mean() > 0.95
