@@ -154,6 +154,21 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--json", action="store_true", help="the result as a JSON object")
     convert.add_argument("--quiet", action="store_true", help="no progress")
 
+    quantize = command(
+        "quantize",
+        "Store a model's weights in 8 or 4 bits, one layer at a time; the folder loads at once.",
+        "blip2 quantize opt-6.7b-coco ./opt-6.7b-coco-int8 --to int8",
+        "blip2 caption photo.jpg --model ./opt-6.7b-coco-int8",
+    )
+    quantize.add_argument("source", metavar="SRC", help="a folder, a tensor file or a name")
+    quantize.add_argument("target", metavar="DST", help="a new folder")
+    quantize.add_argument(
+        "--to", choices=("int8", "int4"), default="int8", help="how many bits (default: int8)"
+    )
+    _add_parts(quantize)
+    quantize.add_argument("--json", action="store_true", help="the result as a JSON object")
+    quantize.add_argument("--quiet", action="store_true", help="no progress")
+
     models = command(
         "models",
         "List the models known by name, with their sizes and the memory they need.",
@@ -192,6 +207,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         help="what to compute in (default: fp32 up to a billion parameters, bf16 above)",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="hold the weights in 8 or 4 bits: less memory, faster on a CPU",
     )
     _add_parts(parser)
 

@@ -49,6 +49,7 @@ def _load(args: argparse.Namespace) -> Predictor:
         revision=args.revision,
         vision=args.vision,
         language=args.language,
+        quantize=args.quantize,
     )
 
 
@@ -57,7 +58,11 @@ def _load_matcher(args: argparse.Namespace) -> Predictor:
 
     if args.model == DEFAULT:  # the matcher alone: its generator is not needed here
         return blip2.load(
-            DEFAULT_MATCHER_FOLDER, device=args.device, dtype=args.dtype, revision=args.revision
+            DEFAULT_MATCHER_FOLDER,
+            device=args.device,
+            dtype=args.dtype,
+            revision=args.revision,
+            quantize=args.quantize,
         )
     return _load(args)
 
@@ -251,24 +256,32 @@ def inspect(args: argparse.Namespace) -> int:
     return SOME_FAILED if found.problems else DONE
 
 
-def convert(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
+@contextlib.contextmanager
+def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each kind of work: what is done, how many bytes more, and of how many."""
     from tqdm import tqdm
-
-    from blip2.checkpoint import convert
-    from blip2.models import readable, resolve
 
     bars: dict[str, tqdm[Any]] = {}
 
     def progress(what: str, done: int, total: int) -> None:
         if what not in bars:
-            bars[what] = tqdm(
-                desc=what, total=total, unit="B", unit_scale=True, disable=args.quiet, mininterval=1
-            )
+            bars[what] = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=quiet, mininterval=1)
         bars[what].update(done)
 
     try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def convert(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from blip2.checkpoint import convert
+    from blip2.models import readable, resolve
+
+    with _bars(args.quiet) as progress:
         made = convert(
             resolve(args.source),
             args.target,
@@ -280,9 +293,6 @@ def convert(args: argparse.Namespace) -> int:
             language=args.language,
             progress=progress,
         )
-    finally:
-        for bar in bars.values():
-            bar.close()
     if args.json:
         _print_json(asdict(made) | {"folder": str(made.folder)})
         return DONE
@@ -303,6 +313,29 @@ def _bytes(text: str) -> int:
     if found is None or found[2] not in units:
         raise ValueError(f"--shard-size {text!r}: expected a number and KB, MB or GB, such as 2GB")
     return int(float(found[1]) * units[found[2]])
+
+
+def quantize(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from blip2.checkpoint import quantize_checkpoint
+    from blip2.models import readable, resolve
+
+    with _bars(args.quiet) as progress:
+        made = quantize_checkpoint(
+            resolve(args.source),
+            args.target,
+            args.to,
+            vision=args.vision,
+            language=args.language,
+            progress=progress,
+        )
+    if args.json:
+        _print_json(asdict(made) | {"folder": str(made.folder)})
+        return DONE
+    sizes = f"{readable(made.read_bytes)} read, {readable(made.written_bytes)} written"
+    _print(f"{_one_line(str(made.folder))}: {made.layers} layers in {args.to}, {sizes}")
+    return DONE
 
 
 def models(args: argparse.Namespace) -> int:
@@ -427,6 +460,7 @@ COMMANDS = {
     "embed": embed,
     "inspect": inspect,
     "convert": convert,
+    "quantize": quantize,
     "models": models,
     "doctor": doctor,
 }
