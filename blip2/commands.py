@@ -339,12 +339,12 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    from blip2.models import known_models, readable
+    from blip2.models import PRECISIONS, known_models, readable
 
     known = known_models()
     if args.json:
         for model in known:
-            needs = {dtype: model.memory_bytes(dtype) for dtype in ("fp32", "bf16")}
+            needs = {dtype: model.memory_bytes(dtype) for dtype in PRECISIONS}
             _print_json(
                 {
                     "name": model.name,
@@ -358,7 +358,7 @@ def models(args: argparse.Namespace) -> int:
                 }
             )
         return DONE
-    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", "bf16", "FOR", "IN LAVIS")]
+    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")]
     for model in known:
         count = model.parameters
         rows.append(
@@ -367,8 +367,7 @@ def models(args: argparse.Namespace) -> int:
                 model.alias,
                 f"{count / 1e9:.2f} B" if count >= 10**9 else f"{count / 1e6:.1f} M",
                 readable(model.disk_bytes),
-                readable(model.memory_bytes("fp32")),
-                readable(model.memory_bytes("bf16")),
+                *(readable(model.memory_bytes(dtype)) for dtype in PRECISIONS),
                 model.use,
                 model.lavis,
             )

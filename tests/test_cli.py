@@ -359,6 +359,7 @@ def test_help_teaches(run: Run) -> None:
         "embed",
         "inspect",
         "convert",
+        "quantize",
         "models",
         "doctor",
     ]
