@@ -169,6 +169,33 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--json", action="store_true", help="the result as a JSON object")
     quantize.add_argument("--quiet", action="store_true", help="no progress")
 
+    bench = command(
+        "bench",
+        "Measure a model on this machine; the last line is one JSON object.",
+        "blip2 bench",
+        "blip2 bench ./opt-6.7b-coco --quantize int8 int4 --against transformers",
+    )
+    bench.add_argument("model", nargs="?", default="default", metavar="MODEL", help="a name or a folder")
+    bench.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="as for caption")
+    bench.add_argument(
+        "--quantize", nargs="+", choices=("int8", "int4"), default=[], help="measure with rounded weights too"
+    )
+    bench.add_argument(
+        "--against", choices=("transformers",), help="measure this beside it, on the same files"
+    )
+    bench.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="figures are medians of so many (default: 3)"
+    )
+    bench.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16],
+        metavar="N",
+        help="images at a time (default: 1 4 16)",
+    )
+
     models = command(
         "models",
         "List the models known by name, with their sizes and the memory they need.",

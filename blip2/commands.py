@@ -338,6 +338,34 @@ def quantize(args: argparse.Namespace) -> int:
     return DONE
 
 
+def bench(args: argparse.Namespace) -> int:
+    from blip2.bench import Contender, run
+    from blip2.checkpoint import count_parameters
+    from blip2.checkpoint import resolve as find_files
+    from blip2.models import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve
+    from blip2.predict import device_of
+
+    if min(args.rounds, *args.batches) < 1:
+        raise ValueError("--rounds and --batches are at least 1")
+    folder = DEFAULT_FOLDER if args.model == DEFAULT else find_files(resolve(args.model))
+    dtype = args.dtype or default_dtype(count_parameters(folder))
+    device = str(device_of(args.device))
+    sides = [Contender("blip2", str(folder), dtype, None, device)]
+    sides += [Contender("blip2", str(folder), dtype, mode, device) for mode in args.quantize]
+    if args.against:
+        sides.append(Contender(args.against, str(folder), dtype, None, device))
+    found = run(
+        tuple(sides),
+        rounds=args.rounds,
+        batches=tuple(args.batches),
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for line in found.lines():
+        _print(line)
+    _print(found.as_json())
+    return DONE
+
+
 def models(args: argparse.Namespace) -> int:
     from blip2.models import PRECISIONS, known_models, readable
 
@@ -358,7 +386,9 @@ def models(args: argparse.Namespace) -> int:
                 }
             )
         return DONE
-    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")]
+    rows: list[tuple[str, ...]] = [
+        ("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")
+    ]
     for model in known:
         count = model.parameters
         rows.append(
@@ -460,6 +490,7 @@ COMMANDS = {
     "inspect": inspect,
     "convert": convert,
     "quantize": quantize,
+    "bench": bench,
     "models": models,
     "doctor": doctor,
 }

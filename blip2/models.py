@@ -72,18 +72,21 @@ class KnownModel:
         width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
         table = language.vocab_size * width  # in 16 bits; a head of the same values is rounded to 8 besides
         total = self.parameters + table + (table if language.tie_word_embeddings else 0)
-        return total - (0 if dtype == "int8" else int((1 - INT4_BYTES) * _matrix_values(language)))
+        return total - (0 if dtype == "int8" else int((1 - INT4_BYTES) * matrix_values(language)))
 
 
-def _matrix_values(language: OptConfig | T5Config) -> int:
-    """Values of the matrices in the language model's layers."""
+def matrix_values(language: OptConfig | T5Config, *, decoder: bool = False) -> int:
+    """Values of the matrices in the language model's layers; those that every new token reads, with `decoder`."""
     if isinstance(language, OptConfig):
         width = language.hidden_size
         return language.num_hidden_layers * (4 * width * width + 2 * width * language.ffn_dim)
     attention = 4 * language.d_model * language.num_heads * language.d_kv
     forward = (3 if language.is_gated_act else 2) * language.d_model * language.d_ff
-    encoder = language.num_layers * (attention + forward)
-    return encoder + language.num_decoder_layers * (2 * attention + forward)
+    if decoder:  # keys and values of what was read are there
+        return language.num_decoder_layers * (attention + attention // 2 + forward)
+    return language.num_layers * (attention + forward) + language.num_decoder_layers * (
+        2 * attention + forward
+    )
 
 
 def _keys_per_position(language: OptConfig | T5Config) -> int:

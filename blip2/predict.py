@@ -80,7 +80,7 @@ def load(
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
     """
-    place = _device(device)
+    place = device_of(device)
     if name is None or name == DEFAULT:
         default_model()  # says so where this installation holds none
         if revision is not None:
@@ -125,7 +125,8 @@ def _load_part(
     return Part(model, processing, tokenizer)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" takes a GPU where there is one. Raises ValueError where there is no such device."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -360,6 +360,7 @@ def test_help_teaches(run: Run) -> None:
         "inspect",
         "convert",
         "quantize",
+        "bench",
         "models",
         "doctor",
     ]

@@ -72,8 +72,9 @@ MAY_IMPORT = {
     "doctor": "checkpoint.inspection models",
     "data": "images text",
     "train": "config layers vision qformer opt t5 model data checkpoint",
+    "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",
-    "commands": "checkpoint doctor generate images inputs models predict",
+    "commands": "bench checkpoint doctor generate images inputs models predict",
 }
 FOLDERS = {"data", "train"}
 
