@@ -154,6 +154,48 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--json", action="store_true", help="the result as a JSON object")
     convert.add_argument("--quiet", action="store_true", help="no progress")
 
+    quantize = command(
+        "quantize",
+        "Store a model's weights in 8 or 4 bits, one layer at a time; the folder loads at once.",
+        "blip2 quantize opt-6.7b-coco ./opt-6.7b-coco-int8 --to int8",
+        "blip2 caption photo.jpg --model ./opt-6.7b-coco-int8",
+    )
+    quantize.add_argument("source", metavar="SRC", help="a folder, a tensor file or a name")
+    quantize.add_argument("target", metavar="DST", help="a new folder")
+    quantize.add_argument(
+        "--to", choices=("int8", "int4"), default="int8", help="how many bits (default: int8)"
+    )
+    _add_parts(quantize)
+    quantize.add_argument("--json", action="store_true", help="the result as a JSON object")
+    quantize.add_argument("--quiet", action="store_true", help="no progress")
+
+    bench = command(
+        "bench",
+        "Measure a model on this machine; the last line is one JSON object.",
+        "blip2 bench",
+        "blip2 bench ./opt-6.7b-coco --quantize int8 int4 --against transformers",
+    )
+    bench.add_argument("model", nargs="?", default="default", metavar="MODEL", help="a name or a folder")
+    bench.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="as for caption")
+    bench.add_argument(
+        "--quantize", nargs="+", choices=("int8", "int4"), default=[], help="measure with rounded weights too"
+    )
+    bench.add_argument(
+        "--against", choices=("transformers",), help="measure this beside it, on the same files"
+    )
+    bench.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="figures are medians of so many (default: 3)"
+    )
+    bench.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16],
+        metavar="N",
+        help="images at a time (default: 1 4 16)",
+    )
+
     models = command(
         "models",
         "List the models known by name, with their sizes and the memory they need.",
@@ -192,6 +234,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         help="what to compute in (default: fp32 up to a billion parameters, bf16 above)",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="hold the weights in 8 or 4 bits: less memory, faster on a CPU",
     )
     _add_parts(parser)
 

@@ -49,6 +49,7 @@ def _load(args: argparse.Namespace) -> Predictor:
         revision=args.revision,
         vision=args.vision,
         language=args.language,
+        quantize=args.quantize,
     )
 
 
@@ -57,7 +58,11 @@ def _load_matcher(args: argparse.Namespace) -> Predictor:
 
     if args.model == DEFAULT:  # the matcher alone: its generator is not needed here
         return blip2.load(
-            DEFAULT_MATCHER_FOLDER, device=args.device, dtype=args.dtype, revision=args.revision
+            DEFAULT_MATCHER_FOLDER,
+            device=args.device,
+            dtype=args.dtype,
+            revision=args.revision,
+            quantize=args.quantize,
         )
     return _load(args)
 
@@ -251,24 +256,32 @@ def inspect(args: argparse.Namespace) -> int:
     return SOME_FAILED if found.problems else DONE
 
 
-def convert(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
+@contextlib.contextmanager
+def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each kind of work: what is done, how many bytes more, and of how many."""
     from tqdm import tqdm
-
-    from blip2.checkpoint import convert
-    from blip2.models import readable, resolve
 
     bars: dict[str, tqdm[Any]] = {}
 
     def progress(what: str, done: int, total: int) -> None:
         if what not in bars:
-            bars[what] = tqdm(
-                desc=what, total=total, unit="B", unit_scale=True, disable=args.quiet, mininterval=1
-            )
+            bars[what] = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=quiet, mininterval=1)
         bars[what].update(done)
 
     try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def convert(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from blip2.checkpoint import convert
+    from blip2.models import readable, resolve
+
+    with _bars(args.quiet) as progress:
         made = convert(
             resolve(args.source),
             args.target,
@@ -280,9 +293,6 @@ def convert(args: argparse.Namespace) -> int:
             language=args.language,
             progress=progress,
         )
-    finally:
-        for bar in bars.values():
-            bar.close()
     if args.json:
         _print_json(asdict(made) | {"folder": str(made.folder)})
         return DONE
@@ -305,13 +315,64 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
+def quantize(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from blip2.checkpoint import quantize_checkpoint
+    from blip2.models import readable, resolve
+
+    with _bars(args.quiet) as progress:
+        made = quantize_checkpoint(
+            resolve(args.source),
+            args.target,
+            args.to,
+            vision=args.vision,
+            language=args.language,
+            progress=progress,
+        )
+    if args.json:
+        _print_json(asdict(made) | {"folder": str(made.folder)})
+        return DONE
+    sizes = f"{readable(made.read_bytes)} read, {readable(made.written_bytes)} written"
+    _print(f"{_one_line(str(made.folder))}: {made.layers} layers in {args.to}, {sizes}")
+    return DONE
+
+
+def bench(args: argparse.Namespace) -> int:
+    from blip2.bench import Contender, run
+    from blip2.checkpoint import count_parameters
+    from blip2.checkpoint import resolve as find_files
+    from blip2.models import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve
+    from blip2.predict import device_of
+
+    if min(args.rounds, *args.batches) < 1:
+        raise ValueError("--rounds and --batches are at least 1")
+    folder = DEFAULT_FOLDER if args.model == DEFAULT else find_files(resolve(args.model))
+    dtype = args.dtype or default_dtype(count_parameters(folder))
+    device = str(device_of(args.device))
+    sides = [Contender("blip2", str(folder), dtype, None, device)]
+    sides += [Contender("blip2", str(folder), dtype, mode, device) for mode in args.quantize]
+    if args.against:
+        sides.append(Contender(args.against, str(folder), dtype, None, device))
+    found = run(
+        tuple(sides),
+        rounds=args.rounds,
+        batches=tuple(args.batches),
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for line in found.lines():
+        _print(line)
+    _print(found.as_json())
+    return DONE
+
+
 def models(args: argparse.Namespace) -> int:
-    from blip2.models import known_models, readable
+    from blip2.models import PRECISIONS, known_models, readable
 
     known = known_models()
     if args.json:
         for model in known:
-            needs = {dtype: model.memory_bytes(dtype) for dtype in ("fp32", "bf16")}
+            needs = {dtype: model.memory_bytes(dtype) for dtype in PRECISIONS}
             _print_json(
                 {
                     "name": model.name,
@@ -325,7 +386,9 @@ def models(args: argparse.Namespace) -> int:
                 }
             )
         return DONE
-    rows = [("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", "bf16", "FOR", "IN LAVIS")]
+    rows: list[tuple[str, ...]] = [
+        ("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")
+    ]
     for model in known:
         count = model.parameters
         rows.append(
@@ -334,8 +397,7 @@ def models(args: argparse.Namespace) -> int:
                 model.alias,
                 f"{count / 1e9:.2f} B" if count >= 10**9 else f"{count / 1e6:.1f} M",
                 readable(model.disk_bytes),
-                readable(model.memory_bytes("fp32")),
-                readable(model.memory_bytes("bf16")),
+                *(readable(model.memory_bytes(dtype)) for dtype in PRECISIONS),
                 model.use,
                 model.lavis,
             )
@@ -427,6 +489,8 @@ COMMANDS = {
     "embed": embed,
     "inspect": inspect,
     "convert": convert,
+    "quantize": quantize,
+    "bench": bench,
     "models": models,
     "doctor": doctor,
 }

@@ -16,6 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from blip2.checkpoint.inspection import stored_model
 from blip2.models import (
     DEFAULT,
+    MODES,
+    PRECISIONS,
     PUBLISHED,
     KnownModel,
     default_dtype,
@@ -124,7 +126,7 @@ def _find(name: str) -> KnownModel:
 
 
 def _examine(model: KnownModel, machine: Machine) -> Checkup:
-    needs = {dtype: model.memory_bytes(dtype) for dtype in ("fp32", "bf16")}
+    needs = {dtype: model.memory_bytes(dtype) for dtype in PRECISIONS}
     here = _is_here(model.name)
     problems, hints = [], []
     if not here:
@@ -142,8 +144,10 @@ def _examine(model: KnownModel, machine: Machine) -> Checkup:
     dtype = default_dtype(model.parameters)
     room = [size for size in (machine.memory, machine.gpu_memory) if size is not None]
     if room and needs[dtype] > max(room):
+        fits = next((mode for mode in MODES if needs[mode] <= max(room)), None)
+        cure = "" if fits is None else f": --quantize {fits} needs {readable(needs[fits])}"
         problems.append(
-            f"needs {readable(needs[dtype])} of memory in {dtype}, this machine has {readable(max(room))}"
+            f"needs {readable(needs[dtype])} of memory in {dtype}, this machine has {readable(max(room))}{cure}"
         )
     elif machine.memory_free is not None and machine.gpu is None and needs[dtype] > machine.memory_free:
         hints.append(f"only {readable(machine.memory_free)} of memory are free now: close other programs")
@@ -152,7 +156,9 @@ def _examine(model: KnownModel, machine: Machine) -> Checkup:
         and machine.gpu is None
         and not {"avx512_bf16", "amx_bf16", "bf16"} & {*machine.instructions}
     ):
-        hints.append("slow here: this processor has no bf16 arithmetic and there is no GPU")
+        hints.append(
+            "slow here: this processor has no bf16 arithmetic and there is no GPU; try --quantize int8"
+        )
     return Checkup(
         model.name,
         model.alias,

@@ -23,6 +23,9 @@ DEFAULT_FOLDER = ASSETS / "default"  # the generating model
 DEFAULT_MATCHER_FOLDER = ASSETS / "default-matcher"  # the stage-1 model that belongs to it
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one parameter
+MODES = ("int8", "int4")  # how weights can be rounded, as `quantize.MODES`, which needs torch
+PRECISIONS = ("fp32", "bf16", *MODES)  # what memory is told for
+INT4_BYTES = 0.5 + 2 * 2 / 64  # a scale and a zero of 16 bits for 64 weights
 PROCESS_BYTES = 300 * 2**20  # Python with torch and the libraries, before any weight; 257 MiB measured
 
 
@@ -44,8 +47,12 @@ class KnownModel:
     lavis: str = ""
 
     def memory_bytes(self, dtype: str) -> int:
-        """Memory for one image with five beams of thirty new tokens: an estimate."""
-        width = BYTES[dtype]
+        """Memory for one image with five beams of thirty new tokens: an estimate.
+
+        Args:
+            dtype: "fp32", "bf16" or "fp16", or how the weights are rounded: "int8" or "int4".
+        """
+        width = BYTES.get(dtype, 4)  # between rounded weights fp32 is computed
         vision = self.config.vision
         working = vision.num_positions * (8 * vision.hidden_size + 2 * vision.intermediate_size) * width
         if isinstance(self.config, Blip2Config):
@@ -53,7 +60,33 @@ class KnownModel:
             positions = self.config.num_query_tokens + prompt + beams * new
             working += 2 * _keys_per_position(language) * positions * width  # keys and values
             working += 4 * beams * language.vocab_size * 4  # scores are float32 whatever the dtype
-        return PROCESS_BYTES + self.parameters * width + working
+        return PROCESS_BYTES + self._weight_bytes(dtype) + working
+
+    def _weight_bytes(self, dtype: str) -> int:
+        if dtype in BYTES:
+            return self.parameters * BYTES[dtype]
+        if isinstance(self.config, MatcherConfig):
+            table = self.config.qformer.vocab_size * self.config.qformer.hidden_size  # stays fp32
+            return self.parameters + 3 * table
+        language = self.config.language
+        width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
+        table = language.vocab_size * width  # in 16 bits; a head of the same values is rounded to 8 besides
+        total = self.parameters + table + (table if language.tie_word_embeddings else 0)
+        return total - (0 if dtype == "int8" else int((1 - INT4_BYTES) * matrix_values(language)))
+
+
+def matrix_values(language: OptConfig | T5Config, *, decoder: bool = False) -> int:
+    """Values of the matrices in the language model's layers; those that every new token reads, with `decoder`."""
+    if isinstance(language, OptConfig):
+        width = language.hidden_size
+        return language.num_hidden_layers * (4 * width * width + 2 * width * language.ffn_dim)
+    attention = 4 * language.d_model * language.num_heads * language.d_kv
+    forward = (3 if language.is_gated_act else 2) * language.d_model * language.d_ff
+    if decoder:  # keys and values of what was read are there
+        return language.num_decoder_layers * (attention + attention // 2 + forward)
+    return language.num_layers * (attention + forward) + language.num_decoder_layers * (
+        2 * attention + forward
+    )
 
 
 def _keys_per_position(language: OptConfig | T5Config) -> int:

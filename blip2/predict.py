@@ -32,6 +32,7 @@ from blip2.models import (
     default_model,
     resolve,
 )
+from blip2.quantize import MODES, Mode
 from blip2.results import Answer, Caption, Encoded, in_pieces
 from blip2.text import CAPTION_PROMPT, Tokenizer, chat_prompt, question_prompt
 
@@ -60,6 +61,7 @@ def load(
     matcher: str | Path | None = None,
     vision: str | Path | None = None,
     language: str | Path | None = None,
+    quantize: Mode | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -72,11 +74,13 @@ def load(
         revision: branch, tag or commit of a model on the Hub.
         matcher: the stage-1 model for `match` and `embed`, as `name`; read when first used.
         vision, language: the image encoder and the language model, for a checkpoint without them, as LAVIS's.
+        quantize: "int8" or "int4": hold the weights in so many bits, a quarter or an eighth of fp32's memory; what is
+            computed between them is fp32. See docs/performance.md for what it gains and what it changes.
 
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
     """
-    place = _device(device)
+    place = device_of(device)
     if name is None or name == DEFAULT:
         default_model()  # says so where this installation holds none
         if revision is not None:
@@ -84,13 +88,17 @@ def load(
                 f"revision={revision!r} is for models on the Hugging Face Hub; the default model has none"
             )
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
-    part = _load_part(name, place, dtype, revision, vision, language)
+    if quantize is not None and quantize not in MODES:
+        raise ValueError(f"quantize is {quantize!r}; choose one of {', '.join(MODES)}")
+    part = _load_part(name, place, dtype, revision, vision, language, quantize)
     if isinstance(part.model, Blip2Matcher):
         if matcher is not None:
             raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
         return Predictor(None, lambda: part, place)
     return Predictor(
-        part, None if matcher is None else lambda: _load_part(matcher, place, dtype, None), place
+        part,
+        None if matcher is None else lambda: _load_part(matcher, place, dtype, None, quantize=quantize),
+        place,
     )
 
 
@@ -101,9 +109,10 @@ def _load_part(
     revision: str | None,
     vision: str | Path | None = None,
     language: str | Path | None = None,
+    quantize: Mode | None = None,
 ) -> Part:
     files = find_files(resolve(name) if isinstance(name, str) else name, revision)
-    if dtype is None:
+    if dtype is None and quantize is None:
         dtype = default_dtype(count_parameters(files, vision=vision, language=language))
         if (
             dtype == "bf16"
@@ -112,11 +121,12 @@ def _load_part(
         ):
             dtype = "fp16"
     processing, tokenizer = load_processing(files, vision=vision, language=language)
-    model = load_model(files, dtype=dtype, device=device, vision=vision, language=language)
+    model = load_model(files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize)
     return Part(model, processing, tokenizer)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" takes a GPU where there is one. Raises ValueError where there is no such device."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -359,6 +359,8 @@ def test_help_teaches(run: Run) -> None:
         "embed",
         "inspect",
         "convert",
+        "quantize",
+        "bench",
         "models",
         "doctor",
     ]

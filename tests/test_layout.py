@@ -21,6 +21,7 @@ PACKAGE = ROOT / "blip2"
 MAY_IMPORT = {
     "config": "",
     "layers": "",
+    "quantize": "",
     "images": "config",
     "text": "config",
     "vision": "config layers",
@@ -43,10 +44,11 @@ MAY_IMPORT = {
     "checkpoint.layouts": "",
     "checkpoint.translate": "checkpoint.layouts checkpoint.tensors",
     "checkpoint.dialects": "checkpoint.filebytes checkpoint.tensors config",
-    "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.tensors "
-    "checkpoint.translate config text",
-    "checkpoint.load": "checkpoint.dialects checkpoint.hub checkpoint.names checkpoint.source checkpoint.tensors "
-    "checkpoint.translate config images model text",
+    "checkpoint.rounded_files": "checkpoint.tensors quantize",
+    "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.rounded_files "
+    "checkpoint.tensors checkpoint.translate config text",
+    "checkpoint.load": "checkpoint.dialects checkpoint.hub checkpoint.names checkpoint.rounded_files "
+    "checkpoint.source checkpoint.tensors checkpoint.translate config images model quantize text",
     "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
     "checkpoint.folder": "checkpoint.tensors checkpoint.writers",
     "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
@@ -55,20 +57,24 @@ MAY_IMPORT = {
     "checkpoint.conversion": "checkpoint.dialects checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
     "checkpoint.names checkpoint.save checkpoint.source checkpoint.tensors checkpoint.translate checkpoint.verify "
     "checkpoint.writers config images",
+    "checkpoint.quantization": "checkpoint.conversion checkpoint.folder checkpoint.hub checkpoint.load "
+    "checkpoint.names checkpoint.rounded_files checkpoint.save checkpoint.source checkpoint.tensors "
+    "checkpoint.translate checkpoint.writers config model quantize",
     "checkpoint.inspection": "checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source "
     "checkpoint.tensors config",
     "checkpoint": "checkpoint.conversion checkpoint.files checkpoint.hub checkpoint.inspection checkpoint.load "
-    "checkpoint.save checkpoint.tensors",
+    "checkpoint.quantization checkpoint.save checkpoint.tensors",
     "models": "config",
     "results": "layers",
     "inputs": "images",
     "matching": "images inputs model results text",
-    "predict": "checkpoint config generate images inputs layers matching model models results text",
+    "predict": "checkpoint config generate images inputs layers matching model models quantize results text",
     "doctor": "checkpoint.inspection models",
     "data": "images text",
     "train": "config layers vision qformer opt t5 model data checkpoint",
+    "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",
-    "commands": "checkpoint doctor generate images inputs models predict",
+    "commands": "bench checkpoint doctor generate images inputs models predict",
 }
 FOLDERS = {"data", "train"}
 

@@ -14,6 +14,7 @@ from blip2.checkpoint import convert
 from blip2.config import Blip2Config
 from blip2.model import Blip2, Blip2Matcher
 from blip2.models import KnownModel, folder_model, known_models, readable, resolve
+from blip2.quantize import Mode, Rounded8, layers
 
 
 @pytest.mark.parametrize("known", models.PUBLISHED, ids=lambda known: known.alias)
@@ -37,6 +38,23 @@ def test_the_6_7b_model_is_as_published() -> None:
     # bf16 was measured at 15.8 GB for transformers, which copies its cache for every beam
     assert known.memory_bytes("bf16") / 1e9 == pytest.approx(15.8, rel=0.05)
     assert known.memory_bytes("fp32") > 1.9 * known.memory_bytes("bf16")
+
+
+@pytest.mark.parametrize("known", models.PUBLISHED, ids=lambda known: known.alias)
+@pytest.mark.parametrize("mode", models.MODES)
+def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> None:
+    with torch.device("meta"):
+        built = Blip2(known.config) if isinstance(known.config, Blip2Config) else Blip2Matcher(known.config)
+        rounded = {name: kind for name, _, kind in layers(built, mode)}
+    stored = 0.0
+    for name, values in built.state_dict().items():
+        if (kind := rounded.get(name.removesuffix(".weight"))) is not None:
+            stored += values.numel() * (1 if kind is Rounded8 else models.INT4_BYTES)
+        else:
+            stored += values.numel() * (2 if name.endswith(("embed_tokens.weight", "shared.weight")) else 4)
+
+    assert known._weight_bytes(mode) == pytest.approx(stored, rel=0.03)
+    assert known.memory_bytes(mode) < known.memory_bytes("bf16")
 
 
 def test_aliases() -> None:

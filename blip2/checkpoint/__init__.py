@@ -5,6 +5,7 @@ from blip2.checkpoint.files import open_tensors
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.inspection import Inspection, inspect
 from blip2.checkpoint.load import count_parameters, load_model, load_processing
+from blip2.checkpoint.quantization import Quantization, quantize_checkpoint
 from blip2.checkpoint.save import save_model
 from blip2.checkpoint.tensors import (
     BrokenFileError,
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "Conversion",
     "Inspection",
+    "Quantization",
     "TensorInfo",
     "Tensors",
     "UnsafeFileError",
@@ -30,6 +32,7 @@ __all__ = [
     "load_model",
     "load_processing",
     "open_tensors",
+    "quantize_checkpoint",
     "resolve",
     "save_model",
 ]

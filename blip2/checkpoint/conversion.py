@@ -117,7 +117,7 @@ def convert(
             )
             if index is not None:
                 write_json(beside / KINDS[to].index, index)
-            _write_settings(beside, folder, to, found, config, info, tied, words, changed)
+            write_settings(beside, folder, to, found, config, info, tied, words, changed)
             verified = ""
             if verify:
                 narrow = None if dtype == SMALLEST_EXACT else parse_dtype(dtype)
@@ -213,7 +213,7 @@ def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _write_settings(
+def write_settings(
     beside: Path,
     folder: Path,
     to: World,

@@ -19,12 +19,15 @@ from torch.overrides import TorchFunctionMode
 from blip2.checkpoint.dialects import read_json_file
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.names import from_hugging_face
+from blip2.checkpoint.rounded_files import rounded, stored_mode
 from blip2.checkpoint.source import open_checkpoint
 from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks
 from blip2.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
 from blip2.model import Blip2, Blip2Matcher
+from blip2.quantize import Mode
+from blip2.quantize import quantize as round_layers
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -84,6 +87,7 @@ def load_model(
     revision: str | None = None,
     vision: str | Path | None = None,
     language: str | Path | None = None,
+    quantize: Mode | None = None,
 ) -> Blip2 | Blip2Matcher:
     """Load a model in eval mode, from Hugging Face's layout, LAVIS's, PaddleNLP's or PaddleMIX's.
 
@@ -97,6 +101,8 @@ def load_model(
         revision: branch, tag or commit of a model on the Hub.
         vision, language: the image encoder and the language model, for a checkpoint that was saved without them, as
             LAVIS does: a tensor file, a folder, or a name on the Hub.
+        quantize: "int8" or "int4": round the linear layers' weights, one at a time, so that no more than the rounded
+            ones are ever in memory; see `blip2.quantize`.
 
     Raises:
         CheckpointError: not found, unreadable, or tensors missing, left over or of another shape than config.json says.
@@ -105,7 +111,8 @@ def load_model(
     wanted = parse_dtype(dtype)
     parts = [None if part is None else resolve(part) for part in (vision, language)]
     with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
-        return build(found.required(), found.tensors, our_names(found.tensors), wanted, torch.device(device))
+        names = our_names(found.tensors)
+        return build(found.required(), found.tensors, names, wanted, torch.device(device), quantize)
 
 
 def count_parameters(
@@ -165,21 +172,36 @@ def build(
     names: Mapping[str, str],
     dtype: torch.dtype | None,
     device: torch.device,
+    quantize: Mode | None = None,
 ) -> Blip2 | Blip2Matcher:
     """A model in eval mode from tensors in Hugging Face's layout.
 
     Args:
         names: our parameter name -> the name in `tensors`.
-        dtype: of all weights; None as stored, see `load_model`.
+        dtype, quantize: of all weights; see `load_model`.
     """
     model, names, tied = arrange(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
     state: dict[str, Tensor] = {}
+    quantize = quantize or stored_mode(tensors)
+    if quantize is not None:
+        stored_as = names
+        round_layers(
+            model, quantize, lambda name, kind: rounded(tensors, stored_as[f"{name}.weight"], kind).to(device)
+        )
+        rest = model.state_dict()
+        names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
+        dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
     for ours, stored in names.items():
         if not (tied and ours == _HEAD):
             target = dtypes[_part(ours)]
             if target == torch.float16 and ours.endswith(_OVERFLOWS):
                 target = torch.float32
+            if quantize is not None and ours in (
+                _OPT_WORDS,
+                _T5_WORDS,
+            ):  # a table: nothing is computed with it
+                target = min(target, tensors.info(stored).dtype, key=lambda kind: kind.itemsize)
             as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
             state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
     if tied:

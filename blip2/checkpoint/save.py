@@ -77,7 +77,6 @@ def save_model(
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
     """The model's tensors under Hugging Face's names, and whether its head is the word embeddings' weight."""
     state = model.state_dict()
-    tied = isinstance(model, Blip2) and model.language.tied
     with torch.device("meta"), Unfilled():
         plain = (
             Blip2(model.config)
@@ -86,6 +85,7 @@ def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
         )
     if state.keys() != plain.state_dict().keys():
         raise CheckpointError("the model is quantized or changed; only a model as it was loaded can be saved")
+    tied = isinstance(model, Blip2) and model.language.tied
     if tied:
         del state[_HEAD]
     return {to_hugging_face(name): tensor for name, tensor in state.items()}, tied

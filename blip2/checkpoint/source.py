@@ -11,6 +11,7 @@ from typing import Any
 from blip2.checkpoint.dialects import LANGUAGES, derive, from_paddle, read_json_file
 from blip2.checkpoint.files import open_tensors
 from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
+from blip2.checkpoint.rounded_files import as_floats
 from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import Piece, as_hugging_face, joined, view
 from blip2.config import Blip2Config, ConfigError, MatcherConfig, read_config
@@ -71,7 +72,7 @@ def open_checkpoint(
     with ExitStack() as stack:
         stored = stack.enter_context(open_tensors(path))
         layout = recognise({name: stored.info(name).shape for name in stored})
-        tensors = as_hugging_face(stored, layout)
+        tensors = as_floats(as_hugging_face(stored, layout))
         folder = path if path.is_dir() else path.parent
         if vision is not None:
             tensors = _with_vision(tensors, stack.enter_context(open_tensors(vision)))

@@ -1,0 +1,301 @@
+"""How fast a model is on this machine, beside the machine's own limits and beside transformers.
+
+Every side loads and runs in a process of its own, the sides in turns, so that two large models are never in memory
+together and noise of the machine falls on all alike; a figure is the median of the rounds. Both sides get the same
+files, the same pixels and the same prompt, and write texts of the same length. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from blip2.checkpoint.load import load_model, load_processing, read_config_file
+from blip2.config import Blip2Config, OptConfig
+from blip2.generate import GenerationOptions, generate
+from blip2.model import Blip2
+from blip2.models import BYTES, INT4_BYTES, matrix_values
+from blip2.quantize import Int8Linear, Mode, Rounded8
+from blip2.text import CAPTION_PROMPT
+
+PEERS = ("transformers",)
+SHORT, LONG = 10, 20  # new tokens
+BEAMS = 5
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side: whose code, in what dtype, and how its weights are rounded."""
+
+    code: str  # "blip2" or one of PEERS
+    folder: str
+    dtype: str
+    quantize: Mode | None = None
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"{self.code} {self.quantize or self.dtype}"
+
+
+class Side(Protocol):
+    """A loaded model, as the measurement uses it."""
+
+    def encode(self, pixels: Tensor) -> Any:
+        """Pixels [B, 3, S, S] -> what the language model reads first."""
+
+    def write(self, prefix: Any, beams: int, tokens: int) -> None:
+        """A text of exactly so many tokens for each image."""
+
+    def again(self, prefix: Any) -> Callable[[], None]:
+        """What a second question about the same images costs, up to its first token."""
+
+
+class Ours:
+    def __init__(self, side: Contender) -> None:
+        model = load_model(
+            side.folder,
+            dtype=None if side.quantize else side.dtype,
+            device=side.device,
+            quantize=side.quantize,
+        )
+        assert isinstance(model, Blip2)
+        self.model, words = model, load_processing(side.folder)[1]
+        self.ids = torch.tensor([words.encode(CAPTION_PROMPT)], device=side.device)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.model.embed_image(pixels)
+
+    def write(self, prefix: Tensor, beams: int, tokens: int, context: Any = None) -> None:
+        options = GenerationOptions(beams=beams, max_new_tokens=tokens, min_new_tokens=tokens)
+        generate(self.model, prefix, self.ids.expand(len(prefix), -1), None, options, context=context)
+
+    def again(self, prefix: Tensor) -> Callable[[], None]:
+        context = self.model.read_prefix(prefix)
+        return lambda: self.write(prefix, 1, 1, context)
+
+
+class Theirs:
+    """transformers' Blip2ForConditionalGeneration, its language model called as its own `generate` calls it."""
+
+    def __init__(self, side: Contender) -> None:
+        from transformers import Blip2ForConditionalGeneration
+
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[side.dtype]
+        model: Any = Blip2ForConditionalGeneration.from_pretrained(side.folder, dtype=dtype)
+        self.model = model.eval().to(side.device)
+        words = load_processing(side.folder)[1]
+        self.ids = torch.tensor([words.encode(CAPTION_PROMPT)], device=side.device)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        model = self.model
+        features = model.vision_model(pixel_values=pixels.to(model.dtype)).last_hidden_state
+        queries = model.query_tokens.expand(len(pixels), -1, -1)
+        read = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        prefix: Tensor = model.language_projection(read.to(model.language_projection.weight.dtype))
+        return prefix
+
+    def write(self, prefix: Tensor, beams: int, tokens: int) -> None:
+        words = self.model.get_input_embeddings()(self.ids.expand(len(prefix), -1))
+        embeddings = torch.cat([prefix, words.to(prefix.dtype)], dim=1)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
+        self.model.language_model.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+        )
+
+    def again(self, prefix: Tensor) -> Callable[[], None]:
+        raise NotImplementedError("transformers begins anew with every question")
+
+
+# --- one round of one side, in a process of its own ------------------------------------------------------------------
+
+
+def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
+    """Seconds by figure, and "peak" in bytes. Loads the model; for a fresh process."""
+    start = time.perf_counter()
+    loaded: Side = Ours(side) if side.code == "blip2" else Theirs(side)
+    found = {"load": time.perf_counter() - start}
+    size = load_processing(side.folder)[0].size
+    pixels = torch.randn(max(batches), 3, size, size, generator=torch.Generator().manual_seed(0)).to(
+        side.device
+    )
+    with torch.inference_mode():
+        prefix = loaded.encode(pixels[:1])
+        loaded.write(prefix, 1, 2)  # pages come in from the disk
+        found["encode"] = _seconds(lambda: loaded.encode(pixels[:1]))
+        found["prefill"] = _seconds(lambda: loaded.write(prefix, 1, 1))
+        greedy = _seconds(lambda: loaded.write(prefix, 1, 1 + SHORT))
+        found["greedy step"] = (greedy - found["prefill"]) / SHORT
+        short = _seconds(lambda: loaded.write(prefix, BEAMS, SHORT))
+        long = _seconds(lambda: loaded.write(prefix, BEAMS, LONG))
+        found[f"beam-{BEAMS} step"] = (long - short) / (LONG - SHORT)
+        found[f"caption of {SHORT} tokens, {BEAMS} beams"] = found["encode"] + short
+        found[f"caption of {LONG} tokens, {BEAMS} beams"] = found["encode"] + long
+        first = found["encode"] + found["prefill"]
+        found["first token, first question"] = first
+        found["first token, second question"] = (
+            _seconds(loaded.again(prefix)) if side.code == "blip2" else first
+        )
+        for batch in batches:
+            if batch > 1:
+                found[f"an image in a batch of {batch}"] = (
+                    _seconds(lambda: loaded.write(loaded.encode(pixels[:batch]), BEAMS, SHORT), 1) / batch  # noqa: B023
+                )
+    found["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return found
+
+
+def _seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The median of a few runs; of one where one takes long."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+        if taken[-1] > 20:
+            break
+    return median(taken)
+
+
+# --- the machine's limits --------------------------------------------------------------------------------------------
+
+
+def limits() -> dict[str, float]:
+    """What this processor can do: bytes a second read in order, operations a second in matrix products."""
+    store = torch.ones(1 << 27)  # 512 MB, beyond every cache
+    read = store.nbytes / min(_seconds(lambda: store.sum()) for _ in range(3))
+    side = 1024
+    a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    operations = 2 * side**3
+    narrow, eight = a.bfloat16(), Int8Linear(Rounded8.of(a), None, 1)
+    return {
+        "read": read,
+        "fp32": operations / _seconds(lambda: a @ a.mT, 5),
+        "bf16": operations / _seconds(lambda: narrow @ narrow.mT, 5),
+        "int8": operations / _seconds(lambda: eight(a), 5),
+    }
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Medians of all rounds: seconds (and the peak's bytes) by contender and figure, and the machine's limits."""
+
+    contenders: tuple[Contender, ...]
+    rounds: int
+    limits: dict[str, float]
+    figures: dict[str, dict[str, float]]
+    decode_bytes: dict[str, float]  # what one step of the language model reads
+
+    def lines(self) -> list[str]:
+        """A table: a line a figure; the ratio is that of the last contender to each."""
+        names = list(self.figures)
+        peer = self.figures[names[-1]]
+        width = max(len(figure) for figure in peer)
+        lines = [" " * width + "".join(f"  {name:>22}" for name in names)]
+        for figure, base in peer.items():
+            cells = []
+            for name in names:
+                value = self.figures[name].get(figure)
+                if value is None:
+                    cells.append("")
+                    continue
+                shown = f"{value / 1e9:.2f} GB" if figure == "peak" else _readable(value)
+                ratio = "" if name == names[-1] or not value else f" ({base / value:.2f}x)"
+                cells.append(shown + ratio)
+            lines.append(f"{figure:{width}}" + "".join(f"  {cell:>22}" for cell in cells))
+        for name in names:
+            rate = self.decode_bytes[name] / self.figures[name]["greedy step"]
+            lines.append(
+                f"{name}: a greedy step reads {self.decode_bytes[name] / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, "
+                f"{rate / self.limits['read']:.0%} of what this machine reads"
+            )
+        rates = ", ".join(
+            f"{name} {value / 1e9:.0f} GOP/s" for name, value in self.limits.items() if name != "read"
+        )
+        lines.append(f"limits: reads {self.limits['read'] / 1e9:.1f} GB/s; matrix products {rates}")
+        return lines
+
+    def as_json(self) -> str:
+        """All of it on one line."""
+        rounded = {
+            name: {f: float(f"{v:.4g}") for f, v in each.items()} for name, each in self.figures.items()
+        }
+        facts = {"figures": rounded, "limits": {n: float(f"{v:.4g}") for n, v in self.limits.items()}}
+        return json.dumps({"rounds": self.rounds, **facts, "decode_bytes": self.decode_bytes})
+
+
+def _readable(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def run(
+    contenders: tuple[Contender, ...],
+    *,
+    rounds: int = 3,
+    batches: tuple[int, ...] = (1, 4, 16),
+    report: Callable[[str], None] = lambda line: None,
+) -> Bench:
+    """Measure contenders side by side.
+
+    Raises:
+        ValueError: a contender that cannot run; the message is its own.
+    """
+    found: dict[str, list[dict[str, float]]] = {side.name: [] for side in contenders}
+    machine = []
+    for number in range(rounds):
+        machine.append(limits())
+        for side in contenders:
+            report(f"round {number + 1} of {rounds}: {side.name}")
+            found[side.name].append(_apart(side, batches))
+    figures = {name: {f: median(r[f] for r in all_) for f in all_[0]} for name, all_ in found.items()}
+    best = {name: max(each[name] for each in machine) for name in machine[0]}
+    return Bench(contenders, rounds, best, figures, {side.name: decode_bytes(side) for side in contenders})
+
+
+def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
+    """One round in a process of its own."""
+    asked = json.dumps({"side": asdict(side), "batches": batches})
+    done = subprocess.run(
+        [sys.executable, "-m", "blip2.bench", asked], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"{side.name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def decode_bytes(side: Contender) -> float:
+    """The weights that one step of the language model reads."""
+    config = read_config_file(Path(side.folder))
+    assert isinstance(config, Blip2Config)
+    language = config.language
+    width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
+    head = language.vocab_size * width
+    each = {"int8": 1.0, "int4": INT4_BYTES}.get(side.quantize or "", BYTES[side.dtype])
+    return matrix_values(language, decoder=True) * each + head * (1.0 if side.quantize else BYTES[side.dtype])
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    print(json.dumps(measure(Contender(**request["side"]), tuple(request["batches"]))))

@@ -1,0 +1,276 @@
+"""Linear layers in 8 and 4 bits: [..., K] -> [..., N] from weights that take a quarter and an eighth of fp32's memory.
+
+Weights are rounded once, activations as they come, each token by its own largest value, so that what stands beside a
+row in a batch changes nothing. Norms, softmax, embeddings and logits stay as they are.
+
+Outlier channels: OPT has a handful of dimensions 20 to 60 times larger than the rest (Dettmers et al., LLM.int8, 2022),
+and a token rounded to 8 bits by its largest value loses all others. Where that matters a token is therefore written as
+two 8 bit terms, the second one what the first leaves over: 15 bits in all, at no cost where reading weights is what
+takes the time. Nothing has to be calibrated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Mode = Literal["int8", "int4"]
+MODES: tuple[Mode, ...] = ("int8", "int4")
+
+GROUP = 64  # weights that share a scale in int4
+# Shares of a group's range that are tried: cutting off an extreme may round all the others better.
+_CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+
+
+@dataclass(frozen=True)
+class Rounded8:
+    """A weight in 8 bits: values int8 [N, K], and the scale float32 [N] of each row."""
+
+    values: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Rounded8:
+        """Round a float weight [N, K]."""
+        weight = weight.float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)
+        return cls((weight / scale[:, None]).round_().to(torch.int8), scale)
+
+    def float(self) -> Tensor:
+        """The weight this stands for, float32 [N, K]."""
+        return self.values.float().mul_(self.scale[:, None])
+
+    def to(self, device: torch.device) -> Rounded8:
+        """The same on a device."""
+        return Rounded8(self.values.to(device), self.scale.to(device))
+
+    def layer(self, bias: Tensor | None, terms: int) -> Int8Linear:
+        """A linear layer of it; terms: of the activations."""
+        return Int8Linear(self, bias, terms)
+
+
+@dataclass(frozen=True)
+class Rounded4:
+    """A weight in 4 bits: values uint8 [N, K / 2], two a byte, the first one low; scales, zeros bfloat16 [N, groups].
+
+    A value q stands for (q - 8) * scale + zero.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Rounded4:
+        """Round a float weight [N, K], K a multiple of GROUP.
+
+        Every group's range is cut by the share that leaves the smallest squared error.
+        """
+        groups = weight.float().unflatten(1, (-1, GROUP))  # [N, G, GROUP]
+        low, high = groups.amin(-1), groups.amax(-1)
+        best = torch.full_like(low, torch.inf)
+        values = torch.empty_like(groups, dtype=torch.uint8)
+        scales, zeros = torch.empty_like(low), torch.empty_like(low)
+        for cut in _CUTS:
+            scale = ((high - low) * (cut / 15)).clamp(min=1e-30).bfloat16().float()
+            zero = (low * cut + 8 * scale).bfloat16().float()
+            rounded = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15)
+            error = ((rounded - 8) * scale[..., None] + zero[..., None] - groups).square_().sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+            values = torch.where(better[..., None], rounded.to(torch.uint8), values)
+        flat = values.flatten(1)
+        return cls(flat[:, ::2] | (flat[:, 1::2] << 4), scales.bfloat16(), zeros.bfloat16())
+
+    def unpacked(self) -> Tensor:
+        """The values one a byte: uint8 [N, K]."""
+        return torch.stack([self.values & 15, self.values >> 4], dim=-1).flatten(1)
+
+    def float(self) -> Tensor:
+        """The weight this stands for, float32 [N, K]."""
+        values = self.unpacked().float().unflatten(1, (-1, GROUP)) - 8
+        whole: Tensor = values * self.scales.float()[..., None] + self.zeros.float()[..., None]
+        return whole.flatten(1)
+
+    def to(self, device: torch.device) -> Rounded4:
+        """The same on a device."""
+        return Rounded4(self.values.to(device), self.scales.to(device), self.zeros.to(device))
+
+    def layer(self, bias: Tensor | None, terms: int) -> Int4Linear:
+        """A linear layer of it; its activations are bfloat16, whatever `terms`."""
+        return Int4Linear(self, bias)
+
+
+Rounded = Rounded8 | Rounded4
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with a scale for each output and 8 bit activations, in one term or two.
+
+    On x86 the product is FBGEMM's, exact in whole numbers: a row gives the same bits alone and in any batch. Elsewhere
+    the weights are widened for each product, which saves memory, not time.
+    """
+
+    def __init__(self, weight: Rounded8, bias: Tensor | None, terms: int) -> None:
+        """bias: [N] in any float. terms: 1 or 2, of the activations."""
+        super().__init__()
+        self.out_features, self.in_features = weight.values.shape
+        self.terms = terms
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        packs = weight.values.device.type == "cpu" and levels() > 0
+        self._packed: Any = _pack(weight) if packs else None
+        self._plain = None if packs else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] in any float -> [..., N] in the same."""
+        rows = x.reshape(-1, self.in_features)
+        if self._plain is not None:
+            out = F.linear(rows, self._plain.values.to(x.dtype)).float() * self._plain.scale
+        else:
+            out = self._product(rows.float())
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """rows float32 [M, K] -> float32 [M, N], without the bias."""
+        most = levels()
+        largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30)  # [M, 1]
+        scaled = rows * (most / largest)
+        if self.terms == 1:
+            return _multiply(scaled, self._packed).mul_(largest / most)
+        first = scaled.round()
+        second = (scaled - first).mul_(2 * most)  # what is left is at most a half
+        out = _multiply(torch.cat([first, second]), self._packed)
+        total: Tensor = out[: len(rows)].add_(out[len(rows) :], alpha=0.5 / most)
+        return total.mul_(largest / most)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int8, terms={self.terms}"
+
+
+class Int4Linear(nn.Module):
+    """A linear layer in 4 bits, with a scale and a zero for every `GROUP` inputs of an output; activations bfloat16."""
+
+    def __init__(self, weight: Rounded4, bias: Tensor | None) -> None:
+        """bias: [N] in any float."""
+        super().__init__()
+        self.out_features, self.in_features = len(weight.values), 2 * weight.values.shape[1]
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        if weight.values.device.type == "cpu":
+            pairs = torch.stack([weight.scales, weight.zeros], dim=-1).transpose(0, 1)  # [K / GROUP, N, 2]
+            packed = torch._convert_weight_to_int4pack_for_cpu(weight.unpacked().int(), 1)
+            self.register_buffer("pairs", pairs.contiguous(), persistent=False)
+            self.register_buffer("packed", packed, persistent=False)
+            self._plain = None
+        else:
+            self._plain = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] in any float -> [..., N] in the same."""
+        rows = x.reshape(-1, self.in_features).bfloat16()
+        out: Tensor
+        if self._plain is None:
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.pairs)
+        else:
+            out = F.linear(rows, self._plain.float().bfloat16())
+        out = out.float()
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int4, group={GROUP}"
+
+
+# --- FBGEMM ----------------------------------------------------------------------------------------------------------
+
+
+_PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
+
+
+@lru_cache(maxsize=1)
+def levels() -> int:
+    """How far 8 bit activations may go on this processor, 0 where FBGEMM does not run.
+
+    127, or 63 where instructions for whole numbers (VNNI) are missing: sums of two products are then held in 16 bits
+    and cut off beyond them. Found by trying, so that a torch without these operators is no error either.
+    """
+    known = hasattr(torch, "_make_per_channel_quantized_tensor") and hasattr(torch.ops.quantized, _PRODUCT)
+    if "fbgemm" not in torch.backends.quantized.supported_engines or not known:
+        return 0
+    packed = _pack(Rounded8(torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1)))
+    return 127 if float(_multiply(torch.full((1, 64), 127.0), packed, 127)) == 64 * 127 * 127 else 63
+
+
+def _pack(weight: Rounded8) -> Any:
+    """A weight in FBGEMM's layout."""
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # newer releases announce that these tensors will go; see `levels`
+            tensor = torch._make_per_channel_quantized_tensor(weight.values, weight.scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(tensor, None)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def _multiply(rows: Tensor, packed: Any, most: int | None = None) -> Tensor:
+    """Rows float32 [M, K] of values up to `most`, rounded -> their product with the scaled weights, float32 [M, N]."""
+    middle = 1 + (most or levels())
+    out: Tensor = getattr(torch.ops.quantized, _PRODUCT)(rows, 1.0, middle, packed)
+    return out
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def layers(model: nn.Module, mode: Mode) -> Iterator[tuple[str, nn.Linear, type[Rounded8] | type[Rounded4]]]:
+    """The linear layers that a mode rounds: name, layer, and how its weight is rounded.
+
+    All of image encoder, Q-Former and language model, the head included. In "int4" the language model's are in 4 bits
+    but for its head, all others in 8.
+    """
+    for name, module in model.named_modules():
+        part = name.split(".", 1)[0]
+        if isinstance(module, nn.Linear) and part in ("vision", "qformer", "language"):
+            four = mode == "int4" and part == "language" and name != "language.lm_head"
+            yield name, module, Rounded4 if four and module.in_features % GROUP == 0 else Rounded8
+
+
+def terms(name: str) -> int:
+    """How many 8 bit terms the activations of a layer are written in.
+
+    Two, but for the image encoder where a term has all of its 8 bits: its products are large, and twice as many take
+    twice the time. What comes out of its GELU is skewed and gets two all the same.
+    """
+    return 1 if levels() == 127 and name.startswith("vision.") and not name.endswith(".fc2") else 2
+
+
+def quantize(
+    model: nn.Module, mode: Mode, read: Callable[[str, type[Rounded]], Rounded] | None = None
+) -> None:
+    """Put rounded layers in the place of a model's linear layers, one at a time. In place.
+
+    Args:
+        model: in eval mode. With `read` its weights need not be there; biases come later, by load_state_dict.
+        mode: "int8" or "int4".
+        read: gives a layer's weight rounded, by the layer's name; None: the model's own weights are rounded.
+    """
+    for name, linear, kind in list(layers(model, mode)):
+        weight = kind.of(linear.weight.detach()) if read is None else read(name, kind)
+        bias = None if linear.bias is None else linear.bias.detach()
+        above, _, last = name.rpartition(".")
+        setattr(model.get_submodule(above), last, weight.layer(bias, terms(name)))

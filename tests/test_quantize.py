@@ -1,0 +1,237 @@
+"""Rounded weights: what the layers compute, and that a rounded model says what the model says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blip2
+from blip2 import quantize
+from blip2.checkpoint import (
+    CheckpointError,
+    convert,
+    count_parameters,
+    load_model,
+    open_tensors,
+    quantize_checkpoint,
+    save_model,
+)
+from blip2.model import Blip2, Blip2Matcher
+from blip2.quantize import GROUP, MODES, Int4Linear, Int8Linear, Mode, Rounded4, Rounded8, levels
+from blip2.t5 import T5
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outliers(rows: int, inputs: int) -> Tensor:
+    """Activations as OPT has them: some channels of every token are far larger than the rest."""
+    x = drawn(rows, inputs, seed=5)
+    x[:, 3] *= 60
+    x[:, 40] *= 20
+    return x
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_eight_bits_are_off_by_half_a_step_at_most() -> None:
+    weight = drawn(8, 50) * torch.logspace(-3, 2, 8)[:, None]
+    rounded = Rounded8.of(weight)
+    assert rounded.values.dtype == torch.int8
+    assert ((rounded.float() - weight).abs() <= 0.5001 * rounded.scale[:, None]).all()
+    assert torch.equal(Rounded8.of(torch.zeros(2, 4)).float(), torch.zeros(2, 4))
+
+
+def test_four_bits_hold_sixteen_values_a_group() -> None:
+    weight = drawn(6, 3 * GROUP) + 2.0
+    rounded = Rounded4.of(weight)
+    assert rounded.values.shape == (6, 3 * GROUP // 2) and rounded.scales.shape == (6, 3)
+    assert int(rounded.unpacked().max()) == 15 and int(rounded.unpacked().min()) == 0
+    error = (rounded.float() - weight).square().mean() / weight.var()
+    assert error < 0.01
+    exact = torch.arange(16.0).repeat(2, GROUP // 16) - 4  # sixteen values, evenly apart: nothing is lost
+    assert torch.equal(Rounded4.of(exact).float(), exact)
+
+
+def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
+    weight = drawn(200, GROUP)
+    groups = weight.float()
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    plain = ((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low
+    cut = Rounded4.of(weight).float()
+    assert (cut - weight).square().mean() < 0.95 * (plain - weight).square().mean()
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(terms: int) -> None:
+    weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
+    most = levels() or 127
+    scale = x.abs().amax(1, keepdim=True) / most
+    seen = (x / scale).round() * scale
+    if terms == 2:
+        seen += ((x - seen) / scale * 2 * most).round() * scale / (2 * most)
+    expected = seen.double() @ weight.float().double().mT + bias
+    found = Int8Linear(weight, bias, terms)(x)
+    if levels():
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.shape == (7, 20) and found.dtype == torch.float32
+
+
+def test_a_second_term_keeps_what_stands_beside_outliers() -> None:
+    if not levels():
+        pytest.skip("this processor rounds no activations")
+    weight, x = Rounded8.of(drawn(30, 64)), outliers(9, 64)
+    weight.values[:, [3, 40]] = 0  # so that only what stands beside them is left
+    exact = x @ weight.float().mT
+    errors = [float((Int8Linear(weight, None, terms)(x) - exact).norm() / exact.norm()) for terms in (1, 2)]
+    assert errors[0] > 0.1 and errors[1] < 0.005
+
+
+def test_four_bits_compute_with_the_weights_they_stand_for() -> None:
+    weight, bias, x = Rounded4.of(drawn(32, 2 * GROUP)), drawn(32, seed=1), drawn(2, 5, 2 * GROUP, seed=2)
+    found = Int4Linear(weight, bias)(x)
+    torch.testing.assert_close(found, x.bfloat16().float() @ weight.float().mT + bias, rtol=0.01, atol=0.05)
+    assert found.shape == (2, 5, 32)
+
+
+@pytest.mark.parametrize("kind", [Rounded8, Rounded4])
+def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: type[Rounded8] | type[Rounded4]) -> None:
+    layer = kind.of(drawn(48, 2 * GROUP)).layer(drawn(48, seed=1), 2)
+    x = outliers(33, 2 * GROUP)
+    together = layer(x)
+    assert all(torch.equal(layer(x[i : i + 1]), together[i : i + 1]) for i in range(33))
+    assert torch.equal(layer(x[3:20]), together[3:20])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_as_it_went_in(dtype: torch.dtype) -> None:
+    for kind in (Rounded8, Rounded4):
+        out = kind.of(drawn(16, GROUP)).layer(None, 2)(drawn(3, GROUP, seed=1).to(dtype))
+        assert out.dtype == dtype and bool(out.isfinite().all())
+
+
+def test_a_token_of_zeros_gives_the_bias() -> None:
+    bias = drawn(16, seed=1)
+    assert torch.equal(Int8Linear(Rounded8.of(drawn(16, 64)), bias, 2)(torch.zeros(1, 64))[0], bias)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def outputs(model: Blip2 | Blip2Matcher) -> Tensor:
+    size = model.config.vision.image_size
+    pixels, ids = drawn(2, 3, size, size, seed=9), torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
+    with torch.inference_mode():
+        if isinstance(model, Blip2Matcher):
+            return model.qformer.read_both(model.vision(pixels), ids, torch.ones_like(ids))
+        return model(pixels, ids, None, ids if isinstance(model.language, T5) else None)
+
+
+@pytest.mark.parametrize("variant", ["opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_model_can_be_rounded(variants: dict[str, Path], variant: str, mode: Mode) -> None:
+    exact, rounded = load_model(variants[variant], dtype="fp32"), load_model(variants[variant], quantize=mode)
+    assert not any(isinstance(part, nn.Linear) for part in rounded.vision.layers.modules())
+    expected, found = outputs(exact), outputs(rounded)
+    # models of random weights are rough: every layer doubles what the one before was off
+    assert (found - expected).norm() / expected.norm() < 0.25
+    assert not torch.equal(found, expected)
+
+
+def test_the_default_model_says_the_same_in_eight_bits(pictures: list[Path]) -> None:
+    exact, rounded = blip2.load(), blip2.load(quantize="int8")
+    images = list(pictures)
+    assert rounded.caption(images) == exact.caption(images)
+    for mine, theirs in zip(rounded.caption(images), exact.caption(images), strict=True):
+        assert abs(mine.score - theirs.score) < 0.1
+
+
+def test_a_model_rounded_while_loading_is_the_model_rounded_afterwards(generator_folder: Path) -> None:
+    loaded = load_model(generator_folder, quantize="int8")
+    later = load_model(generator_folder, dtype="fp32")
+    quantize.quantize(later, "int8")
+    assert torch.equal(outputs(loaded), outputs(later))
+
+
+def test_bad_modes_are_refused(generator_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="quantize is 'int3'; choose one of int8, int4"):
+        blip2.load(generator_folder, quantize="int3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mode 'int3' is not known"):
+        quantize_checkpoint(generator_folder, tmp_path / "new", "int3")  # type: ignore[arg-type]
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["opt", "opt-untied", "t5", "matcher-itg"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rounded_folder_is_the_rounded_model(
+    variants: dict[str, Path], variant: str, mode: Mode, tmp_path: Path
+) -> None:
+    made = quantize_checkpoint(variants[variant], tmp_path / "new", mode)
+    assert made.written_bytes < made.read_bytes
+    assert torch.equal(
+        outputs(load_model(made.folder)), outputs(load_model(variants[variant], quantize=mode))
+    )
+    assert count_parameters(made.folder) == count_parameters(variants[variant])
+
+
+def test_a_rounded_folder_converts_to_the_floats_it_stands_for(
+    variants: dict[str, Path], tmp_path: Path
+) -> None:
+    quantize_checkpoint(variants["opt"], tmp_path / "small", "int8")
+    convert(tmp_path / "small", tmp_path / "hf", to="hf")
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    with open_tensors(tmp_path / "hf") as tensors, open_tensors(variants["opt"]) as before:
+        assert set(tensors) == set(before)
+        assert torch.equal(tensors[name], Rounded8.of(before[name]).float())
+
+
+def test_what_is_rounded_is_not_rounded_again_nor_saved_as_floats(
+    generator_folder: Path, tmp_path: Path
+) -> None:
+    small = quantize_checkpoint(generator_folder, tmp_path / "small", "int8").folder
+    with pytest.raises(CheckpointError, match="rounded to int8 already"):
+        quantize_checkpoint(small, tmp_path / "smaller", "int4")
+    with pytest.raises(CheckpointError, match="quantized"):
+        save_model(load_model(small), tmp_path / "again")
+    assert not (tmp_path / "smaller").exists() and not (tmp_path / "again").exists()
+
+
+def test_four_bits_cannot_be_loaded_as_eight(variants: dict[str, Path], tmp_path: Path) -> None:
+    base = load_model(variants["opt"], dtype="fp32")
+    assert isinstance(base, Blip2)
+    wide = replace(base.config.language, hidden_size=GROUP, ffn_dim=GROUP)
+    model = Blip2(replace(base.config, language=wide))  # type: ignore[type-var]
+    for parameter in model.parameters():
+        parameter.data = 0.1 * drawn(*parameter.shape)
+    folder = save_model(model.eval(), tmp_path / "wide", tokenizer=variants["opt"])
+    small = quantize_checkpoint(folder, tmp_path / "small", "int4").folder
+    assert any(isinstance(part, Int4Linear) for part in load_model(small).modules())
+    with pytest.raises(CheckpointError, match="stored rounded in another way"):
+        load_model(small, quantize="int8")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_parts_that_do_not_fit_are_named(generator_folder: Path, tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    small = quantize_checkpoint(generator_folder, tmp_path / "small", "int8").folder
+    tensors = load_file(small / "model.safetensors")
+    name = "vision_model.encoder.layers.1.mlp.fc2.weight_scale"
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][1:].clone()
+    save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        load_model(small)
