@@ -111,8 +111,8 @@ def load_model(
     wanted = parse_dtype(dtype)
     parts = [None if part is None else resolve(part) for part in (vision, language)]
     with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
-        names = our_names(found.tensors)
-        return build(found.required(), found.tensors, names, wanted, torch.device(device), quantize)
+        config = found.required()  # what is wrong with the settings is told first
+        return build(config, found.tensors, our_names(found.tensors), wanted, torch.device(device), quantize)
 
 
 def count_parameters(
