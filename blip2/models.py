@@ -70,8 +70,8 @@ class KnownModel:
             return self.parameters + 3 * table
         language = self.config.language
         width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
-        table = language.vocab_size * width  # in 16 bits; a head of the same values is rounded to 8 besides
-        total = self.parameters + table + (table if language.tie_word_embeddings else 0)
+        # the head is laid out for its product: where it is the table's weight it is there twice
+        total = self.parameters + (language.vocab_size * width if language.tie_word_embeddings else 0)
         return total - (0 if dtype == "int8" else int((1 - INT4_BYTES) * matrix_values(language)))
 
 

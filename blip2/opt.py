@@ -105,7 +105,7 @@ class Opt(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings [B, T, W], without positions."""
         out: Tensor = self.embed_tokens(ids)
-        return out
+        return out.to(self.embed_positions.weight.dtype)
 
     def forward(
         self, embeddings: Tensor, mask: Tensor | None = None, context: Context | None = None
@@ -189,7 +189,7 @@ class Opt(nn.Module):
         """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""
         rows = len(ids) // len(context.mask)
         positions = context.mask.sum(1).repeat_interleave(rows) + tail.length + POSITION_OFFSET
-        x = (self.embed_tokens(ids) + self.embed_positions(positions)).unsqueeze(1)  # [B * n, 1, W]
+        x = (self.embed(ids) + self.embed_positions(positions)).unsqueeze(1)  # [B * n, 1, W]
         seen = context.mask[:, None, None, :]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)

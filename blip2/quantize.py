@@ -1,7 +1,8 @@
 """Linear layers in 8 and 4 bits: [..., K] -> [..., N] from weights that take a quarter and an eighth of fp32's memory.
 
 Weights are rounded once, activations as they come, each token by its own largest value, so that what stands beside a
-row in a batch changes nothing. Norms, softmax, embeddings and logits stay as they are.
+row in a batch changes nothing. Norms, softmax and logits stay as they are; the table of word embeddings is rounded too,
+a scale a word.
 
 Outlier channels: OPT has a handful of dimensions 20 to 60 times larger than the rest (Dettmers et al., LLM.int8, 2022),
 and a token rounded to 8 bits by its largest value loses all others. Where that matters a token is therefore written as
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,8 +26,10 @@ Mode = Literal["int8", "int4"]
 MODES: tuple[Mode, ...] = ("int8", "int4")
 
 GROUP = 64  # weights that share a scale in int4
+WORDS = ("language.embed_tokens", "language.shared")  # OPT's and T5's table of word embeddings
 # Shares of a group's range that are tried: cutting off an extreme may round all the others better.
 _CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+_AT_ONCE = 1 << 21  # weights rounded together: what that takes stays small, and in the processor's caches
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,13 @@ class Rounded8:
     @classmethod
     def of(cls, weight: Tensor) -> Rounded8:
         """Round a float weight [N, K]."""
-        weight = weight.float()
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)
-        return cls((weight / scale[:, None]).round_().to(torch.int8), scale)
+        largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).float()
+        scale = (largest / 127).clamp(min=1e-30)
+        values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        rows = max(1, _AT_ONCE // weight.shape[1])
+        for part, whole, each in zip(values.split(rows), weight.split(rows), scale.split(rows), strict=True):
+            part.copy_((whole / each[:, None]).round_())
+        return cls(values, scale)
 
     def float(self) -> Tensor:
         """The weight this stands for, float32 [N, K]."""
@@ -50,10 +57,6 @@ class Rounded8:
     def to(self, device: torch.device) -> Rounded8:
         """The same on a device."""
         return Rounded8(self.values.to(device), self.scale.to(device))
-
-    def layer(self, bias: Tensor | None, terms: int) -> Int8Linear:
-        """A linear layer of it; terms: of the activations."""
-        return Int8Linear(self, bias, terms)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ class Rounded4:
 
         Every group's range is cut by the share that leaves the smallest squared error.
         """
+        rows = max(1, _AT_ONCE // weight.shape[1])
+        parts = [cls._of(part) for part in weight.split(rows)]
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    @classmethod
+    def _of(cls, weight: Tensor) -> Rounded4:
         groups = weight.float().unflatten(1, (-1, GROUP))  # [N, G, GROUP]
         low, high = groups.amin(-1), groups.amax(-1)
         best = torch.full_like(low, torch.inf)
@@ -103,10 +112,6 @@ class Rounded4:
     def to(self, device: torch.device) -> Rounded4:
         """The same on a device."""
         return Rounded4(self.values.to(device), self.scales.to(device), self.zeros.to(device))
-
-    def layer(self, bias: Tensor | None, terms: int) -> Int4Linear:
-        """A linear layer of it; its activations are bfloat16, whatever `terms`."""
-        return Int4Linear(self, bias)
 
 
 Rounded = Rounded8 | Rounded4
@@ -155,6 +160,22 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8, terms={self.terms}"
+
+
+class Int8Embedding(nn.Module):
+    """A table of embeddings with a scale for each: ids [...] -> float32 [..., W]."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Rounded8) -> None:
+        super().__init__()
+        self.register_buffer("values", weight.values, persistent=False)
+        self.register_buffer("scale", weight.scale, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.values[ids] * self.scale[ids][..., None]
+        return out
 
 
 class Int4Linear(nn.Module):
@@ -237,17 +258,22 @@ def _multiply(rows: Tensor, packed: Any, most: int | None = None) -> Tensor:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def layers(model: nn.Module, mode: Mode) -> Iterator[tuple[str, nn.Linear, type[Rounded8] | type[Rounded4]]]:
-    """The linear layers that a mode rounds: name, layer, and how its weight is rounded.
+def layers(model: nn.Module, mode: Mode) -> Iterator[tuple[str, nn.Module, type[Rounded8] | type[Rounded4]]]:
+    """What a mode rounds: name, layer, and how its weight is rounded; the largest first.
 
-    All of image encoder, Q-Former and language model, the head included. In "int4" the language model's are in 4 bits
-    but for its head, all others in 8.
+    All linear layers of image encoder, Q-Former and language model, its head included, and its word embeddings. In
+    "int4" the linear layers of the language model are in 4 bits but for its head, all others in 8.
     """
+    found: list[tuple[str, nn.Module, Tensor]] = []
     for name, module in model.named_modules():
-        part = name.split(".", 1)[0]
-        if isinstance(module, nn.Linear) and part in ("vision", "qformer", "language"):
-            four = mode == "int4" and part == "language" and name != "language.lm_head"
-            yield name, module, Rounded4 if four and module.in_features % GROUP == 0 else Rounded8
+        inside = name.split(".", 1)[0] in ("vision", "qformer", "language")
+        if inside and (isinstance(module, nn.Linear) or name in WORDS):
+            assert isinstance(module, nn.Linear | nn.Embedding)
+            found.append((name, module, module.weight))
+    # what rounding takes besides is largest for the largest, and least is there yet when they come first
+    for name, module, weight in sorted(found, key=lambda each: -each[2].numel()):
+        four = mode == "int4" and name.startswith("language.") and name not in (*WORDS, "language.lm_head")
+        yield name, module, Rounded4 if four and weight.shape[1] % GROUP == 0 else Rounded8
 
 
 def terms(name: str) -> int:
@@ -262,15 +288,23 @@ def terms(name: str) -> int:
 def quantize(
     model: nn.Module, mode: Mode, read: Callable[[str, type[Rounded]], Rounded] | None = None
 ) -> None:
-    """Put rounded layers in the place of a model's linear layers, one at a time. In place.
+    """Put rounded layers in the place of a model's, one at a time. In place.
 
     Args:
         model: in eval mode. With `read` its weights need not be there; biases come later, by load_state_dict.
         mode: "int8" or "int4".
         read: gives a layer's weight rounded, by the layer's name; None: the model's own weights are rounded.
     """
-    for name, linear, kind in list(layers(model, mode)):
-        weight = kind.of(linear.weight.detach()) if read is None else read(name, kind)
-        bias = None if linear.bias is None else linear.bias.detach()
+    for name, layer, kind in list(layers(model, mode)):
+        assert isinstance(layer, nn.Linear | nn.Embedding)
+        weight = kind.of(layer.weight.detach()) if read is None else read(name, kind)
         above, _, last = name.rpartition(".")
-        setattr(model.get_submodule(above), last, weight.layer(bias, terms(name)))
+        setattr(model.get_submodule(above), last, _layer(layer, weight, terms(name)))
+
+
+def _layer(layer: nn.Linear | nn.Embedding, weight: Rounded, terms: int) -> nn.Module:
+    if isinstance(layer, nn.Embedding):
+        assert isinstance(weight, Rounded8)
+        return Int8Embedding(weight)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return Int8Linear(weight, bias, terms) if isinstance(weight, Rounded8) else Int4Linear(weight, bias)

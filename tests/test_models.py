@@ -51,8 +51,7 @@ def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> Non
         if (kind := rounded.get(name.removesuffix(".weight"))) is not None:
             stored += values.numel() * (1 if kind is Rounded8 else models.INT4_BYTES)
         else:
-            stored += values.numel() * (2 if name.endswith(("embed_tokens.weight", "shared.weight")) else 4)
-
+            stored += values.numel() * 4
     assert known._weight_bytes(mode) == pytest.approx(stored, rel=0.03)
     assert known.memory_bytes(mode) < known.memory_bytes("bf16")
 

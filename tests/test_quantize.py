@@ -21,7 +21,17 @@ from blip2.checkpoint import (
     save_model,
 )
 from blip2.model import Blip2, Blip2Matcher
-from blip2.quantize import GROUP, MODES, Int4Linear, Int8Linear, Mode, Rounded4, Rounded8, levels
+from blip2.quantize import (
+    GROUP,
+    MODES,
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    Mode,
+    Rounded4,
+    Rounded8,
+    levels,
+)
 from blip2.t5 import T5
 
 
@@ -105,7 +115,8 @@ def test_four_bits_compute_with_the_weights_they_stand_for() -> None:
 
 @pytest.mark.parametrize("kind", [Rounded8, Rounded4])
 def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: type[Rounded8] | type[Rounded4]) -> None:
-    layer = kind.of(drawn(48, 2 * GROUP)).layer(drawn(48, seed=1), 2)
+    weight, bias = kind.of(drawn(48, 2 * GROUP)), drawn(48, seed=1)
+    layer = Int8Linear(weight, bias, 2) if isinstance(weight, Rounded8) else Int4Linear(weight, bias)
     x = outliers(33, 2 * GROUP)
     together = layer(x)
     assert all(torch.equal(layer(x[i : i + 1]), together[i : i + 1]) for i in range(33))
@@ -114,9 +125,15 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: type[Rounded8] |
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back_as_it_went_in(dtype: torch.dtype) -> None:
-    for kind in (Rounded8, Rounded4):
-        out = kind.of(drawn(16, GROUP)).layer(None, 2)(drawn(3, GROUP, seed=1).to(dtype))
+    weight = drawn(16, GROUP)
+    for layer in (Int8Linear(Rounded8.of(weight), None, 2), Int4Linear(Rounded4.of(weight), None)):
+        out = layer(drawn(3, GROUP, seed=1).to(dtype))
         assert out.dtype == dtype and bool(out.isfinite().all())
+
+
+def test_a_rounded_table_gives_the_embeddings_it_stands_for() -> None:
+    weight, ids = drawn(50, 64), torch.tensor([[3, 49, 3], [0, 7, 1]])
+    assert torch.equal(Int8Embedding(Rounded8.of(weight))(ids), Rounded8.of(weight).float()[ids])
 
 
 def test_a_token_of_zeros_gives_the_bias() -> None:
@@ -143,7 +160,7 @@ def test_every_model_can_be_rounded(variants: dict[str, Path], variant: str, mod
     assert not any(isinstance(part, nn.Linear) for part in rounded.vision.layers.modules())
     expected, found = outputs(exact), outputs(rounded)
     # models of random weights are rough: every layer doubles what the one before was off
-    assert (found - expected).norm() / expected.norm() < 0.25
+    assert (found - expected).norm() / expected.norm() < 0.3
     assert not torch.equal(found, expected)
 
 

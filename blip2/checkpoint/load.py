@@ -197,11 +197,6 @@ def build(
             target = dtypes[_part(ours)]
             if target == torch.float16 and ours.endswith(_OVERFLOWS):
                 target = torch.float32
-            if quantize is not None and ours in (
-                _OPT_WORDS,
-                _T5_WORDS,
-            ):  # a table: nothing is computed with it
-                target = min(target, tensors.info(stored).dtype, key=lambda kind: kind.itemsize)
             as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
             state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
     if tied:
