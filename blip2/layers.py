@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +74,49 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
 
 
+@lru_cache(maxsize=1)
+def _processor_has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def slow(weight: Tensor) -> bool:
+    """Whether products with a weight are slow for want of instructions: bf16 on a processor without them."""
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not _processor_has_bf16()
+
+
+_WIDE_FROM = 8  # rows; with fewer, reading the weight is what takes the time
+_AT_ONCE = 256  # outputs whose weights are widened together: 4 MB of them at OPT-6.7B's width
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, but where bf16 is slow the weight is widened a block at a time, and the sums are fp32's.
+
+    On a processor with AVX2 that is six times as fast at 677 rows of 4096 values, an image's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        rows = x.numel() // self.in_features
+        if rows < _WIDE_FROM or not slow(self.weight) or torch.is_grad_enabled():
+            return super().forward(x)
+        flat = x.reshape(rows, self.in_features).float()
+        out = x.new_empty(rows, self.out_features)
+        widened = flat.new_empty(min(_AT_ONCE, self.out_features), self.in_features)
+        bias = out.new_zeros(self.out_features) if self.bias is None else self.bias
+        for start in range(0, self.out_features, _AT_ONCE):
+            these = slice(start, min(start + _AT_ONCE, self.out_features))
+            block = widened[: these.stop - start].copy_(self.weight[these])
+            out[:, these] = torch.addmm(bias[these].float(), flat, block.mT)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them: [..., width] -> [..., width]."""
 
     def __init__(self, width: int, inner: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
+        self.fc1 = Linear(width, inner)
+        self.fc2 = Linear(inner, width)
         self.activation = ACTIVATION[activation]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig
-from blip2.layers import ACTIVATION, Context, Tail
+from blip2.layers import ACTIVATION, Context, Linear, Tail
 from blip2.opt import Opt
 from blip2.qformer import QFormer
 from blip2.t5 import T5
@@ -25,7 +25,7 @@ class Blip2(nn.Module):
         self.config = config
         self.vision = ImageEncoder(config.vision)
         self.qformer = QFormer(config.qformer, config.num_query_tokens)
-        self.projection = nn.Linear(config.qformer.hidden_size, config.language.hidden_size)
+        self.projection = Linear(config.qformer.hidden_size, config.language.hidden_size)
         self.language: Opt | T5
         if isinstance(config.language, OptConfig):
             self.language = Opt(config.language)
@@ -188,7 +188,7 @@ class TextHead(nn.Module):
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.activation = ACTIVATION[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -209,9 +209,9 @@ class Blip2Matcher(nn.Module):
         width, shared = config.qformer.hidden_size, config.image_text_hidden_size
         self.vision = ImageEncoder(config.vision)
         self.qformer = QFormer(config.qformer, config.num_query_tokens, words=True)
-        self.vision_projection = nn.Linear(width, shared)
-        self.text_projection = nn.Linear(width, shared)
-        self.itm_head = nn.Linear(width, 2)
+        self.vision_projection = Linear(width, shared)
+        self.text_projection = Linear(width, shared)
+        self.itm_head = Linear(width, 2)
         self.itg_head = TextHead(config.qformer) if itg else None
         self.temp = nn.Parameter(torch.tensor(0.07)) if itg else None  # the contrastive loss's temperature
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.config import OptConfig
-from blip2.layers import ACTIVATION, Context, Tail, attend, merge_heads, split_heads
+from blip2.layers import ACTIVATION, Context, Linear, Tail, attend, merge_heads, split_heads
 
 POSITION_OFFSET = 2  # OPT's position table begins with two entries no position uses
 
@@ -21,10 +21,10 @@ class SelfAttention(nn.Module):
     def __init__(self, config: OptConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
@@ -68,8 +68,8 @@ class Layer(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
         self.self_attn = SelfAttention(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.fc1 = nn.Linear(config.hidden_size, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.ffn_dim)
+        self.fc2 = Linear(config.ffn_dim, config.hidden_size)
         self.activation = ACTIVATION[config.activation_function]
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Opt(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import QFormerConfig
-from blip2.layers import ACTIVATION, attend, merge_heads, split_heads
+from blip2.layers import ACTIVATION, Linear, attend, merge_heads, split_heads
 
 
 class Projections(nn.Module):
@@ -19,9 +19,9 @@ class Projections(nn.Module):
 
     def __init__(self, width: int, read_width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(read_width, width)
-        self.value = nn.Linear(read_width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(read_width, width)
+        self.value = Linear(read_width, width)
 
 
 class AddNorm(nn.Module):
@@ -29,7 +29,7 @@ class AddNorm(nn.Module):
 
     def __init__(self, config: QFormerConfig, inner: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, config.hidden_size)
+        self.dense = Linear(inner, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
@@ -61,7 +61,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATION[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:

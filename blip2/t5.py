@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import T5Config
-from blip2.layers import ACTIVATION, Context, Tail, attend, merge_heads, split_heads
+from blip2.layers import ACTIVATION, Context, Linear, Tail, attend, merge_heads, split_heads
 
 
 class Norm(nn.Module):
@@ -41,10 +41,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.num_heads
         inner = config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, S, D] of x [B, S, W]."""
@@ -64,11 +64,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gated = config.is_gated_act
         if self.gated:
-            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_0 = Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = Linear(config.d_model, config.d_ff, bias=False)
         else:
-            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+            self.wi = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
         self.activation = ACTIVATION[config.dense_act_fn]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class T5(nn.Module):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie()
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import VisionConfig
-from blip2.layers import FeedForward, attend, merge_heads
+from blip2.layers import FeedForward, Linear, attend, merge_heads, slow
 
 
 class SelfAttention(nn.Module):
@@ -16,8 +16,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.projection = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
@@ -79,7 +79,7 @@ class ImageEncoder(nn.Module):
                 f"images are {pixels.shape[-1]}x{pixels.shape[-2]} px but the image encoder takes {size}x{size}; "
                 "resize them, or pass interpolate=True"
             )
-        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # [B, W, h, w]
+        patches = self._patches(pixels)
         positions = self.positions(patches.shape[-2], patches.shape[-1])
         x = torch.cat(
             [self.class_embedding.expand(len(pixels), -1, -1), patches.flatten(2).mT], dim=1
@@ -94,6 +94,16 @@ class ImageEncoder(nn.Module):
             x = layer(x)
         out: Tensor = self.post_layernorm(x)
         return out
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """Pixels -> patches [B, W, h, w]."""
+        embedding = self.patch_embedding
+        if not slow(embedding.weight):
+            out: Tensor = embedding(pixels.to(embedding.weight.dtype))
+            return out
+        weight, bias = (None if part is None else part.float() for part in (embedding.weight, embedding.bias))
+        assert weight is not None
+        return F.conv2d(pixels.float(), weight, bias, embedding.stride).to(embedding.weight.dtype)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1, rows * columns + 1, W] for a grid of patches, bicubic from the stored square."""
