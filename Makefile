@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 FILES := blip2 tests docs default_model benchmarks
 RUN ?= runs/default
-STAGES := vision see queries language stage1 stage2 spelling finetune export
+STAGES := vision see queries language stage1 stage2 spelling seeing finetune export
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-full lint format types docs default-model clean

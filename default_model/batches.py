@@ -165,8 +165,16 @@ class VisionBatches:
 class SceneBatches:
     """Scenes, what has its middle in the part of the image each query answers for, and what each is to say."""
 
-    def __init__(self, folder: Path, words: Tokenizers, batch: int = 100) -> None:
-        self.batch, self.seeded = batch, _Seeded("seen")
+    def __init__(
+        self,
+        folder: Path,
+        words: Tokenizers,
+        same: dict[str, Tensor] | None = None,
+        name: str = "seen",
+        batch: int = 100,
+    ) -> None:
+        """`same`: what every batch holds besides."""
+        self.batch, self.same, self.seeded = batch, same or {}, _Seeded(name)
         self.pictures = Pictures(folder, 0.0, (2, 3, 3, 3))
         self.phrases, self.speller = VisionBatches(folder, 0, 0).phrases, Speller(words.language)
 
@@ -182,7 +190,8 @@ class SceneBatches:
             part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in scene.objects])
             place[owners] = middles
         spelled = torch.tensor([self.speller.spell(scene) for scene in scenes])
-        return {"pixels": pixels_of(list(scenes)), "parts": parts, "places": places, "spelled": spelled}
+        drawn = {"pixels": pixels_of(list(scenes)), "parts": parts, "places": places, "spelled": spelled}
+        return drawn | self.same
 
 
 class SeenBatches:

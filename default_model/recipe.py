@@ -60,7 +60,7 @@ def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
     return Blip2Config(VISION, qformer, language, QUERIES, image_token_id)
 
 
-# Steps fit two cores in about four hours altogether. Batches are in batches.py beside what they hold.
+# Steps fit two cores in about five hours altogether. Batches are in batches.py beside what they hold.
 _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, save_every_s=120)
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
@@ -73,6 +73,7 @@ VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_step
 SEEN = 400  # hundreds of scenes whose features are kept
 QUERIES_OPTIONS = replace(_COMMON, steps=900, lr=6e-4, min_lr=1e-5, warmup_steps=30)
 SPELLING_OPTIONS = replace(_COMMON, steps=2_300, lr=1e-3, min_lr=1e-5, warmup_steps=30)
+SEEING_OPTIONS = replace(_COMMON, steps=2_000, lr=7e-4, min_lr=1e-6, warmup_steps=60)
 LANGUAGE_OPTIONS = replace(_COMMON, steps=3_500, lr=1e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=1_700, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)

@@ -222,10 +222,21 @@ def train_spelling(folder: Path, steps: int | None, device: str) -> None:
     _train(task, data, recipe.SPELLING_OPTIONS, folder / "spelling", steps, device)
 
 
+def train_seeing(folder: Path, steps: int | None, device: str) -> None:
+    words = Tokenizers.load(folder)
+    model = generator(folder, words)
+    speller = SpellingModel(model)
+    _load(speller, folder / "spelling")
+    model.language.tie()
+    data = SceneBatches(folder, words, {"bags": Speller(words.language).bags}, "seeing", batch=64)
+    task = Spelling(speller, train_vision=True, muon_scale=recipe.FINETUNE_MUON_SCALE)
+    _train(task, data, recipe.SEEING_OPTIONS, folder / "seeing", steps, device)
+
+
 def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
     model = generator(folder, words)
-    _load(model, folder / "spelling", "model.")
+    _load(model, folder / "seeing", "model.")
     model.language.tie()
     # The language model learns too: one as small as this, frozen, does not make up for what the queries leave open.
     task = Finetune(model, vision_layer_decay=0.8, train_language=True, muon_scale=recipe.FINETUNE_MUON_SCALE)
@@ -255,6 +266,7 @@ STAGES = {
     "stage2": train_stage2,
     "stage2-raw": train_stage2_raw,
     "spelling": train_spelling,
+    "seeing": train_seeing,
     "finetune": train_finetune,
     "export": export,
 }

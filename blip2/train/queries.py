@@ -84,16 +84,20 @@ class SpellingModel(nn.Module):
 class Spelling(Task):
     """Queries that say what is in an image in words the language model has learned to read in their place.
 
-    Trains the Q-Former and the projection; image encoder and language model are frozen.
+    Trains the Q-Former and the projection, with `train_vision` the image encoder too; the language model is frozen.
 
     Batch: pixels [B, 3, S, S] (or features [B, N, W]); bags int64 [C, K], all that a query can say, each a bag of
     tokens, -1 where there are fewer than K; spelled int64 [B, Q], which of them each query is to say.
     """
 
-    def __init__(self, speller: SpellingModel, *, muon_scale: float | None = None) -> None:
+    def __init__(
+        self, speller: SpellingModel, *, train_vision: bool = False, muon_scale: float | None = None
+    ) -> None:
         self.module = self.speller = speller
         self.model, self.muon_scale = speller.model, muon_scale
-        train_only(speller, [self.model.qformer, self.model.projection])
+        self.train_vision = train_vision
+        trained: list[nn.Module] = [self.model.qformer, self.model.projection]
+        train_only(speller, [*trained, self.model.vision] if train_vision else trained)
         speller.log_scale.requires_grad_(True)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -104,6 +108,7 @@ class Spelling(Task):
         assert isinstance(model.language, Opt)
         with torch.no_grad():
             words = bag_embeddings(model.language, batch["bags"]).float()  # [C, W]
+        with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
             features = batch["features"] if "features" in batch else model.vision(batch["pixels"])
         said = model.project(model.qformer(features)).float()  # [B, Q, W]
         # The likelihood of Gaussians around the words: the length is learned with the direction.

@@ -103,7 +103,7 @@ def seen(
 ) -> batches.SceneBatches:
     monkeypatch.setattr(batches, "read_table", lambda: cutouts.rows)
     monkeypatch.setattr(spelling, "standard", lambda: language)
-    made = batches.SceneBatches(Path(), words, batch=6)
+    made = batches.SceneBatches(Path(), words, {"bags": torch.tensor([[1]])}, batch=6)
     made.pictures.composer = composer
     return made
 
@@ -111,7 +111,7 @@ def seen(
 def test_queries_answer_for_the_things_whose_middles_their_parts_hold(seen: batches.SceneBatches) -> None:
     batch, rng = seen[3], seen.seeded.at(3)
     phrases = {number: phrase for phrase, number in seen.phrases.items()}
-    assert batch["parts"].shape == (6, 16)
+    assert batch["parts"].shape == (6, 16) and torch.equal(batch["bags"], torch.tensor([[1]]))
     for parts, places, spelled in zip(batch["parts"], batch["places"], batch["spelled"], strict=True):
         scene = seen.pictures.draw(rng)
         assert isinstance(scene, Scene)
