@@ -75,13 +75,14 @@ def attend(
 
 
 @lru_cache(maxsize=1)
-def _processor_has_bf16() -> bool:
+def processor_has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 by itself."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def slow(weight: Tensor) -> bool:
     """Whether products with a weight are slow for want of instructions: bf16 on a processor without them."""
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not _processor_has_bf16()
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not processor_has_bf16()
 
 
 _WIDE_FROM = 8  # rows; with fewer, reading the weight is what takes the time

@@ -18,7 +18,7 @@ from default_model import easyvqa, language, recipe
 from default_model.colours import COLOURS
 from default_model.materials import Cutouts, read_table
 from default_model.scenes import SHAPES, Composer, Scene
-from default_model.spelling import Speller
+from default_model.spelling import Spelled, Speller
 
 IGNORED = -100
 CROWDED = (12, 18, 28, 42)  # more things to name for the same work
@@ -163,7 +163,7 @@ class VisionBatches:
 
 
 class SceneBatches:
-    """Scenes, what has its middle in the part of the image each query answers for, and what each is to say."""
+    """Pictures, what has its middle in the part of the image each query answers for, and what each is to say."""
 
     def __init__(
         self,
@@ -172,26 +172,33 @@ class SceneBatches:
         same: dict[str, Tensor] | None = None,
         name: str = "seen",
         batch: int = 100,
+        easy_share: float = 0.0,
     ) -> None:
-        """`same`: what every batch holds besides."""
+        """`same`: what every batch holds besides. easy-VQA's images have no parts: they are only spelled."""
         self.batch, self.same, self.seeded = batch, same or {}, _Seeded(name)
-        self.pictures = Pictures(folder, 0.0, (2, 3, 3, 3))
+        self.pictures = Pictures(folder, easy_share, (2, 3, 3, 3))
         self.phrases, self.speller = VisionBatches(folder, 0, 0).phrases, Speller(words.language)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
-        scenes = [s for s in (self.pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
-        parts = torch.full((len(scenes), recipe.QUERIES), -1)
-        places = torch.full((len(scenes), recipe.QUERIES, 2), 0.5)
-        for part, place, scene in zip(parts, places, scenes, strict=True):
-            boxes = torch.tensor([placed.box for placed in scene.objects])
-            middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * scene.side)
-            owners = parts_of(middles, recipe.QUERIES)
-            part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in scene.objects])
-            place[owners] = middles
-        spelled = torch.tensor([self.speller.spell(scene) for scene in scenes])
-        drawn = {"pixels": pixels_of(list(scenes)), "parts": parts, "places": places, "spelled": spelled}
-        return drawn | self.same
+        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
+        parts = torch.full((len(pictures), recipe.QUERIES), -1)
+        places = torch.full((len(pictures), recipe.QUERIES, 2), 0.5)
+        for part, place, scene in zip(parts, places, pictures, strict=True):
+            if isinstance(scene, Scene):
+                boxes = torch.tensor([placed.box for placed in scene.objects])
+                middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * scene.side)
+                owners = parts_of(middles, recipe.QUERIES)
+                part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in scene.objects])
+                place[owners] = middles
+        spelled = torch.tensor([self.speller.ways(picture) for picture in pictures])  # [B, A, Q, S]
+        return {
+            "pixels": pixels_of(pictures),
+            "parts": parts,
+            "places": places,
+            "spelled": spelled,
+            **self.same,
+        }
 
 
 class SeenBatches:
@@ -283,7 +290,7 @@ class TextBatches:
         self.folder, self.words, self.batch, self.seeded = folder, words, batch, _Seeded("text")
         self.speller = Speller(words.language)
         self.easy: list[easyvqa.EasyImage] = []
-        self.pool: tuple[int, list[list[tuple[list[int], Row]]]] = (
+        self.pool: tuple[int, list[list[tuple[Spelled, Row]]]] = (
             -1,
             [],
         )  # the last one made, and its number
@@ -306,10 +313,10 @@ class TextBatches:
         }
         return spelled | pad([row for _, row in chosen], self.words.language.pad_id)
 
-    def _row(self, rng: random.Random) -> tuple[list[int], Row]:
+    def _row(self, rng: random.Random) -> tuple[Spelled, Row]:
         if rng.random() < 0.125:
             ids = self.words.language.encode(next(language.text_corpus(rng)))
-            return self.speller.nothing, (ids, [IGNORED, *ids[1:]])
+            return self.speller.spell(None), (ids, [IGNORED, *ids[1:]])
         if rng.random() < EASY_SHARE:
             picture: Scene | easyvqa.EasyImage = rng.choice(self.easy)
         else:

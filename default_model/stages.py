@@ -8,6 +8,7 @@
     stage2      captions through the frozen language model          -> DIR/stage2
     stage2-raw  the same without stage 1, for the comparison        -> DIR/stage2-raw
     spelling    the queries say pictures in these words             -> DIR/spelling
+    seeing      the same with the image encoder trained too         -> DIR/seeing
     finetune    captions, questions and chat, all parts trained     -> DIR/finetune
     export      the two folders that ship with the package          -> DIR/default, DIR/default-matcher
 
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from blip2.checkpoint.save import save_model
 from blip2.config import QFormerConfig
+from blip2.layers import processor_has_bf16
 from blip2.model import Blip2, Blip2Matcher
 from blip2.opt import Opt
 from blip2.qformer import QFormer
@@ -51,6 +53,7 @@ from blip2.train.tasks import Finetune, Stage1, Stage2
 from blip2.vision import ImageEncoder
 from default_model import recipe
 from default_model.batches import (
+    EASY_SHARE,
     CaptionBatches,
     InstructionBatches,
     MatchBatches,
@@ -82,8 +85,8 @@ def main() -> None:
 def _train(
     task: Task, data: Dataset, options: FitOptions, folder: Path, steps: int | None, device: str
 ) -> None:
-    # Many CPUs have no bfloat16 of their own and take ten times as long in it.
-    precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" else "bf16"
+    # A CPU without bfloat16 of its own takes ten times as long in it, one that has it half as long.
+    precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" and not processor_has_bf16() else "bf16"
     options = replace(options, steps=steps or options.steps, device=device, precision=precision)
     result = fit(task, data, options, folder)
     if not result.finished:
@@ -228,7 +231,7 @@ def train_seeing(folder: Path, steps: int | None, device: str) -> None:
     speller = SpellingModel(model)
     _load(speller, folder / "spelling")
     model.language.tie()
-    data = SceneBatches(folder, words, {"bags": Speller(words.language).bags}, "seeing", batch=64)
+    data = SceneBatches(folder, words, {"bags": Speller(words.language).bags}, "seeing", 64, EASY_SHARE)
     task = Spelling(speller, train_vision=True, muon_scale=recipe.FINETUNE_MUON_SCALE)
     _train(task, data, recipe.SEEING_OPTIONS, folder / "seeing", steps, device)
 

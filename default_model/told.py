@@ -15,7 +15,7 @@ import torch
 from blip2.generate import GenerationOptions, generate
 from blip2.opt import Opt
 from blip2.text import CAPTION_PROMPT, question_prompt
-from blip2.train.pretrain import bag_embeddings
+from blip2.train.pretrain import bag_embeddings, say
 from default_model import evaluation, stages
 from default_model.batches import Tokenizers
 from default_model.language import standard
@@ -41,23 +41,23 @@ def main() -> None:
     composer = Composer(Cutouts.load(arguments.folder))
 
     @torch.inference_mode()
-    def say(scene: Scene, prompt: str) -> str:
-        prefix = spoken[speller.spell(scene)].unsqueeze(0)  # [1, Q, W]
+    def said(scene: Scene, prompt: str) -> str:
+        prefix = say(spoken, torch.tensor([speller.spell(scene)]))  # [1, Q, W]
         ids = torch.tensor([words.language.encode(prompt)])
-        said = generate(model, prefix, ids, None, GREEDY)
-        return words.language.decode(said.ids[0]).strip()
+        written = generate(model, prefix, ids, None, GREEDY)
+        return words.language.decode(written.ids[0]).strip()
 
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for scene in evaluation.multi_scenes(composer, arguments.limit):
-        caption = say(scene, CAPTION_PROMPT)
+        caption = said(scene, CAPTION_PROMPT)
         total["captions, every object named"] += 1
         right["captions, every object named"] += all(
             evaluation.names_object(caption, each.noun, composer.nouns) for each in scene.objects
         )
     for scene, qa in evaluation.unseen_questions(composer, standard(), arguments.limit):
         total[f"questions, {qa.kind}"] += 1
-        right[f"questions, {qa.kind}"] += say(scene, question_prompt(qa.question)) == qa.answer
+        right[f"questions, {qa.kind}"] += said(scene, question_prompt(qa.question)) == qa.answer
     for name in total:
         print(f"{name:32} {right[name] / total[name]:6.1%}")
 

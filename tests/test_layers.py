@@ -16,7 +16,7 @@ from blip2.model import Blip2
 
 @pytest.fixture(params=[True, False], ids=["with", "without"])
 def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(layers, "_processor_has_bf16", lambda: request.param)
+    monkeypatch.setattr(layers, "processor_has_bf16", lambda: request.param)
     return bool(request.param)
 
 

@@ -115,8 +115,8 @@ class LanguagePretrain(Task):
     """The language model on text alone.
 
     Batch: input_ids int64 [B, T]; optionally attention_mask [B, T] (absent: rows packed full) and labels int64 [B, T],
-    -100 = no target (absent: every token that is no padding); bags int64 [C, K] and spelled int64 [B, Q], what stands
-    where an image's queries will stand: for each its number among C bags of up to K tokens, see `bag_embeddings`.
+    -100 = no target (absent: every token that is no padding); bags int64 [C, K] and spelled int64 [B, Q, S], what stands
+    where an image's queries will stand: the numbers of up to S among C bags of up to K tokens, see `say`.
     """
 
     def __init__(self, language: Opt, *, muon_scale: float | None = None) -> None:
@@ -133,7 +133,7 @@ class LanguagePretrain(Task):
             labels = ids if mask is None else ids.masked_fill(mask == 0, losses.IGNORED)
         embeddings = self.language.embed(ids)
         if (spelled := batch.get("spelled")) is not None:
-            prefix = bag_embeddings(self.language, batch["bags"])[spelled]  # [B, Q, W]
+            prefix = say(bag_embeddings(self.language, batch["bags"]), spelled)  # [B, Q, W]
             embeddings = torch.cat([prefix, embeddings], dim=1)
             labels = F.pad(labels, (prefix.shape[1], 0), value=losses.IGNORED)
             mask = None if mask is None else F.pad(mask, (prefix.shape[1], 0), value=1)
@@ -147,6 +147,14 @@ class LanguagePretrain(Task):
 def bag_embeddings(language: Opt, bags: Tensor) -> Tensor:
     """Bags of tokens, int64 [C, K], -1 where there are fewer -> the sum of each one's word embeddings [C, W]."""
     return (language.embed(bags.clamp(min=0)) * (bags >= 0).unsqueeze(-1)).sum(1)
+
+
+def say(words: Tensor, spelled: Tensor) -> Tensor:
+    """What queries say at once: the sum of up to S of the words [C, W], int64 [..., S], -1 where fewer -> [..., W]."""
+    out = words.new_zeros(*spelled.shape[:-1], words.shape[-1])
+    for number in spelled.unbind(-1):
+        out = out + words[number.clamp(min=0)] * (number >= 0).unsqueeze(-1)
+    return out
 
 
 def mimetic(vision: ImageEncoder, seed: int) -> None:
