@@ -25,7 +25,7 @@ def language_config(vocab_size: int, eos_token_id: int) -> OptConfig:
     return OptConfig(
         vocab_size=vocab_size,
         hidden_size=256,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=8,
         ffn_dim=768,
         max_position_embeddings=256,
