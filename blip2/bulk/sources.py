@@ -184,7 +184,7 @@ def _column(source: str, names: Sequence[str], wanted: Sequence[str]) -> str:
 def _tar(source: str) -> Iterator[Item]:
     with tarfile.open(source, "r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members = []  # else every header stays in memory
+            archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
             if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
                 yield Item(f"{source}/{member.name}", source, member.offset_data, member.size)
 
