@@ -54,11 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
         "blip2 caption photo.jpg --temperature 0.8 --top-p 0.9 --seed 1",
         "curl -s https://example.org/photo.jpg | blip2 caption -",
         "blip2 caption photo.jpg --model opt-6.7b-coco --dtype bf16",
+        "blip2 caption photos/ --out captions.jsonl",
+        "blip2 caption shards/*.tar rows.parquet --out captions.parquet --match",
     )
     caption.add_argument("images", nargs="+", metavar="IMAGE", help=INPUTS)
     _add_model(caption)
     _add_decoding(caption, length_penalty=1.0, prompt=True)
     _add_output(caption, several=True, stream=True)
+    _add_bulk(caption)
 
     ask = command(
         "ask",
@@ -304,6 +307,51 @@ def _add_output(
         )
     if several or stream:
         group.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _add_bulk(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "many images (docs/bulk.md): --out, with lists, .tar shards and tables as IMAGE too"
+    )
+    group.add_argument(
+        "--out",
+        metavar="PATH",
+        help="write there and go on where an earlier run stopped: .jsonl, .csv, .parquet, .json (COCO's results), "
+        ".tar (webdataset), or a folder for a .txt beside each image",
+    )
+    formats = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
+    group.add_argument("--format", choices=formats, help="where the name of --out does not tell")
+    group.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="only these files of folders"
+    )
+    group.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="not these")
+    group.add_argument(
+        "--existing",
+        choices=("skip", "overwrite", "append", "prepend"),
+        default="skip",
+        help="what to do with text files that are there; overwrite makes a finished output anew (default: skip)",
+    )
+    group.add_argument("--prefix", default="", metavar="TEXT", help="stands before each text")
+    group.add_argument("--suffix", default="", metavar="TEXT", help="stands after each text")
+    group.add_argument(
+        "--questions", metavar="FILE", help="answer these about each image instead, a question a line"
+    )
+    group.add_argument(
+        "--num-captions",
+        dest="num_return_sequences",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="the same as --num-return-sequences",
+    )
+    group.add_argument("--score", action="store_true", help="the log-probability of each text too")
+    group.add_argument("--match", action="store_true", help="how well each text fits, by the matcher")
+    group.add_argument(
+        "--keep-best", action="store_true", help="keep the text that fits best, by the matcher"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
+    group.add_argument("--shard", metavar="I/N", help="the I-th of N equal parts of the inputs, from 1")
+    group.add_argument("--dry-run", action="store_true", help="count inputs and estimate the time only")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -101,7 +101,102 @@ def caption(args: argparse.Namespace) -> int:
     options = _decoding(args)
     if args.prompt is not None:
         options["prompt"] = args.prompt
+    if args.out is not None:
+        return _bulk(args, options)
     return _write(args, "caption", options)
+
+
+def _bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Captions of any number of images into a file or folder."""
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from blip2.bulk import BulkError, Settings, caption_all, estimate, list_items
+    from blip2.bulk.describe import describer, fingerprint, shrinker
+    from blip2.bulk.journal import GO_ON
+    from blip2.bulk.outputs import format_of
+    from blip2.bulk.run import Progress, part_of
+
+    if args.stream or args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise ValueError("--out takes no --stream, and a --batch-size and a --limit of at least 1")
+    out = Path(args.out)
+    kind = format_of(out, args.format)
+    questions: list[str] = []
+    if args.questions is not None:
+        questions = [line.strip() for line in Path(args.questions).read_text("utf-8").splitlines()]
+        questions = [line for line in questions if line]
+        if not questions or "prompt" in options:
+            raise ValueError("--questions needs a file with a question a line, and goes without --prompt")
+    if options["do_sample"] and options["seed"] is None:
+        raise BulkError("sampling into a file needs --seed: else no run could be repeated or gone on with")
+
+    def listed() -> Iterator[Any]:
+        items = list_items(args.images, include=args.include, exclude=args.exclude)
+        return part_of(items, limit=args.limit, shard=args.shard)
+
+    listed()  # complains of a wrong --shard before a model is loaded
+    model = _load(args)
+    if args.match or args.keep_best:
+        _ = model.matcher  # says now where there is none
+    describe = describer(
+        model,
+        options,
+        questions=questions,
+        prefix=args.prefix,
+        suffix=args.suffix,
+        score=args.score,
+        match=args.match,
+        keep_best=args.keep_best,
+    )
+    prepare = shrinker(model, match=args.match or args.keep_best)
+    if args.dry_run:
+        count, seconds = estimate(listed(), describe, prepare=prepare, batch_size=args.batch_size)
+        _print(f"{count:,} inputs, about {_duration(seconds)} on this machine; nothing was written")
+        return DONE
+    made_with = options | {
+        "model": args.model,
+        "weights": fingerprint(model),
+        "dtype": args.dtype,
+        "quantize": args.quantize,
+        "questions": questions,
+        "prefix": args.prefix,
+        "suffix": args.suffix,
+        "score": args.score,
+        "match": args.match,
+        "keep_best": args.keep_best,
+        "format": kind,
+        "shard": args.shard,
+    }
+    settings = Settings(
+        out=out,
+        kind=kind,
+        made_with=made_with,
+        existing=args.existing,
+        batch_size=args.batch_size,
+        threads=min(8, os.cpu_count() or 1),
+    )
+    with tqdm(unit=" images", disable=args.quiet, mininterval=1) as bar:
+
+        def show(progress: Progress) -> None:
+            bar.set_postfix(failed=progress.failed, before=progress.before, refresh=False)
+            bar.update(progress.done - bar.n)
+
+        try:
+            done = caption_all(listed(), settings, describe, prepare=prepare, progress=show)
+        except KeyboardInterrupt:
+            complain(f"stopped; what was done is kept, {GO_ON}")
+            return 130
+    if not args.quiet:
+        total = done.done + done.before
+        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed", file=sys.stderr)
+    return SOME_FAILED if done.failed else DONE
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def ask(args: argparse.Namespace) -> int:

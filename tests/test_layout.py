@@ -71,12 +71,13 @@ MAY_IMPORT = {
     "predict": "checkpoint config generate images inputs layers matching model models quantize results text",
     "doctor": "checkpoint.inspection models",
     "data": "images text",
+    "bulk": "images inputs predict",
     "train": "config layers vision qformer opt t5 model data checkpoint",
     "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",
-    "commands": "bench checkpoint doctor generate images inputs models predict",
+    "commands": "bench bulk checkpoint doctor generate images inputs models predict",
 }
-FOLDERS = {"data", "train"}
+FOLDERS = {"bulk", "data", "train"}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

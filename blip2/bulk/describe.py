@@ -1,0 +1,94 @@
+"""What a model says about a batch of images in a bulk run: captions or answers, scored and matched as asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from blip2.bulk.journal import Row
+from blip2.bulk.run import Describe, Prepare
+
+if TYPE_CHECKING:
+    from blip2.predict import Predictor
+
+
+def describer(
+    model: Predictor,
+    options: dict[str, Any],
+    *,
+    questions: Sequence[str] = (),
+    prefix: str = "",
+    suffix: str = "",
+    score: bool = False,
+    match: bool = False,
+    keep_best: bool = False,
+) -> Describe:
+    """A function from images to the rows of their texts.
+
+    Args:
+        options: as `Predictor.caption` takes them, or `.ask` where there are questions.
+        questions: all are asked about each image, which is read once.
+        prefix, suffix: stand around each text.
+        score: the rows hold the log-probability of the whole text too.
+        match: the rows hold the probability that text and image fit (ITM), by the model's matcher.
+        keep_best: of an image's texts only the one that fits best is kept.
+    """
+
+    def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
+        size = len(images)
+        if questions:
+            encoded = model.encode(list(images), batch_size=size)
+            answers = [(q, model.ask(encoded, q, batch_size=size, **options)) for q in questions]
+            said = [
+                [("answer", q, text) for q, found in answers for text in _listed(found[i])]
+                for i in range(size)
+            ]
+        else:
+            captions = model.caption(list(images), batch_size=size, **options)
+            said = [[("caption", "", text) for text in _listed(found)] for found in captions]
+        return [rows(image, texts) for image, texts in zip(images, said, strict=True)]
+
+    def rows(image: Image.Image, said: list[tuple[str, str, Any]]) -> list[Row]:
+        out: list[Row] = []
+        fits = model.match(image, [str(text) for _, _, text in said]) if match or keep_best else []
+        for i, (kind, question, text) in enumerate(said):
+            row: Row = {"question": question} if question else {}
+            row |= {kind: f"{prefix}{text}{suffix}", "score": text.score}
+            if score:
+                row["logprob"] = sum(text.token_logprobs)
+            if fits:
+                row["match"] = fits[i].probability
+            out.append(row)
+        return [max(out, key=lambda row: float(row["match"]))] if keep_best else out
+
+    return describe
+
+
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def shrinker(model: Predictor, *, match: bool) -> Prepare:
+    """Makes waiting images as small as the model takes them; resizing to the same size again changes nothing."""
+    processing = model.generator.processing
+    if match and (model.matcher.processing.size, model.matcher.processing.resample) != (
+        processing.size,
+        processing.resample,
+    ):
+        return lambda image: image
+    return lambda image: image.resize(
+        (processing.size, processing.size), Image.Resampling(processing.resample)
+    )
+
+
+@torch.inference_mode()
+def fingerprint(model: Predictor) -> str:
+    """Tells models apart that go by one name: a digest of every tensor's name, shape and first values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,186 @@
+"""A journal's rows as the file or folder a user asked for: written beside its place, handed to the disk, renamed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from blip2.bulk.journal import BulkError, Row, disk_error
+
+FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
+_BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
+SHARD = 10_000  # images in a webdataset shard
+
+
+def format_of(out: Path, asked: str | None) -> str:
+    """The format of a name: that of its suffix, text files beside the images for a folder."""
+    if asked is not None:
+        return asked
+    if out.suffix.lower() in _BY_SUFFIX:
+        return _BY_SUFFIX[out.suffix.lower()]
+    if out.suffix and not out.is_dir():
+        raise BulkError(f"--out {out}: what format is {out.suffix}? Name it: --format {' or '.join(FORMATS)}")
+    return "txt"
+
+
+def state_folder(out: Path, kind: str) -> Path:
+    """Where the journal of an output lies."""
+    return out / ".blip2" if kind == "txt" else out.parent / f".{out.name}.blip2"
+
+
+def sidecar(name: str, root: str, out: Path) -> Path:
+    """The text file of an image in the folder `out`, which mirrors the image's folder or is that folder itself."""
+    inner = os.path.relpath(name, root) if root else name.lstrip("/")
+    return out / (os.path.splitext(inner.replace("..", "__"))[0] + ".txt")
+
+
+def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
+    """Write all rows in a format of `FORMATS`; until all of it is on the disk the old output stays.
+
+    Raises:
+        BulkError: the disk refuses, or pyarrow is missing.
+    """
+    try:
+        if kind == "txt":
+            for row in rows:
+                if "texts" in row:
+                    _write_sidecar(row)
+        elif kind == "webdataset":
+            _webdataset(rows, out)
+        elif kind == "parquet":
+            _parquet(rows, out)
+        else:
+            with _replacing(out) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+                {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
+                text.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(out, error) from error
+
+
+def flat(rows: Iterable[Row]) -> Iterator[Row]:
+    """One row a text, as `--json` prints them, and the hash of the image's bytes."""
+    for row in rows:
+        if "error" in row:
+            yield {"image": row["image"], "error": row["error"]}
+        for text in row.get("texts", ()):
+            yield {"image": row["image"], **text, "hash": row["hash"]}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            yield file
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _line(value: Any) -> str:
+    # A file name that is no UTF-8 holds surrogates: as escapes the line stays JSON and the name exact.
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text)
+
+
+def _jsonl(rows: Iterable[Row], file: TextIO) -> None:
+    for row in flat(rows):
+        file.write(_line(row) + "\n")
+
+
+_COLUMNS = ("image", "question", "caption", "answer", "score", "logprob", "match", "hash", "error")
+
+
+def _csv(rows: Iterable[Row], file: TextIO) -> None:
+    table = csv.DictWriter(file, _COLUMNS)
+    table.writeheader()
+    for row in flat(rows):
+        table.writerow({k: v.encode(errors="backslashreplace").decode() if isinstance(v, str) else v
+                        for k, v in row.items()})  # fmt: skip
+
+
+def _coco(rows: Iterable[Row], file: TextIO) -> None:
+    """COCO's results file: [{"image_id", "caption"}, ...]; failed images are not in it."""
+    file.write("[")
+    comma = ""
+    for row in rows:
+        for text in row.get("texts", ())[:1]:
+            said = {
+                "image_id": row.get("id", row["image"]),
+                "caption": text.get("caption", text.get("answer")),
+            }
+            file.write(comma + _line(said))
+            comma = ",\n"
+    file.write("]\n")
+
+
+def _parquet(rows: Iterable[Row], out: Path) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise BulkError("parquet needs pyarrow; pip install 'blip2[bulk]'") from None
+    numbers = ("score", "logprob", "match")
+    schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
+    with _replacing(out) as file:
+        with pq.ParquetWriter(file, schema) as writer:
+            block: list[Row] = []
+            for row in flat(rows):
+                block.append({k: v.encode(errors="backslashreplace").decode() if isinstance(v, str) else v
+                              for k, v in row.items()})  # fmt: skip
+                if len(block) == 10_000:
+                    writer.write_table(pa.Table.from_pylist(block, schema))
+                    block = []
+            writer.write_table(pa.Table.from_pylist(block, schema))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_sidecar(row: Row) -> None:
+    said = "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
+    content = row.get("before", "") + said + row.get("after", "") + "\n"
+    with _replacing(Path(row["sidecar"])) as file:
+        file.write(content.encode("utf-8", "surrogateescape"))
+
+
+def _webdataset(rows: Iterable[Row], out: Path) -> None:
+    """Shards OUT-000000.tar ...: each image as it was, its captions as .txt and its row as .json."""
+    some: list[Row] = []
+    number = 0
+    for row in rows:
+        if "texts" in row:
+            some.append(row)
+        if len(some) == SHARD:
+            _shard(some, out, number)
+            some, number = [], number + 1
+    if some or not number:
+        _shard(some, out, number)
+
+
+def _shard(rows: list[Row], out: Path, number: int) -> None:
+    with _replacing(out.with_name(f"{out.stem}-{number:06d}.tar")) as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for i, row in enumerate(rows, number * SHARD):
+                path, start, size = row["at"]
+                with open(path, "rb") as source:
+                    source.seek(start)
+                    image = source.read(size)
+                said = "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
+                record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
+                suffix = os.path.splitext(row["image"])[1].lower()
+                for ending, content in ((suffix, image), (".txt", said.encode()), (".json", record.encode())):
+                    member = tarfile.TarInfo(f"{i:09d}{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())

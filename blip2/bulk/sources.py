@@ -1,0 +1,214 @@
+"""What is to be captioned, listed lazily: folders, lists, tar shards, tables and COCO's JSON, in any mixture.
+
+An `Item` says where an image is; its bytes are read when it is its turn, so a list of any length costs no memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import glob
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blip2.bulk.journal import BulkError
+from blip2.images import ImageError
+from blip2.inputs import SUFFIXES
+
+LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
+PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
+BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "png")
+MAX_BYTES = 512 * 2**20  # of one image file
+
+
+class Item(NamedTuple):
+    """One image to caption.
+
+    name: what its rows are called; two items of one name are the same input.
+    path: the file that holds it, and of that file `size` bytes from `start`; size -1: all of it.
+    content: the bytes themselves, where a table brought them.
+    id: the number that COCO's files give it.
+    root: the folder its name is kept relative to in a mirror folder.
+    """
+
+    name: str
+    path: str
+    start: int = 0
+    size: int = -1
+    content: bytes | None = None
+    id: int | str | None = None
+    root: str = ""
+
+    def read(self) -> bytes:
+        """The bytes of the image file. Raises ImageError where they cannot be read."""
+        if self.content is not None:
+            return self.content
+        path = Path(self.path)
+        try:
+            if not path.is_file():  # a pipe or a device would make reading wait
+                raise ImageError(f"{self.name}: no such file" + (" (a folder?)" if path.is_dir() else ""))
+            if (path.stat().st_size if self.size < 0 else self.size) > MAX_BYTES:
+                raise ImageError(f"{self.name}: the file is larger than {MAX_BYTES >> 20} MiB")
+            with path.open("rb") as file:
+                file.seek(self.start)
+                return file.read(self.size)
+        except OSError as error:
+            raise ImageError(
+                f"{self.name}: cannot be read ({error.strerror or 'input/output error'})"
+            ) from error
+        except ValueError as error:  # a NUL character in it
+            raise ImageError(f"{self.name!r} is no valid path") from error
+
+
+def list_items(
+    sources: Sequence[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Iterator[Item]:
+    """All images of the sources, in an order that is the same every time.
+
+    Args:
+        sources: folders (searched through), image files, patterns, .txt lists of paths, .tar shards, .csv, .tsv and
+            .parquet tables with a column of paths or bytes, .json as COCO's or a list of rows, .jsonl.
+        include, exclude: patterns for the files of folders, such as '*.jpg' or 'train/*'.
+
+    Raises:
+        BulkError: a list or table that cannot be read; the message names it.
+    """
+    for source in sources:
+        path = Path(source)
+        if not path.exists() and glob.has_magic(source):
+            found = sorted(glob.glob(source, recursive=True))
+            if not found:
+                raise BulkError(f"{source}: no file matches this pattern")
+            for each in found:
+                yield from _of_path(each, include, exclude)
+        else:
+            yield from _of_path(source, include, exclude)
+
+
+def _of_path(source: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Item]:
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        yield from _folder(source, include, exclude)
+    elif suffix in SUFFIXES or suffix not in (*LISTS, *TABLES, ".tar", ".json", ".jsonl"):
+        yield Item(source, source, root=os.path.dirname(source))
+    elif not path.is_file():
+        raise BulkError(f"{source}: no such file or folder")
+    else:
+        try:
+            yield from _inside(source, suffix)
+        except (OSError, UnicodeDecodeError, tarfile.TarError, csv.Error) as error:
+            raise BulkError(
+                f"{source}: cannot be read to its end ({error}); repair or leave it out"
+            ) from error
+
+
+def _folder(folder: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Item]:
+    for place, names, files in os.walk(folder):
+        names.sort()
+        for name in sorted(files):
+            path = os.path.join(place, name)
+            inner = os.path.relpath(path, folder)
+            if include:
+                wanted = any(_fits(inner, pattern) for pattern in include)
+            else:
+                wanted = os.path.splitext(name)[1].lower() in SUFFIXES
+            if wanted and not any(_fits(inner, pattern) for pattern in exclude):
+                yield Item(path, path, root=folder)
+
+
+def _fits(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(os.path.basename(path), pattern)
+
+
+def _inside(source: str, suffix: str) -> Iterator[Item]:
+    root = os.path.dirname(source)
+    if suffix in LISTS:
+        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for line in file:
+                if line := line.rstrip("\r\n"):
+                    path = os.path.join(root, line)
+                    yield Item(path, path, root=root)
+    elif suffix == ".tar":
+        yield from _tar(source)
+    elif suffix == ".parquet":
+        yield from _parquet(source)
+    elif suffix in (".csv", ".tsv"):
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            rows: Any = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+            _column(source, rows.fieldnames or (), PATH_COLUMNS)
+            yield from (_row(row, source, i) for i, row in enumerate(rows, 1))
+    elif suffix == ".jsonl":
+        with open(source, encoding="utf-8") as file:
+            for i, line in enumerate(file, 1):
+                if line.strip():
+                    yield _row(_json(line, f"{source}, line {i}"), source, i)
+    else:
+        content = _json(Path(source).read_text(encoding="utf-8"), source)
+        rows = content.get("images") if isinstance(content, dict) else content
+        if not isinstance(rows, list):
+            raise BulkError(f"{source}: expected COCO's object with `images`, or a list of rows")
+        yield from (_row(row, source, i) for i, row in enumerate(rows, 1))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BulkError(f"{where}: no valid JSON ({error})") from error
+
+
+def _row(row: Any, source: str, place: int) -> Item:
+    if isinstance(row, str):
+        row = {"image": row}
+    value = next((row[key] for key in PATH_COLUMNS if row.get(key)), None) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        raise BulkError(f"{source}, row {place} names no image; expected one of {', '.join(PATH_COLUMNS)}")
+    root = os.path.dirname(source)
+    path = os.path.join(root, value)
+    number = row.get("id", row.get("image_id"))
+    return Item(path, path, id=number if isinstance(number, int | str) else None, root=root)
+
+
+def _column(source: str, names: Sequence[str], wanted: Sequence[str]) -> str:
+    for name in wanted:
+        if name in names:
+            return name
+    raise BulkError(f"{source} has the columns {', '.join(names)}; expected one of {', '.join(wanted)}")
+
+
+def _tar(source: str) -> Iterator[Item]:
+    with tarfile.open(source, "r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+            if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+                yield Item(f"{source}/{member.name}", source, member.offset_data, member.size)
+
+
+def _parquet(source: str) -> Iterator[Item]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise BulkError(f"{source}: parquet needs pyarrow; pip install 'blip2[bulk]'") from None
+    root = os.path.dirname(source)
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            column = _column(source, file.schema_arrow.names, PATH_COLUMNS + BYTES_COLUMNS)
+            place = 0
+            for batch in file.iter_batches(batch_size=64, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    place += 1
+                    # Hugging Face's image columns hold {"bytes": ..., "path": ...}
+                    content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+                    if isinstance(content, str):
+                        path = os.path.join(root, content)
+                        yield Item(path, path, root=root)
+                    else:
+                        yield Item(f"{source}#{place}", source, content=content or b"")
+    except pyarrow.ArrowException as error:
+        raise BulkError(f"{source}: no parquet file that can be read ({error})") from error

@@ -1,0 +1,327 @@
+"""Bulk captioning: sources, outputs, and that no kill, full disk or second run changes the result."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import signal
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import blip2
+from blip2.bulk import BulkError, Item, Settings, caption_all, list_items
+from blip2.bulk.journal import Index, Journal, Row
+from blip2.bulk.run import part_of
+from blip2.cli import main
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_folder(folder: Path, count: int) -> Path:
+    """Images of which every tenth is damaged and every seventh the first one again."""
+    folder.mkdir()
+    for i in range(count):
+        content = b"\x89PNG damaged" if i % 10 == 9 else png(0 if i % 7 == 6 else i)
+        (folder / f"{i:05}.png").write_bytes(content)
+    return folder
+
+
+def say(images: Sequence[Image.Image]) -> list[list[Row]]:
+    """A caption that depends on the image, and a score that depends on all images in the batch."""
+    digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    together = int(hashlib.sha256("".join(digests).encode()).hexdigest()[:8], 16)
+    time.sleep(0.001)
+    return [[{"caption": digest[:8], "score": float(together)}] for digest in digests]
+
+
+def settings(out: Path, **changes: Any) -> Settings:
+    return Settings(**{"out": out, "kind": "jsonl", "made_with": {"model": "m"}, "batch_size": 4, **changes})
+
+
+def run(folder: Path, out: Path, **changes: Any) -> list[Row]:
+    caption_all(list_items([str(folder)]), settings(out, **changes), say)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+# --- survival ---
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.full)])
+def test_kills_change_nothing(kills: int, tmp_path: Path) -> None:
+    folder, straight, out = (
+        make_folder(tmp_path / "in", 120),
+        tmp_path / "straight.jsonl",
+        tmp_path / "out.jsonl",
+    )
+    begin = time.perf_counter()
+    rows = run(folder, straight)
+    whole = time.perf_counter() - begin
+    assert [row["image"] for row in rows] == sorted(map(str, folder.iterdir()))
+    rng = random.Random(kills)
+    landed = finished = 0
+    while landed < kills:
+        child = os.fork()
+        if child == 0:
+            caption_all(list_items([str(folder)]), settings(out), say)
+            os._exit(0)
+        time.sleep(rng.random() * whole * 0.6)  # in recovery too: it comes first
+        os.kill(child, signal.SIGKILL)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        landed += killed
+        assert not out.exists() or out.read_bytes() == straight.read_bytes()  # never half of it
+        if out.exists():  # begin anew, until enough kills have landed
+            finished += 1
+            run(folder, out)
+            out.unlink()
+            (tmp_path / ".out.jsonl.blip2" / "journal").unlink()
+    run(folder, out)
+    assert out.read_bytes() == straight.read_bytes()
+
+
+def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 12), tmp_path / "out.jsonl"
+    run(folder, out)
+    expected, journal = out.read_bytes(), tmp_path / ".out.jsonl.blip2" / "journal"
+    whole = journal.read_bytes()
+    for cut in range(0, len(whole), 37):
+        journal.write_bytes(whole[:cut])
+        out.unlink()
+        run(folder, out)
+        assert (out.read_bytes(), journal.read_bytes()) == (expected, whole)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    journal.write_bytes(damaged)
+    run(folder, out)
+    assert journal.read_bytes() == whole
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    folder, out, straight = (
+        make_folder(tmp_path / "in", 40),
+        tmp_path / "out.jsonl",
+        tmp_path / "straight.jsonl",
+    )
+    run(folder, straight)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        try:
+            caption_all(list_items([str(folder)]), settings(out), say)
+        except BulkError as error:
+            os._exit(0 if "disk is full" in str(error) and "same command" in str(error) else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not out.exists()
+    run(folder, out)
+    assert out.read_bytes() == straight.read_bytes()
+
+
+def test_a_second_run_and_other_settings_are_refused(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 5), tmp_path / "out.jsonl"
+    run(folder, out)
+    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    with pytest.raises(BulkError, match="another run"):
+        run(folder, out)
+    journal.close()
+    with pytest.raises(BulkError, match="model was 'm', now 'n'"):
+        run(folder, out, made_with={"model": "n"})
+    run(folder, out, made_with={"model": "m"})
+
+
+def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 15), tmp_path / "out.jsonl"
+    seen: list[bytes] = []
+
+    def count(images: Sequence[Image.Image]) -> list[list[Row]]:
+        seen.extend(image.tobytes() for image in images)
+        return say(images)
+
+    for _ in range(2):
+        caption_all(list_items([str(folder)]), settings(out), count)
+    assert len(seen) == len(set(seen)) == 12  # of 15 one is damaged and two are the first again
+    (folder / "00002b.png").write_bytes(png(0))
+    (folder / "new.png").write_bytes(png(99))
+    done = caption_all(list_items([str(folder), str(folder / "new.png")]), settings(out), count)
+    assert (done.done, done.before, len(seen)) == (2, 15, 13)
+    names = [json.loads(line)["image"] for line in out.read_text().splitlines()]
+    assert len(names) == len(set(names)) == 17
+
+
+def test_memory_does_not_grow(tmp_path: Path) -> None:
+    content, alive = png(1), []
+
+    def many() -> Iterator[Item]:
+        for i in range(3000):
+            alive.append(i)
+            yield Item(f"{i}", "", content=content + str(i).encode())  # a PNG with something behind its end
+
+    def check(images: Sequence[Image.Image]) -> list[list[Row]]:
+        described.extend(images)
+        ahead.append(len(alive) - len(described))
+        return [[{"caption": "x", "score": 0.0}]] * len(images)
+
+    described: list[Any] = []
+    ahead: list[int] = []
+    caption_all(many(), settings(tmp_path / "out.jsonl", batch_size=50), check)
+    assert len(described) == 3000 and max(ahead) < 256 + 4 * 50
+
+
+@pytest.mark.full
+def test_ten_million_names_are_listed_and_looked_up(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.txt"
+    with rows.open("w") as file:
+        file.writelines(f"folder/{i:08}.jpg\n" for i in range(10_000_000))
+    names = Index()
+    from blip2.bulk.run import _new
+
+    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 10_000_000
+    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 0  # all known; reading a journal of as many rows is not measured here
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
+
+
+# --- sources and outputs ---
+
+
+def test_every_source(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    folder = make_folder(tmp_path / "in", 4)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "x.JPG").write_bytes(png(8))
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.add(folder / "00001.png", "00001.png")
+        archive.add(tmp_path / "in" / "deep" / "x.JPG", "notes.txt")
+    (tmp_path / "l.txt").write_text("in/00000.png\nin/00003.png\n")
+    (tmp_path / "t.csv").write_text("id,image\n7,in/00002.png\n")
+    (tmp_path / "c.json").write_text(json.dumps({"images": [{"id": 3, "file_name": "in/00001.png"}]}))
+    pq.write_table(pa.table({"image": [{"bytes": png(5)}]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"path": ["in/00002.png"]}), tmp_path / "p.parquet")
+
+    def found(*sources: str, **patterns: Any) -> list[tuple[str, bytes]]:
+        items = list_items([str(tmp_path / source) for source in sources], **patterns)
+        return [(os.path.relpath(item.name, tmp_path), item.read()) for item in items]
+
+    images = {
+        name: (folder / name).read_bytes() for name in ("00000.png", "00001.png", "00002.png", "00003.png")
+    }
+    assert [name for name, _ in found("in")] == [*(f"in/{name}" for name in images), "in/deep/x.JPG"]
+    assert [name for name, _ in found("in", exclude=["deep/*", "*2.png"])] == [
+        "in/00000.png", "in/00001.png", "in/00003.png"]  # fmt: skip
+    assert [name for name, _ in found("in", include=["*.JPG"])] == ["in/deep/x.JPG"]
+    assert found("s.tar", "l.txt", "t.csv", "c.json", "b.parquet", "p.parquet") == [
+        ("s.tar/00001.png", images["00001.png"]),
+        ("in/00000.png", images["00000.png"]),
+        ("in/00003.png", images["00003.png"]),
+        ("in/00002.png", images["00002.png"]),
+        ("in/00001.png", images["00001.png"]),
+        ("b.parquet#1", png(5)),
+        ("in/00002.png", images["00002.png"]),
+    ]
+    for name, content in (("x.csv", "a,b\n1,2\n"), ("x.json", "{"), ("x.parquet", "no"), ("x.tar", "no")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(BulkError, match=name):
+            found(name)
+
+
+def test_shards_are_all_of_it() -> None:
+    items = [Item(str(i), "") for i in range(10)]
+    parts = [[*part_of(items, shard=f"{i}/3")] for i in (1, 2, 3)]
+    assert sorted(item for part in parts for item in part) == items
+    for wrong in ("0/3", "4/3", "x"):
+        with pytest.raises(ValueError, match="--shard"):
+            part_of(items, shard=wrong)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "coco", "webdataset"])
+def test_files(kind: str, tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 10), tmp_path / "out.x"
+    rows = run(folder, tmp_path / "o.jsonl")
+    caption_all(list_items([str(folder)]), settings(out, kind=kind), say)
+    if kind == "csv":
+        import csv
+
+        table = list(csv.DictReader(out.open()))
+        assert [row["caption"] for row in table[:9]] == [row["caption"] for row in rows[:9]]
+        assert "damaged" in table[9]["error"] or table[9]["error"]
+    elif kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = parquet.read_table(out).to_pylist()
+        assert [row["caption"] for row in table] == [row.get("caption") for row in rows]
+    elif kind == "coco":
+        assert json.loads(out.read_text()) == [
+            {"image_id": row["image"], "caption": row["caption"]} for row in rows[:9]
+        ]
+    else:
+        with tarfile.open(tmp_path / "out-000000.tar") as archive:
+            assert len(archive.getnames()) == 27
+            assert archive.extractfile("000000000.png").read() == png(0)  # type: ignore[union-attr]
+            assert archive.extractfile("000000003.txt").read().decode() == rows[3]["caption"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("existing", "expected"),
+    [("skip", "old"), ("overwrite", "{}"), ("append", "old {}"), ("prepend", "{} old")],
+)
+def test_text_files_beside_the_images(existing: str, expected: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", 3)
+    rows = run(folder, tmp_path / "o.jsonl")
+    (folder / "00001.txt").write_text("old\n")
+    for _ in range(1 if existing == "overwrite" else 2):  # a second run adds nothing
+        done = caption_all(list_items([str(folder)]), settings(folder, kind="txt", existing=existing), say)
+        assert done.failed == 0
+        texts = [(folder / f"0000{i}.txt").read_text() for i in range(3)]
+        caption = expected.format(rows[1]["caption"])
+        assert texts == [rows[0]["caption"] + "\n", caption + "\n", rows[2]["caption"] + "\n"]
+
+
+# --- the command ---
+
+
+def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Path, capsys: Any) -> None:
+    model = blip2.load(generator_folder)
+    out, common = tmp_path / "c.jsonl", ["--model", str(generator_folder), "--max-new-tokens", "6", "--quiet"]
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    command = ["caption", str(pictures[0].parent), str(tmp_path / "bad.png"), "--out", str(out), *common]
+    assert main([*command, "--batch-size", "2"]) == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for path, row in zip(pictures, rows):
+        alone = model.caption(path, max_new_tokens=6)
+        assert row == {
+            "image": str(path),
+            "caption": alone,
+            "score": pytest.approx(alone.score, rel=1e-4),
+            "hash": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+    assert [*rows[-1]] == ["image", "error"]
+    assert main([*command, "--beams", "2"]) == 2
+    assert "beams was 5, now 2" in capsys.readouterr().err
+
+    (tmp_path / "q.txt").write_text("what is it?\nhow many?\n")
+    out = tmp_path / "a.jsonl"
+    command = ["caption", str(pictures[0]), "--out", str(out), *common, "--score"]
+    assert main([*command, "--questions", str(tmp_path / "q.txt")]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["question"] for row in rows] == ["what is it?", "how many?"]
+    assert all(row["logprob"] < 0 for row in rows)
+    assert main(["caption", str(pictures[0]), "--out", str(tmp_path / "d.jsonl"), *common, "--dry-run"]) == 0
+    assert "1 inputs" in capsys.readouterr().out and not (tmp_path / "d.jsonl").exists()
