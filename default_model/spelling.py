@@ -33,7 +33,9 @@ _SIGNS = (*COLUMNS, *ROWS, NO_COLOUR, NOTHING)
 
 assert MAX_OBJECTS * WORDS == recipe.QUERIES
 
-Spelled = list[list[int]]  # for each query the numbers of what it says, WORDS of them, -1 where there are fewer
+Spelled = list[
+    list[int]
+]  # for each query the numbers of what it says, WORDS of them, -1 where there are fewer
 
 
 class Speller:
@@ -58,7 +60,9 @@ class Speller:
         """A picture as numbers of choices; with `rng` its places are a little off, as if seen. None: of nothing."""
         things = [] if picture is None else _things(picture)
         if rng is not None:
-            things = [(rng.gauss(x, SEEN_ROUGHLY), rng.gauss(y, SEEN_ROUGHLY), *said) for x, y, *said in things]
+            things = [
+                (rng.gauss(x, SEEN_ROUGHLY), rng.gauss(y, SEEN_ROUGHLY), *said) for x, y, *said in things
+            ]
         return self._listed(sorted(things, key=lambda thing: thing[0]))
 
     def ways(self, picture: Scene | EasyImage) -> list[Spelled]:

@@ -115,8 +115,8 @@ class LanguagePretrain(Task):
     """The language model on text alone.
 
     Batch: input_ids int64 [B, T]; optionally attention_mask [B, T] (absent: rows packed full) and labels int64 [B, T],
-    -100 = no target (absent: every token that is no padding); bags int64 [C, K] and spelled int64 [B, Q, S], what stands
-    where an image's queries will stand: the numbers of up to S among C bags of up to K tokens, see `say`.
+    -100 = no target (absent: every token that is no padding); bags int64 [C, K] and spelled int64 [B, Q, S], what
+    stands where an image's queries will stand: the numbers of up to S among C bags of up to K tokens, see `say`.
     """
 
     def __init__(self, language: Opt, *, muon_scale: float | None = None) -> None:

@@ -15,7 +15,7 @@ from blip2.text import Tokenizer
 from blip2.train.pretrain import LanguagePretrain, initialise
 from default_model import batches, spelling
 from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, pad, same
-from default_model.easyvqa import EasyImage
+from default_model.easyvqa import EasyImage, middle
 from default_model.language import Language
 from default_model.materials import Cutouts
 from default_model.scenes import Composer, Placed, Scene
@@ -143,6 +143,7 @@ def test_a_picture_is_spelled_from_left_to_right(words: Tokenizers, seen: batche
     )
     image, patches = np.zeros((128, 128, 3), np.uint8), np.full((8, 8), -1, np.int8)
     scene, speller = Scene(0, "train", image, objects, "", patches), seen.speller
+
     def words_of(spelled: spelling.Spelled) -> list[list[str]]:
         return [[speller.choices[i] for i in row if i >= 0] for row in spelled]
 
@@ -204,3 +205,12 @@ def test_the_language_model_reads_pictures_in_words(
     assert told.isfinite() and not torch.equal(told, other)
     told.backward()
     assert lm.layers[0].fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("box", [(0, 0, 6, 6), (40, 10, 64, 20), (31, 33, 37, 64)])
+def test_the_middle_of_easy_vqas_shape_is_read_off_its_pixels(box: tuple[int, int, int, int]) -> None:
+    left, top, right, bottom = box
+    image = np.full((64, 64, 3), (250, 240, 244), np.uint8)
+    image[top:bottom, left:right] = (255, 255, 0)
+    assert middle(image) == ((left + right) / 128, (top + bottom) / 128)
+    assert middle(np.full((64, 64, 3), 200, np.uint8)) == (0.5, 0.5)

@@ -154,8 +154,12 @@ def test_queries_learn_to_say_what_is_there_in_the_language_models_words(
             batch = super().__getitem__(position)
             bags = torch.tensor([[3, -1], [4, 5], [6, 7], [8, -1]])
             said = batch["parts"] % 4
-            way = torch.stack([said, torch.where(said == 2, 3, -1)], dim=-1)  # one of them is said with another
-            spelled = torch.stack([way.flip(1), way], dim=1)  # [B, 2, Q, 2]: there are two ways, one of them is seen
+            way = torch.stack(
+                [said, torch.where(said == 2, 3, -1)], dim=-1
+            )  # one of them is said with another
+            spelled = torch.stack(
+                [way.flip(1), way], dim=1
+            )  # [B, 2, Q, 2]: there are two ways, one of them is seen
             return {"pixels": batch["pixels"], "bags": bags, "spelled": spelled}
 
     task = Spelling(speller, train_vision=train_vision)
