@@ -194,7 +194,7 @@ def test_ten_million_names_are_listed_and_looked_up(tmp_path: Path) -> None:
     from blip2.bulk.run import _new
 
     assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 10_000_000
-    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 0  # all known; reading a journal of as many rows is not measured here
+    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 0  # all known
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
 
 
