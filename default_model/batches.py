@@ -191,7 +191,7 @@ class SceneBatches:
                 owners = parts_of(middles, recipe.QUERIES)
                 part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in scene.objects])
                 place[owners] = middles
-        spelled = torch.tensor([self.speller.ways(picture) for picture in pictures])  # [B, A, Q, S]
+        spelled = torch.tensor([self.speller.spell(picture) for picture in pictures])  # [B, Q, 4]
         return {
             "pixels": pixels_of(pictures),
             "parts": parts,

@@ -2,8 +2,8 @@
 
 BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where. One that has seen
 thousands gets this from its first weights (`stand`) and a short pre-training (`QueryPretrain`): a query says what has
-its middle in its part of the image, and where exactly. `Spelling` then makes a list of it, in words that the language
-model reads already: what it goes through in order it neither loses nor repeats.
+its middle in its part of the image, and where exactly. `Spelling` then has it say this in words that the language model
+reads already.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Spelling(Task):
     Trains the Q-Former and the projection, with `train_vision` the image encoder too; the language model is frozen.
 
     Batch: pixels [B, 3, P, P] (or features [B, N, W]); bags int64 [C, K], all that a query can say, each a bag of
-    tokens, -1 where there are fewer than K; spelled int64 [B, A, Q, S], which up to S of them each query is to say at
-    once, in A ways of which the nearest counts: two things above each other have no order from left to right.
+    tokens, -1 where there are fewer than K; spelled int64 [B, Q, S], which up to S of them each query is to say
+    at once.
     """
 
     def __init__(
@@ -112,19 +112,15 @@ class Spelling(Task):
         with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
             features = batch["features"] if "features" in batch else model.vision(batch["pixels"])
         said = model.project(model.qformer(features)).float()  # [B, Q, W]
-        ways = say(words, spelled)  # [B, A, Q, W]
-        apart = (said.unsqueeze(1) - ways).square().sum(-1)  # [B, A, Q]
-        nearest = apart.sum(-1).argmin(1)
-        rows = torch.arange(len(said), device=said.device)
-        spelled, distance = spelled[rows, nearest], apart[rows, nearest].mean()  # [B, Q, S]
+        whole = say(words, spelled)  # [B, Q, W]
+        distance = (said - whole).square().sum(-1).mean() / words.square().sum(1).mean()
         # Each word by itself, what is said beside it taken away: [M, W], M words in all.
         told = spelled >= 0
-        others = ways[rows, nearest].unsqueeze(2) - words[spelled.clamp(min=0)]  # [B, Q, S, W]
+        others = whole.unsqueeze(2) - words[spelled.clamp(min=0)]  # [B, Q, S, W]
         alone = (said.unsqueeze(2) - others)[told]
         # The likelihood of Gaussians around the words: the length is learned with the direction.
         near = 2 * alone @ words.mT - words.square().sum(1)  # [M, C]
         name = F.cross_entropy(near * self.speller.log_scale.exp(), spelled[told])
-        distance = distance / words.square().sum(1).mean()
         return {"loss": name + distance, "name": name, "distance": distance}
 
 
