@@ -9,6 +9,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,8 @@ from PIL import Image
 
 import blip2
 from blip2.bulk import BulkError, Item, Settings, caption_all, list_items
-from blip2.bulk.journal import Index, Journal, Row
+from blip2.bulk.index import content_key
+from blip2.bulk.journal import Journal, Row
 from blip2.bulk.run import part_of
 from blip2.cli import main
 
@@ -185,17 +188,80 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert len(described) == 3000 and max(ahead) < 256 + 4 * 50
 
 
-@pytest.mark.full
-def test_ten_million_names_are_listed_and_looked_up(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.txt"
-    with rows.open("w") as file:
-        file.writelines(f"folder/{i:08}.jpg\n" for i in range(10_000_000))
-    names = Index()
-    from blip2.bulk.run import _new
+def test_the_index_is_never_believed_over_the_journal(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 12), tmp_path / "out.jsonl"
+    run(folder, out)
+    expected, state = out.read_bytes(), tmp_path / ".out.jsonl.blip2"
+    journal, index = (state / "journal").read_bytes(), (state / "index").read_bytes()
+    other = b"0" * len(index)
+    damaged = [
+        index[:place] + bytes([index[place] ^ 1]) + index[place + 1 :] for place in range(0, len(index), 11)
+    ]
+    for wrong in (b"", other, index + other, *(index[:cut] for cut in range(0, len(index), 11)), *damaged):
+        (state / "index").write_bytes(wrong)
+        assert caption_all(list_items([str(folder)]), settings(out), say).before == 12
+        assert ((state / "journal").read_bytes(), (state / "index").read_bytes()) == (journal, index)
+    (state / "index").unlink()
+    out.unlink()
+    opened = Journal(state, {"model": "m"})
+    assert (opened.before, opened.failed, opened.finished) == (12, 1, True)
+    for row in opened.rows():
+        if "hash" in row:
+            place = opened.contents.get(content_key(row["hash"]))
+            assert place is not None and row["hash"] in [each.get("hash") for each in opened.read(place)]
+    opened.close()
+    (state / "journal").write_bytes(journal[: len(journal) // 2])  # older than its index
+    run(folder, out)
+    assert (out.read_bytes(), (state / "journal").read_bytes()) == (expected, journal)
 
-    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 10_000_000
-    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 0  # all known
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [10_000_000])
+def test_ten_million_rows_are_listed_and_gone_on_with(count: int, tmp_path: Path) -> None:
+    """In a process of its own, up to the first image that is new; what it took is printed."""
+    out, rows = tmp_path / "out.jsonl", tmp_path / "rows.txt"
+    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    with rows.open("w") as file:
+        for i in range(count // 1000):
+            names = [f"folder/{i * 1000 + k:08}.jpg" for k in range(1000)]
+            file.write("\n".join(names) + "\n")
+            journal.add(
+                [
+                    {
+                        "image": str(tmp_path / name),
+                        "hash": f"{(i * 1000 + k + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}" + "0" * 48,
+                        "texts": [{"caption": "a small red square", "score": -0.5}],
+                    }
+                    for k, name in enumerate(names)
+                ]
+            )
+        file.write("folder/new.jpg\n")
+    journal.close()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "new.jpg").write_bytes(png(3))
+    program = f"""
+import resource, sys, time
+from pathlib import Path
+from blip2.bulk import Settings, caption_all, list_items
+
+begin = time.perf_counter()
+
+def first(images):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(len(images), time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss)
+    sys.stdout.flush()
+    raise SystemExit
+
+settings = Settings(out=Path({str(out)!r}), kind="jsonl", made_with={{"model": "m"}})
+caption_all(list_items([{str(rows)!r}]), settings, first)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images, seconds, of_cpu, peak = done.stdout.split()
+    print(
+        f"{count:,} rows: {float(seconds):.0f} s, {float(of_cpu):.0f} s of CPU, {int(peak) / 2**20:.2f} GiB"
+    )
+    assert images == "1" and int(peak) < 2 * 10**9 / 1024
 
 
 # --- sources and outputs ---
