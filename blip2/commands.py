@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -176,9 +177,20 @@ def _bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
         batch_size=args.batch_size,
         threads=min(8, os.cpu_count() or 1),
     )
+    expected: list[int] = []
+
+    def count() -> None:  # beside the run: the time left is shown from when it is through
+        with contextlib.suppress(BulkError):  # the run itself says what is wrong
+            expected.append(sum(1 for _ in listed()))
+
     with tqdm(unit=" images", disable=args.quiet, mininterval=1) as bar:
+        # Not with parquet files: to count their rows is to read the images within them.
+        if not args.quiet and not any(source.lower().endswith(".parquet") for source in args.images):
+            threading.Thread(target=count, daemon=True).start()
 
         def show(progress: Progress) -> None:
+            if expected:
+                bar.total = max(expected[0] - progress.before, progress.done)
             bar.set_postfix(failed=progress.failed, before=progress.before, refresh=False)
             bar.update(progress.done - bar.n)
 

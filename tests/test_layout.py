@@ -20,6 +20,7 @@ PACKAGE = ROOT / "blip2"
 # checkpoint/ is written out because its readers must stay free of everything above them.
 MAY_IMPORT = {
     "config": "",
+    "lock": "",
     "layers": "",
     "quantize": "",
     "images": "config",
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     "checkpoint.load": "checkpoint.dialects checkpoint.hub checkpoint.names checkpoint.rounded_files "
     "checkpoint.source checkpoint.tensors checkpoint.translate config images model quantize text",
     "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
-    "checkpoint.folder": "checkpoint.tensors checkpoint.writers",
+    "checkpoint.folder": "checkpoint.tensors checkpoint.writers lock",
     "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
     "checkpoint.writers config images model text",
     "checkpoint.verify": "checkpoint.load checkpoint.source checkpoint.tensors checkpoint.translate config model",
@@ -71,7 +72,7 @@ MAY_IMPORT = {
     "predict": "checkpoint config generate images inputs layers matching model models quantize results text",
     "doctor": "checkpoint.inspection models",
     "data": "images text",
-    "bulk": "images inputs predict",
+    "bulk": "images inputs lock predict",
     "train": "config layers vision qformer opt t5 model data checkpoint",
     "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",

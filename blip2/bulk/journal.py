@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import zlib
@@ -16,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from blip2.bulk.index import Index, IndexFile, content_key, key_of
+from blip2.lock import lock
 
-NAME, LOCK = "journal", "lock"
+NAME, INDEX, LOCK = "journal", "index", "lock"
 GO_ON = "run the same command again to go on"
 Row = dict[str, Any]
 
@@ -30,6 +30,10 @@ class BulkError(ValueError):
 class Journal:
     """The journal in a folder, opened for this process alone.
 
+    names: of its inputs. contents: where the record of a content that has texts begins.
+    before, failed: how many inputs it has, and how many of these failed.
+    finished: all inputs were done and the output was published.
+
     Raises:
         BulkError: another run has it, or it was begun with other settings.
     """
@@ -39,26 +43,58 @@ class Journal:
         self.path = folder / NAME
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / LOCK).open("wb")
-        if not _lock(self._lock.fileno()):
+        if not lock(self._lock.fileno()):
             self._lock.close()
             raise BulkError(
                 f"{folder}: another run is writing this output; wait for it, or name another --out"
             )
         self._file = self.path.open("ab+")
+        with self.path.open("rb") as written:
+            self._index = IndexFile(folder / INDEX, written)
+        begun = next((record for _, record in self._records(0)), None)
+        self._end = self._index.covered
         self.finished = False
-        begun: Any = None
-        for end, record in self._records():
-            begun = record if begun is None else begun
-            self.finished = record == "end"
-            self._end = end
+        if begun is not None:
+            for line, _ in self._records(self._end, parse=False):
+                self._end += len(line)
+            self._file.seek(max(0, self._end - len(_END)))
+            self.finished = self._file.read(len(_END)) == _END
         if begun is None or (anew and self.finished):
+            self._index.clear()
             self._file.truncate(0)
             self._end = 0
             self.finished = False
-            self._append({"settings": settings})
         else:
             self._file.truncate(self._end)  # a line that a kill has torn
             self._compare(begun["settings"], settings)
+        self._learn()
+        if not self._end:
+            self._append({"settings": settings})
+
+    def _learn(self) -> None:
+        """Names and contents from the index, then from the lines that it lacks."""
+        entries = self._index.entries
+        has = entries["content"] != 0
+        self.names = Index(entries["name"], entries["start"])
+        self.contents = Index(entries["content"][has], entries["start"][has])
+        self.before, self.failed = len(entries), int(entries["failed"].sum())
+        self._index.entries = entries[:0]
+        start = self._index.covered
+        for line, record in self._records(start):
+            self._note(record, line, start)
+            start += len(line)
+
+    def _note(self, record: Any, line: bytes, start: int) -> None:
+        entries = []
+        for row in record if isinstance(record, list) else ():
+            name, content = key_of(row["image"]), content_key(row.get("hash", "0"))
+            self.names.set(name, start)
+            if content:
+                self.contents.set(content, start)
+            entries.append((name, content, start, "error" in row))
+        self.before += len(entries)
+        self.failed += sum(failed for _, _, _, failed in entries)
+        self._index.add(line, entries, start + len(line))
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
@@ -70,31 +106,28 @@ class Journal:
                 f"or remove {self.path.parent}"
             )
 
-    def _records(self) -> Iterator[tuple[int, Any]]:
-        """Every whole record, and where it ends; what follows a damaged one does not count."""
-        end = 0
+    def _records(self, start: int, *, parse: bool = True) -> Iterator[tuple[bytes, Any]]:
+        """Every whole line from `start` on and its record; what follows a damaged one does not count."""
         with self.path.open("rb") as file:
+            file.seek(start)
             for line in file:
                 if line[-1:] != b"\n" or line[8:9] != b" " or line[:8] != _checksum(line[9:-1]):
                     return
-                end += len(line)
-                yield end, json.loads(line[9:-1])
+                yield line, json.loads(line[9:-1]) if parse else None
 
     def rows(self) -> Iterator[Row]:
         """All rows, in the order of the inputs."""
-        for _, record in self._records():
+        for _, record in self._records(0):
             if isinstance(record, list):
                 yield from record
 
-    def add(self, rows: Sequence[Row]) -> int:
-        """Append a batch's rows; they count from here on. Gives where their record begins, for `read`.
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append a batch's rows; they count from here on.
 
         Raises:
             BulkError: the disk is full or refuses.
         """
-        start = self._end
         self._append(list(rows))
-        return start
 
     def read(self, start: int) -> list[Row]:
         """The rows of the record that begins at `start`."""
@@ -103,14 +136,6 @@ class Journal:
             rows: list[Row] = json.loads(file.readline()[9:])
             return rows
 
-    def starts(self) -> Iterator[tuple[int, list[Row]]]:
-        """Every batch: where it begins and its rows."""
-        start = 0
-        for end, record in self._records():
-            if isinstance(record, list):
-                yield start, record
-            start = end
-
     def finish(self) -> None:
         """Write that all inputs are done and the output is published."""
         if not self.finished:
@@ -118,19 +143,20 @@ class Journal:
             self.finished = True
 
     def _append(self, record: Any) -> None:
-        text = json.dumps(record, separators=(",", ":")).encode()  # ASCII: surrogates of odd names survive
-        line = _checksum(text) + b" " + text + b"\n"
+        line = _line(record)
         try:
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise disk_error(self.path, error) from error
+        self._note(record, line, self._end)
         self._end += len(line)
 
     def close(self) -> None:
         """Let another run have it."""
-        for file in (self._file, self._lock):
+        self._index.write()
+        for file in (self._index, self._file, self._lock):
             with contextlib.suppress(OSError):  # what a full disk did not take; it was reported
                 file.close()
 
@@ -142,61 +168,13 @@ def disk_error(path: Path, error: OSError) -> BulkError:
     return BulkError(f"{path}: {what}; what was done is kept. Make room and {GO_ON}")
 
 
+def _line(record: Any) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()  # ASCII: surrogates of odd names survive
+    return _checksum(text) + b" " + text + b"\n"
+
+
 def _checksum(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
 
 
-def _lock(descriptor: int) -> bool:
-    """Take the lock for this process; the system gives it back when the process ends, however it ends."""
-    if os.name != "posix":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def key_of(name: str) -> int:
-    """64 bits of a hash: among ten million names two are taken for one with a chance of 3 in a million."""
-    return int.from_bytes(
-        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
-
-
-class Index:
-    """A map from 64-bit keys to numbers in 16 bytes an entry: a sorted array, and a dict of what came last."""
-
-    def __init__(self, *, recent: int = 1 << 20) -> None:
-        self._keys, self._values = np.empty(0, np.uint64), np.empty(0, np.int64)
-        self._recent: dict[int, int] = {}
-        self._most = recent
-
-    def get(self, key: int) -> int | None:
-        """The number of a key, None where it has none."""
-        if key in self._recent:
-            return self._recent[key]
-        place = int(np.searchsorted(self._keys, np.uint64(key)))
-        return int(self._values[place]) if place < len(self._keys) and int(self._keys[place]) == key else None
-
-    def set(self, key: int, value: int) -> None:
-        """Give a new key its number."""
-        self._recent[key] = value
-        if len(self._recent) >= self._most:
-            keys = np.fromiter(self._recent, np.uint64, len(self._recent))
-            values = np.fromiter(self._recent.values(), np.int64, len(self._recent))
-            keys, values = np.concatenate([self._keys, keys]), np.concatenate([self._values, values])
-            order = np.argsort(keys)
-            self._keys, self._values = keys[order], values[order]
-            self._recent.clear()
-
-    def known(self, keys: Sequence[int]) -> list[bool]:
-        """Which of the keys it holds."""
-        array = np.array(keys, np.uint64)
-        if not len(self._keys):
-            return [key in self._recent for key in keys]
-        places = np.minimum(np.searchsorted(self._keys, array), len(self._keys) - 1)
-        old = (self._keys[places] == array).tolist()
-        return [known or key in self._recent for key, known in zip(keys, old, strict=True)]
+_END = _line("end")

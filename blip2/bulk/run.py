@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from blip2.bulk.journal import Index, Journal, Row, key_of
+from blip2.bulk.index import Index, content_key, key_of
+from blip2.bulk.journal import Journal, Row
 from blip2.bulk.outputs import publish, sidecar, state_folder
 from blip2.bulk.sources import Item
 from blip2.images import ImageError, load_image
@@ -75,30 +76,17 @@ def caption_all(
         state_folder(settings.out, settings.kind), settings.made_with, anew=settings.existing == "overwrite"
     )
     try:
-        names, contents = Index(), Index()
-        before = failed = done = 0
-        for start, rows in journal.starts():
-            for row in rows:
-                names.set(key_of(row["image"]), 0)
-                if "hash" in row and contents.get(int(row["hash"][:16], 16)) is None:
-                    contents.set(int(row["hash"][:16], 16), start)
-                before += 1
-                failed += "error" in row
-        progress(Progress(0, before, failed))
-        fresh = _new(items, names)
-        for batch in _batches(_decoded(fresh, settings, prepare), settings.batch_size, contents):
-            rows = _rows(batch, describe, journal, contents)
-            done += len(rows)
-            failed += sum("error" in row for row in rows)
-            start = journal.add(rows)
-            for row in rows:
-                if "hash" in row and contents.get(int(row["hash"][:16], 16)) is None:
-                    contents.set(int(row["hash"][:16], 16), start)
-            progress(Progress(done, before, failed))
+        done, before = 0, journal.before
+        progress(Progress(0, before, journal.failed))
+        stream = _decoded(_new(items, journal.names), settings, prepare)
+        for batch in _batches(stream, settings.batch_size, journal.contents):
+            journal.add(_rows(batch, describe, journal))
+            done += len(batch)
+            progress(Progress(done, before, journal.failed))
         if done or not journal.finished:
             publish(journal.rows(), settings.out, settings.kind)
             journal.finish()
-        return Progress(done, before, failed)
+        return Progress(done, before, journal.failed)
     finally:
         journal.close()
 
@@ -123,8 +111,11 @@ def _new(items: Iterable[Item], names: Index) -> Iterator[Item]:
     stream = iter(items)
     while some := list(itertools.islice(stream, 256)):
         keys = [key_of(item.name) for item in some]
-        for item, key, known in zip(some, keys, names.known(keys), strict=True):
-            if not known and names.get(key) is None:  # a second time within these
+        known = names.known(keys)
+        if all(known):
+            continue
+        for item, key, old in zip(some, keys, known, strict=True):
+            if not old and names.get(key) is None:  # a second time within these
                 names.set(key, 0)
                 yield item
 
@@ -183,7 +174,7 @@ def _batches(stream: Iterable[_Decoded], size: int, contents: Index) -> Iterator
     unseen: set[str] = set()
     for each in stream:
         batch.append(each)
-        if each.image is not None and contents.get(int(each.row["hash"][:16], 16)) is None:
+        if each.image is not None and contents.get(content_key(each.row["hash"])) is None:
             unseen.add(each.row["hash"])
         if len(unseen) == size or len(batch) == 16 * size:
             yield batch
@@ -192,14 +183,14 @@ def _batches(stream: Iterable[_Decoded], size: int, contents: Index) -> Iterator
         yield batch
 
 
-def _rows(batch: Sequence[_Decoded], describe: Describe, journal: Journal, contents: Index) -> list[Row]:
+def _rows(batch: Sequence[_Decoded], describe: Describe, journal: Journal) -> list[Row]:
     """The batch's finished rows; each content is described once, in this batch or an earlier one."""
     texts: dict[str, list[Row]] = {}
     images: dict[str, Image.Image] = {}
     for each in batch:
         if each.image is None or each.row["hash"] in texts:
             continue
-        place = contents.get(int(each.row["hash"][:16], 16))
+        place = journal.contents.get(content_key(each.row["hash"]))
         earlier = [] if place is None else journal.read(place)
         found = next((row["texts"] for row in earlier if row.get("hash") == each.row["hash"]), None)
         if found is None:

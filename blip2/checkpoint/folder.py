@@ -12,6 +12,7 @@ from typing import Any
 
 from blip2.checkpoint.tensors import CheckpointError
 from blip2.checkpoint.writers import sync
+from blip2.lock import lock
 
 _LOCK = ".lock"
 
@@ -30,8 +31,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     beside = folder.absolute().parent / f".{folder.name}.part"
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        with (beside / _LOCK).open("wb") as lock:
-            if not _lock(lock.fileno()):
+        with (beside / _LOCK).open("wb") as held:
+            if not lock(held.fileno()):
                 raise CheckpointError(f"{folder}: another process is writing it")
             try:
                 _clear(beside)
@@ -49,19 +50,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{folder} cannot be written ({error.strerror or error}); nothing was saved"
         ) from error
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the folder for this process; the system gives it back when the process ends, however it ends."""
-    if os.name != "posix":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _clear(folder: Path) -> None:

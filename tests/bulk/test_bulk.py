@@ -9,6 +9,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,8 +22,9 @@ import pytest
 from PIL import Image
 
 import blip2
-from blip2.bulk import BulkError, Item, Settings, caption_all, list_items
-from blip2.bulk.journal import Index, Journal, Row
+from blip2.bulk import BulkError, Item, Settings, caption_all, list_items, outputs
+from blip2.bulk.index import content_key
+from blip2.bulk.journal import Journal, Row
 from blip2.bulk.run import part_of
 from blip2.cli import main
 
@@ -185,17 +188,80 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert len(described) == 3000 and max(ahead) < 256 + 4 * 50
 
 
-@pytest.mark.full
-def test_ten_million_names_are_listed_and_looked_up(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.txt"
-    with rows.open("w") as file:
-        file.writelines(f"folder/{i:08}.jpg\n" for i in range(10_000_000))
-    names = Index()
-    from blip2.bulk.run import _new
+def test_the_index_is_never_believed_over_the_journal(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 12), tmp_path / "out.jsonl"
+    run(folder, out)
+    expected, state = out.read_bytes(), tmp_path / ".out.jsonl.blip2"
+    journal, index = (state / "journal").read_bytes(), (state / "index").read_bytes()
+    other = b"0" * len(index)
+    damaged = [
+        index[:place] + bytes([index[place] ^ 1]) + index[place + 1 :] for place in range(0, len(index), 11)
+    ]
+    for wrong in (b"", other, index + other, *(index[:cut] for cut in range(0, len(index), 11)), *damaged):
+        (state / "index").write_bytes(wrong)
+        assert caption_all(list_items([str(folder)]), settings(out), say).before == 12
+        assert ((state / "journal").read_bytes(), (state / "index").read_bytes()) == (journal, index)
+    (state / "index").unlink()
+    out.unlink()
+    opened = Journal(state, {"model": "m"})
+    assert (opened.before, opened.failed, opened.finished) == (12, 1, True)
+    for row in opened.rows():
+        if "hash" in row:
+            place = opened.contents.get(content_key(row["hash"]))
+            assert place is not None and row["hash"] in [each.get("hash") for each in opened.read(place)]
+    opened.close()
+    (state / "journal").write_bytes(journal[: len(journal) // 2])  # older than its index
+    run(folder, out)
+    assert (out.read_bytes(), (state / "journal").read_bytes()) == (expected, journal)
 
-    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 10_000_000
-    assert sum(1 for _ in _new(list_items([str(rows)]), names)) == 0  # all known
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [10_000_000])
+def test_ten_million_rows_are_listed_and_gone_on_with(count: int, tmp_path: Path) -> None:
+    """In a process of its own, up to the first image that is new; what it took is printed."""
+    out, rows = tmp_path / "out.jsonl", tmp_path / "rows.txt"
+    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    with rows.open("w") as file:
+        for i in range(count // 1000):
+            names = [f"folder/{i * 1000 + k:08}.jpg" for k in range(1000)]
+            file.write("\n".join(names) + "\n")
+            journal.add(
+                [
+                    {
+                        "image": str(tmp_path / name),
+                        "hash": f"{(i * 1000 + k + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}" + "0" * 48,
+                        "texts": [{"caption": "a small red square", "score": -0.5}],
+                    }
+                    for k, name in enumerate(names)
+                ]
+            )
+        file.write("folder/new.jpg\n")
+    journal.close()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "new.jpg").write_bytes(png(3))
+    program = f"""
+import resource, sys, time
+from pathlib import Path
+from blip2.bulk import Settings, caption_all, list_items
+
+begin = time.perf_counter()
+
+def first(images):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(len(images), time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss)
+    sys.stdout.flush()
+    raise SystemExit
+
+settings = Settings(out=Path({str(out)!r}), kind="jsonl", made_with={{"model": "m"}})
+caption_all(list_items([{str(rows)!r}]), settings, first)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images, seconds, of_cpu, peak = done.stdout.split()
+    print(
+        f"{count:,} rows: {float(seconds):.0f} s, {float(of_cpu):.0f} s of CPU, {int(peak) / 2**20:.2f} GiB"
+    )
+    assert images == "1" and int(peak) < 2 * 10**9 / 1024
 
 
 # --- sources and outputs ---
@@ -294,6 +360,78 @@ def test_text_files_beside_the_images(existing: str, expected: str, tmp_path: Pa
         assert texts == [rows[0]["caption"] + "\n", caption + "\n", rows[2]["caption"] + "\n"]
 
 
+def test_text_files_in_a_mirror_folder(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 2), tmp_path / "texts"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / "x.JPG").write_bytes(png(8))
+    other = make_folder(tmp_path / "other", 1)
+    items = [*list_items([str(folder)]), *list_items([str(other / "00000.png")])]
+    caption_all([item._replace(root=str(tmp_path)) for item in items], settings(out, kind="txt"), say)
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*.txt"))
+    assert found == ["in/00000.txt", "in/00001.txt", "in/deep/er/x.txt", "other/00000.txt"]
+    texts = {row["image"]: row["caption"] for row in run(folder, tmp_path / "o.jsonl")}
+    for name in ("00000.png", "deep/er/x.JPG"):
+        beside = (out / "in" / name).with_suffix(".txt")
+        assert beside.read_text() == texts[str(folder / name)] + "\n"
+    assert not [*folder.rglob("*.txt")]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "webdataset"])
+def test_kills_during_publishing_change_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before and after each file takes its place, and with half a file written beside it."""
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(outputs, "SHARD", 3)
+    folder = make_folder(tmp_path / "in", 8)
+    name = "texts" if kind == "txt" else "out.x"
+
+    def go(place: Path) -> None:
+        (place / "texts" / "in").mkdir(parents=True, exist_ok=True)
+        for i in (0, 1) if not (place / "begun").exists() else ():
+            (place / "texts" / "in" / f"{i:05}.txt").write_text("old")
+        (place / "begun").touch()
+        items = [item._replace(root=str(tmp_path)) for item in list_items([str(folder)])]
+        caption_all(items, settings(place / name, kind=kind, existing="append"), say)
+
+    def files(place: Path) -> dict[str, bytes]:
+        paths = [path for path in place.rglob("*") if path.is_file() and ".blip2" not in str(path)]
+        return {str(path.relative_to(place)): path.read_bytes() for path in paths}
+
+    go(tmp_path / "straight")
+    expected = files(tmp_path / "straight")
+    count = {"txt": 8, "webdataset": 3}.get(kind, 1)
+    for kill in range(2 * count + 1):
+        place = tmp_path / f"killed{kill}"
+        child = os.fork()
+        if child == 0:
+            _kill_at(kill, half=kill == 2 * count)
+            go(place)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert files(place) != expected or kill == 2 * count - 1
+        go(place)
+        assert files(place) == expected
+
+
+def _kill_at(place: int, *, half: bool) -> None:
+    """End this process before (even places) or after (odd ones) a file is renamed, or with half of it written."""
+    rename, done = os.replace, [0]
+
+    def replace(old: Any, new: Any) -> None:
+        if half:
+            os.truncate(old, os.path.getsize(old) // 2)
+        if half or done[0] == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(old, new)
+        if done[0] + 1 == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done[0] += 2
+
+    outputs.os.replace = replace  # type: ignore[attr-defined]
+
+
 # --- the command ---
 
 
@@ -325,3 +463,19 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
     assert all(row["logprob"] < 0 for row in rows)
     assert main(["caption", str(pictures[0]), "--out", str(tmp_path / "d.jsonl"), *common, "--dry-run"]) == 0
     assert "1 inputs" in capsys.readouterr().out and not (tmp_path / "d.jsonl").exists()
+
+
+def test_match_and_keep_best(tmp_path: Path) -> None:
+    image = Path(__file__).parents[2] / "examples" / "triangle-and-square.jpg"
+    common = ["--num-captions", "3", "--beams", "3", "--max-new-tokens", "12", "--quiet"]
+    found: dict[str, list[Row]] = {}
+    for option in ("--match", "--keep-best"):
+        out = tmp_path / f"{option}.jsonl"
+        assert main(["caption", str(image), "--out", str(out), *common, option]) == 0
+        found[option] = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = found["--match"]
+    captions = [row["caption"] for row in rows]
+    assert len(set(captions)) == 3
+    fits = blip2.load().match(image, captions)
+    assert [row["match"] for row in rows] == pytest.approx([fit.probability for fit in fits], abs=1e-4)
+    assert found["--keep-best"] == [max(rows, key=lambda row: float(row["match"]))]
