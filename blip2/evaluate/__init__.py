@@ -1,0 +1,1 @@
+"""Evaluation: published protocols, the official scores, and what was got wrong, to look through."""
