@@ -4,8 +4,8 @@ COCO's scores are computed on what Stanford's PTBTokenizer (CoreNLP 3.4.1, a Jav
 the same words without Java; tests/evaluate/ compares the two on sentences of every kind. As there, all sentences are
 one text with a line for each: what stands at the end of one (an abbreviation, say) may be read by how the next begins.
 
-At each place every rule is tried, and the one that reaches farthest counts, among equals the first. What a rule asks for
-behind its token (its `then`) counts for how far it reaches, and is read again.
+At each place every rule is tried, and the one that reaches farthest counts, among equals the first. What a rule asks
+for behind its token counts for how far it reaches, and is read again.
 """
 
 from __future__ import annotations
@@ -154,7 +154,10 @@ _TITLES = (
     "mr|mrs|ms|(?-i:M)iss|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm|rev|maj|sgt|cpl|pvt|capt|ste?|ave|"
     "pres|lieut|rt|hon|brig|co?mdr|pfc|spc|supts?|det|mt|ft|adj|adv|asst|assoc|ens|insp|mlle|mme|msgr|sfc|sr"
 )
-_BEFORE_NAMES = f"(?:{_TITLES}|vs|(?-i:v)|alex|wm|jos|cie|a\\.k\\.a|cf|treas|ph|invt|elec|natl|m[ft]g|dept|blvd|rd|{_ACRONYM})"
+_BEFORE_NAMES = (
+    f"(?:{_TITLES}|vs|(?-i:v)|alex|wm|jos|cie|a\\.k\\.a|cf|treas|"
+    f"ph|invt|elec|natl|m[ft]g|dept|blvd|rd|{_ACRONYM})"
+)
 _BEFORE_NUMBERS = r"(?:ca|figs?|prop|nos?|arts?|bldg|pp|op)\."
 _SENTENCE_STARTERS = (
     "(?-i:About|According|Additionally|After|An?|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|Mr\\.|"
@@ -217,12 +220,14 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     rule("l", r"https?://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-]")
     rule(
         "ldo",
-        r"(?:www\.(?:[^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-z]{2,4}|(?-i:(?:[^ \t\n\f\r\"`'<>|.!?(){},-_$]+\.)+)(?:com|net|org|edu))"
+        r"(?:www\.(?:[^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-z]{2,4}|"
+        r"(?-i:(?:[^ \t\n\f\r\"`'<>|.!?(){},-_$]+\.)+)(?:com|net|org|edu))"
         r"(?:/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-])?",
     )
     rule(
         "ldo",
-        r"(?:&lt;|<)?[a-z0-9][^ \t\n\f\r\"<>|()\xa0]*@(?:[^ \t\n\f\r\"<>|().\xa0]+\.)*[^ \t\n\f\r\"<>|().\xa0]+(?:&gt;|>)?",
+        r"(?:&lt;|<)?[a-z0-9][^ \t\n\f\r\"<>|()\xa0]*@"
+        r"(?:[^ \t\n\f\r\"<>|().\xa0]+\.)*[^ \t\n\f\r\"<>|().\xa0]+(?:&gt;|>)?",
     )
     rule("o", f"@[a-z_][a-z_0-9]*|#{letter}+")
     rule("o", _AUXILIARY, "[^a-z]", _closing)

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Sentences such as captions hold, and odder ones: what the tokenizer is compared on. The same for the same seed."""
 
 from __future__ import annotations
