@@ -314,9 +314,12 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     }
 
 
-# A plain word before a space is what it is, but for those that are two words.
-_PLAIN = re.compile("[A-Za-z]{2,}(?=[ \n])")
+# A plain word before a space, a mark perhaps between, is what it is, but for those that are two words and abbreviations.
+_PLAIN = re.compile("[A-Za-z]{2,}(?=[.,;:!?]?[ \n])")
 _TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
+_ABBREVIATION = re.compile(
+    rf"{_BEFORE_LOWER_CASE}|{_BEFORE_NAMES}\.|{_BEFORE_NUMBERS}", re.IGNORECASE | re.ASCII
+)
 _SKIPPED = re.compile(f"(?:{_SPACE}|&nbsp;|[\0\u200b\u200e\u200f\ufeff\x7f])+", re.IGNORECASE)
 
 
@@ -330,7 +333,8 @@ def _tokens(text: str) -> Iterator[str]:
             at += 1
             continue
         if plain := _PLAIN.match(text, at):
-            if plain[0].lower() not in _TWO_WORDS:
+            short = text[plain.end()] == "." and _ABBREVIATION.match(text, at)
+            if not short and plain[0].lower() not in _TWO_WORDS:
                 yield plain[0]
                 at = plain.end()
                 continue
