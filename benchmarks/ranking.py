@@ -1,6 +1,7 @@
 """Answers ranked with the image and the question read once, against each answer read alone.
 
-`python -m benchmarks.ranking`. Both ways must give the same log-probabilities; the figure is how many times faster the first is.
+`python -m benchmarks.ranking`. Both ways must give the same log-probabilities; the figure is how many times faster the
+first is.
 """
 
 from __future__ import annotations
