@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 FILES := blip2 tests docs default_model benchmarks
 RUN ?= runs/default
+DATA ?= data
 STAGES := vision see queries language stage1 stage2 spelling seeing finetune export
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint format types docs default-model clean
+.PHONY: help install demo test test-full lint format types docs default-model eval-data clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +29,11 @@ $(VENV)/.train: $(VENV)/.base requirements/train.txt
 	@$(PIP) install -r requirements/train.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.train requirements/test.txt
+$(VENV)/.eval: $(VENV)/.train requirements/eval.txt
+	@$(PIP) install -r requirements/eval.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train requirements/test.txt requirements/eval.txt
 	@echo "Installing what the tests need into $(VENV) ..." >&2
 	@$(PIP) install -r requirements/test.txt
 	@touch $@
@@ -62,6 +67,10 @@ default-model: $(VENV)/.train ## make the default model anew: hours; goes on whe
 	$(BIN)/python -m default_model.materials $(RUN)
 	$(BIN)/python -m default_model.vocab $(RUN)
 	for stage in $(STAGES); do $(BIN)/python -m default_model.stages $$stage $(RUN) || exit; done
+
+eval-data: $(VENV)/.eval ## what `blip2 eval default` needs, into ./data: easy-VQA, and scenes composed of downloaded pictures
+	$(BIN)/python -m default_model.materials $(DATA)
+	$(BIN)/python -m default_model.make_scenes $(DATA)
 
 clean: ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

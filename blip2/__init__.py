@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from blip2.generate import GenerationOptions
     from blip2.images import ImageError
     from blip2.predict import Chat, Predictor, load
-    from blip2.results import Answer, Caption, Encoded, Match
+    from blip2.results import Answer, Caption, Encoded, Match, Ranked
 
 __all__ = [
     "Answer",
@@ -32,11 +32,12 @@ __all__ = [
     "ImageError",
     "Match",
     "Predictor",
+    "Ranked",
     "load",
 ]
 
 _HOMES = {"ConfigError": "config", "GenerationOptions": "generate", "ImageError": "images"} | dict.fromkeys(
-    ("Answer", "Caption", "Encoded", "Match"), "results"
+    ("Answer", "Caption", "Encoded", "Match", "Ranked"), "results"
 )
 
 

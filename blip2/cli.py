@@ -10,6 +10,21 @@ from typing import Any
 import blip2
 
 INPUTS = "paths of images, patterns in quotes ('photos/*.jpg'), folders (searched through), or - for standard input"
+EVAL_TASKS = (
+    "coco",
+    "nocaps",
+    "flickr30k",
+    "vqav2",
+    "okvqa",
+    "gqa",
+    "easyvqa",
+    "scenes",
+    "retrieval-coco",
+    "retrieval-flickr30k",
+    "default",
+    "captions",
+    "questions",
+)  # fmt: skip  (as blip2.evaluate.tasks.NAMES, which is not imported for help)
 EPILOG = """\
 Results go to standard output, progress and errors to standard error.
 Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.
@@ -111,6 +126,56 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text; may be repeated")
     _add_model(embed)
     _add_output(embed, several=True, as_json=False)
+
+    evaluate = command(
+        "eval",
+        "Score a model on a benchmark, or on captions and questions of your own.",
+        "blip2 eval easyvqa",
+        "blip2 eval scenes --data data",
+        "blip2 eval coco --data coco --model opt-6.7b-coco --protocol paper --out results",
+        "blip2 eval captions --data captions.json --images photos",
+        "blip2 eval vqav2 --data vqa --model opt-2.7b --answers answers.txt --abstain 0.3",
+    )
+    evaluate.add_argument(
+        "task",
+        choices=EVAL_TASKS,
+        metavar="TASK",
+        help=f"one of {', '.join(EVAL_TASKS)}; default: easyvqa and scenes",
+    )
+    evaluate.add_argument(
+        "--data",
+        metavar="DIR",
+        help="the folder of the data, for captions and questions a file; see docs/evaluating.md",
+    )
+    evaluate.add_argument("--images", metavar="DIR", help="the images, where they are not in the usual place")
+    evaluate.add_argument(
+        "--annotations", metavar="FILE", help="with questions in VQA's form: the file of their answers"
+    )
+    evaluate.add_argument("--matcher", metavar="NAME", help="the model that matches, beside one that writes")
+    evaluate.add_argument(
+        "--protocol",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: the settings of the published tables, and their figures beside ours (default: default)",
+    )
+    evaluate.add_argument(
+        "--answers", metavar="FILE", help="choose each answer among these, one a line, in place of writing it"
+    )
+    evaluate.add_argument(
+        "--abstain",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with --answers: give no answer that is less probable than this (default: 0.0)",
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N items alone")
+    evaluate.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write results.json, predictions.json and a page to look through, index.html",
+    )
+    _add_model(evaluate)
+    _add_output(evaluate, several=True)
 
     inspect = command(
         "inspect",

@@ -51,6 +51,7 @@ def _load(args: argparse.Namespace) -> Predictor:
         vision=args.vision,
         language=args.language,
         quantize=args.quantize,
+        matcher=getattr(args, "matcher", None),
     )
 
 
@@ -339,6 +340,61 @@ def embed(args: argparse.Namespace) -> int:
     return _for_each_image(args, args.images, lambda images: list(model.embed(images).tolist()), show)
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from blip2.evaluate import Settings, as_json, evaluate, lines, write
+
+    if args.abstain and not args.answers:
+        raise ValueError("--abstain is about answers that are ranked: give them with --answers FILE")
+    answers = Path(args.answers).read_text(encoding="utf-8").splitlines() if args.answers else []
+    data, images, annotations = (
+        None if path is None else Path(path) for path in (args.data, args.images, args.annotations)
+    )
+    load = _load_matcher if args.task.startswith("retrieval-") and args.matcher is None else _load
+    with _counts(args.quiet) as progress:
+        settings = Settings(
+            protocol=args.protocol,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            answers=tuple(answer.strip() for answer in answers if answer.strip()),
+            abstain=args.abstain,
+            images=images,
+            annotations=annotations,
+            progress=progress,
+        )
+        reports = evaluate(lambda: load(args), args.task, data, settings, called=args.model)
+    for report in reports:
+        for line in [] if args.json else lines(report):
+            _print(line)
+        if args.out:
+            folder = Path(args.out) / report.task if len(reports) > 1 else Path(args.out)
+            for path in write(report, folder):
+                print(path, file=sys.stderr)
+        if args.json:
+            _print_json(as_json(report))
+    return DONE
+
+
+@contextlib.contextmanager
+def _counts(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each kind of work: what, how many are done, of how many."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(desc=what, total=total, disable=quiet or not sys.stderr.isatty(), leave=False)
+        bars[what].update(done - bars[what].n)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
 def inspect(args: argparse.Namespace) -> int:
     from blip2.checkpoint import inspect
     from blip2.models import readable, resolve
@@ -594,6 +650,7 @@ COMMANDS = {
     "chat": chat,
     "match": match,
     "embed": embed,
+    "eval": evaluate,
     "inspect": inspect,
     "convert": convert,
     "quantize": quantize,

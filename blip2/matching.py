@@ -19,9 +19,17 @@ class Matcher:
     """The stage-1 model ready for use; `Predictor.match`, `.embed` and `.embed_text` are these."""
 
     def __init__(
-        self, model: Blip2Matcher, processing: ImageProcessing, tokenizer: Tokenizer, device: torch.device
+        self,
+        model: Blip2Matcher,
+        processing: ImageProcessing,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        *,
+        text_length: int | None = None,
     ) -> None:
+        """`text_length`: tokens after which a text is cut off; None: the model's positions."""
         self.model, self.processing, self.tokenizer, self.device = model, processing, tokenizer, device
+        self.text_length = text_length or model.config.qformer.max_position_embeddings
 
     @torch.inference_mode()
     def match(
@@ -41,11 +49,11 @@ class Matcher:
         """
         results: list[Any] = []
         for start, batch in in_batches(as_list(images), batch_size):
-            features = self._features(batch, start)  # [B, N, W]
+            features = self.features(batch, start)  # [B, N, W]
             queries = self.model.image_embeddings(features).float()  # [B, Q, E]
             rows: list[list[Match]] = [[] for _ in batch]
             for _, some in in_batches(as_list(texts), batch_size):
-                ids, mask = self._encode(some)
+                ids, mask = self.encode(some)
                 words = self.model.text_embeddings(ids, mask).float()  # [T, E]
                 similarities = torch.einsum("bqe,te->btq", queries, words).amax(-1)
                 for i, row in enumerate(rows):
@@ -65,7 +73,7 @@ class Matcher:
             ImageError: an image that cannot be read; the message names it.
         """
         found = [
-            self.model.image_embeddings(self._features(batch, start)).float().cpu()
+            self.model.image_embeddings(self.features(batch, start)).float().cpu()
             for start, batch in in_batches(as_list(images), batch_size)
         ]
         if not found:
@@ -78,14 +86,14 @@ class Matcher:
     def embed_text(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Tensor:
         """Text embeddings for search, float32, of length 1: [E] for one text, [B, E] for a list."""
         found = [
-            self.model.text_embeddings(*self._encode(batch)).float().cpu()
+            self.model.text_embeddings(*self.encode(batch)).float().cpu()
             for _, batch in in_batches(as_list(texts), batch_size)
         ]
         if not found:
             return torch.empty(0, self.model.config.image_text_hidden_size)
         return torch.cat(found) if is_many(texts) else found[0][0]
 
-    def _features(self, images: Sequence[Any], start: int) -> Tensor:
+    def features(self, images: Sequence[Any], start: int = 0) -> Tensor:
         """Image features [B, N, W]; `start` is the place of the first image in what the user gave."""
         if any(isinstance(image, Encoded) for image in images):
             raise ValueError(
@@ -95,8 +103,7 @@ class Matcher:
         features: Tensor = self.model.vision(to_pixels(opened, self.processing).to(self.device))
         return features
 
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask [T, L], what is longer than the model's positions cut off."""
-        limit = self.model.config.qformer.max_position_embeddings
-        ids, mask = self.tokenizer.encode_batch(texts, pad="right", max_length=limit)
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [T, L], what is longer than `text_length` cut off."""
+        ids, mask = self.tokenizer.encode_batch(texts, pad="right", max_length=self.text_length)
         return ids.to(self.device), mask.to(self.device)

@@ -167,6 +167,7 @@ class Decoding:
     def __init__(self, language: Opt | T5, context: Context, tail: Tail, logits: Tensor) -> None:
         self._language, self._context, self._tail = language, context, tail
         self.logits = logits
+        self._begun = tail.buffer, tail.length  # all rows are the same so far
 
     def step(self, ids: Tensor) -> Tensor:
         """Append ids int64 [B * n]; logits float32 [B * n, V] for the token after them."""
@@ -175,6 +176,10 @@ class Decoding:
     def reorder(self, parents: Tensor) -> None:
         """Row i goes on from what row parents[i] (int64 [B * n], of the same prompt) has written."""
         self._tail.select(parents)
+
+    def rewind(self) -> None:
+        """Back to before the first new token, with all rows; not after `keep`."""
+        self._tail.buffer, self._tail.length = self._begun
 
     def keep(self, prompts: Tensor) -> None:
         """Go on with these prompts (int64 [k], ascending) and all their rows; drop the others."""

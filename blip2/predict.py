@@ -33,7 +33,8 @@ from blip2.models import (
     resolve,
 )
 from blip2.quantize import MODES, Mode
-from blip2.results import Answer, Caption, Encoded, in_pieces
+from blip2.ranking import answer_logprobs
+from blip2.results import Answer, Caption, Encoded, Ranked, in_pieces
 from blip2.text import CAPTION_PROMPT, Tokenizer, chat_prompt, question_prompt
 
 
@@ -324,16 +325,53 @@ class Predictor:
             seed=seed,
         )
         listed = as_list(images)
-        questions: list[Any] = list(question) if is_many(question) else [question] * len(listed)
-        if len(questions) != len(listed):
-            raise ValueError(
-                f"{len(questions)} questions for {len(listed)} images; give one, or one for each image"
-            )
+        questions = _questions(question, len(listed))
         if stream:
             return self._stream(images, self._question_prompt(questions[0]), options)
         prompts = [self._question_prompt(each) for each in questions]
         texts = self._write(Answer, listed, prompts, options, batch_size)
         return texts if is_many(images) else texts[0]
+
+    @torch.inference_mode()
+    def rank(
+        self,
+        images: Picture | Sequence[Picture],
+        question: str | Sequence[str],
+        answers: Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """Order answers to a question by how likely the model is to give them.
+
+        Image and question are read once for all answers, each of which is then read after them.
+
+        Args:
+            question: one for all images, or with a list of images a list of as many questions.
+            answers: what may be answered; the same one twice counts once.
+
+        Returns:
+            One image: a list of `Ranked`, the likeliest first. A list: a list of such lists.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
+            ValueError: no answers or an empty one, or not as many questions as images.
+        """
+        offered = list(dict.fromkeys(answer.strip() for answer in answers))
+        if not offered or "" in offered:
+            raise ValueError("answers to rank: give one or more, none of them empty")
+        ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
+        listed = as_list(images)
+        prompts = [self._question_prompt(each) for each in _questions(question, len(listed))]
+        ranked: list[list[Ranked]] = []
+        for start, batch in in_batches(list(zip(listed, prompts, strict=True)), batch_size):
+            prefix, context, _ = self._read([picture for picture, _ in batch], start)
+            asked, mask = (
+                part.to(self.device) for part in self.generator.tokenizer.encode_batch([p for _, p in batch])
+            )
+            logprobs = answer_logprobs(self.model, prefix, asked, mask, ids, context=context)  # [B, N]
+            for row, shares in zip(logprobs.tolist(), logprobs.softmax(-1).tolist(), strict=True):
+                ranked.append(sorted(map(Ranked, offered, shares, row), key=lambda each: -each.logprob))
+        return ranked if is_many(images) else ranked[0]
 
     def chat(self, image: Picture) -> Chat:
         """Begin a conversation about an image, which is read once."""
@@ -526,6 +564,13 @@ def _beams(beams: int | None, one_by_one: bool) -> int:
     if beams is not None:
         return beams
     return 1 if one_by_one else 5
+
+
+def _questions(question: str | Sequence[str], images: int) -> list[Any]:
+    questions: list[Any] = list(question) if is_many(question) else [question] * images
+    if len(questions) != images:
+        raise ValueError(f"{len(questions)} questions for {images} images; give one, or one for each image")
+    return questions
 
 
 def _join(pictures: Sequence[Encoded]) -> Context | None:

@@ -70,6 +70,19 @@ class Match:
     similarity: float
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """One of several answers to a question.
+
+    probability: 0..1, this one's among all that were offered; together they make 1.
+    logprob: the natural logarithm of the probability that the model writes this answer and ends.
+    """
+
+    answer: str
+    probability: float
+    logprob: float
+
+
 def in_pieces(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
     """Ids as they come -> pieces of text that add up to `decode(ids).strip()`.
 

@@ -6,13 +6,11 @@ Backgrounds and combinations are unseen in training; the things themselves are k
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 
-from default_model.colours import COLOURS
-from default_model.language import KINDS, NUMBERS, QA, Language
+from blip2.evaluate.scenes import named_things
+from default_model.language import KINDS, QA, Language
 from default_model.scenes import Composer, Noun, Scene
 
 # Ranges of scene numbers, so that no two sets share a scene.
@@ -59,35 +57,9 @@ def retrieval_pairs(composer: Composer, language: Language, n: int = 1000) -> It
             yield scene, language.canonical_caption(scene)
 
 
-@lru_cache(maxsize=8)
-def _pattern(forms: tuple[str, ...]) -> re.Pattern[str]:
-    words = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
-    number = "|".join(["a", "an", *NUMBERS[1:], *(str(i) for i in range(1, 7))])
-    return re.compile(
-        rf"(?:\b({number})\s+)?(?:\b\w+ of\s+)?(?:\b(?:{'|'.join(COLOURS)})\s+)?(?<![\w-])({words})(?![\w-])"
-    )
-
-
 def named_objects(text: str, nouns: Mapping[str, Noun]) -> Counter[str]:
-    """The things a text names, with their numbers; the longest name counts ("teddy bear" names no bear).
-
-    A plural without a number counts as two.
-    """
-    forms: dict[str, str] = {}
-    for noun, entry in nouns.items():
-        forms[entry.plural] = noun
-    for noun in nouns:  # after the plurals: a singular that is also another's plural wins
-        forms[noun] = noun
-    found: Counter[str] = Counter()
-    for number, form in _pattern(tuple(sorted(forms))).findall(text.lower()):
-        if number in NUMBERS:
-            count = NUMBERS.index(number)
-        elif number.isdigit():
-            count = int(number)
-        else:
-            count = 1 if number or form in nouns else 2
-        found[forms[form]] += count
-    return found
+    """The things a text names, with their numbers; see `blip2.evaluate.scenes.named_things`."""
+    return named_things(text, {noun: entry.plural for noun, entry in nouns.items()})
 
 
 def names_object(text: str, noun: str, nouns: Mapping[str, Noun]) -> bool:

@@ -69,16 +69,18 @@ MAY_IMPORT = {
     "results": "layers",
     "inputs": "images",
     "matching": "images inputs model results text",
-    "predict": "checkpoint config generate images inputs layers matching model models quantize results text",
+    "ranking": "layers model",
+    "predict": "checkpoint config generate images inputs layers matching model models quantize ranking results text",
+    "evaluate": "data images inputs models predict results text",
     "doctor": "checkpoint.inspection models",
     "data": "images text",
     "bulk": "images inputs lock predict",
     "train": "config layers vision qformer opt t5 model data checkpoint",
     "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",
-    "commands": "bench bulk checkpoint doctor generate images inputs models predict",
+    "commands": "bench bulk checkpoint doctor evaluate generate images inputs models predict",
 }
-FOLDERS = {"bulk", "data", "train"}
+FOLDERS = {"bulk", "data", "evaluate", "train"}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

@@ -1,0 +1,90 @@
+"""The scores against their official code: captions end to end with pycocoevalcap, VQA's rule by hand."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2.evaluate import caption_scores, exact_match, gqa_accuracy, normalise, recalls, vqa_accuracy
+from blip2.evaluate.retrieval import ranks
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sentences import sentences
+
+
+def _set(images: int) -> tuple[list[list[str]], list[str]]:
+    """Five references an image, and captions that share much with them."""
+    texts, random_ = sentences(images * 6, seed=77), random.Random(0)
+    references = [texts[i * 5 : i * 5 + 5] for i in range(images)]
+    captions = []
+    for own, other in zip(references, texts[images * 5 :]):
+        words = random_.choice(own).split(" ") + other.split(" ")[: random_.randint(0, 4)]
+        captions.append(" ".join(word for word in words if random_.random() < 0.85))
+    return references, captions
+
+
+def _theirs(references: list[list[str]], captions: list[str]) -> dict[str, float]:
+    """pycocoevalcap as it is, Java tokenizer included."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    told = PTBTokenizer().tokenize({i: [{"caption": t} for t in texts] for i, texts in enumerate(references)})
+    said = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(captions)})
+    bleu, _ = Bleu(4).compute_score(told, said, verbose=0)
+    found = {f"BLEU-{n + 1}": bleu[n] for n in range(4)}
+    return found | {
+        "ROUGE-L": Rouge().compute_score(told, said)[0],
+        "CIDEr": Cider().compute_score(told, said)[0],
+    }
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="their tokenizer needs Java")
+@pytest.mark.parametrize("images", [60, pytest.param(5000, marks=pytest.mark.full)])
+def test_captions_score_as_in_pycocoevalcap(images: int) -> None:
+    pytest.importorskip("pycocoevalcap")
+    references, captions = _set(images)
+    ours = caption_scores(references, captions)
+    theirs = _theirs(references, captions)
+    assert ours.total == pytest.approx(theirs, abs=1e-6) and 0.1 < theirs["BLEU-4"] < 0.9
+    assert len(ours.each) == images and set(ours.each[0]) == set(theirs)
+
+
+def test_what_cannot_be_scored_is_said() -> None:
+    for references, captions in (([], []), ([["a"]], ["a", "b"]), ([[]], ["a"])):
+        with pytest.raises(ValueError, match="each image needs one caption"):
+            caption_scores(references, captions)
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("The two dogs.", "2 dogs"), ("Yes!", "yes!"), ("1,000", "1000"), ("a/b", "b"), ("a / b", "b"),
+        ("dont", "don't"), ("None", "0"), ("isn't", "isn t"), ("3.5", "3.5"), (" red\n", "red"),
+        ("he said: no", "he said no"), ("somebody'd", "somebody d"), ("x-ray", "x-ray"),
+    ],
+)  # fmt: skip
+def test_answers_are_normalised_as_in_vqa(answer: str, normal: str) -> None:
+    assert normalise(answer) == normal
+
+
+def test_vqa_accuracy_by_ten_annotators() -> None:
+    for agree, accuracy in ((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)):
+        annotators = ["yes"] * agree + ["no"] * (10 - agree)
+        assert vqa_accuracy("Yes.", annotators) == pytest.approx(accuracy)
+    assert vqa_accuracy("it's", ["it's"] * 10) == 0  # one answer by all is compared as it was given
+    assert gqa_accuracy("The Dog.", "dog") == 1 and gqa_accuracy("cat", "dog") == 0
+    assert exact_match(" Yes ", ["yes", "yeah"]) == 1 and exact_match("y", ["yes"]) == 0
+
+
+def test_recalls() -> None:
+    table = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.5, 0.6], [0.3, 0.2, -torch.inf]])
+    assert ranks(table, [[0], [1, 2], [2]]) == [0, 1, 3]
+    found = recalls(table, [[0], [1, 2], [2]], (1, 2))
+    assert found == pytest.approx({"R@1": 1 / 3, "R@2": 2 / 3})

@@ -1,0 +1,76 @@
+"""Ranking answers: the same log-probabilities as reading image, question and answer in full, each alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import blip2
+from blip2.config import T5Config
+
+ANSWERS = ["yes", "no", "two dogs", "the red cat", "a", "Question", "red cat and two dogs", "cat"]
+
+
+def alone(model: blip2.Predictor, image: Path, question: str, answer: str) -> float:
+    """The whole sequence through `forward`, nothing shared."""
+    t5 = isinstance(model.model.config.language, T5Config)
+    form = "Question: {} Short answer:" if t5 else "Question: {} Answer:"
+    words = model.generator.tokenizer
+    prefix = model.encode(image).prefix
+    prompt = torch.tensor([words.encode(form.format(question))])
+    end = model.model.config.language.eos_token_id
+    assert isinstance(end, int)
+    ids = torch.tensor([[*words.encode(" " + answer, frame=False), end]])
+    with torch.inference_mode():
+        if t5:
+            start = torch.tensor([[model.model.config.language.decoder_start_token_id]])
+            logits = model.model.logits_from_prefix(prefix, prompt, None, torch.cat([start, ids[:, :-1]], 1))
+        else:
+            logits = model.model.logits_from_prefix(prefix, torch.cat([prompt, ids], 1))
+            logits = logits[:, -ids.shape[1] - 1 : -1]
+    return float(logits.float().log_softmax(-1).gather(2, ids[..., None]).sum())
+
+
+@pytest.mark.parametrize("kind", ["generator_folder", "t5_folder"])
+def test_log_probabilities_are_those_of_each_answer_alone(
+    kind: str, request: pytest.FixtureRequest, pictures: list[Path]
+) -> None:
+    model = blip2.load(request.getfixturevalue(kind))
+    questions = ["what is it?", "is the cat red and what of the dogs?", "a"]
+    for given in (pictures[:3], [model.encode(picture) for picture in pictures[:3]]):
+        ranked = model.rank(given, questions, ANSWERS)
+        for picture, question, found in zip(pictures, questions, ranked, strict=False):
+            assert sorted(each.answer for each in found) == sorted(ANSWERS)
+            assert [each.logprob for each in found] == sorted((each.logprob for each in found), reverse=True)
+            assert sum(each.probability for each in found) == pytest.approx(1, abs=1e-5)
+            for each in found:
+                assert each.logprob == pytest.approx(alone(model, picture, question, each.answer), abs=1e-4)
+
+
+def test_rows_at_a_time_change_nothing(generator_folder: Path, pictures: list[Path]) -> None:
+    from blip2.ranking import answer_logprobs
+
+    model = blip2.load(generator_folder)
+    encoded = model.encode(pictures[0])
+    ids, mask = model.generator.tokenizer.encode_batch(["Question: what is it? Answer:"])
+    answers = [model.generator.tokenizer.encode(" " + answer, frame=False) for answer in ANSWERS]
+    whole = answer_logprobs(model.model, encoded.prefix, ids, mask, answers, context=encoded.context)
+    for rows in (1, 3):
+        parts = answer_logprobs(model.model, encoded.prefix, ids, mask, answers, rows=rows)
+        assert torch.allclose(parts, whole, atol=1e-4)
+
+
+def test_the_ends_of_one_image_and_bad_answers(generator_folder: Path, pictures: list[Path]) -> None:
+    model = blip2.load(generator_folder)
+    (only,) = model.rank(pictures[0], "what is it?", ["cat", " cat "])
+    assert (only.answer, only.probability) == ("cat", 1.0) and math.isfinite(only.logprob)
+    for answers in ([], ["cat", " "]):
+        with pytest.raises(ValueError, match="none of them empty"):
+            model.rank(pictures[0], "what is it?", answers)
+    with pytest.raises(ValueError, match="2 questions for 1 images"):
+        model.rank(pictures[:1], ["a", "b"], ["cat"])
+    with pytest.raises(ValueError, match="positions"):
+        model.rank(pictures[0], "what is it?", ["cat " * 80])
