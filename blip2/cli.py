@@ -109,6 +109,24 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(embed)
     _add_output(embed, several=True, as_json=False)
 
+    explain = command(
+        "explain",
+        "Show where in an image each word of a caption or an answer comes from, as a picture.",
+        "blip2 explain photo.jpg -o out.png",
+        'blip2 explain photo.jpg --text "a dog on a beach" -o out.png',
+        'blip2 explain photo.jpg --question "how many dogs are there?" -o out.png',
+    )
+    explain.add_argument("image", metavar="IMAGE", help="path of an image, or - for standard input")
+    explained = explain.add_mutually_exclusive_group()
+    explained.add_argument("--text", metavar="TEXT", help="a caption to explain (default: the model's own)")
+    explained.add_argument("--question", metavar="TEXT", help="explain the answer to this question")
+    explain.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the picture to write: .png, .jpg or .webp"
+    )
+    _add_model(explain)
+    _add_output(explain)
+    explain.add_argument("--quiet", action="store_true", help="no progress")
+
     inspect = command(
         "inspect",
         "Say what a checkpoint is and what looks wrong with it; no value is read.",

@@ -232,6 +232,34 @@ def embed(args: argparse.Namespace) -> int:
     return _for_each_image(args, args.images, lambda images: list(model.embed(images).tolist()), show)
 
 
+def explain(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    target = Path(args.output)
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"-o {args.output}: the name must end with .png, .jpg or .webp")
+    if not target.parent.is_dir():
+        raise ValueError(f"-o {args.output}: there is no folder {target.parent}")
+    name, image = _expand(args.image)[0] if args.image == "-" else (args.image, args.image)
+    model = _load(args)
+    try:
+        if isinstance(image, Exception):
+            raise image
+        found = model.explain(image, text=args.text, question=args.question)
+    except blip2.ImageError as error:
+        _report(args, name, str(error))
+        return SOME_FAILED
+    found.image().save(target)
+    if args.json:
+        words = [
+            {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()} for word in found.words
+        ]
+        _print_json({"image": name, "text": found.text, "words": words, "output": str(target)})
+    else:
+        _print(_one_line(found.text))
+    return DONE
+
+
 def inspect(args: argparse.Namespace) -> int:
     from blip2.checkpoint import inspect
     from blip2.models import readable, resolve
@@ -487,6 +515,7 @@ COMMANDS = {
     "chat": chat,
     "match": match,
     "embed": embed,
+    "explain": explain,
     "inspect": inspect,
     "convert": convert,
     "quantize": quantize,

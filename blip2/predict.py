@@ -18,6 +18,7 @@ from torch import Tensor
 from blip2.checkpoint import count_parameters, load_model, load_processing
 from blip2.checkpoint import resolve as find_files
 from blip2.config import T5Config
+from blip2.explain import Explanation, explain
 from blip2.generate import GenerationOptions, generate, stream
 from blip2.images import ImageProcessing, ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
@@ -33,7 +34,7 @@ from blip2.models import (
     resolve,
 )
 from blip2.quantize import MODES, Mode
-from blip2.results import Answer, Caption, Encoded, in_pieces
+from blip2.results import Answer, Caption, Encoded, Written, in_pieces
 from blip2.text import CAPTION_PROMPT, Tokenizer, chat_prompt, question_prompt
 
 
@@ -340,6 +341,54 @@ class Predictor:
         if is_many(image):
             raise ValueError("a conversation is about one image; begin one for each")
         return Chat(self, self.encode(image))
+
+    def explain(
+        self,
+        image: ImageSource,
+        *,
+        text: str | None = None,
+        question: str | None = None,
+        answer: str | None = None,
+    ) -> Explanation:
+        """Where in the image each word of a caption or an answer comes from; see `blip2.explain`.
+
+        Args:
+            text: the caption to explain; None: the model's own.
+            question: explain the answer to it in place of a caption.
+            answer: the answer to explain; None: the model's own.
+
+        Raises:
+            ImageError: an image that cannot be read.
+            ValueError: arguments that contradict each other, an empty text, or a model with rounded weights.
+        """
+        if text is not None and question is not None:
+            raise ValueError("text= is a caption; give the answer to a question as answer=")
+        if answer is not None and question is None:
+            raise ValueError("answer= needs the question it answers")
+        if isinstance(image, Encoded) or is_many(image):
+            raise ValueError(
+                "explain takes one image itself: what was encoded shows no more where things were"
+            )
+        picture = open_image(image, 0)
+        if question is None:
+            prompt, given = CAPTION_PROMPT, self.caption(picture) if text is None else text
+        else:
+            prompt = self._question_prompt(question)
+            given = self.ask(picture, question) if answer is None else answer
+        tokenizer, language = self.generator.tokenizer, self.model.config.language
+        if isinstance(given, Written):
+            ends = language.eos_token_id
+            end_ids = {ends} if isinstance(ends, int) else {*ends}
+            tokens = [token for token in given.tokens if token not in end_ids]
+        else:  # after OPT's prompt a text begins with a space; T5 writes a text of its own
+            written = given.strip() if isinstance(language, T5Config) else " " + given.strip()
+            tokens = tokenizer.encode(written, frame=False) if given.strip() else []
+        room = self.model.prompt_room(len(tokens))
+        asked = tokenizer.encode(prompt)
+        if len(asked) > room:
+            raise ValueError(f"the text is too long: question and text may have {room + len(tokens)} tokens")
+        pixels = to_pixels([picture], self.generator.processing).to(self.device)
+        return explain(self.model, pixels, asked, tokens, self._decode, picture)
 
     def _read(
         self, pictures: Sequence[Picture], start: int = 0
