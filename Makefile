@@ -28,7 +28,7 @@ $(VENV)/.train: $(VENV)/.base requirements/train.txt
 	@$(PIP) install -r requirements/train.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.train requirements/test.txt
+$(VENV)/.test: $(VENV)/.train requirements/serve.txt requirements/test.txt
 	@echo "Installing what the tests need into $(VENV) ..." >&2
 	@$(PIP) install -r requirements/test.txt
 	@touch $@

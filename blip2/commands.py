@@ -260,6 +260,33 @@ def explain(args: argparse.Namespace) -> int:
     return DONE
 
 
+def serve(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    try:
+        from blip2.serve.keys import Keys
+        from blip2.serve.limits import Limits
+        from blip2.serve.run import serve
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("blip2"):
+            raise
+        raise ValueError(
+            f"serving needs {error.name}, which is not installed: pip install 'blip2[serve]'"
+        ) from None
+    serve(
+        lambda: _load(args),
+        model=Path(args.model).name,
+        host=args.host,
+        port=args.port,
+        keys=None if args.api_key_file is None else Keys.load(args.api_key_file),
+        limits=Limits().changed(args.limit),
+        allow_hosts=tuple(args.allow_host),
+        fetch_urls=args.fetch_urls,
+        log_contents=args.log_content,
+    )
+    return DONE
+
+
 def inspect(args: argparse.Namespace) -> int:
     from blip2.checkpoint import inspect
     from blip2.models import readable, resolve
@@ -516,6 +543,7 @@ COMMANDS = {
     "match": match,
     "embed": embed,
     "explain": explain,
+    "serve": serve,
     "inspect": inspect,
     "convert": convert,
     "quantize": quantize,

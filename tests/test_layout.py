@@ -71,13 +71,31 @@ MAY_IMPORT = {
     "explain": "layers model qformer quantize t5 vision",
     "predict": "checkpoint config explain generate images inputs layers matching model models quantize results text",
     "doctor": "checkpoint.inspection models",
+    "continuous": "generate layers model",
+    "serve": "continuous generate images layers predict results text",
     "data": "images text",
     "train": "config layers vision qformer opt t5 model data checkpoint",
     "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",
-    "commands": "bench checkpoint doctor generate images inputs models predict",
+    "commands": "bench checkpoint doctor generate images inputs models predict serve",
 }
-FOLDERS = {"data", "train"}
+FOLDERS = {"data", "serve", "train"}
+# What stands on an extra is imported by the command that needs it.
+NEED_EXTRA = {
+    f"serve.{name}"
+    for name in (
+        "app",
+        "events",
+        "fetch",
+        "guard",
+        "house",
+        "metrics",
+        "native",
+        "openai_api",
+        "run",
+        "schemas",
+    )
+}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:
@@ -178,7 +196,7 @@ class Refuse:
             raise ImportError(name + " is no core dependency")
 
 sys.meta_path.insert(0, Refuse())
-for module in {sorted(MODULES)!r}:
+for module in {sorted(set(MODULES) - NEED_EXTRA)!r}:
     importlib.import_module("blip2." + module)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
