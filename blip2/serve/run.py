@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from blip2.predict import Predictor
 from blip2.serve.app import LOOPBACK, build
 from blip2.serve.engine import Engine
+from blip2.serve.guard import Guard
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 
@@ -122,22 +123,7 @@ def serve(
         fetch_urls=fetch_urls,
         log_contents=log_contents,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            http=protocol(bounds),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=int(bounds.idle_seconds),
-            limit_concurrency=bounds.connections,
-            timeout_graceful_shutdown=int(bounds.drain_seconds),
-        )
-    )
+    server = listener(app, host=host, port=port, limits=bounds)
 
     def stop() -> None:
         server.should_exit = True
@@ -146,6 +132,26 @@ def serve(
     server.run()
     if engine.failure is not None:
         raise engine.failure
+
+
+def listener(app: Guard, *, host: str, port: int, limits: Limits) -> uvicorn.Server:
+    """The server process's HTTP side, not yet running."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http=protocol(limits),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=int(limits.idle_seconds),
+            limit_concurrency=limits.connections,
+            timeout_graceful_shutdown=int(limits.drain_seconds),
+        )
+    )
 
 
 def log_to_stderr() -> None:
