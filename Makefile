@@ -33,7 +33,7 @@ $(VENV)/.eval: $(VENV)/.train requirements/eval.txt
 	@$(PIP) install -r requirements/eval.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.train requirements/test.txt requirements/eval.txt
+$(VENV)/.test: $(VENV)/.train requirements/eval.txt requirements/serve.txt requirements/test.txt
 	@echo "Installing what the tests need into $(VENV) ..." >&2
 	@$(PIP) install -r requirements/test.txt
 	@touch $@

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from blip2.config import ConfigError
+    from blip2.explain import Explanation
     from blip2.generate import GenerationOptions
     from blip2.images import ImageError
     from blip2.predict import Chat, Predictor, load
@@ -28,6 +29,7 @@ __all__ = [
     "Chat",
     "ConfigError",
     "Encoded",
+    "Explanation",
     "GenerationOptions",
     "ImageError",
     "Match",
@@ -36,9 +38,12 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {"ConfigError": "config", "GenerationOptions": "generate", "ImageError": "images"} | dict.fromkeys(
-    ("Answer", "Caption", "Encoded", "Match", "Ranked"), "results"
-)
+_HOMES = {
+    "ConfigError": "config",
+    "Explanation": "explain",
+    "GenerationOptions": "generate",
+    "ImageError": "images",
+} | dict.fromkeys(("Answer", "Caption", "Encoded", "Match", "Ranked"), "results")
 
 
 def __getattr__(name: str) -> Any:

@@ -177,6 +177,61 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(evaluate)
     _add_output(evaluate, several=True)
 
+    explain = command(
+        "explain",
+        "Show where in an image each word of a caption or an answer comes from, as a picture.",
+        "blip2 explain photo.jpg -o out.png",
+        'blip2 explain photo.jpg --text "a dog on a beach" -o out.png',
+        'blip2 explain photo.jpg --question "how many dogs are there?" -o out.png',
+    )
+    explain.add_argument("image", metavar="IMAGE", help="path of an image, or - for standard input")
+    explained = explain.add_mutually_exclusive_group()
+    explained.add_argument("--text", metavar="TEXT", help="a caption to explain (default: the model's own)")
+    explained.add_argument("--question", metavar="TEXT", help="explain the answer to this question")
+    explain.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the picture to write: .png, .jpg or .webp"
+    )
+    _add_model(explain)
+    _add_output(explain)
+    explain.add_argument("--quiet", action="store_true", help="no progress")
+
+    serve = command(
+        "serve",
+        "Serve a model over HTTP: OpenAI's API, endpoints of its own, and a page at /.",
+        "blip2 serve",
+        "blip2 serve --model opt-2.7b --port 9000",
+        "blip2 serve --host 0.0.0.0 --api-key-file keys.txt",
+        "blip2 serve --limit queue=200 --limit new_tokens=100",
+    )
+    _add_model(serve)
+    group = serve.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)"
+    )
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000)")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="keys that let clients in, one a line; needed where other machines can reach the server",
+    )
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name that a proxy passes on, where no key is asked for; may be repeated",
+    )
+    group.add_argument("--fetch-urls", action="store_true", help="let clients name images by http(s) URLs")
+    group.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="change a bound, such as body_bytes=50000000; may be repeated; docs/serving.md lists them",
+    )
+    group.add_argument("--log-content", action="store_true", help="write prompts and answers to the log too")
+    group.add_argument("--quiet", action="store_true", help="no progress while a model is downloaded")
+
     inspect = command(
         "inspect",
         "Say what a checkpoint is and what looks wrong with it; no value is read.",

@@ -395,6 +395,61 @@ def _counts(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             bar.close()
 
 
+def explain(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    target = Path(args.output)
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"-o {args.output}: the name must end with .png, .jpg or .webp")
+    if not target.parent.is_dir():
+        raise ValueError(f"-o {args.output}: there is no folder {target.parent}")
+    name, image = _expand(args.image)[0] if args.image == "-" else (args.image, args.image)
+    model = _load(args)
+    try:
+        if isinstance(image, Exception):
+            raise image
+        found = model.explain(image, text=args.text, question=args.question)
+    except blip2.ImageError as error:
+        _report(args, name, str(error))
+        return SOME_FAILED
+    found.image().save(target)
+    if args.json:
+        words = [
+            {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()} for word in found.words
+        ]
+        _print_json({"image": name, "text": found.text, "words": words, "output": str(target)})
+    else:
+        _print(_one_line(found.text))
+    return DONE
+
+
+def serve(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    try:
+        from blip2.serve.keys import Keys
+        from blip2.serve.limits import Limits
+        from blip2.serve.run import serve
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("blip2"):
+            raise
+        raise ValueError(
+            f"serving needs {error.name}, which is not installed: pip install 'blip2[serve]'"
+        ) from None
+    serve(
+        lambda: _load(args),
+        model=Path(args.model).name,
+        host=args.host,
+        port=args.port,
+        keys=None if args.api_key_file is None else Keys.load(args.api_key_file),
+        limits=Limits().changed(args.limit),
+        allow_hosts=tuple(args.allow_host),
+        fetch_urls=args.fetch_urls,
+        log_contents=args.log_content,
+    )
+    return DONE
+
+
 def inspect(args: argparse.Namespace) -> int:
     from blip2.checkpoint import inspect
     from blip2.models import readable, resolve
@@ -651,6 +706,8 @@ COMMANDS = {
     "match": match,
     "embed": embed,
     "eval": evaluate,
+    "explain": explain,
+    "serve": serve,
     "inspect": inspect,
     "convert": convert,
     "quantize": quantize,

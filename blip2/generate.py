@@ -10,7 +10,7 @@ V the vocabulary, L the ids seen so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -114,14 +114,13 @@ def generate(
     started = _start(model, prefix, input_ids, attention_mask, options, context)
     end_ids = started[-1]
     if options.beams > 1:
-        return _beam_search(*started)
+        return _run(_beam_search(*started))
     steps = list(_one_by_one(*started))
     ids_by_row, logprobs_by_row = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
     rows: list[_Row] = []
     for padded, logprobs in zip(ids_by_row, logprobs_by_row, strict=True):
         ids = [i for i in padded if i != _NOTHING]
-        logprobs = logprobs[: len(ids)]
-        rows.append((ids, logprobs, sum(logprobs) / len(ids) ** options.length_penalty))
+        rows.append(scored(ids, logprobs[: len(ids)], options))
     return _generated(rows, end_ids)
 
 
@@ -166,17 +165,30 @@ def _start(
     decoding = model.start(
         prefix, input_ids, attention_mask, rows=rows, max_new_tokens=options.max_new_tokens, context=context
     )
+    seen = said_before(model, prefix, input_ids, attention_mask)
+    return decoding, seen, options, end_ids_of(model, options, seen.device)
+
+
+def said_before(model: Blip2, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The ids said before the first new token, [B, L]."""
     language = model.config.language
     if isinstance(language, T5Config):  # writes a text of its own: the prompt is no part of it
-        seen = input_ids.new_full((len(input_ids), 1), language.decoder_start_token_id)
-    else:
-        seen = prompt_ids(model.config.image_token_id, prefix.shape[1], input_ids, attention_mask)
-    configured = language.eos_token_id
+        return input_ids.new_full((len(input_ids), 1), language.decoder_start_token_id)
+    return prompt_ids(model.config.image_token_id, prefix.shape[1], input_ids, attention_mask)
+
+
+def end_ids_of(model: Blip2, options: GenerationOptions, device: torch.device) -> Tensor:
+    """The end tokens [E]."""
+    configured = model.config.language.eos_token_id
     ends = _as_tuple(configured if options.eos_token_id is None else options.eos_token_id)
-    return decoding, seen, options, torch.tensor(sorted(set(ends)), dtype=torch.int64, device=seen.device)
+    return torch.tensor(sorted(set(ends)), dtype=torch.int64, device=device)
 
 
 _Row = tuple[list[int], list[float], float]  # ids, log-probability of each, score
+
+
+def scored(ids: list[int], logprobs: list[float], options: GenerationOptions) -> _Row:
+    return ids, logprobs, sum(logprobs) / len(ids) ** options.length_penalty
 
 
 def _generated(rows: list[_Row], end_ids: Tensor) -> Generated:
@@ -304,13 +316,10 @@ def _one_by_one(
     total = len(seen)
     rows = torch.arange(total, device=seen.device)  # which of all rows are still being decoded
     running = torch.ones_like(rows, dtype=torch.bool)
-    noise = _noise(options, total).to(seen.device) if options.do_sample else None
+    noise = uniform_numbers(options, total).to(seen.device) if options.do_sample else None
     for step in range(options.max_new_tokens):
-        if noise is None:
-            ids = apply_rules(logits, seen, options, new_tokens=step, end_ids=end_ids).argmax(1)
-        else:
-            chances = sampling_distribution(logits, seen, options, new_tokens=step, end_ids=end_ids)
-            ids = _draw(chances, noise[rows, step])
+        uniform = None if noise is None else noise[rows, step]
+        ids = choose(logits, seen, options, step, end_ids, uniform)
         logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
         yield (
             rows.new_full((total,), _NOTHING).index_copy(0, rows, ids.where(running, _NOTHING)),
@@ -332,7 +341,22 @@ def _one_by_one(
         logits = decoding.step(ids)
 
 
-def _noise(options: GenerationOptions, rows: int) -> Tensor:
+def choose(
+    logits: Tensor,
+    seen: Tensor,
+    options: GenerationOptions,
+    step: int,
+    end_ids: Tensor,
+    uniform: Tensor | None,
+) -> Tensor:
+    """The next ids [R]: the likeliest, or drawn with the numbers `uniform` [R]."""
+    if uniform is None:
+        return apply_rules(logits, seen, options, new_tokens=step, end_ids=end_ids).argmax(1)
+    chances = sampling_distribution(logits, seen, options, new_tokens=step, end_ids=end_ids)
+    return _draw(chances, uniform)
+
+
+def uniform_numbers(options: GenerationOptions, rows: int) -> Tensor:
     """Uniform numbers [rows, max_new_tokens], a row's own whatever the batch, the same on every device."""
     if options.seed is None:
         return torch.rand(rows, options.max_new_tokens)
@@ -374,7 +398,42 @@ class _Texts(NamedTuple):
         return _Texts(*(torch.cat(parts, dim=1) for parts in zip(self, other, strict=True)))
 
 
-def _beam_search(decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Generated:
+# Stops between two steps, is told whom to drop, ends with the texts.
+Search = Generator[None, Collection[int] | None, Generated]
+
+
+def search(
+    model: Blip2,
+    prefix: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    options: GenerationOptions,
+    *,
+    context: Context | None = None,
+) -> Search:
+    """As `generate` with beams, one step at a time.
+
+    Each `send` makes a step and may name prompts (their places) whose texts nobody wants any more; the last one raises
+    StopIteration with the `Generated`, in which theirs are whatever was found so far.
+    """
+    if options.beams < 2:
+        raise ValueError(
+            "search needs beams above 1; greedy and sampled texts are written by generate or stream"
+        )
+    return _beam_search(*_start(model, prefix, input_ids, attention_mask, options, context))
+
+
+def _run(search: Search) -> Generated:
+    while True:
+        try:
+            next(search)
+        except StopIteration as end:
+            made: Generated = end.value
+            return made
+
+
+@torch.inference_mode()
+def _beam_search(decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
     n, limit, penalty, device = options.beams, options.max_new_tokens, options.length_penalty, seen.device
     b, vocabulary = decoding.logits.shape
     prompts = list(range(b))  # those not dropped yet
@@ -417,6 +476,10 @@ def _beam_search(decoding: Decoding, seen: Tensor, options: GenerationOptions, e
         searching = searching & (sums[:, 0] / hoped_length**penalty > finished.scores[:, -1])
         if options.early_stopping is True:
             searching = searching & ~finished.real.all(1)
+        dropped = yield
+        if dropped:
+            unwanted = torch.tensor([prompt in dropped for prompt in prompts], device=device)
+            searching = searching & ~unwanted
         left = int(searching.sum()) if length < limit else 0  # the one wait for the device in a step
         if left == 0:
             break

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig
-from blip2.layers import ACTIVATION, Context, Linear, Tail
+from blip2.layers import ACTIVATION, Context, Linear, Tail, join_contexts
 from blip2.opt import Opt
 from blip2.qformer import QFormer
 from blip2.t5 import T5
@@ -182,10 +182,18 @@ class Decoding:
         self._tail.buffer, self._tail.length = self._begun
 
     def keep(self, prompts: Tensor) -> None:
-        """Go on with these prompts (int64 [k], ascending) and all their rows; drop the others."""
+        """Go on with these prompts (int64 [k], ascending) and all their rows; drop the others.
+
+        A prompt named twice is there twice from now on.
+        """
         rows = self._tail.buffer.shape[2] // len(self._context.mask)
         self._context = self._context.select(prompts)
         self._tail.select((prompts[:, None] * rows + torch.arange(rows, device=prompts.device)).flatten())
+
+    def join(self, other: Decoding) -> None:
+        """Take in another text's prompts, which may have written more or less than these; one row a prompt in both."""
+        self._context = join_contexts([self._context, other._context])
+        self._tail = self._tail.join(other._tail)
 
 
 class TextHead(nn.Module):

@@ -36,8 +36,17 @@ class SelfAttention(nn.Module):
         out = self.out_proj(merge_heads(attend(query, key, value, mask, causal=mask is None)))
         return out, key, value
 
-    def step(self, x: Tensor, context: tuple[Tensor, Tensor], seen: Tensor, tail: Tail, layer: int) -> Tensor:
-        """One token for each row: x [B * n, 1, W]; context [B, H, S, D]; seen bool [B, 1, 1, S]."""
+    def step(
+        self,
+        x: Tensor,
+        context: tuple[Tensor, Tensor],
+        seen: Tensor,
+        unwritten: Tensor | None,
+        tail: Tail,
+        layer: int,
+    ) -> Tensor:
+        """One token for each row: x [B * n, 1, W]; context [B, H, S, D]; seen bool [B, 1, 1, S]; unwritten, of the
+        tail, bool [B, 1, n, t] (None: nowhere)."""
         query, key, value = self._project(x)  # [B * n, H, 1, D]
         keys, values = tail.append(layer, key, value)  # [B * n, H, t, D]
         prompts = len(context[0])
@@ -45,6 +54,8 @@ class SelfAttention(nn.Module):
         shared = query.squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, D]
         far = (shared @ context[0].mT).masked_fill(~seen, float("-inf"))  # [B, H, n, S]
         near = (query @ keys.mT).squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, t]
+        if unwritten is not None:
+            near = near.masked_fill(unwritten, float("-inf"))
         weights = torch.cat([far, near], dim=-1).float().softmax(-1).to(x.dtype)
         far, near = weights.split([far.shape[-1], near.shape[-1]], dim=-1)
         read = (far @ context[1]).transpose(1, 2).flatten(0, 1)  # [B * n, H, D]
@@ -188,12 +199,16 @@ class Opt(nn.Module):
     def step(self, ids: Tensor, context: Context, tail: Tail) -> Tensor:
         """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""
         rows = len(ids) // len(context.mask)
-        positions = context.mask.sum(1).repeat_interleave(rows) + tail.length + POSITION_OFFSET
+        positions = context.mask.sum(1).repeat_interleave(rows) + tail.written + POSITION_OFFSET
         x = (self.embed(ids) + self.embed_positions(positions)).unsqueeze(1)  # [B * n, 1, W]
-        seen = context.mask[:, None, None, :]
+        seen, unwritten = context.mask[:, None, None, :], tail.unwritten
+        if unwritten is not None:
+            unwritten = unwritten.unflatten(0, (-1, rows))[:, None]  # [B, 1, n, t + 1]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            out = layer.self_attn.step(layer.self_attn_layer_norm(x), context.layers[i], seen, tail, i)
+            out = layer.self_attn.step(
+                layer.self_attn_layer_norm(x), context.layers[i], seen, unwritten, tail, i
+            )
             x = layer.feed_forward(x + out)
         tail.length += 1
         return self.head(self.final_layer_norm(x)).squeeze(1).float()

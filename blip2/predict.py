@@ -18,10 +18,11 @@ from torch import Tensor
 from blip2.checkpoint import count_parameters, load_model, load_processing
 from blip2.checkpoint import resolve as find_files
 from blip2.config import T5Config
+from blip2.explain import Explanation, explain
 from blip2.generate import GenerationOptions, generate, stream
 from blip2.images import ImageProcessing, ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
-from blip2.layers import Context
+from blip2.layers import Context, join_contexts
 from blip2.matching import Matcher
 from blip2.model import Blip2, Blip2Matcher
 from blip2.models import (
@@ -34,7 +35,7 @@ from blip2.models import (
 )
 from blip2.quantize import MODES, Mode
 from blip2.ranking import answer_logprobs
-from blip2.results import Answer, Caption, Encoded, Ranked, in_pieces
+from blip2.results import Answer, Caption, Encoded, Ranked, Written, in_pieces
 from blip2.text import CAPTION_PROMPT, Tokenizer, chat_prompt, question_prompt
 
 
@@ -211,12 +212,22 @@ class Predictor:
         encoded: list[Encoded] = []
         for start, batch in in_batches(as_list(images), batch_size):
             prefix, _, sizes = self._read(batch, start)
-            context = self.model.read_prefix(prefix)
-            for i, size in enumerate(sizes):
-                row = torch.tensor([i], device=prefix.device)
-                kept = None if context is None else context.select(row)
-                encoded.append(Encoded(prefix[i : i + 1], kept, size))
+            encoded += self._encoded(prefix, sizes)
         return encoded if many else encoded[0]
+
+    @torch.inference_mode()
+    def read_pixels(self, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Encoded]:
+        """As `encode`, for images prepared already: pixels [B, 3, S, S], and each image's width and height."""
+        return self._encoded(self.model.embed_image(pixels.to(self.device)), sizes)
+
+    def _encoded(self, prefix: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Encoded]:
+        """What there is to keep of images whose prefix is [B, Q, W]."""
+        context = self.model.read_prefix(prefix)
+        encoded = []
+        for i, size in enumerate(sizes):
+            row = torch.tensor([i], device=prefix.device)
+            encoded.append(Encoded(prefix[i : i + 1], None if context is None else context.select(row), size))
+        return encoded
 
     def caption(
         self,
@@ -327,8 +338,8 @@ class Predictor:
         listed = as_list(images)
         questions = _questions(question, len(listed))
         if stream:
-            return self._stream(images, self._question_prompt(questions[0]), options)
-        prompts = [self._question_prompt(each) for each in questions]
+            return self._stream(images, self.question_prompt(questions[0]), options)
+        prompts = [self.question_prompt(each) for each in questions]
         texts = self._write(Answer, listed, prompts, options, batch_size)
         return texts if is_many(images) else texts[0]
 
@@ -378,6 +389,54 @@ class Predictor:
         if is_many(image):
             raise ValueError("a conversation is about one image; begin one for each")
         return Chat(self, self.encode(image))
+
+    def explain(
+        self,
+        image: ImageSource,
+        *,
+        text: str | None = None,
+        question: str | None = None,
+        answer: str | None = None,
+    ) -> Explanation:
+        """Where in the image each word of a caption or an answer comes from; see `blip2.explain`.
+
+        Args:
+            text: the caption to explain; None: the model's own.
+            question: explain the answer to it in place of a caption.
+            answer: the answer to explain; None: the model's own.
+
+        Raises:
+            ImageError: an image that cannot be read.
+            ValueError: arguments that contradict each other, an empty text, or a model with rounded weights.
+        """
+        if text is not None and question is not None:
+            raise ValueError("text= is a caption; give the answer to a question as answer=")
+        if answer is not None and question is None:
+            raise ValueError("answer= needs the question it answers")
+        if isinstance(image, Encoded) or is_many(image):
+            raise ValueError(
+                "explain takes one image itself: what was encoded shows no more where things were"
+            )
+        picture = open_image(image, 0)
+        if question is None:
+            prompt, given = CAPTION_PROMPT, self.caption(picture) if text is None else text
+        else:
+            prompt = self.question_prompt(question)
+            given = self.ask(picture, question) if answer is None else answer
+        tokenizer, language = self.generator.tokenizer, self.model.config.language
+        if isinstance(given, Written):
+            ends = language.eos_token_id
+            end_ids = {ends} if isinstance(ends, int) else {*ends}
+            tokens = [token for token in given.tokens if token not in end_ids]
+        else:  # after OPT's prompt a text begins with a space; T5 writes a text of its own
+            written = given.strip() if isinstance(language, T5Config) else " " + given.strip()
+            tokens = tokenizer.encode(written, frame=False) if given.strip() else []
+        room = self.model.prompt_room(len(tokens))
+        asked = tokenizer.encode(prompt)
+        if len(asked) > room:
+            raise ValueError(f"the text is too long: question and text may have {room + len(tokens)} tokens")
+        pixels = to_pixels([picture], self.generator.processing).to(self.device)
+        return explain(self.model, pixels, asked, tokens, self._decode, picture)
 
     def _read(
         self, pictures: Sequence[Picture], start: int = 0
@@ -453,8 +512,16 @@ class Predictor:
         written = (step[0] for step in steps)
         return in_pieces(self._decode, (i for i in written if i is not None and i not in end_ids))
 
-    def _question_prompt(self, question: str) -> str:
+    def question_prompt(self, question: str) -> str:
+        """The prompt that `ask` gives this model for a question."""
         return question_prompt(question, short=isinstance(self.model.config.language, T5Config))
+
+    def chat_prompt(self, turns: Sequence[tuple[str, str]], question: str, max_new_tokens: int) -> str:
+        """The prompt of a conversation's next answer: of the (question, answer) turns so far the latest that fit."""
+        room = self.model.prompt_room(max_new_tokens)
+        while turns and len(self.generator.tokenizer.encode(chat_prompt(turns, question))) > room:
+            turns = turns[1:]
+        return chat_prompt(turns, question)
 
     def _decode(self, ids: Iterable[int]) -> str:
         return self.generator.tokenizer.decode(ids)
@@ -550,11 +617,7 @@ class Chat:
         self._turns.append((text, "".join(said)))
 
     def _prompt(self, text: str, max_new_tokens: int) -> str:
-        predictor, turns = self._predictor, self._turns
-        room = predictor.model.prompt_room(max_new_tokens)
-        while turns and len(predictor.generator.tokenizer.encode(chat_prompt(turns, text))) > room:
-            turns = turns[1:]
-        return chat_prompt(turns, text)
+        return self._predictor.chat_prompt(self._turns, text, max_new_tokens)
 
 
 # --- small parts ---------------------------------------------------------------------------------------------------
@@ -576,8 +639,4 @@ def _questions(question: str | Sequence[str], images: int) -> list[Any]:
 def _join(pictures: Sequence[Encoded]) -> Context | None:
     """The contexts of encoded images as the context of all of them; None where the language model keeps none."""
     contexts = [picture.context for picture in pictures if picture.context is not None]
-    if len(contexts) <= 1:
-        return contexts[0] if contexts else None
-    layers = zip(*(context.layers for context in contexts), strict=True)
-    joined = tuple((torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers)
-    return Context(joined, torch.cat([context.mask for context in contexts]))
+    return join_contexts(contexts) if contexts else None

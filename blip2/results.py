@@ -83,20 +83,34 @@ class Ranked:
     logprob: float
 
 
-def in_pieces(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+class Pieces:
     """Ids as they come -> pieces of text that add up to `decode(ids).strip()`.
 
     A token may end within a character: what decodes to the replacement character waits for the tokens that complete it,
     and white space waits for the word after it, since at the end of a text it goes.
     """
-    seen: list[int] = []
-    given = 0
-    for i in ids:
-        seen.append(i)
-        text = decode(seen).strip().rstrip("\ufffd").rstrip()
-        if len(text) > given:
-            yield text[given:]
-            given = len(text)
-    text = decode(seen).strip()
-    if len(text) > given:
-        yield text[given:]
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode, self._ids, self._given = decode, list[int](), 0
+
+    def add(self, token: int) -> str:
+        """What the next token adds; "" where it has to wait."""
+        self._ids.append(token)
+        return self._more(self._decode(self._ids).strip().rstrip("\ufffd").rstrip())
+
+    def end(self) -> str:
+        """What was still waiting."""
+        return self._more(self._decode(self._ids).strip())
+
+    def _more(self, text: str) -> str:
+        more = text[self._given :]
+        self._given = max(self._given, len(text))
+        return more
+
+
+def in_pieces(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """The pieces of a text whose ids come one by one; see `Pieces`."""
+    pieces = Pieces(decode)
+    yield from filter(None, map(pieces.add, ids))
+    if rest := pieces.end():
+        yield rest

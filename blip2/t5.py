@@ -97,7 +97,7 @@ class SelfAttentionLayer(nn.Module):
         return out
 
     def step(self, x: Tensor, mask: Tensor, tail: Tail, layer: int) -> Tensor:
-        """One token for each row: x [R, 1, W]; mask [1, H, 1, t + 1]."""
+        """One token for each row: x [R, 1, W]; mask [1 or R, H, 1, t + 1]."""
         normed = self.layer_norm(x)
         written = tail.append(layer, *self.SelfAttention.read(normed))
         out: Tensor = x + self.SelfAttention(normed, written, mask)
@@ -255,6 +255,9 @@ class Decoder(nn.Module):
         """One token for each row: x [B * n, 1, W] -> [B * n, 1, W]; `tail` grows by one."""
         distance = torch.arange(-tail.length, 1, device=x.device)[None, None]
         mask = self.relative_attention_bias(distance)  # [1, H, 1, t + 1]
+        unwritten = tail.unwritten
+        if unwritten is not None:
+            mask = mask.masked_fill(unwritten[:, None, None], float("-inf"))  # [B * n, H, 1, t + 1]
         seen = context.mask[:, None, None, :]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)

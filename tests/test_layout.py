@@ -69,18 +69,38 @@ MAY_IMPORT = {
     "results": "layers",
     "inputs": "images",
     "matching": "images inputs model results text",
+    "explain": "layers model qformer quantize t5 vision",
     "ranking": "layers model",
-    "predict": "checkpoint config generate images inputs layers matching model models quantize ranking results text",
+    "predict": "checkpoint config explain generate images inputs layers matching model models quantize ranking "
+    "results text",
     "evaluate": "data images inputs models predict results text",
     "doctor": "checkpoint.inspection models",
+    "continuous": "generate layers model",
+    "serve": "continuous generate images layers predict results text",
     "data": "images text",
     "bulk": "images inputs lock predict",
     "train": "config layers vision qformer opt t5 model data checkpoint",
     "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",
-    "commands": "bench bulk checkpoint doctor evaluate generate images inputs models predict",
+    "commands": "bench bulk checkpoint doctor evaluate generate images inputs models predict serve",
 }
-FOLDERS = {"bulk", "data", "evaluate", "train"}
+FOLDERS = {"bulk", "data", "evaluate", "serve", "train"}
+# What stands on an extra is imported by the command that needs it.
+NEED_EXTRA = {
+    f"serve.{name}"
+    for name in (
+        "app",
+        "events",
+        "fetch",
+        "guard",
+        "house",
+        "metrics",
+        "native",
+        "openai_api",
+        "run",
+        "schemas",
+    )
+}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:
@@ -181,7 +201,7 @@ class Refuse:
             raise ImportError(name + " is no core dependency")
 
 sys.meta_path.insert(0, Refuse())
-for module in {sorted(MODULES)!r}:
+for module in {sorted(set(MODULES) - NEED_EXTRA)!r}:
     importlib.import_module("blip2." + module)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,278 @@
+"""Where the model looked: for every word of a text the parts of the picture that made it likely.
+
+The log-probability of a word is differentiated with respect to the image features, through language model and Q-Former,
+and multiplied by them: how much the Q-Former's cross-attention took from each place in favour of the word (gradient x
+input, Shrikumar et al., 2016; with attention's gradient in its place, Chefer et al., 2021, does a little worse here,
+see docs/explaining.md). By the last layer of the image encoder a feature holds what others have told it: attention
+rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by how much its attention adds to
+what was there (the norms, as in Kobayashi et al., 2021).
+
+The model's own code knows nothing of this: hooks look at what its layers take and give.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from blip2.layers import split_heads
+from blip2.model import Blip2
+from blip2.qformer import Attention
+from blip2.quantize import Int4Linear, Int8Linear
+from blip2.t5 import T5
+from blip2.vision import SelfAttention
+
+TILE_PX = 320  # longest side of one picture in `Explanation.image`
+# From nothing to most, colours whose lightness rises steadily, so that they can be told apart without seeing colour.
+RAMP = ((0.0, (24, 15, 62)), (0.35, (136, 34, 106)), (0.7, (237, 105, 37)), (1.0, (252, 255, 164)))
+
+
+@dataclass(frozen=True, eq=False)
+class Word:
+    """A word of the text.
+
+    heat: float32 [rows, columns] over the image encoder's patches, 0 to 1; 1 where most of the word comes from.
+    logprob: natural logarithm of the word's probability, the sum over its tokens.
+    """
+
+    text: str
+    heat: NDArray[np.float32]
+    logprob: float
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """A text about a picture, and for each word where it comes from.
+
+    attention: float32 [layers, heads, queries, rows, columns], the Q-Former's cross-attention as it is, of the layers
+        that have one. With what goes to the class position, which has no place, each map sums to 1.
+    """
+
+    text: str
+    words: tuple[Word, ...]
+    attention: NDArray[np.float32]
+    picture: Image.Image
+
+    def heat_map(self, word: int) -> NDArray[np.float32]:
+        """The heat of word number `word` over the picture: float32 [H, W], 0 to 1.
+
+        The model sees every picture stretched to a square, so that its patches are spread evenly over it.
+        """
+        return spread(self._word(word).heat, self.picture.size)
+
+    def image(self, word: int | None = None) -> Image.Image:
+        """The picture under its heat, with the word and a legend below: one word (by its place), or all side by side.
+
+        Raises:
+            ValueError: no word of that number.
+        """
+        shown = self.words if word is None else (self._word(word),)
+        tiles = [_tile(self.picture, each) for each in shown]
+        columns = min(len(tiles), 4) or 1
+        width, height = tiles[0].size if tiles else (TILE_PX, 0)
+        rows = -(-len(tiles) // columns)
+        sheet = Image.new("RGB", (columns * width, rows * height + _LEGEND_PX), "white")
+        for i, tile in enumerate(tiles):
+            sheet.paste(tile, (i % columns * width, i // columns * height))
+        _draw_legend(sheet, rows * height)
+        return sheet
+
+    def _word(self, word: int) -> Word:
+        if not 0 <= word < len(self.words):
+            raise ValueError(f"word {word}: the text has words 0 to {len(self.words) - 1}")
+        return self.words[word]
+
+
+# --- computing it --------------------------------------------------------------------------------------------------
+
+
+def explain(
+    model: Blip2,
+    pixels: Tensor,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    decode: Callable[[Sequence[int]], str],
+    picture: Image.Image,
+) -> Explanation:
+    """Explain why `tokens` follow `prompt` for one picture.
+
+    Args:
+        pixels: [1, 3, S, S], of `picture`.
+        prompt, tokens: ids as the language model reads and writes them; the end token is not among them.
+        decode: ids -> text.
+
+    Raises:
+        ValueError: no tokens, or a model with rounded weights, through which there is no gradient.
+    """
+    if any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules()):
+        raise ValueError("there is no gradient through rounded weights; load the model without quantize=")
+    text = decode(tokens)
+    spans = words_of(tokens, decode)
+    if not spans:
+        raise ValueError("there is no word to explain: the text is empty")
+    encoder, grid = model.vision, model.vision.config.grid
+    with torch.no_grad(), _mixing(encoder) as mixed:
+        features = encoder(pixels)  # [1, N, W]
+    attention: list[Tensor] = []
+    with torch.enable_grad(), _cross_attention(model.qformer, attention):
+        features = features.detach().requires_grad_()
+        prefix = model.project(model.qformer(features))
+        logprobs = _logprobs(model, prefix, prompt, tokens)  # [T]
+        heats = []
+        for _, places in spans:
+            (gradient,) = torch.autograd.grad(logprobs[places].sum(), features, retain_graph=True)
+            given = (gradient.float() * features.detach().float()).sum(-1).clamp(min=0)  # [1, N]
+            heats.append((given @ mixed[0])[0, 1:].view(grid, grid))  # the class position has no place
+    said = logprobs.detach()
+    words = tuple(
+        Word(word, _to_one(heat), float(said[places].sum()))
+        for (word, places), heat in zip(spans, heats, strict=True)
+    )
+    maps = torch.stack(attention)[:, 0, ..., 1:].unflatten(-1, (grid, grid))  # [L, H, Q, rows, columns]
+    return Explanation(text.strip(), words, maps.cpu().numpy(), picture)
+
+
+def _logprobs(model: Blip2, prefix: Tensor, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """The log-probability of each token, float32 [T]."""
+    targets = torch.tensor([tokens], device=prefix.device)
+    asked = torch.tensor([prompt], dtype=torch.int64, device=prefix.device)
+    if isinstance(model.language, T5):
+        written = model.language.shift_right(targets)
+        logits = model.logits_from_prefix(prefix, asked, decoder_input_ids=written)[0]
+    else:
+        read = torch.cat([asked, targets], dim=1)
+        logits = model.logits_from_prefix(prefix, read)[0, -len(tokens) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(1, targets.T)[:, 0]
+
+
+def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, list[int]]]:
+    """The words of a text, each with the places of its tokens; what stands between spaces is a word."""
+    ends = [len(decode(tokens[: i + 1])) for i in range(len(tokens))]
+    found = []
+    for match in re.finditer(r"\S+", decode(tokens)):
+        begin, end = match.span()
+        # a token that only completes a character adds no length: it counts to the character
+        places = [
+            i for i, stop in enumerate(ends) if stop > begin and min(ends[i - 1] if i else 0, stop - 1) < end
+        ]
+        if places:
+            found.append((match.group(), places))
+    return found
+
+
+@contextmanager
+def _cross_attention(qformer: nn.Module, into: list[Tensor]) -> Iterator[None]:
+    """While this is open, the cross-attention's probabilities [B, H, Q, N] of every layer are added to `into`."""
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(module, Attention)
+        with torch.no_grad():
+            query = split_heads(module.attention.query(args[0]), module.heads)
+            key = split_heads(module.attention.key(args[1]), module.heads)
+            into.append(_probabilities(query, key))
+
+    crossing = [
+        module
+        for name, module in qformer.named_modules()
+        if isinstance(module, Attention) and name.endswith("crossattention")
+    ]
+    handles = [module.register_forward_hook(look) for module in crossing]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _mixing(encoder: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that the image encoder fills: [N, N], row i the shares in which the positions went into feature i."""
+    mixed: list[Tensor] = []
+    blocks: list[Tensor] = []  # what the block that runs has read
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        blocks[:] = [args[0]]
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        assert isinstance(module, SelfAttention)
+        query, key, _ = module.qkv(args[0]).unflatten(-1, (3, module.heads, -1)).permute(2, 0, 3, 1, 4)
+        read = _probabilities(query, key)[0].mean(0)  # [N, N], over heads
+        added, kept = (each[0].float().norm(dim=-1, keepdim=True) for each in (out, blocks[0]))
+        share = added / (added + kept).clamp(min=1e-12)  # [N, 1]
+        here = share * read + torch.diag_embed(1 - share[:, 0])
+        mixed[:] = [here @ mixed[0] if mixed else here]
+
+    handles = []
+    for block in encoder.get_submodule("layers").children():
+        handles.append(block.register_forward_pre_hook(enter))
+        handles.append(block.get_submodule("self_attn").register_forward_hook(look))
+    try:
+        yield mixed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _probabilities(query: Tensor, key: Tensor) -> Tensor:
+    """[B, H, T, D] and [B, H, S, D] -> float32 [B, H, T, S]."""
+    out: Tensor = (query.float() @ key.float().mT * query.shape[-1] ** -0.5).softmax(-1)
+    return out
+
+
+def _to_one(heat: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = heat.float().cpu().numpy()
+    peak = float(values.max())
+    return values / peak if peak > 0 else values
+
+
+# --- showing it ----------------------------------------------------------------------------------------------------
+
+_LEGEND_PX, _CAPTION_PX = 34, 30
+
+
+def spread(heat: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """A grid of patches over a picture of (width, height): float32 [height, width], smooth, 0 to 1."""
+    smooth = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(smooth), 0, 1)
+
+
+def _colours(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values 0 to 1 of any shape -> float32 [..., 3], 0 to 255."""
+    steps = [at for at, _ in RAMP]
+    channels = [np.interp(values, steps, [rgb[c] for _, rgb in RAMP]) for c in range(3)]
+    return np.stack(channels, axis=-1).astype(np.float32)
+
+
+def _tile(picture: Image.Image, word: Word) -> Image.Image:
+    """The picture in grey under the word's heat, the word below it."""
+    scale = TILE_PX / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    values = spread(word.heat, size)
+    grey = np.asarray(picture.resize(size).convert("L").convert("RGB"), np.float32)
+    weight = 0.2 + 0.55 * values[..., None]
+    mixed = grey * (1 - weight) + _colours(values) * weight
+    tile = Image.new("RGB", (max(size[0], 120), size[1] + _CAPTION_PX), "white")
+    tile.paste(Image.fromarray(mixed.astype(np.uint8)), (0, 0))
+    shown = word.text if len(word.text) < 30 else word.text[:29] + "…"
+    ImageDraw.Draw(tile).text((6, size[1] + 7), shown, fill="black", font=_font(15))
+    return tile
+
+
+def _draw_legend(sheet: Image.Image, top: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    ramp = np.broadcast_to(np.linspace(0, 1, 120, dtype=np.float32), (10, 120))
+    draw.text((6, top + 9), "least", fill="black", font=_font(12))
+    sheet.paste(Image.fromarray(_colours(ramp).astype(np.uint8)), (42, top + 12))
+    draw.text((168, top + 9), "most of the word comes from here", fill="black", font=_font(12))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

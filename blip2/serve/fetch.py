@@ -1,0 +1,160 @@
+"""The only way in which the server asks another host for something: an image's URL, where that is switched on.
+
+A name is resolved once, every address it has must be a public one, and the connection is made to an address that was
+checked, so that a second answer of the name server changes nothing. Redirects go through the same gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import httpcore2
+
+REDIRECTS = 3
+PORTS = {"http": 80, "https": 443}
+_NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,252}")
+_CARRIERS = tuple(  # networks whose addresses hold an IPv4 address that is where the packet goes in the end
+    ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
+)
+
+
+class FetchError(ValueError):
+    """An image's URL that is not fetched, or could not be."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # a zone, such as fe80::1%eth0, is for links
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if any(ip in net for net in _CARRIERS if net.version == 6):
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a name."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+def check_url(url: str) -> tuple[str, str]:
+    """The scheme and host of a URL that may be fetched.
+
+    Raises:
+        FetchError: another scheme or port, a user name, or no plain host name.
+    """
+    if len(url) > 4096 or not url.isascii() or not url.isprintable() or any(c in url for c in ' \\"<>^`{|}'):
+        raise FetchError("the image's URL holds characters that no URL has")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise FetchError("the image's URL cannot be read") from None
+    if parts.scheme not in PORTS:
+        raise FetchError("only http and https URLs are fetched")
+    if "@" in parts.netloc:
+        raise FetchError("an image's URL may hold no user name or password")
+    if port is not None and port != PORTS[parts.scheme]:
+        raise FetchError("only the usual ports are fetched from, 80 and 443")
+    host = parts.hostname or ""
+    if not _NAME.fullmatch(host) and not (":" in host and is_public(host)):
+        raise FetchError("the image's URL names no public host")
+    return parts.scheme, host
+
+
+class _Gate(httpcore2.AsyncNetworkBackend):
+    """Connects to public addresses alone, and to the very ones that were checked."""
+
+    def __init__(self) -> None:
+        self._inner = httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        try:
+            addresses = await resolve(host, port)
+        except (OSError, UnicodeError):
+            raise FetchError("the host of the image's URL is not known") from None
+        if not addresses or not all(map(is_public, addresses)):
+            raise FetchError("the image's URL names no public host")
+        return await self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        raise FetchError("only hosts are fetched from")
+
+    async def sleep(self, seconds: float) -> None:
+        await self._inner.sleep(seconds)
+
+
+class Fetcher:
+    """Fetches images within limits of size and of time, redirects included."""
+
+    def __init__(self, max_bytes: int, seconds: float) -> None:
+        self._max_bytes, self._seconds = max_bytes, seconds
+
+    async def fetch(self, url: str) -> bytes:
+        """The file a URL names.
+
+        Raises:
+            FetchError: what is not allowed, not there, too large or too slow.
+        """
+        try:
+            async with asyncio.timeout(self._seconds):
+                for _ in range(REDIRECTS + 1):
+                    url, content = await self._step(url)
+                    if content is not None:
+                        return content
+        except TimeoutError:
+            raise FetchError(f"fetching the image took longer than {self._seconds:g} s") from None
+        except (
+            httpcore2.NetworkError,
+            httpcore2.ProtocolError,
+            httpcore2.TimeoutException,
+            ssl.SSLError,
+            OSError,
+        ):
+            raise FetchError("the image's host could not be reached") from None
+        raise FetchError(f"the image's URL led on more than {REDIRECTS} times")
+
+    async def _step(self, url: str) -> tuple[str, bytes | None]:
+        """A URL's file, or where it redirects to."""
+        check_url(url)
+        headers: list[tuple[bytes | str, bytes | str]] = [
+            ("host", urlsplit(url).netloc),
+            ("accept", "image/*"),
+            ("accept-encoding", "identity"),
+            ("user-agent", "blip2"),
+        ]
+        async with httpcore2.AsyncConnectionPool(network_backend=_Gate(), max_connections=1) as pool:
+            target = urlsplit(url)._replace(fragment="").geturl()
+            async with pool.stream("GET", target, headers=headers) as response:
+                if response.status in (301, 302, 303, 307, 308):
+                    place = dict(response.headers).get(b"location", b"")
+                    return urljoin(url, place.decode("latin-1")), None
+                if response.status != 200:
+                    raise FetchError(f"the image's host answered with status {response.status}")
+                content = bytearray()
+                async for chunk in response.aiter_stream():
+                    content += chunk
+                    if len(content) > self._max_bytes:
+                        raise FetchError(f"the image is larger than {self._max_bytes:,} bytes")
+                return url, bytes(content)

@@ -1,0 +1,63 @@
+"""API keys: read from a file, compared in constant time."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from pathlib import Path
+
+SHORTEST = 16  # characters: what is shorter can be guessed
+
+
+class Keys:
+    """The keys that open the server. Without any, it is open."""
+
+    def __init__(self, keys: tuple[str, ...] = ()) -> None:
+        self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Keys:
+        """Read a file with a key on each line; empty lines and those that begin with # are left out.
+
+        Raises:
+            ValueError: no such file, no key in it, or one too short.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"the key file {path} cannot be read; it holds one API key a line") from error
+        keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        if not keys:
+            raise ValueError(f"the key file {path} holds no key; put one on each line")
+        if min(map(len, keys)) < SHORTEST:
+            raise ValueError(
+                f"the key file {path} has a key of fewer than {SHORTEST} characters, which can be guessed; make one "
+                "with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            )
+        return cls(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._hashes)
+
+    def holder(self, authorization: list[bytes]) -> str | None:
+        """Whose key a request's Authorization headers bear; None where it is none of ours.
+
+        `Bearer KEY`, as OpenAI's clients send it, or `Basic` with the key as password, as browsers ask for it.
+        """
+        if len(authorization) != 1:
+            return None
+        scheme, _, given = authorization[0].partition(b" ")
+        if scheme.lower() == b"basic":
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except (binascii.Error, ValueError):
+                return None
+        elif scheme.lower() != b"bearer":
+            return None
+        shown, holder = hashlib.sha256(given).digest(), None
+        for i, known in enumerate(self._hashes):  # all of them, whichever it is
+            if hmac.compare_digest(shown, known):
+                holder = f"key {i + 1}"
+        return holder

@@ -1,0 +1,66 @@
+"""Every bound of the server, with a safe default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Beyond any of these a request gets an error that names it; sizes in bytes, times in seconds."""
+
+    queue: int = 64  # requests that wait for the model; beyond: 503
+    rows: int = 32  # texts written at a time
+    requests: int = 256  # requests in the house, bodies still arriving included; beyond: 503
+    connections: int = 1024
+    body_bytes: int = 20_000_000
+    pixels: int = 50_000_000  # of one image
+    images: int = 8  # in one request
+    texts: int = 64  # in one request
+    text_chars: int = 8_000  # of one prompt, question or text; of all turns of a conversation
+    turns: int = 64  # messages of a conversation
+    new_tokens: int = 256
+    beams: int = 10
+    sequences: int = 8  # texts of one request
+    header_seconds: float = (
+        5  # from the first byte of a request, or the connection, to the end of the headers
+    )
+    body_seconds: float = 10
+    write_seconds: float = 10  # that a client may leave its answer unread
+    idle_seconds: float = 5  # between two requests on a connection
+    request_seconds: float = 60  # from a request's arrival to its answer's end
+    drain_seconds: float = 60  # to finish what was accepted after SIGTERM
+    cache_bytes: int = 256_000_000  # of encoded images
+    fetch_bytes: int = 20_000_000  # image URLs, where switched on
+    fetch_seconds: float = 10
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            least = 0 if each.name in ("queue", "cache_bytes") else 1
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not least <= value < float("inf")
+            ):
+                raise ValueError(f"the limit {each.name} must be a number, {least} or more; got {value!r}")
+
+    def changed(self, settings: Iterable[str]) -> Limits:
+        """These limits with some of them set, each written as NAME=NUMBER.
+
+        Raises:
+            ValueError: no such limit, or no number.
+        """
+        kinds = {each.name: float if each.name.endswith("seconds") else int for each in fields(self)}
+        values: dict[str, int | float] = {}
+        for setting in settings:
+            name, _, number = setting.partition("=")
+            name = name.strip().replace("-", "_")
+            if name not in kinds:
+                raise ValueError(f"there is no limit {name!r}; choose among {', '.join(kinds)}")
+            try:
+                values[name] = kinds[name](number.replace("_", ""))
+            except ValueError:
+                raise ValueError(f"--limit {setting}: expected {name}=NUMBER") from None
+        return replace(self, **values)  # type: ignore[arg-type]

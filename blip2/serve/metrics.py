@@ -1,0 +1,53 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from blip2.serve.engine import Engine
+
+
+class _EngineNumbers(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, cache = self._engine, self._engine.cache
+        for name, about, value in (
+            ("waiting", "requests that wait for the model", engine.waiting),
+            ("running", "texts being written", engine.running),
+            ("image_cache_bytes", "bytes of encoded images", cache.bytes),
+        ):
+            yield GaugeMetricFamily(f"blip2_{name}", about, value)
+        for name, about, value in (
+            ("steps", "decoding steps", engine.steps),
+            ("tokens", "tokens written, all beams counted", engine.tokens),
+            ("image_cache_hits", "images that were encoded already", cache.hits),
+            ("image_cache_misses", "images that were not", cache.misses),
+        ):
+            yield CounterMetricFamily(f"blip2_{name}", about, value)
+
+
+class Metrics:
+    """One server's numbers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineNumbers(engine))
+        labels = ("route", "status")
+        self._requests = Counter("blip2_requests", "requests answered", labels, registry=self._registry)
+        self._seconds = Histogram(
+            "blip2_request_seconds", "from arrival to the answer's end", ("route",), registry=self._registry
+        )
+
+    def count(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def text(self) -> bytes:
+        """All of them in Prometheus's text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,233 @@
+"""/caption, /ask, /match, /embed, /explain: what the model can do, by the names it has in Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+
+from blip2.images import load_image
+from blip2.predict import Predictor
+from blip2.results import Pieces
+from blip2.serve import schemas
+from blip2.serve.engine import Text, Writing
+from blip2.serve.events import EventStream
+from blip2.serve.house import ApiError, House, as_api_error
+
+
+def body_of(model: type[BaseModel], *files: str) -> dict[str, Any]:
+    """The OpenAPI entry of a body that arrives as JSON or as a form whose fields `files` are files."""
+    content: dict[str, Any] = {
+        "application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    }
+    if files:
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        properties = dict(schema["properties"])
+        for name in files:
+            file = {"type": "string", "format": "binary"}
+            properties[name] = {"type": "array", "items": file} if properties[name].get("items") else file
+        form = {key: schema[key] for key in ("type", "required", "additionalProperties") if key in schema}
+        content["multipart/form-data"] = {"schema": form | {"properties": properties}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def answers(model: type[BaseModel], *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of what comes back: a result, or any of the errors."""
+    good: dict[str, Any] = {"model": model, "description": "the result"}
+    if stream:
+        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    texts = {
+        400: "what was asked for cannot be done; the message says why",
+        401: "no valid API key",
+        403: "a page of another site asked, or another host name",
+        404: "no such model or page",
+        408: "the body was too slow",
+        413: "the body is too large",
+        415: "neither JSON nor a form",
+        500: "the model failed",
+        501: "this server cannot do that",
+        503: "too many requests; Retry-After says when to come again",
+        504: "out of time",
+    }
+    return {200: good} | {
+        status: {"model": schemas.Error, "description": about} for status, about in texts.items()
+    }
+
+
+def router(house: House) -> APIRouter:
+    routes = APIRouter(tags=["native"])
+    limits = house.limits
+
+    def check(asked: schemas.Decoding) -> None:
+        house.check_count("max_new_tokens", asked.max_new_tokens, limits.new_tokens)
+        house.check_count("num_return_sequences", asked.num_return_sequences, limits.sequences)
+        house.check_count("beams", asked.beams or 1, limits.beams)
+
+    async def write(
+        request: Request, asked: schemas.Decoding, image: bytes, prompt: str, kind: str
+    ) -> Response:
+        check(asked)
+        house.check_texts(prompt)
+        options = asked.options()
+        writing = Writing(await house.picture(image), prompt, options)
+        house.log_content(request, {"prompt": prompt})
+        if asked.stream:
+            return await _stream(house, request, writing, kind)
+        texts = await house.result(request, writing)
+        result = _result(house, prompt, texts, kind)
+        house.log_content(request, {kind: [text.written for text in texts]})
+        return JSONResponse(result)
+
+    @routes.post(
+        "/caption",
+        responses=answers(schemas.Captions, stream=True),
+        openapi_extra=body_of(schemas.CaptionRequest, "image"),
+    )
+    async def caption(request: Request) -> Response:
+        """Say what is in an image."""
+        asked, (image,) = await house.form_or_json(request, schemas.CaptionRequest)
+        return await write(request, asked, image, asked.prompt, "captions")
+
+    @routes.post(
+        "/ask",
+        responses=answers(schemas.Answers, stream=True),
+        openapi_extra=body_of(schemas.AskRequest, "image"),
+    )
+    async def ask(request: Request) -> Response:
+        """Answer a question about an image."""
+        asked, (image,) = await house.form_or_json(request, schemas.AskRequest)
+        prompt = house.engine.predictor.question_prompt(asked.question)
+        return await write(request, asked, image, prompt, "answers")
+
+    @routes.post(
+        "/match", responses=answers(schemas.Matches), openapi_extra=body_of(schemas.MatchRequest, "image")
+    )
+    async def match(request: Request) -> Response:
+        """Say how well texts fit an image."""
+        asked, (image,) = await house.form_or_json(request, schemas.MatchRequest)
+        house.check_count("texts", len(asked.texts), limits.texts)
+        house.check_texts(*asked.texts)
+
+        def compute(model: Predictor) -> Any:
+            return model.match(load_image(image, max_pixels=limits.pixels), asked.texts)
+
+        found = await house.result(request, compute)
+        matches = [
+            {"text": text, "probability": fit.probability, "similarity": fit.similarity}
+            for text, fit in zip(asked.texts, found, strict=True)
+        ]
+        return JSONResponse({"model": house.model, "matches": matches})
+
+    @routes.post(
+        "/embed", responses=answers(schemas.Embeddings), openapi_extra=body_of(schemas.EmbedRequest, "images")
+    )
+    async def embed(request: Request) -> Response:
+        """Turn images and texts into vectors for search."""
+        asked, images = await house.form_or_json(request, schemas.EmbedRequest, "images")
+        house.check_count("images", len(images), limits.images)
+        house.check_count("texts", len(asked.texts), limits.texts)
+        house.check_texts(*asked.texts)
+        if not images and not asked.texts:
+            raise ApiError(400, "nothing to embed: give images, or texts")
+
+        def compute(model: Predictor) -> Any:
+            opened = [load_image(image, max_pixels=limits.pixels) for image in images]
+            return model.embed(opened).tolist(), model.embed_text(asked.texts).tolist()
+
+        vectors, words = await house.result(request, compute)
+        return JSONResponse({"model": house.model, "images": vectors, "texts": words})
+
+    @routes.post(
+        "/explain",
+        responses=answers(schemas.Explained),
+        openapi_extra=body_of(schemas.ExplainRequest, "image"),
+    )
+    async def explain(request: Request) -> Response:
+        """Show where in an image each word of a caption or an answer comes from."""
+        asked, (image,) = await house.form_or_json(request, schemas.ExplainRequest)
+        house.check_texts(asked.text or "", asked.question or "", asked.answer or "")
+        place = (asked.layer, asked.head, asked.query)
+        if any(each is not None for each in place) and None in place:
+            raise ApiError(400, "layer, head and query belong together: give all three, or none")
+
+        def compute(model: Predictor) -> Any:
+            opened = load_image(image, max_pixels=limits.pixels)
+            found = model.explain(opened, text=asked.text, question=asked.question, answer=asked.answer)
+            attention = None
+            if asked.layer is not None:
+                if any(i is not None and i >= n for i, n in zip(place, found.attention.shape)):
+                    layers, heads, queries = found.attention.shape[:3]
+                    raise ValueError(
+                        f"there are {layers} layers, {heads} heads and {queries} queries, from 0"
+                    )
+                attention = found.attention[place].tolist()
+            return {
+                "model": house.model,
+                "text": found.text,
+                "words": [
+                    {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()}
+                    for word in found.words
+                ],
+                "width": opened.width,
+                "height": opened.height,
+                "attention_shape": list(found.attention.shape[:3]),
+                "attention": attention,
+            }
+
+        return JSONResponse(await house.result(request, compute))
+
+    return routes
+
+
+def usage(house: House, prompt: str, completion_tokens: int) -> dict[str, int]:
+    """Token counts; the image counts as the queries that the language model reads of it."""
+    predictor = house.engine.predictor
+    read = len(predictor.generator.tokenizer.encode(prompt)) + predictor.model.config.num_query_tokens
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": completion_tokens,
+        "total_tokens": read + completion_tokens,
+    }
+
+
+def _result(house: House, prompt: str, texts: list[Text], kind: str) -> dict[str, Any]:
+    decode = house.engine.predictor.generator.tokenizer.decode
+    shown = []
+    for text in texts:
+        pairs = list(zip(text.written.tokens, text.written.token_logprobs, strict=True))
+        pairs = pairs[:-1] if text.finished else pairs
+        tokens = [{"text": decode([i]), "logprob": logprob} for i, logprob in pairs]
+        shown.append({"text": str(text.written), "score": text.written.score, "tokens": tokens})
+    written = sum(len(text.written.tokens) for text in texts)
+    return {"model": house.model, kind: shown, "usage": usage(house, prompt, written)}
+
+
+async def _stream(house: House, request: Request, writing: Writing, kind: str) -> Response:
+    """Events {"delta": piece}, then the result as without stream, then [DONE]."""
+    pieces = Pieces(house.engine.predictor.generator.tokenizer.decode)
+    steps = await house.steps(request, writing)
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async with aclosing(steps):  # type: ignore[type-var]
+                async for _, row, place in steps:
+                    ended = row.done and place == len(row.ids) - 1
+                    piece = "" if ended and row.finished else pieces.add(row.ids[place])
+                    if ended:
+                        piece += pieces.end()
+                    if piece:
+                        yield json.dumps({"delta": piece})
+                    if ended:
+                        text = house.engine.text_of(row)
+                        yield json.dumps(_result(house, writing.prompt, [text], kind))
+        except Exception as error:
+            yield json.dumps(as_api_error(error).body())
+            return
+        yield "[DONE]"
+
+    return EventStream(events())

@@ -1,0 +1,226 @@
+"""The engine without HTTP: the same answers as the Python API, bounded, fair, and never a hang."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+
+import blip2
+from blip2.generate import GenerationOptions
+from blip2.serve.cache import ImageCache, size_of
+from blip2.serve.engine import BusyError, Engine, EngineError, TooLateError, Writing
+from blip2.serve.limits import Limits
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"beams": 5},
+    {"beams": 3, "num_return_sequences": 2},
+    {"do_sample": True, "seed": 3, "num_return_sequences": 3, "temperature": 0.8},
+    {"repetition_penalty": 1.5, "max_new_tokens": 12, "no_repeat_ngram_size": 2},
+    {"do_sample": True, "seed": 9, "top_p": 0.9, "min_new_tokens": 9, "max_new_tokens": 40},
+]
+
+
+@pytest.fixture
+def engine(predictor: blip2.Predictor) -> Iterator[Engine]:
+    made = Engine(lambda: predictor, Limits(queue=100))
+    made.start()
+    assert made.loaded.wait(60)
+    yield made
+    made.close()
+
+
+def greedy(engine: Engine, image: bytes, **options: Any) -> Writing:
+    return Writing(engine.read(image), "a photo of", GenerationOptions(**options))
+
+
+def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
+    engine: Engine, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    cases, jobs = [], []
+    for i in range(60):
+        image, way = images[i % len(images)], WAYS[i % len(WAYS)]
+        prompt = ["a photo of", "", predictor.question_prompt("what is it?")][i % 3]
+        cases.append((image, way, prompt))
+        jobs.append(
+            engine.submit(Writing(engine.read(image), prompt, GenerationOptions(**way)), client=str(i % 4))
+        )
+    for (image, way, prompt), job in zip(cases, jobs, strict=True):
+        expected = predictor.caption(image, prompt=prompt, **({"beams": 1} | way))
+        for text, wanted in zip(
+            job.result.result(60), expected if isinstance(expected, list) else [expected], strict=True
+        ):
+            assert (text.written, text.written.tokens) == (wanted, wanted.tokens)
+            assert text.written.score == pytest.approx(wanted.score, abs=1e-4)
+            assert text.written.token_logprobs == pytest.approx(wanted.token_logprobs, abs=1e-3)
+    assert engine.running == engine.waiting == 0
+
+
+def test_a_second_question_about_an_image_skips_the_encoder(engine: Engine, images: list[bytes]) -> None:
+    calls = []
+    vision = engine.predictor.model.vision
+    handle = vision.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        for _ in range(3):
+            engine.submit(greedy(engine, images[0])).result.result(60)
+    finally:
+        handle.remove()
+    assert len(calls) == 1 and engine.cache.hits == 2 and engine.cache.misses == 1
+
+
+def test_the_cache_is_bounded_and_forgets_the_least_used(
+    predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    encoded = predictor.encode(images[:3])
+    size = size_of(encoded[0])
+    cache = ImageCache(2 * size)
+    cache.put(b"a", encoded[0])
+    cache.put(b"b", encoded[1])
+    assert cache.get(b"a") is encoded[0]
+    cache.put(b"c", encoded[2])
+    assert cache.get(b"b") is None and cache.get(b"a") is encoded[0] and cache.bytes == 2 * size
+    nothing = ImageCache(0)
+    nothing.put(b"a", encoded[0])
+    assert len(nothing) == nothing.bytes == 0
+
+
+class Gate:
+    """A call on the model that holds the engine up until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, _: blip2.Predictor) -> str:
+        self.entered.set()
+        assert self.open.wait(60)
+        return "through"
+
+
+def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
+    engine = Engine(lambda: predictor, Limits(queue=3))
+    engine.start()
+    assert engine.loaded.wait(60)
+    gate = Gate()
+    first = engine.submit(gate)
+    assert gate.entered.wait(60)
+    waiting = [engine.submit(lambda _: "done") for _ in range(3)]
+    for _ in range(20):
+        with pytest.raises(BusyError, match="too many"):
+            engine.submit(lambda _: "done")
+    gate.open.set()
+    assert first.result.result(60) == "through"
+    assert [job.result.result(60) for job in waiting] == ["done"] * 3
+    engine.close()
+    with pytest.raises(BusyError):
+        engine.submit(lambda _: "done")
+
+
+def test_clients_take_turns(engine: Engine) -> None:
+    gate, order = Gate(), []
+    first = engine.submit(gate)
+    assert gate.entered.wait(60)
+    jobs = [engine.submit(lambda _, i=i: order.append(f"a{i}"), client="a") for i in range(5)]  # type: ignore[misc]
+    jobs += [engine.submit(lambda _, i=i: order.append(f"b{i}"), client="b") for i in range(2)]  # type: ignore[misc]
+    gate.open.set()
+    for job in [first, *jobs]:
+        job.result.result(60)
+    assert order == ["a0", "b0", "a1", "b1", "a2", "a3", "a4"]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cancelled_text_is_gone_within_one_step(engine: Engine, images: list[bytes], beams: int) -> None:
+    """Texts that never end are cancelled after their first steps: no more tokens are written for them."""
+    seen: list[int] = []
+    started = threading.Event()
+    options: dict[str, Any] = {"max_new_tokens": 150, "min_new_tokens": 150, "beams": beams}
+    before = engine.tokens
+
+    def watch(_: object) -> None:
+        seen.append(1)
+        started.set()
+
+    jobs = [engine.submit(greedy(engine, images[0], **options), on_step=watch) for _ in range(3)]
+    if beams == 1:
+        assert started.wait(60)
+    else:
+        while engine.running == 0:
+            time.sleep(0.001)
+    for job in jobs:
+        assert job.result.cancel()
+    after = engine.submit(greedy(engine, images[0], max_new_tokens=2))
+    after.result.result(60)
+    assert engine.running == 0 and engine.tokens - before < 3 * beams * 120
+    for job in jobs:
+        with pytest.raises(CancelledError):
+            job.result.result()
+
+
+def test_deadlines(engine: Engine, images: list[bytes]) -> None:
+    late = engine.submit(greedy(engine, images[0]), deadline=time.monotonic() - 1)
+    with pytest.raises(TooLateError):
+        late.result.result(60)
+    long = greedy(engine, images[0], max_new_tokens=200, min_new_tokens=200)
+    with pytest.raises(TooLateError):
+        engine.submit(long, deadline=time.monotonic() + 0.05).result.result(60)
+    assert engine.submit(greedy(engine, images[0])).result.result(60)
+
+
+def test_what_fails_fails_alone(
+    engine: Engine, images: list[bytes], monkeypatch: pytest.MonkeyPatch, predictor: blip2.Predictor
+) -> None:
+    def broken(_: blip2.Predictor) -> None:
+        raise RuntimeError("secret detail")
+
+    with pytest.raises(EngineError) as told:
+        engine.submit(broken).result.result(60)
+    assert "secret" not in str(told.value)
+    with pytest.raises(ValueError, match="room"):
+        engine.submit(Writing(engine.read(images[0]), "word " * 400, GenerationOptions()))
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.model.language, "step", lambda *_: broken(predictor))
+        with pytest.raises(EngineError):
+            engine.submit(greedy(engine, images[0], min_new_tokens=5)).result.result(60)
+        with pytest.raises(EngineError):
+            engine.submit(greedy(engine, images[0], beams=2, min_new_tokens=5)).result.result(60)
+    good = engine.submit(greedy(engine, images[0])).result.result(60)[0].written
+    assert good == predictor.caption(images[0], beams=1)
+
+
+def test_a_model_that_does_not_load_is_told() -> None:
+    def load() -> blip2.Predictor:
+        raise ValueError("no such model")
+
+    failed = threading.Event()
+    engine = Engine(load, Limits())
+    engine.on_failure = failed.set
+    engine.start()
+    assert failed.wait(60) and str(engine.failure) == "no such model"
+    with pytest.raises(BusyError):
+        engine.check_room()
+    engine.close()
+
+
+def test_closing_leaves_nobody_waiting(predictor: blip2.Predictor, images: list[bytes]) -> None:
+    engine = Engine(lambda: predictor, Limits())
+    engine.start()
+    assert engine.loaded.wait(60)
+    jobs = [
+        engine.submit(greedy(engine, images[0], max_new_tokens=200, min_new_tokens=200)) for _ in range(3)
+    ]
+    engine.close()
+    for job in jobs:
+        with pytest.raises(EngineError):
+            job.result.result(1)
+
+
+def test_limits() -> None:
+    limits = Limits().changed(["queue=7", "body-seconds=2.5"])
+    assert (limits.queue, limits.body_seconds) == (7, 2.5)
+    for wrong in ("nonsense=1", "queue", "queue=x", "queue=-1", "rows=0", "body_seconds=nan"):
+        with pytest.raises(ValueError):
+            Limits().changed([wrong])
