@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "ranking": "layers model",
     "predict": "checkpoint config explain generate images inputs layers matching model models quantize ranking "
     "results text",
-    "evaluate": "data images inputs models predict results text",
+    "evaluate": "data images inputs matching models predict results text",
     "doctor": "checkpoint.inspection models",
     "continuous": "generate layers model",
     "serve": "continuous generate images layers predict results text",
