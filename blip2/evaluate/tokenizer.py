@@ -314,7 +314,7 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     }
 
 
-# A plain word before a space, a mark perhaps between, is what it is, but for abbreviations and those that are two words.
+# A plain word before a space, a mark perhaps between, is what it is, but for abbreviations and what is two words.
 _PLAIN = re.compile("[A-Za-z]{2,}(?=[.,;:!?]?[ \n])")
 _TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
 _ABBREVIATION = re.compile(
