@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "matching": "images inputs model results text",
     "ranking": "layers model",
     "predict": "checkpoint config generate images inputs layers matching model models quantize ranking results text",
-    "evaluate": "data images inputs models predict results text",
+    "evaluate": "data images inputs matching models predict results text",
     "doctor": "checkpoint.inspection models",
     "data": "images text",
     "train": "config layers vision qformer opt t5 model data checkpoint",
