@@ -357,6 +357,7 @@ def test_help_teaches(run: Run) -> None:
         "chat",
         "match",
         "embed",
+        "eval",
         "inspect",
         "convert",
         "quantize",

@@ -144,7 +144,7 @@ _STATES = (
     "(?-i:M)ass|md|mich|minn|(?-i:M)iss|mo|mont|neb|nev|okla|(?-i:O)re|(?-i:P)a|penn|tenn|(?-i:T)ex|va|vt|"
     "(?-i:W)ash|wisc?|wyo"
 )
-_FIRMS = "inc|cos?|corp|pp?t[ye]s?|ltd|plc|rt|bancorp|bhd|assn|univ|intl|sys"
+_FIRMS = "inc|cos?|corp|pp?t(?-i:[ye])s?|ltd|plc|rt|bancorp|bhd|assn|univ|intl|sys"
 _BEFORE_LOWER_CASE = (
     rf"(?:{_MONTHS_AND_DAYS}|{_STATES}|{_FIRMS}|tel|est|ext|sq|jr|bros|(?:ed|ph)\.d|esq|etc|al|seq|bldg)\."
 )
@@ -156,7 +156,7 @@ _TITLES = (
 )
 _BEFORE_NAMES = (
     f"(?:{_TITLES}|vs|(?-i:v)|alex|wm|jos|cie|a\\.k\\.a|cf|treas|"
-    f"ph|invt|elec|natl|m[ft]g|dept|blvd|rd|{_ACRONYM})"
+    f"ph|invt|elec|natl|m(?-i:[ft])g|dept|blvd|rd|{_ACRONYM})"
 )
 _BEFORE_NUMBERS = r"(?:ca|figs?|prop|nos?|arts?|bldg|pp|op)\."
 _SENTENCE_STARTERS = (
@@ -249,7 +249,7 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     rule("l", rf"{_LONG_ACRONYM}\.", starter, stop=True)
     rule("l", r"[a-z]\.", starter, back=1)
     rule("l", _BEFORE_NUMBERS, f"{_SPACE_OR_LINE}?[0-9]")
-    rule("l", r"(?:pt[ey]|co)\.", f"{_SPACE}(?:ltd|lim)")
+    rule("l", r"(?:pt(?-i:[ey])|co)\.", f"{_SPACE}(?:ltd|lim)")
     rule("l", _BEFORE_LOWER_CASE, sentence_end, stop=True)
     rule("l", _BEFORE_LOWER_CASE, "(?s:..)")
     rule("l", _BEFORE_LOWER_CASE, stop=True)
@@ -314,8 +314,7 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     }
 
 
-# A plain word before a space, a mark perhaps between, is what it is, but for abbreviations
-# and those that are two words.
+# A plain word before a space, a mark perhaps between, is what it is, but for abbreviations and what is two words.
 _PLAIN = re.compile("[A-Za-z]{2,}(?=[.,;:!?]?[ \n])")
 _TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
 _ABBREVIATION = re.compile(
