@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -112,13 +111,12 @@ def _bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Captions of any number of images into a file or folder."""
     from pathlib import Path
 
-    from tqdm import tqdm
-
     from blip2.bulk import BulkError, Settings, caption_all, estimate, list_items
     from blip2.bulk.describe import describer, fingerprint, shrinker
     from blip2.bulk.journal import GO_ON
     from blip2.bulk.outputs import format_of
-    from blip2.bulk.run import Progress, part_of
+    from blip2.bulk.progress import progress_bar
+    from blip2.bulk.run import part_of
 
     if args.stream or args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--out takes no --stream, and a --batch-size and a --limit of at least 1")
@@ -178,23 +176,10 @@ def _bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
         batch_size=args.batch_size,
         threads=min(8, os.cpu_count() or 1),
     )
-    expected: list[int] = []
-
-    def count() -> None:  # beside the run: the time left is shown from when it is through
-        with contextlib.suppress(BulkError):  # the run itself says what is wrong
-            expected.append(sum(1 for _ in listed()))
-
-    with tqdm(unit=" images", disable=args.quiet, mininterval=1) as bar:
-        # Not with parquet files: to count their rows is to read the images within them.
-        if not args.quiet and not any(source.lower().endswith(".parquet") for source in args.images):
-            threading.Thread(target=count, daemon=True).start()
-
-        def show(progress: Progress) -> None:
-            if expected:
-                bar.total = max(expected[0] - progress.before, progress.done)
-            bar.set_postfix(failed=progress.failed, before=progress.before, refresh=False)
-            bar.update(progress.done - bar.n)
-
+    # To count the rows of parquet files is to read the images within them.
+    countable = not any(source.lower().endswith(".parquet") for source in args.images)
+    quiet = contextlib.nullcontext(lambda progress: None)
+    with quiet if args.quiet else progress_bar(listed if countable else None) as show:
         try:
             done = caption_all(listed(), settings, describe, prepare=prepare, progress=show)
         except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ import blip2
 from blip2.bulk import BulkError, Item, Settings, caption_all, list_items, outputs
 from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
-from blip2.bulk.run import part_of
+from blip2.bulk.progress import progress_bar
+from blip2.bulk.run import Progress, part_of
 from blip2.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
@@ -463,6 +465,23 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
     assert all(row["logprob"] < 0 for row in rows)
     assert main(["caption", str(pictures[0]), "--out", str(tmp_path / "d.jsonl"), *common, "--dry-run"]) == 0
     assert "1 inputs" in capsys.readouterr().out and not (tmp_path / "d.jsonl").exists()
+
+
+def test_the_time_left_is_shown_where_inputs_can_be_counted(capfd: Any) -> None:
+    def listed() -> Iterator[Item]:
+        counted.set()
+        return iter([Item(str(i), "") for i in range(40)])
+
+    for known in (True, False):
+        counted = threading.Event()
+        with progress_bar(listed if known else None) as show:
+            for thread in threading.enumerate():
+                if known and thread.daemon and "count" in thread.name:
+                    thread.join()
+            show(Progress(done=3, before=10, failed=1))
+        assert counted.is_set() == known
+        shown = capfd.readouterr().err
+        assert ("3/30" in shown) == known and "failed=1" in shown and "before=10" in shown
 
 
 def test_match_and_keep_best(tmp_path: Path) -> None:

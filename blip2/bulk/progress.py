@@ -1,0 +1,39 @@
+"""How far a bulk run is, as a bar on the terminal: rate, done, failed, and the time left once that is known."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+from tqdm import tqdm
+
+from blip2.bulk.journal import BulkError
+from blip2.bulk.run import Progress
+from blip2.bulk.sources import Item
+
+
+@contextlib.contextmanager
+def progress_bar(listed: Callable[[], Iterable[Item]] | None) -> Iterator[Callable[[Progress], None]]:
+    """Gives what shows the progress of a run.
+
+    Args:
+        listed: lists the inputs a second time, to count them beside the run; None: no time left is shown.
+    """
+    expected: list[int] = []
+
+    def count(inputs: Iterable[Item]) -> None:
+        with contextlib.suppress(BulkError):  # the run itself says what is wrong
+            expected.append(sum(1 for _ in inputs))
+
+    if listed is not None:
+        threading.Thread(target=count, args=(listed(),), daemon=True).start()
+    with tqdm(unit=" images", mininterval=1) as bar:
+
+        def show(progress: Progress) -> None:
+            if expected:
+                bar.total = max(expected[0] - progress.before, progress.done)
+            bar.set_postfix(failed=progress.failed, before=progress.before, refresh=False)
+            bar.update(progress.done - bar.n)
+
+        yield show
