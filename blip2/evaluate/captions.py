@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blip2.evaluate.tokenizer import tokenize
@@ -72,7 +73,7 @@ def caption_scores(
             try:
                 add(name, *compute(told, said))
             except Exception as error:  # a Java program ended, a file is not there: the others stand
-                left_out.append(f"{name}: {type(error).__name__}: {error}")
+                left_out.append(f"{name} is left out: {error or type(error).__name__}")
     return CaptionScores(total, each, left_out)
 
 
@@ -91,7 +92,16 @@ def _meteor(told: dict[int, list[str]], said: dict[int, list[str]]) -> tuple[Any
 
 def _spice(told: dict[int, list[str]], said: dict[int, list[str]]) -> tuple[Any, Any]:
     _need_java()
-    from pycocoevalcap.spice.spice import Spice  # fetches Stanford's parser when first used
+    from pycocoevalcap import spice
+
+    if not list(
+        Path(spice.__path__[0]).glob("lib/stanford-corenlp-*.jar")
+    ):  # the package would wait for a network
+        raise ValueError(
+            "needs Stanford's parser, once: python -c 'from pycocoevalcap.spice.get_stanford_models import "
+            "get_stanford_models as get; get()'"
+        )
+    from pycocoevalcap.spice.spice import Spice
 
     score, scores = Spice().compute_score(told, said)
     return score, [one["All"]["f"] for one in scores]
