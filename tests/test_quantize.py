@@ -85,11 +85,12 @@ def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
 def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(terms: int) -> None:
     weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
     most = levels() or 127
-    scale = x.abs().amax(1, keepdim=True) / most
-    seen = (x / scale).round() * scale
-    if terms == 2:
-        seen += ((x - seen) / scale * 2 * most).round() * scale / (2 * most)
-    expected = seen.double() @ weight.float().double().mT + bias
+    largest = x.abs().amax(1, keepdim=True)
+    scaled = x * (most / largest)  # in the layer's order: a value close to halfway would round the other way
+    first = scaled.round()
+    second = ((scaled - first) * (2 * most)).round() if terms == 2 else torch.zeros_like(first)
+    seen = (first.double() + second.double() / (2 * most)) * largest.double() / most
+    expected = seen @ weight.float().double().mT + bias
     found = Int8Linear(weight, bias, terms)(x)
     if levels():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
