@@ -25,7 +25,24 @@ from blip2.quantize import MODES
 from blip2.text import CAPTION_PROMPT, question_prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-QUESTIONS = ("what is in the picture?", "how many things are there?", "what color is it?")
+QUESTIONS = (
+    "what is in the picture?",
+    "how many things are there?",
+    "what color is it?",
+    "is it red?",
+    "is there a person?",
+    "is there an animal?",
+    "what shape is it?",
+    "where is it?",
+    "what is it doing?",
+    "what is on the left?",
+    "what is on the right?",
+    "what is behind it?",
+    "is it day or night?",
+    "what is it made of?",
+    "is it indoors?",
+    "what is the main object?",
+)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from blip2.checkpoint.load import load_model, load_processing, read_config_file
 from blip2.config import Blip2Config, OptConfig
 from blip2.generate import GenerationOptions, generate
 from blip2.model import Blip2
-from blip2.models import BYTES, INT4_BYTES, matrix_values
+from blip2.models import BYTES, int4_bytes, matrix_values
 from blip2.quantize import Int8Linear, Mode, Rounded8
 from blip2.text import CAPTION_PROMPT
 
@@ -292,7 +292,7 @@ def decode_bytes(side: Contender) -> float:
     language = config.language
     width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
     head = language.vocab_size * width
-    each = {"int8": 1.0, "int4": INT4_BYTES}.get(side.quantize or "", BYTES[side.dtype])
+    each = {"int8": 1.0, "int4": int4_bytes(language)}.get(side.quantize or "", BYTES[side.dtype])
     return matrix_values(language, decoder=True) * each + head * (1.0 if side.quantize else BYTES[side.dtype])
 
 

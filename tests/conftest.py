@@ -198,6 +198,10 @@ def _make(variant: str, newline: int, bert_words: int) -> Blip2 | Blip2Matcher:
         for name, parameter in model.named_parameters():
             if name.endswith("qkv.bias"):  # as EVA-CLIP has it: nothing is added to keys
                 parameter.data.chunk(3)[1].zero_()
+    if variant == "t5":
+        for name, parameter in model.named_parameters():
+            if name.endswith(".q.weight"):  # T5 does not scale its scores: its queries are small instead
+                parameter.data *= _t5(304).d_kv ** -0.5
     return model
 
 

@@ -20,6 +20,7 @@ from blip2.checkpoint import (
     quantize_checkpoint,
     save_model,
 )
+from blip2.config import T5Config
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantize import (
     GROUP,
@@ -85,11 +86,12 @@ def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
 def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(terms: int) -> None:
     weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
     most = levels() or 127
-    scale = x.abs().amax(1, keepdim=True) / most
-    seen = (x / scale).round() * scale
-    if terms == 2:
-        seen += ((x - seen) / scale * 2 * most).round() * scale / (2 * most)
-    expected = seen.double() @ weight.float().double().mT + bias
+    largest = x.abs().amax(1, keepdim=True)
+    scaled = x * (most / largest)  # in the layer's order: a value close to halfway would round the other way
+    first = scaled.round()
+    second = ((scaled - first) * (2 * most)).round() if terms == 2 else torch.zeros_like(first)
+    seen = (first.double() + second.double() / (2 * most)) * largest.double() / most
+    expected = seen @ weight.float().double().mT + bias
     found = Int8Linear(weight, bias, terms)(x)
     if levels():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -164,6 +166,28 @@ def test_every_model_can_be_rounded(variants: dict[str, Path], variant: str, mod
     assert not torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("variant", ["opt", "t5"])
+def test_four_bits_are_for_the_inner_layers_of_the_language_model(
+    variants: dict[str, Path], variant: str
+) -> None:
+    base = load_model(variants[variant], dtype="fp32")
+    assert isinstance(base, Blip2)
+    language = (
+        replace(base.config.language, d_model=GROUP, num_layers=4)
+        if isinstance(base.config.language, T5Config)
+        else replace(base.config.language, hidden_size=GROUP, num_hidden_layers=4)
+    )
+    with torch.device("meta"):
+        model = Blip2(replace(base.config, language=language))
+    fours = {name for name, _, kind in quantize.layers(model, "int4") if kind is Rounded4}
+    stacks = {".".join(name.split(".")[: 3 if variant == "opt" else 4]) for name in fours}
+    inner = {"opt": ["language.layers.1", "language.layers.2"]}.get(
+        variant, ["language.encoder.layers.1", "language.encoder.layers.2", "language.decoder.layers.1"]
+    )
+    assert stacks == set(inner)
+    assert not any(kind is Rounded4 for _, _, kind in quantize.layers(model, "int8"))
+
+
 def test_the_default_model_says_the_same_in_eight_bits(pictures: list[Path]) -> None:
     exact, rounded = blip2.load(), blip2.load(quantize="int8")
     images = list(pictures)
@@ -227,7 +251,7 @@ def test_what_is_rounded_is_not_rounded_again_nor_saved_as_floats(
 def test_four_bits_cannot_be_loaded_as_eight(variants: dict[str, Path], tmp_path: Path) -> None:
     base = load_model(variants["opt"], dtype="fp32")
     assert isinstance(base, Blip2)
-    wide = replace(base.config.language, hidden_size=GROUP, ffn_dim=GROUP)
+    wide = replace(base.config.language, hidden_size=GROUP, ffn_dim=GROUP, num_hidden_layers=3)
     model = Blip2(replace(base.config, language=wide))  # type: ignore[type-var]
     for parameter in model.parameters():
         parameter.data = 0.1 * drawn(*parameter.shape)
