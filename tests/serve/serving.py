@@ -45,10 +45,13 @@ class Running:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
 
-
 @contextmanager
 def run_server(
-    predictor: blip2.Predictor, limits: Limits | None = None, keys: tuple[str, ...] = (), *, fetch_urls: bool = False
+    predictor: blip2.Predictor,
+    limits: Limits | None = None,
+    keys: tuple[str, ...] = (),
+    *,
+    fetch_urls: bool = False,
 ) -> Iterator[Running]:
     bounds = limits or Limits()
     engine = Engine(lambda: predictor, bounds)

@@ -47,7 +47,9 @@ def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
         image, way = images[i % len(images)], WAYS[i % len(WAYS)]
         prompt = ["a photo of", "", predictor.question_prompt("what is it?")][i % 3]
         cases.append((image, way, prompt))
-        jobs.append(engine.submit(Writing(engine.read(image), prompt, GenerationOptions(**way)), client=str(i % 4)))
+        jobs.append(
+            engine.submit(Writing(engine.read(image), prompt, GenerationOptions(**way)), client=str(i % 4))
+        )
     for (image, way, prompt), job in zip(cases, jobs, strict=True):
         expected = predictor.caption(image, prompt=prompt, **({"beams": 1} | way))
         for text, wanted in zip(
@@ -71,7 +73,9 @@ def test_a_second_question_about_an_image_skips_the_encoder(engine: Engine, imag
     assert len(calls) == 1 and engine.cache.hits == 2 and engine.cache.misses == 1
 
 
-def test_the_cache_is_bounded_and_forgets_the_least_used(predictor: blip2.Predictor, images: list[bytes]) -> None:
+def test_the_cache_is_bounded_and_forgets_the_least_used(
+    predictor: blip2.Predictor, images: list[bytes]
+) -> None:
     encoded = predictor.encode(images[:3])
     size = size_of(encoded[0])
     cache = ImageCache(2 * size)
@@ -205,7 +209,9 @@ def test_closing_leaves_nobody_waiting(predictor: blip2.Predictor, images: list[
     engine = Engine(lambda: predictor, Limits())
     engine.start()
     assert engine.loaded.wait(60)
-    jobs = [engine.submit(greedy(engine, images[0], max_new_tokens=200, min_new_tokens=200)) for _ in range(3)]
+    jobs = [
+        engine.submit(greedy(engine, images[0], max_new_tokens=200, min_new_tokens=200)) for _ in range(3)
+    ]
     engine.close()
     for job in jobs:
         with pytest.raises(EngineError):
@@ -218,5 +224,3 @@ def test_limits() -> None:
     for wrong in ("nonsense=1", "queue", "queue=x", "queue=-1", "rows=0", "body_seconds=nan"):
         with pytest.raises(ValueError):
             Limits().changed([wrong])
-
-
