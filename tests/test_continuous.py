@@ -25,13 +25,17 @@ PROMPTS = ["a photo of", "Question: what is it? Answer:", "", "two dogs and a re
 
 
 @pytest.mark.parametrize("variant", ["opt", "opt-untied", "t5"])
-def test_joining_and_leaving_changes_no_text(variants: dict[str, Path], pictures: list[Path], variant: str) -> None:
+def test_joining_and_leaving_changes_no_text(
+    variants: dict[str, Path], pictures: list[Path], variant: str
+) -> None:
     predictor = blip2.load(variants[variant])
     model, tokenizer = predictor.model, predictor.generator.tokenizer
     encoded = predictor.encode(pictures)
     chance = random.Random(7)
     rows, begun = Rows(model), list[tuple[Any, list[Row]]]()
-    cases = [(image, prompt, way) for way in WAYS for prompt in PROMPTS for image in chance.sample(encoded, 2)]
+    cases = [
+        (image, prompt, way) for way in WAYS for prompt in PROMPTS for image in chance.sample(encoded, 2)
+    ]
     chance.shuffle(cases)
     todo = list(cases)
     while todo or len(rows):

@@ -153,7 +153,8 @@ def test_request_ids(server: Running) -> None:
 
 
 HOSTILE = (
-    '<script>alert(1)</script>', "'; DROP TABLE images; --", "{{7*7}}${7*7}", "../../etc/passwd\\..\\", "%00%0d%0aSet-Cookie: a=b",
+    '<script>alert(1)</script>', "'; DROP TABLE images; --", "{{7*7}}${7*7}", "../../etc/passwd\\..\\",
+    "%00%0d%0aSet-Cookie: a=b",
     "\u202e\u0000\x1b[31m", "</s><image>", "{\"a\": \"\\u0000\"}", "a\r\nx-evil: 1", "\U0001f480" * 50,
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ import blip2
 from blip2.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]
+HEAD = b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def overload(predictor: blip2.Predictor, images: list[bytes], count: int, threads: int) -> None:
@@ -67,8 +68,7 @@ def leave(running: Running, image: bytes, after: int) -> None:
     asked = {"image": data_url(image), "stream": True, "max_new_tokens": 150, "min_new_tokens": 150}
     body = json.dumps(asked).encode()
     with running.connect() as sock:
-        head = f"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        sock.sendall(head.encode() + b"\r\n\r\n" + body)
+        sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         got = 0
         while got < after and (piece := sock.recv(4096)):
             got += len(piece)
@@ -136,8 +136,8 @@ def drip(sock: socket.socket, text: bytes) -> bytes:
     [
         b"",
         b"POST /caption HTTP/1.1\r\n",
-        b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n",
-        b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n",
+        HEAD + b"Content-Length: 9999\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n",
     ],
     ids=["nothing", "headers", "body", "chunks", "a body nobody reads"],
@@ -193,33 +193,32 @@ def sigterm_under_load(rounds: int) -> None:
     images = [(EXAMPLES / name).read_bytes() for name in NAMES]
     model = blip2.load()
     expected = [model.caption(image) for image in images]
+
+    def ask(client: httpx2.Client, start: int) -> list[str]:
+        outcomes = []
+        for turn in range(50):
+            place = (start + turn) % len(images)
+            try:
+                answer = client.post("/caption", files={"image": images[place]})
+            except httpx2.TransportError as error:
+                # refused, or closed before the request was taken: never in the middle of an answer
+                return [*outcomes, "torn" if "incomplete" in str(error) else "late"]
+            right = answer.status_code == 200 and answer.json()["captions"][0]["text"] == expected[place]
+            outcomes.append("right" if right else f"{answer.status_code} {answer.text}")
+        return outcomes
+
     for round_ in range(rounds):
         process, url = start_process()
-        with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+        with (
+            httpx2.Client(base_url=url, timeout=60, trust_env=False) as client,
+            ThreadPoolExecutor(6) as pool,
+        ):
             while client.get("/ready").status_code != 200:
                 time.sleep(0.05)
-            outcomes: list[str] = []
-
-            def ask(i: int) -> None:
-                for turn in range(50):
-                    place = (i + turn) % len(images)
-                    try:
-                        answer = client.post("/caption", files={"image": images[place]})
-                    except httpx2.TransportError as error:
-                        # refused, or closed before the request was taken: never in the middle of an answer
-                        outcomes.append("late" if "incomplete" not in str(error) else "torn")
-                        return
-                    right = (
-                        answer.status_code == 200 and answer.json()["captions"][0]["text"] == expected[place]
-                    )
-                    outcomes.append("right" if right else f"{answer.status_code} {answer.text}")
-
-            with ThreadPoolExecutor(6) as pool:
-                asking = [pool.submit(ask, i) for i in range(6)]
-                time.sleep(0.3 + round_ % 5 / 10)
-                process.send_signal(signal.SIGTERM)
-                for each in asking:
-                    each.result(60)
+            asking = [pool.submit(ask, client, i) for i in range(6)]
+            time.sleep(0.3 + round_ % 5 / 10)
+            process.send_signal(signal.SIGTERM)
+            outcomes = [outcome for each in asking for outcome in each.result(60)]
         assert process.wait(60) in (0, -signal.SIGTERM)
         assert "right" in outcomes and set(outcomes) <= {"right", "late"}, set(outcomes)
 
