@@ -392,11 +392,6 @@ class Engine:
         if not self._writing or self._rows is None:
             return
         try:
-            for job in self._writing:
-                if self._gone(job):
-                    for row in job.rows:
-                        row.dropped = True
-            self._writing = [job for job in self._writing if not job.result.done()]
             self._rows.choose()
             self.steps += 1
             self.tokens += len(self._rows)
@@ -406,7 +401,10 @@ class Engine:
             done = [job for job in self._writing if all(row.done for row in job.rows)]
             for job in done:
                 job.finish([self.text_of(row) for row in job.rows])
-            self._writing = [job for job in self._writing if not job.result.done()]
+            gone = [job for job in self._writing if self._gone(job)]  # done, cancelled, or too late
+            for row in (row for job in gone for row in job.rows):
+                row.dropped = True
+            self._writing = [job for job in self._writing if job not in gone]
             self._rows.advance()
         except Exception as error:
             jobs, self._writing = self._writing, []

@@ -20,8 +20,12 @@ import httpcore2
 REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,252}")
+_NUMBER = re.compile(
+    r"\d+|0x[0-9a-f]*"
+)  # a host that ends so is an address, and must be spelt in the usual way
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6's open internet
 _CARRIERS = tuple(  # networks whose addresses hold an IPv4 address that is where the packet goes in the end
-    ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
+    ipaddress.IPv6Network(net) for net in ("2002::/16", "2001::/32")
 )
 
 
@@ -38,7 +42,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        if any(ip in net for net in _CARRIERS if net.version == 6):
+        if ip not in _UNICAST or any(ip in net for net in _CARRIERS):
             return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
@@ -69,7 +73,8 @@ def check_url(url: str) -> tuple[str, str]:
     if port is not None and port != PORTS[parts.scheme]:
         raise FetchError("only the usual ports are fetched from, 80 and 443")
     host = parts.hostname or ""
-    if not _NAME.fullmatch(host) and not (":" in host and is_public(host)):
+    numeric = _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]) or ":" in host
+    if not (is_public(host) if numeric else _NAME.fullmatch(host)):
         raise FetchError("the image's URL names no public host")
     return parts.scheme, host
 

@@ -1,0 +1,296 @@
+"""The API as clients use it: curl's forms, JSON, and the official openai client, unmodified."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from serving import Running, data_url
+
+import blip2
+
+
+def events(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+# --- native --------------------------------------------------------------------------------------------------------
+
+
+def test_caption_and_ask_as_form_and_as_json(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    options = {"beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
+    expected = predictor.caption(images[0], **options)
+    question = "what is it?"
+    answer = predictor.ask(images[1], question)
+    with server.client() as client:
+        form = client.post(
+            "/caption", files={"image": images[0]}, data={k: str(v) for k, v in options.items()}
+        )
+        written = client.post("/caption", json={"image": data_url(images[0])} | options)
+        assert form.status_code == written.status_code == 200, form.text
+        assert form.json() == written.json()
+        found = form.json()
+        assert [each["text"] for each in found["captions"]] == expected
+        assert [each["score"] for each in found["captions"]] == pytest.approx(
+            [e.score for e in expected], abs=1e-4
+        )
+        assert "".join(token["text"] for token in found["captions"][0]["tokens"]).strip() == expected[0]
+        usage = found["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert usage["completion_tokens"] == sum(len(each.tokens) for each in expected)
+
+        asked = client.post("/ask", files={"image": images[1]}, data={"question": question}).json()
+        assert asked["answers"][0]["text"] == answer
+        sampled = {"temperature": 0.9, "seed": 4, "num_return_sequences": 3}
+        drawn = client.post(
+            "/ask", json={"image": data_url(images[1]), "question": question} | sampled
+        ).json()
+        assert [each["text"] for each in drawn["answers"]] == predictor.ask(
+            images[1], question, do_sample=True, **sampled
+        )
+
+
+def test_native_streams(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
+    expected = predictor.caption(images[2], beams=1)
+    with server.client() as client:
+        got = events(client.post("/caption", files={"image": images[2]}, data={"stream": "true"}).text)
+    assert "".join(event["delta"] for event in got[:-1]) == expected
+    assert got[-1]["captions"][0]["text"] == expected and len(got) > 2
+
+
+def test_match_embed_and_explain(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
+    texts = ["a rose", "two rabbits"]
+    with server.client() as client:
+        matches = client.post("/match", files={"image": images[0]}, data={"texts": texts}).json()["matches"]
+        for match, fit in zip(matches, predictor.match(images[0], texts), strict=True):
+            assert match["probability"] == pytest.approx(fit.probability, abs=1e-4)
+            assert match["similarity"] == pytest.approx(fit.similarity, abs=1e-4)
+        vectors = client.post("/embed", json={"images": [data_url(images[0])], "texts": texts}).json()
+        assert vectors["images"][0][0] == pytest.approx(predictor.embed(images[0])[0].tolist(), abs=1e-4)
+        assert len(vectors["texts"]) == 2
+        form = client.post("/embed", files=[("images", images[0]), ("images", images[1])])
+        assert len(form.json()["images"]) == 2
+        raw = {"layer": "0", "head": "0", "query": "1"}
+        found = client.post("/explain", files={"image": images[0]}, data={"text": "a rose"} | raw).json()
+        assert [word["text"] for word in found["words"]] == ["a", "rose"]
+        assert len(found["words"][0]["heat"]) == len(found["attention"]) and found["width"] > 0
+        layers = found["attention_shape"][0]
+        beyond = client.post("/explain", files={"image": images[0]}, data=raw | {"layer": str(layers)})
+        assert beyond.status_code == 400 and "layers" in beyond.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"beams": 0}, "beams"),
+        ({"beams": 11}, "allows 10"),
+        ({"max_new_tokens": 257}, "allows 256"),
+        ({"num_return_sequences": 9, "do_sample": True}, "allows 8"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"beams": "5"}, "beams"),
+        ({"temperature": 0.5, "beams": 2}, "do_sample"),
+        ({"stream": True, "beams": 2}, "stream"),
+        ({"image": "http://example.org/a.png"}, "fetches no images"),
+        ({"image": "file:///etc/passwd"}, "data: URL"),
+        ({"image": "data:image/png;base64,@@@"}, "base64"),
+        ({"image": "data:image/png;base64,"}, "empty"),
+        ({"image": "data:image/png;base64,QUJD"}, "no image"),
+        ({"prompt": "x" * 8001}, "8,001"),
+        ({"prompt": "word " * 600}, "room"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said(
+    server: Running, images: list[bytes], fields: dict[str, Any], said: str
+) -> None:
+    with server.client() as client:
+        answer = client.post("/caption", json={"image": data_url(images[0])} | fields)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"], answer.text
+
+
+def test_other_wrong_requests(server: Running, images: list[bytes]) -> None:
+    with server.client() as client:
+        cases = [
+            (client.post("/caption", content=b"x", headers={"content-type": "text/plain"}), 415),
+            (client.post("/caption", content=b"{", headers={"content-type": "application/json"}), 400),
+            (client.post("/caption", data={"beams": "1"}), 415),
+            (client.post("/caption", files={"other": images[0]}), 400),
+            (client.post("/caption", files=[("image", images[0]), ("image", images[0])]), 400),
+            (client.post("/caption", files={"image": images[0]}, data={"beams": ["1", "2"]}), 400),
+            (
+                client.post(
+                    "/caption", content=b"--x", headers={"content-type": "multipart/form-data; boundary=x"}
+                ),
+                400,
+            ),
+            (client.post("/caption", content=b"-", headers={"content-type": "multipart/form-data"}), 400),
+            (
+                client.post(
+                    "/caption", content=b"x" * 20_000_001, headers={"content-type": "application/json"}
+                ),
+                413,
+            ),
+            (client.get("/caption"), 405),
+            (client.get("/nowhere"), 404),
+            (client.post("/embed", json={}), 400),
+        ]
+    for answer, status in cases:
+        assert answer.status_code == status, answer.text
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+# --- the openai client ---------------------------------------------------------------------------------------------
+
+
+def about(image: bytes, text: str | None) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
+    return {"role": "user", "content": parts + ([{"type": "text", "text": text}] if text else [])}
+
+
+def test_openai_captions_asks_and_chats(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    client = server.openai()
+    assert [model.id for model in client.models.list()] == ["default"]
+    assert client.models.retrieve("default").id == "default"
+
+    caption = client.chat.completions.create(model="default", messages=[about(images[0], None)])
+    assert caption.choices[0].message.content == predictor.caption(images[0], beams=1)
+    assert caption.choices[0].finish_reason == "stop" and caption.usage and caption.usage.total_tokens > 0
+
+    chat = predictor.chat(images[1])
+    first = chat.send("what is it?", beams=1)
+    messages: Any = [about(images[1], "what is it?")]
+    said = client.chat.completions.create(model="default", messages=messages).choices[0].message.content
+    assert said == first
+    second = chat.send("how many are there?", beams=1)
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "how many are there?"}]
+    assert (
+        client.chat.completions.create(model="default", messages=messages).choices[0].message.content
+        == second
+    )
+    messages = [{"role": "system", "content": "Be brief."}, about(images[1], "what is it?")]
+    warned = client.chat.completions.create(model="default", messages=messages)
+    assert warned.choices[0].message.content == first and "system" in str(warned.model_extra)
+
+
+def test_openai_streams_with_usage_and_logprobs(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    client = server.openai()
+    expected = predictor.caption(images[2], beams=1)
+    stream = client.chat.completions.create(
+        model="default",
+        messages=[about(images[2], None)],  # type: ignore[list-item]
+        stream=True,
+        logprobs=True,
+        top_logprobs=3,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == expected and len(pieces) > 3
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == len(expected.tokens)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    noted = [
+        t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content or []
+    ]
+    assert [token.logprob for token in noted] == pytest.approx(expected.token_logprobs[:-1], abs=1e-3)
+    assert all(len(token.top_logprobs) == 3 for token in noted)
+    whole = client.chat.completions.create(
+        model="default",
+        messages=[about(images[2], None)],
+        logprobs=True,
+        top_logprobs=3,  # type: ignore[list-item]
+    )
+    assert whole.choices[0].logprobs and len(whole.choices[0].logprobs.content or []) == len(noted)
+
+
+def test_openai_sampling_stop_and_length(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    client = server.openai()
+    kind: Any = {"model": "default", "messages": [about(images[2], None)]}
+    several = client.chat.completions.create(**kind, n=3, temperature=0.9, top_p=0.95, seed=5)
+    expected = predictor.caption(
+        images[2], num_return_sequences=3, do_sample=True, temperature=0.9, top_p=0.95, seed=5
+    )
+    assert [choice.message.content for choice in several.choices] == expected
+    short = client.chat.completions.create(**kind, max_completion_tokens=2)
+    assert short.choices[0].finish_reason == "length" and short.usage and short.usage.completion_tokens == 2
+    assert client.chat.completions.create(**kind, max_tokens=5000).choices[0].finish_reason == "stop"
+    whole = predictor.caption(images[2], beams=1)
+    stop = whole[len(whole) // 2 :][:3]
+    cut = client.chat.completions.create(**kind, stop=[stop, "never said"])
+    assert (
+        cut.choices[0].message.content == whole[: whole.index(stop)]
+        and cut.choices[0].finish_reason == "stop"
+    )
+    streamed = client.chat.completions.create(**kind, stop=stop, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == whole[: whole.index(stop)]
+
+
+def test_openai_completions(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
+    client = server.openai()
+    image = {"image": data_url(images[0])}
+    expected = predictor.caption(images[0], beams=1, prompt="a photo of a")
+    made = client.completions.create(model="default", prompt="a photo of a", logprobs=2, extra_body=image)
+    assert made.choices[0].text == expected and made.choices[0].logprobs
+    assert made.choices[0].logprobs.token_logprobs == pytest.approx(expected.token_logprobs[:-1], abs=1e-3)
+    pieces = client.completions.create(model="default", prompt="a photo of a", stream=True, extra_body=image)
+    assert "".join(chunk.choices[0].text for chunk in pieces if chunk.choices) == expected
+
+
+def test_openai_errors(server: Running, images: list[bytes]) -> None:
+    client = server.openai()
+
+    def refused(kind: type[openai.APIStatusError], said: str, **changed: Any) -> None:
+        call: Any = {"model": "default", "messages": [about(images[0], "what is it?")]} | changed
+        with pytest.raises(kind) as told:
+            client.chat.completions.create(**call)
+        assert said in str(told.value) and told.value.request_id
+
+    refused(openai.NotFoundError, "no model", model="gpt-5")
+    refused(openai.BadRequestError, "about an image", messages=[{"role": "user", "content": "hello"}])
+    refused(openai.BadRequestError, "temperature", n=2, temperature=0)
+    refused(openai.BadRequestError, "tools", tools=[{"type": "function", "function": {"name": "f"}}])
+    refused(openai.BadRequestError, "presence_penalty", presence_penalty=0.5)
+    refused(openai.BadRequestError, "logprobs", top_logprobs=2)
+    refused(openai.BadRequestError, "allows 8", n=9)
+    two = about(images[0], "which?")
+    two["content"] += about(images[1], None)["content"]
+    refused(openai.BadRequestError, "one image", messages=[two])
+    refused(
+        openai.BadRequestError,
+        "user's",
+        messages=[about(images[0], "a"), {"role": "assistant", "content": "b"}],
+    )
+    with pytest.raises(openai.BadRequestError, match="extra_body"):
+        client.completions.create(model="default", prompt="a photo of")
+
+
+# --- state ---------------------------------------------------------------------------------------------------------
+
+
+def test_state_and_numbers(server: Running) -> None:
+    with server.client() as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/ready").status_code == 200
+        numbers = client.get("/metrics").text
+    for name in (
+        "requests_total",
+        "request_seconds_bucket",
+        "waiting",
+        "running",
+        "tokens_total",
+        "image_cache_hits",
+    ):
+        assert f"blip2_{name}" in numbers
