@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from blip2.text import CAPTION_PROMPT
+
 MODEL = Path(__file__).parents[1] / "blip2" / "assets" / "default"
 BEAMS, TOKENS, BATCH = 5, 30, 8
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
@@ -156,10 +158,11 @@ def loop(folder: Path, file: Path) -> None:
                     continue
             if not images:
                 continue
-            inputs = processor(images=images, return_tensors="pt")
+            inputs = processor(images=images, text=[CAPTION_PROMPT] * len(images), return_tensors="pt")
             with torch.inference_mode():
                 ids = model.generate(**inputs, num_beams=BEAMS, max_new_tokens=TOKENS)
-            for name, text in zip(names, processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+            said = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for name, text in zip(names, said, strict=True):
                 out.write(json.dumps([name, text.strip()]) + "\n")
 
 
