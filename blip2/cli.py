@@ -1,4 +1,4 @@
-"""The command line of `blip2`. What a command does (commands.py) is imported when it runs, so help comes at once."""
+"""The command line of `blip2`. What a command does (commands/) is imported when it runs, so help comes at once."""
 
 from __future__ import annotations
 

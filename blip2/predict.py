@@ -7,7 +7,6 @@ One image gives one result, a list of images a list in the same order, computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,12 +14,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from blip2.checkpoint import count_parameters, load_model, load_processing
-from blip2.checkpoint import resolve as find_files
 from blip2.config import T5Config
 from blip2.explain import Explanation, explain
 from blip2.generate import GenerationOptions, generate, stream
-from blip2.images import ImageProcessing, ImageSource, to_pixels
+from blip2.images import ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
 from blip2.layers import Context, join_contexts
 from blip2.matching import Matcher
@@ -29,24 +26,13 @@ from blip2.models import (
     DEFAULT,
     DEFAULT_FOLDER,
     DEFAULT_MATCHER_FOLDER,
-    default_dtype,
     default_model,
-    resolve,
 )
+from blip2.parts import Part, device_of, load_part
 from blip2.quantize import MODES, Mode
 from blip2.ranking import answer_logprobs
 from blip2.results import Answer, Caption, Encoded, Ranked, Written, in_pieces
-from blip2.text import CAPTION_PROMPT, Tokenizer, chat_prompt, question_prompt
-
-
-@dataclass(frozen=True)
-class Part:
-    """A loaded checkpoint: the model and how its images and texts are prepared."""
-
-    model: Blip2 | Blip2Matcher
-    processing: ImageProcessing
-    tokenizer: Tokenizer
-
+from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
 
 Picture = ImageSource | Encoded
 Text = TypeVar("Text", Caption, Answer)
@@ -92,58 +78,16 @@ def load(
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
     if quantize is not None and quantize not in MODES:
         raise ValueError(f"quantize is {quantize!r}; choose one of {', '.join(MODES)}")
-    part = _load_part(name, place, dtype, revision, vision, language, quantize)
+    part = load_part(name, place, dtype, revision, vision, language, quantize)
     if isinstance(part.model, Blip2Matcher):
         if matcher is not None:
             raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
         return Predictor(None, lambda: part, place)
     return Predictor(
         part,
-        None if matcher is None else lambda: _load_part(matcher, place, dtype, None, quantize=quantize),
+        None if matcher is None else lambda: load_part(matcher, place, dtype, None, quantize=quantize),
         place,
     )
-
-
-def _load_part(
-    name: str | Path,
-    device: torch.device,
-    dtype: str | torch.dtype | None,
-    revision: str | None,
-    vision: str | Path | None = None,
-    language: str | Path | None = None,
-    quantize: Mode | None = None,
-) -> Part:
-    files = find_files(resolve(name) if isinstance(name, str) else name, revision)
-    if dtype is None and quantize is None:
-        dtype = default_dtype(count_parameters(files, vision=vision, language=language))
-        if (
-            dtype == "bf16"
-            and device.type == "cuda"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
-            dtype = "fp16"
-    processing, tokenizer = load_processing(files, vision=vision, language=language)
-    model = load_model(files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize)
-    return Part(model, processing, tokenizer)
-
-
-def device_of(device: str | torch.device) -> torch.device:
-    """The device of a name; "auto" takes a GPU where there is one. Raises ValueError where there is no such device."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not known; choose auto, cpu, cuda or mps") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {str(device)!r}: torch finds no NVIDIA GPU here; use 'cpu', or see `blip2 doctor`"
-        )
-    if place.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device {str(device)!r}: torch finds no Apple GPU here; use 'cpu'")
-    return place
 
 
 # --- the predictor -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 
 import blip2
 from blip2.cli import build_parser, main
-from blip2.commands import _one_line, _print_json
+from blip2.commands.terminal import one_line, print_json
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., tuple[int, list[str], list[str]]]
@@ -51,14 +51,14 @@ SHORT = ("--max-new-tokens", "6")
 
 def test_one_image_prints_its_caption_alone(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
     expected = blip2.load(generator_folder).caption(pictures[0], max_new_tokens=6)
-    assert run("caption", pictures[0], *SHORT) == (0, [_one_line(expected)], [])
+    assert run("caption", pictures[0], *SHORT) == (0, [one_line(expected)], [])
 
 
 def test_several_print_path_and_caption(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
     expected = blip2.load(generator_folder).caption(pictures, max_new_tokens=6)
     status, out, err = run("caption", *pictures, *SHORT, "--batch-size", 2)
     assert (status, err) == (0, [])
-    assert out == [f"{path}\t{_one_line(text)}" for path, text in zip(pictures, expected)]
+    assert out == [f"{path}\t{one_line(text)}" for path, text in zip(pictures, expected)]
 
 
 def test_json(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
@@ -174,7 +174,7 @@ def test_streaming_prints_the_same_text(run: Run, pictures: list[Path]) -> None:
     for command in (["caption", pictures[0]], ["ask", pictures[0], "what?"]):
         status, out, _ = run(*command, "--stream")
         assert status == 0
-        assert _one_line(" ".join(out)) == run(*command, "--beams", "1")[1][0]
+        assert one_line(" ".join(out)) == run(*command, "--beams", "1")[1][0]
     assert run("caption", "absent.jpg", "--stream")[0] == 1
 
 
@@ -195,7 +195,7 @@ def test_chat_reads_lines_from_a_pipe(
             assert [json.loads(line)["answer"] for line in out] == expected
             assert json.loads(out[1])["question"] == "why?"
         elif not flags:
-            assert out == [_one_line(answer) for answer in expected]
+            assert out == [one_line(answer) for answer in expected]
     assert run("chat", "absent.jpg")[0] == 1
     assert run("chat", "-")[0] == 2
 
@@ -293,12 +293,12 @@ def test_convert(run: Run, generator_folder: Path, pictures: list[Path], tmp_pat
 
 
 def test_what_is_printed_does_not_steer_the_terminal() -> None:
-    assert _one_line("a\x1b[31mred\tcat\r\non  a\u2028Bär \x07") == "a [31mred cat on a Bär"
+    assert one_line("a\x1b[31mred\tcat\r\non  a\u2028Bär \x07") == "a [31mred cat on a Bär"
 
 
 def test_json_of_a_name_that_is_no_utf8(capsys: pytest.CaptureFixture[str]) -> None:
     name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
-    _print_json({"image": name})
+    print_json({"image": name})
     line = capsys.readouterr().out
     assert line == '{"image": "caf\\udce9 ü.png"}\n'
     assert json.loads(line)["image"] == name
@@ -358,6 +358,8 @@ def test_help_teaches(run: Run) -> None:
         "match",
         "embed",
         "eval",
+        "explain",
+        "serve",
         "inspect",
         "convert",
         "quantize",

@@ -71,8 +71,8 @@ MAY_IMPORT = {
     "matching": "images inputs model results text",
     "explain": "layers model qformer quantize t5 vision",
     "ranking": "layers model",
-    "predict": "checkpoint config explain generate images inputs layers matching model models quantize ranking "
-    "results text",
+    "parts": "checkpoint images model models quantize text",
+    "predict": "config explain generate images inputs layers matching model models parts quantize ranking results text",
     "evaluate": "data images inputs matching models predict results text",
     "doctor": "checkpoint.inspection models",
     "continuous": "generate layers model",
@@ -82,9 +82,9 @@ MAY_IMPORT = {
     "train": "config layers vision qformer opt t5 model data checkpoint",
     "bench": "checkpoint.load config generate model models quantize text",
     "cli": "commands",
-    "commands": "bench bulk checkpoint doctor evaluate generate images inputs models predict serve",
+    "commands": "bench bulk checkpoint doctor evaluate generate images inputs models parts predict serve",
 }
-FOLDERS = {"bulk", "data", "evaluate", "serve", "train"}
+FOLDERS = {"bulk", "commands", "data", "evaluate", "serve", "train"}
 # What stands on an extra is imported by the command that needs it.
 NEED_EXTRA = {
     f"serve.{name}"

@@ -1,0 +1,165 @@
+"""Commands about many images: captions into files, scores on benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from blip2.commands.terminal import (
+    DONE,
+    SOME_FAILED,
+    complain,
+    load_matcher,
+    load_named,
+    print_json,
+    print_line,
+)
+
+
+def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Captions of any number of images into a file or folder."""
+    from pathlib import Path
+
+    from blip2.bulk import BulkError, Settings, caption_all, estimate, list_items
+    from blip2.bulk.describe import describer, fingerprint, shrinker
+    from blip2.bulk.journal import GO_ON
+    from blip2.bulk.outputs import format_of
+    from blip2.bulk.progress import progress_bar
+    from blip2.bulk.run import part_of
+
+    if args.stream or args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise ValueError("--out takes no --stream, and a --batch-size and a --limit of at least 1")
+    out = Path(args.out)
+    kind = format_of(out, args.format)
+    questions: list[str] = []
+    if args.questions is not None:
+        questions = [line.strip() for line in Path(args.questions).read_text("utf-8").splitlines()]
+        questions = [line for line in questions if line]
+        if not questions or "prompt" in options:
+            raise ValueError("--questions needs a file with a question a line, and goes without --prompt")
+    if options["do_sample"] and options["seed"] is None:
+        raise BulkError("sampling into a file needs --seed: else no run could be repeated or gone on with")
+
+    def listed() -> Iterator[Any]:
+        items = list_items(args.images, include=args.include, exclude=args.exclude)
+        return part_of(items, limit=args.limit, shard=args.shard)
+
+    listed()  # complains of a wrong --shard before a model is loaded
+    model = load_named(args)
+    if args.match or args.keep_best:
+        _ = model.matcher  # says now where there is none
+    describe = describer(
+        model,
+        options,
+        questions=questions,
+        prefix=args.prefix,
+        suffix=args.suffix,
+        score=args.score,
+        match=args.match,
+        keep_best=args.keep_best,
+    )
+    prepare = shrinker(model, match=args.match or args.keep_best)
+    if args.dry_run:
+        count, seconds = estimate(listed(), describe, prepare=prepare, batch_size=args.batch_size)
+        print_line(f"{count:,} inputs, about {_duration(seconds)} on this machine; nothing was written")
+        return DONE
+    made_with = options | {
+        "model": args.model,
+        "weights": fingerprint(model),
+        "dtype": args.dtype,
+        "quantize": args.quantize,
+        "questions": questions,
+        "prefix": args.prefix,
+        "suffix": args.suffix,
+        "score": args.score,
+        "match": args.match,
+        "keep_best": args.keep_best,
+        "format": kind,
+        "shard": args.shard,
+    }
+    settings = Settings(
+        out=out,
+        kind=kind,
+        made_with=made_with,
+        existing=args.existing,
+        batch_size=args.batch_size,
+        threads=min(8, os.cpu_count() or 1),
+    )
+    # To count the rows of parquet files is to read the images within them.
+    countable = not any(source.lower().endswith(".parquet") for source in args.images)
+    quiet = contextlib.nullcontext(lambda progress: None)
+    with quiet if args.quiet else progress_bar(listed if countable else None) as show:
+        try:
+            done = caption_all(listed(), settings, describe, prepare=prepare, progress=show)
+        except KeyboardInterrupt:
+            complain(f"stopped; what was done is kept, {GO_ON}")
+            return 130
+    if not args.quiet:
+        total = done.done + done.before
+        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed", file=sys.stderr)
+    return SOME_FAILED if done.failed else DONE
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from blip2.evaluate import Settings, as_json, evaluate, lines, write
+
+    if args.abstain and not args.answers:
+        raise ValueError("--abstain is about answers that are ranked: give them with --answers FILE")
+    answers = Path(args.answers).read_text(encoding="utf-8").splitlines() if args.answers else []
+    data, images, annotations = (
+        None if path is None else Path(path) for path in (args.data, args.images, args.annotations)
+    )
+    load = load_matcher if args.task.startswith("retrieval-") and args.matcher is None else load_named
+    with _counts(args.quiet) as progress:
+        settings = Settings(
+            protocol=args.protocol,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            answers=tuple(answer.strip() for answer in answers if answer.strip()),
+            abstain=args.abstain,
+            images=images,
+            annotations=annotations,
+            progress=progress,
+        )
+        reports = evaluate(lambda: load(args), args.task, data, settings, called=args.model)
+    for report in reports:
+        for line in [] if args.json else lines(report):
+            print_line(line)
+        if args.out:
+            folder = Path(args.out) / report.task if len(reports) > 1 else Path(args.out)
+            for path in write(report, folder):
+                print(path, file=sys.stderr)
+        if args.json:
+            print_json(as_json(report))
+    return DONE
+
+
+@contextlib.contextmanager
+def _counts(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each kind of work: what, how many are done, of how many."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(desc=what, total=total, disable=quiet or not sys.stderr.isatty(), leave=False)
+        bars[what].update(done - bars[what].n)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
