@@ -316,7 +316,7 @@ class Predictor:
             raise ValueError("answers to rank: give one or more, none of them empty")
         ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
         listed = as_list(images)
-        prompts = [self._question_prompt(each) for each in _questions(question, len(listed))]
+        prompts = [self.question_prompt(each) for each in _questions(question, len(listed))]
         ranked: list[list[Ranked]] = []
         for start, batch in in_batches(list(zip(listed, prompts, strict=True)), batch_size):
             prefix, context, _ = self._read([picture for picture, _ in batch], start)

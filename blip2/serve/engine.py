@@ -122,7 +122,8 @@ class Engine:
         self.failure: BaseException | None = None  # why there is no model
         self.on_failure: Callable[[], None] = lambda: None
         self.steps = self.tokens = 0
-        self._load, self._predictor = load, None
+        self._load = load
+        self._predictor: Predictor | None = None
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._count = 0
         self._lock = threading.Condition()
@@ -227,9 +228,9 @@ class Engine:
 
     def _live(self) -> None:
         try:
-            self._predictor = self._load()
+            self._predictor = loaded = self._load()
             with contextlib.suppress(ValueError):  # a matcher alone writes nothing
-                self._rows = Rows(self._predictor.model)
+                self._rows = Rows(loaded.model)
         except BaseException as error:
             self.failure, self._closed = error, True
             self.on_failure()
