@@ -159,9 +159,15 @@ _BEFORE_NAMES = (
     f"ph|invt|elec|natl|m(?-i:[ft])g|dept|blvd|rd|{_ACRONYM})"
 )
 _BEFORE_NUMBERS = r"(?:ca|figs?|prop|nos?|arts?|bldg|pp|op)\."
-_SENTENCE_STARTERS = (
-    "(?-i:About|According|Additionally|After|An?|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|Mr\\.|"
-    "Ms\\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Then|There|These|They|This|We|When|While|What|Yet|You)"
+# Their first letter is upper case, the others may be.
+_STARTERS = r"""
+About According Additionally After An? As At But Earlier He Her Here However If In It Last Many More Mr\. Ms\. Now Once
+One Other Our She Since So Some Such That The Then There These They This We When While What Yet You
+"""
+_SENTENCE_STARTERS = "|".join(f"{_exactly(word[0])}{word[1:]}" for word in _STARTERS.split())
+_FILE = (
+    r"[a-z0-9]+(?:\.[a-z0-9]+)*\.(?:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|"
+    r"pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav|x|xml|zip)"
 )
 
 
@@ -231,7 +237,7 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     )
     rule("o", f"@[a-z_][a-z_0-9]*|#{letter}+")
     rule("o", _AUXILIARY, "[^a-z]", _closing)
-    rule("l", _NEGATION, "[^a-z]", _closing)
+    rule("l", _NEGATION, r"[^a-z]|\Z", _closing)
     rule("d", f"{digit}{{1,2}}[-/]{digit}{{1,2}}[-/]{digit}{{2,4}}")
     rule("do", number, write=_no_soft_hyphens)
     rule("o", "[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)")
@@ -245,7 +251,7 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     rule("ld", slashed)
     rule("lo", r"(?-i:[A-Z]*)\$|#")
     rule("o", "[\xa2\xa3\xa4\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", write=_currency)
-    starter = f"{_SPACE_OR_LINE}+{_SENTENCE_STARTERS}{_SPACE_OR_LINE}"
+    starter = f"{_SPACE_OR_LINE}+(?:{_SENTENCE_STARTERS}){_SPACE_OR_LINE}"
     rule("l", rf"{_LONG_ACRONYM}\.", starter, stop=True)
     rule("l", r"[a-z]\.", starter, back=1)
     rule("l", _BEFORE_NUMBERS, f"{_SPACE_OR_LINE}?[0-9]")
@@ -257,6 +263,7 @@ def _rules() -> dict[str, tuple[_Rule, ...]]:
     rule("l", _BEFORE_NAMES, _SPACE)
     rule("l", _ACRONYM, _SPACE_OR_LINE)
     rule("o", f"{_APOSTROPHE}[0-9][0-9]", _SPACE_OR_LINE)
+    rule("ld", _FILE, "[ \t\xa0\n.?!,]")
     rule("lo", rf"{word}\.", _COLON_LIKE, _no_soft_hyphens)
     rule(
         "do",
