@@ -90,6 +90,7 @@ NEED_EXTRA = {
         "guard",
         "house",
         "metrics",
+        "on_ray",
         "native",
         "openai_api",
         "run",
