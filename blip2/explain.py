@@ -241,7 +241,7 @@ _LEGEND_PX, _CAPTION_PX = 34, 30
 def spread(heat: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
     """A grid of patches over a picture of (width, height): float32 [height, width], smooth, 0 to 1."""
     smooth = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    clipped: NDArray[np.float32] = np.clip(np.asarray(smooth), 0, 1)
+    clipped: NDArray[np.float32] = np.asarray(smooth, np.float32).clip(0, 1)
     return clipped
 
 

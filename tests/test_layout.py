@@ -95,6 +95,7 @@ NEED_EXTRA = {
         "guard",
         "house",
         "metrics",
+        "on_ray",
         "native",
         "openai_api",
         "run",

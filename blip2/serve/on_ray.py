@@ -1,0 +1,68 @@
+"""The same API on Ray Serve, where one machine is not enough: Ray starts the replicas, balances and restarts them.
+
+    serve run blip2.serve.on_ray:app model=opt-6.7b-coco replicas=4 api_key_file=/etc/blip2/keys
+
+Each replica is a whole server: an engine and the application around it. Connections, and so the deadlines of slow
+clients, are Ray's; all that the application itself bounds holds as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+import blip2
+from blip2.serve.app import LOOPBACK, build
+from blip2.serve.engine import Engine
+from blip2.serve.keys import Keys
+from blip2.serve.limits import Limits
+from blip2.serve.run import log_to_stderr
+
+
+@serve.deployment
+@serve.ingress()  # the application is built on the replica
+class Replica:
+    """One model, on one machine."""
+
+    def __init__(self, model: str, api_key_file: str | None, allow_host: str | None, limits: Limits) -> None:
+        log_to_stderr()
+        self._engine = Engine(lambda: blip2.load(model), limits)
+        self._app = build(
+            self._engine,
+            model=Path(model).name,
+            limits=limits,
+            keys=None if api_key_file is None else Keys.load(api_key_file),
+            hosts=LOOPBACK if allow_host is None else LOOPBACK | {allow_host},
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+    def check_health(self) -> None:
+        """Asked by Ray, which replaces a replica that raises."""
+        if self._engine.failure is not None or (self._engine.loaded.is_set() and not self._engine.alive):
+            raise RuntimeError("the model is not there")
+
+
+def app(args: dict[str, str]) -> serve.Application:
+    """The application for `serve run`.
+
+    Args:
+        args: `model` (default: the one that ships), `replicas` (1), `cpus` and `gpus` of each (1, 0), `api_key_file`,
+            `allow_host`, and any of `Limits` by its name.
+
+    Raises:
+        ValueError: an argument that is none of these.
+    """
+    rest = dict(args)
+    model, replicas = rest.pop("model", "default"), int(rest.pop("replicas", "1"))
+    resources = {"num_cpus": float(rest.pop("cpus", "1")), "num_gpus": float(rest.pop("gpus", "0"))}
+    keys, host = rest.pop("api_key_file", None), rest.pop("allow_host", None)
+    limits = Limits().changed(f"{name}={value}" for name, value in rest.items())
+    deployment = Replica.options(  # type: ignore[attr-defined]
+        num_replicas=replicas, max_ongoing_requests=limits.requests, ray_actor_options=resources
+    )
+    made: serve.Application = deployment.bind(model, keys, host, limits)
+    return made
