@@ -122,7 +122,8 @@ class Engine:
         self.failure: BaseException | None = None  # why there is no model
         self.on_failure: Callable[[], None] = lambda: None
         self.steps = self.tokens = 0
-        self._load, self._predictor = load, None
+        self._load = load
+        self._predictor: Predictor | None = None
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._count = 0
         self._lock = threading.Condition()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_origin
 
@@ -142,7 +142,7 @@ class House:
     async def _form(self, request: Request, model: type[Asked], images: str) -> tuple[Asked, list[bytes]]:
         body = await self.body(request)
 
-        async def once() -> AsyncIterator[bytes]:
+        async def once() -> AsyncGenerator[bytes, None]:
             yield body
 
         limits = self.limits
@@ -276,7 +276,8 @@ class House:
             loop.call_soon_threadsafe(tell, events)
 
         job = self.submit(request, asked, on_step)
-        job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(tell, [None]))
+        over: list[tuple[int, Row, int] | None] = [None]
+        job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(tell, over))
 
         async def follow() -> AsyncIterator[tuple[int, Row, int]]:
             try:

@@ -54,9 +54,8 @@ def answers(model: type[BaseModel], *, stream: bool = False) -> dict[int | str, 
         503: "too many requests; Retry-After says when to come again",
         504: "out of time",
     }
-    return {200: good} | {
-        status: {"model": schemas.Error, "description": about} for status, about in texts.items()
-    }
+    found: dict[int | str, dict[str, Any]] = {200: good}
+    return found | {status: {"model": schemas.Error, "description": about} for status, about in texts.items()}
 
 
 def router(house: House) -> APIRouter:
