@@ -124,7 +124,8 @@ def main() -> None:
                 throughput, p50, p99 = (statistics.median(column) for column in zip(*rounds, strict=True))
                 print(
                     f"beams {beams}, {clients:2} clients: throughput {throughput:.2f} of the loop's, "
-                    f"p50 {p50:.2f}, p99 {p99:.2f} of its latency"
+                    f"p50 {p50:.2f}, p99 {p99:.2f} of its latency",
+                    flush=True,
                 )
                 figures[f"beams{beams}_clients{clients}"] = {"throughput": throughput, "p50": p50, "p99": p99}
     finally:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import blip2
-from blip2 import models, predict
+from blip2 import models, parts, predict
 from blip2.generate import GenerationOptions, generate
 from blip2.images import load_image, to_pixels
 from blip2.predict import Predictor
@@ -452,7 +452,7 @@ def test_dtypes(generator_folder: Path, pictures: list[Path], monkeypatch: pytes
     assert half.model.projection.weight.dtype == torch.bfloat16
     assert half.caption(pictures[:2], max_new_tokens=3)
     assert list(half.chat(pictures[0]).send("what?", max_new_tokens=3, stream=True)) is not None
-    monkeypatch.setattr(predict, "default_dtype", lambda parameters: "bf16" if parameters > 1000 else "fp32")
+    monkeypatch.setattr(parts, "default_dtype", lambda parameters: "bf16" if parameters > 1000 else "fp32")
     assert blip2.load(generator_folder).model.projection.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="int3"):
         blip2.load(generator_folder, dtype="int3")
@@ -473,7 +473,7 @@ def test_an_alias_is_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, revision))
         raise ValueError("not today")
 
-    monkeypatch.setattr(predict, "find_files", find)
+    monkeypatch.setattr(parts, "find_files", find)
     for name in ("opt-6.7b-coco", "Salesforce/blip2-opt-6.7b-coco"):
         with pytest.raises(ValueError, match="not today"):
             blip2.load(name, revision="main")

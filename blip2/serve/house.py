@@ -276,7 +276,8 @@ class House:
             loop.call_soon_threadsafe(tell, events)
 
         job = self.submit(request, asked, on_step)
-        job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(lambda: tell([None])))
+        over: list[tuple[int, Row, int] | None] = [None]
+        job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(tell, over))
 
         async def follow() -> AsyncIterator[tuple[int, Row, int]]:
             try:

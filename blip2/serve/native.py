@@ -55,9 +55,7 @@ def answers(model: type[BaseModel], *, stream: bool = False) -> dict[int | str, 
         504: "out of time",
     }
     found: dict[int | str, dict[str, Any]] = {200: good}
-    for status, about in texts.items():
-        found[status] = {"model": schemas.Error, "description": about}
-    return found
+    return found | {status: {"model": schemas.Error, "description": about} for status, about in texts.items()}
 
 
 def router(house: House) -> APIRouter:
