@@ -357,6 +357,8 @@ def test_help_teaches(run: Run) -> None:
         "chat",
         "match",
         "embed",
+        "explain",
+        "serve",
         "inspect",
         "convert",
         "quantize",
