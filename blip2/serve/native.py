@@ -40,7 +40,10 @@ def answers(model: type[BaseModel], *, stream: bool = False) -> dict[int | str, 
     """The OpenAPI entry of what comes back: a result, or any of the errors."""
     good: dict[str, Any] = {"model": model, "description": "the result"}
     if stream:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"data": {"type": "string"}}
+        good["content"] = {
+            "text/event-stream": {"schema": {"type": "object", "properties": event, "required": ["data"]}}
+        }
     texts = {
         400: "what was asked for cannot be done; the message says why",
         401: "no valid API key",
