@@ -35,6 +35,8 @@ from blip2.quantize import (
 )
 from blip2.t5 import T5
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -188,12 +190,14 @@ def test_four_bits_are_for_the_inner_layers_of_the_language_model(
     assert not any(kind is Rounded4 for _, _, kind in quantize.layers(model, "int8"))
 
 
-def test_the_default_model_says_the_same_in_eight_bits(pictures: list[Path]) -> None:
+def test_the_default_model_says_the_same_in_eight_bits() -> None:
     exact, rounded = blip2.load(), blip2.load(quantize="int8")
-    images = list(pictures)
+    # real pictures: of noise every caption is about as likely as the next
+    images = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".jpg", ".png"))
+    assert len(images) == 9
     assert rounded.caption(images) == exact.caption(images)
     for mine, theirs in zip(rounded.caption(images), exact.caption(images), strict=True):
-        assert abs(mine.score - theirs.score) < 0.1
+        assert abs(mine.score - theirs.score) < 0.05
 
 
 def test_a_model_rounded_while_loading_is_the_model_rounded_afterwards(generator_folder: Path) -> None:
