@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 FILES := blip2 tests docs default_model benchmarks
 RUN ?= runs/default
 DATA ?= data
-STAGES := vision see queries language stage1 stage2 spelling seeing finetune export
+STAGES := vision queries language stage1 finetune export
 
 .DEFAULT_GOAL := help
 .PHONY: help chromium install demo test test-full lint format types docs default-model eval-data clean

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from blip2.images import ImageProcessing, to_pixels
 from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
-from blip2.train.queries import parts_of
+from blip2.train.queries import UNKNOWN, parts_of
 from default_model import easyvqa, language, recipe
 from default_model.colours import COLOURS
 from default_model.materials import Cutouts, read_table
 from default_model.scenes import SHAPES, Composer, Scene
-from default_model.spelling import Spelled, Speller
 
 IGNORED = -100
 CROWDED = (12, 18, 28, 42)  # more things to name for the same work
@@ -162,61 +160,41 @@ class VisionBatches:
         return ids, (ids != 0).long()
 
 
-class SceneBatches:
-    """Pictures, what has its middle in the part of the image each query answers for, and what each is to say."""
+class Parts:
+    """What has its middle in the part of a picture each query answers for. easy-VQA's shapes are not told."""
 
-    def __init__(
-        self,
-        folder: Path,
-        words: Tokenizers,
-        same: dict[str, Tensor] | None = None,
-        name: str = "seen",
-        batch: int = 100,
-        easy_share: float = 0.0,
-    ) -> None:
-        """`same`: what every batch holds besides. easy-VQA's images have no parts: they are only spelled."""
-        self.batch, self.same, self.seeded = batch, same or {}, _Seeded(name)
-        self.pictures = Pictures(folder, easy_share, (2, 3, 3, 3))
-        self.phrases, self.speller = VisionBatches(folder, 0, 0).phrases, Speller(words.language)
+    def __init__(self, folder: Path) -> None:
+        named = VisionBatches(folder, 0, 0)
+        self.phrases = named.phrases
+        self.same = {"phrase_ids": named.phrase_ids, "phrase_mask": named.phrase_mask}
+
+    def of(self, pictures: list[Scene | easyvqa.EasyImage]) -> dict[str, Tensor]:
+        """What `train.queries` asks of a batch beside its pixels."""
+        parts = torch.full((len(pictures), recipe.QUERIES), -1)
+        places = torch.full((len(pictures), recipe.QUERIES, 2), 0.5)
+        for part, place, picture in zip(parts, places, pictures, strict=True):
+            if not isinstance(picture, Scene):
+                part[:] = UNKNOWN
+                continue
+            boxes = torch.tensor([placed.box for placed in picture.objects])
+            middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * picture.side)
+            owners = parts_of(middles, recipe.QUERIES)
+            part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in picture.objects])
+            place[owners] = middles
+        return {"parts": parts, "places": places, **self.same}
+
+
+class SceneBatches:
+    """For the queries: pictures and what is in each query's part of them."""
+
+    def __init__(self, folder: Path, batch: int = 128) -> None:
+        self.batch, self.parts, self.seeded = batch, Parts(folder), _Seeded("queries")
+        self.pictures = Pictures(folder, 0.0, (2, 3, 3, 3))
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        parts = torch.full((len(pictures), recipe.QUERIES), -1)
-        places = torch.full((len(pictures), recipe.QUERIES, 2), 0.5)
-        for part, place, scene in zip(parts, places, pictures, strict=True):
-            if isinstance(scene, Scene):
-                boxes = torch.tensor([placed.box for placed in scene.objects])
-                middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * scene.side)
-                owners = parts_of(middles, recipe.QUERIES)
-                part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in scene.objects])
-                place[owners] = middles
-        spelled = torch.tensor([self.speller.spell(picture) for picture in pictures])  # [B, Q, 4]
-        return {
-            "pixels": pixels_of(pictures),
-            "parts": parts,
-            "places": places,
-            "spelled": spelled,
-            **self.same,
-        }
-
-
-class SeenBatches:
-    """Some of what `SceneBatches` gives with the image features in the place of the images, drawn from a file."""
-
-    def __init__(
-        self, file: Path, keys: tuple[str, ...], same: dict[str, Tensor], name: str, batch: int = 128
-    ) -> None:
-        """`keys`: what a batch holds beside the features. `same`: what every batch holds."""
-        self.file, self.keys, self.same, self.batch = file, ("features", *keys), same, batch
-        self.seeded, self.seen = _Seeded(name), dict[str, Tensor]()
-
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        self.seen = self.seen or load_file(self.file)
-        rng = self.seeded.at(position)
-        rows = torch.tensor([rng.randrange(len(self.seen["features"])) for _ in range(self.batch)])
-        drawn = {key: self.seen[key][rows] for key in self.keys}
-        return {k: v.float() if v.is_floating_point() else v.long() for k, v in drawn.items()} | self.same
+        return {"pixels": pixels_of(pictures), **self.parts.of(pictures)}
 
 
 def _phrase(noun: str, colour: str | None) -> str:
@@ -258,11 +236,11 @@ class CaptionBatches:
 
 
 class InstructionBatches:
-    """For fine-tuning: pictures with a caption and a conversation each."""
+    """For language model and fine-tuning: pictures with a caption and a conversation each, and what is where."""
 
-    def __init__(self, folder: Path, words: Tokenizers, batch: int = 48) -> None:
-        self.words, self.batch = words, batch
-        self.pictures, self.seeded = Pictures(folder, EASY_SHARE), _Seeded("instruction")
+    def __init__(self, folder: Path, words: Tokenizers, name: str = "instruction", batch: int = 48) -> None:
+        self.words, self.batch, self.parts = words, batch, Parts(folder)
+        self.pictures, self.seeded = Pictures(folder, EASY_SHARE), _Seeded(name)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
@@ -273,59 +251,8 @@ class InstructionBatches:
             rows.append(chat_row(self.words, turns_of(picture, rng)))
             index += [i, i]
         batch = pad(rows, self.words.language.pad_id)
-        return {"pixels": pixels_of(pictures), "image_index": torch.tensor(index), **batch}
-
-
-class TextBatches:
-    """For the language model: a picture in words where its queries will stand, then texts about it.
-
-    So the language model learns to caption and to answer from a prefix before it has seen one; the queries then have to
-    say what is in the picture in its language. An eighth is plain text, after a picture of nothing. Batches hold rows
-    of about one length: half of every batch would be padding otherwise.
-    """
-
-    POOL = 4  # batches that share out their rows by length
-
-    def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
-        self.folder, self.words, self.batch, self.seeded = folder, words, batch, _Seeded("text")
-        self.speller = Speller(words.language)
-        self.easy: list[easyvqa.EasyImage] = []
-        self.pool: tuple[int, list[list[tuple[Spelled, Row]]]] = (
-            -1,
-            [],
-        )  # the last one made, and its number
-
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        self.easy = self.easy or easyvqa.load(self.folder, "train")
-        number, place = divmod(position, self.POOL)
-        if self.pool[0] != number:
-            rng = self.seeded.at(number)
-            rows = sorted(
-                (self._row(rng) for _ in range(self.POOL * self.batch)), key=lambda row: len(row[1][0])
-            )
-            batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
-            rng.shuffle(batches)
-            self.pool = number, batches
-        chosen = self.pool[1][place]
-        spelled = {
-            "bags": self.speller.bags,
-            "spelled": torch.tensor([spelled for spelled, _ in chosen]),
-        }
-        return spelled | pad([row for _, row in chosen], self.words.language.pad_id)
-
-    def _row(self, rng: random.Random) -> tuple[Spelled, Row]:
-        if rng.random() < 0.125:
-            ids = self.words.language.encode(next(language.text_corpus(rng)))
-            return self.speller.spell(None), (ids, [IGNORED, *ids[1:]])
-        if rng.random() < EASY_SHARE:
-            picture: Scene | easyvqa.EasyImage = rng.choice(self.easy)
-        else:
-            picture = language.imagined(rng)
-        if rng.random() < 0.4:
-            row = caption_row(self.words, caption_of(picture, rng), rng)
-        else:
-            row = chat_row(self.words, turns_of(picture, rng, most=8))
-        return self.speller.spell(picture, rng), row
+        batch["image_index"] = torch.tensor(index)
+        return {"pixels": pixels_of(pictures), **batch, **self.parts.of(pictures)}
 
 
 # --- texts -> rows of ids and labels ---------------------------------------------------------------------------------

@@ -21,13 +21,11 @@ class EasyImage:
     """image is [64, 64, 3] uint8; questions are (question, answer) as published.
 
     caption is read off the answers: "a blue rectangle", or "a rectangle" or "a blue shape" where they tell no more.
-    middle: of the shape, column and row as shares of the image's side, read off its pixels.
     """
 
     image: NDArray[np.uint8]
     questions: tuple[tuple[str, str], ...]
     caption: str
-    middle: tuple[float, float] = (0.5, 0.5)
 
 
 def load(folder: Path | str, split: Literal["train", "test"]) -> list[EasyImage]:
@@ -40,18 +38,8 @@ def load(folder: Path | str, split: Literal["train", "test"]) -> list[EasyImage]
     for index in range(len(list((root / "images").glob("*.png")))):
         image = np.array(Image.open(root / "images" / f"{index}.png").convert("RGB"))
         asked = tuple(questions.get(index, ()))
-        loaded.append(EasyImage(image, asked, caption(asked), middle(image)))
+        loaded.append(EasyImage(image, asked, caption(asked)))
     return loaded
-
-
-def middle(image: NDArray[np.uint8]) -> tuple[float, float]:
-    """Where the one shape on a plain background has the middle of its box: column and row, shares of the side."""
-    plain = np.median(image.reshape(-1, 3), axis=0)
-    rows, columns = np.nonzero(np.abs(image - plain).sum(-1) > 60)
-    if not len(rows):
-        return 0.5, 0.5
-    height, width = image.shape[:2]
-    return (columns.min() + columns.max() + 1) / 2 / width, (rows.min() + rows.max() + 1) / 2 / height
 
 
 def caption(questions: Iterable[tuple[str, str]]) -> str:

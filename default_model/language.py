@@ -573,11 +573,6 @@ def conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     return standard().conversation(scene, rng)
 
 
-def imagined(rng: random.Random) -> Scene:
-    """`Language.imagined` of the standard language."""
-    return standard().imagined(rng)
-
-
 def text_corpus(rng: random.Random) -> Iterator[str]:
     """`Language.text_corpus` of the standard language."""
     return standard().text_corpus(rng)

@@ -65,16 +65,13 @@ _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, sa
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
 QFORMER_MUON_SCALE = 3.0  # the same for the Q-Former, which begins where it should not be torn from
-SPELLING_MUON_SCALE = 4.0
-FINETUNE_MUON_SCALE = 2.0  # with 6 the image encoder forgets, and the loss stands until the rate falls
+FINETUNE_MUON_SCALE = 1.5  # with 6 the image encoder forgets, and the loss stands until the rate falls
+FINETUNE_LANGUAGE_MUON_SCALE = 5.0
 VISION_CROWDED = 3_750  # of the steps, those on scenes of more things than the other stages have
 VISION_HALVED = 4_750  # of the steps, those on half of the patches
 VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
-SEEN = 400  # hundreds of scenes whose features are kept
-QUERIES_OPTIONS = replace(_COMMON, steps=900, lr=6e-4, min_lr=1e-5, warmup_steps=30)
-SPELLING_OPTIONS = replace(_COMMON, steps=2_300, lr=1e-3, min_lr=1e-5, warmup_steps=30)
-SEEING_OPTIONS = replace(_COMMON, steps=2_000, lr=7e-4, min_lr=1e-6, warmup_steps=60)
-LANGUAGE_OPTIONS = replace(_COMMON, steps=3_500, lr=1e-3, min_lr=1e-5)
+QUERIES_OPTIONS = replace(_COMMON, steps=400, lr=6e-4, min_lr=1e-5, warmup_steps=30)
+LANGUAGE_OPTIONS = replace(_COMMON, steps=1_000, lr=1e-3, min_lr=1.5e-4, warmup_steps=60)
 STAGE1_OPTIONS = replace(_COMMON, steps=1_700, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)
-FINETUNE_OPTIONS = replace(_COMMON, steps=1_400, lr=5e-4, min_lr=1e-6)
+FINETUNE_OPTIONS = replace(_COMMON, steps=2_000, lr=8e-4, min_lr=1e-6, warmup_steps=60)

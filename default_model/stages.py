@@ -1,14 +1,11 @@
 """Makes the default model: `python -m default_model.stages STAGE DIR`, one command a stage, each resumable.
 
     vision      image encoder, contrastively from scenes            -> DIR/vision
-    see         image features of scenes, for the next but one      -> DIR/seen.safetensors
     queries     each query answers for a part of the image          -> DIR/queries
-    language    OPT on pictures in words, and texts about them      -> DIR/language
+    language    OPT that writes what the queries hold               -> DIR/language
     stage1      ITC + ITM + ITG, image encoder frozen               -> DIR/stage1
     stage2      captions through the frozen language model          -> DIR/stage2
     stage2-raw  the same without stage 1, for the comparison        -> DIR/stage2-raw
-    spelling    the queries say pictures in these words             -> DIR/spelling
-    seeing      the same with the image encoder trained too         -> DIR/seeing
     finetune    captions, questions and chat, all parts trained     -> DIR/finetune
     export      the two folders that ship with the package          -> DIR/default, DIR/default-matcher
 
@@ -27,11 +24,8 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from blip2.checkpoint.save import save_model
-from blip2.config import QFormerConfig
 from blip2.layers import processor_has_bf16
 from blip2.model import Blip2, Blip2Matcher
 from blip2.opt import Opt
@@ -41,32 +35,36 @@ from blip2.train.loop import Dataset
 from blip2.train.pretrain import (
     ContrastivePretrain,
     ImageTextEncoders,
-    LanguagePretrain,
     WordBag,
     initialise,
     matching,
     mimetic,
     qformer_from_matcher,
 )
-from blip2.train.queries import QueryPretrain, QueryReaders, Spelling, SpellingModel, stand
-from blip2.train.tasks import Finetune, Stage1, Stage2
+from blip2.train.queries import (
+    LanguagePretrain,
+    QueryFinetune,
+    QueryPretrain,
+    QueryReaders,
+    ReadModel,
+    speak,
+    stand,
+)
+from blip2.train.tasks import Stage1, Stage2
 from blip2.vision import ImageEncoder
 from default_model import recipe
 from default_model.batches import (
-    EASY_SHARE,
     CaptionBatches,
     InstructionBatches,
     MatchBatches,
     SceneBatches,
-    SeenBatches,
-    TextBatches,
     Tokenizers,
     VisionBatches,
 )
-from default_model.spelling import Speller
+from default_model.colours import COLOURS
+from default_model.language import standard
 
 WEIGHTS = "weights.safetensors"
-SEEN = "seen.safetensors"
 
 
 def main() -> None:
@@ -104,8 +102,9 @@ def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
 
 def _load_queries(qformer: QFormer, folder: Path) -> None:
     """Take the query branch that the stage `queries` has trained; a text branch stays as it is."""
-    tensors = {n.removeprefix("qformer."): t for n, t in load_file(folder / "queries" / WEIGHTS).items()}
-    qformer.load_state_dict({n: tensors.get(n, t) for n, t in qformer.state_dict().items()})
+    tensors, start = load_file(folder / "queries" / WEIGHTS), "model.qformer."
+    found = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+    qformer.load_state_dict({n: found.get(n, t) for n, t in qformer.state_dict().items()})
 
 
 def train_vision(folder: Path, steps: int | None, device: str) -> None:
@@ -123,52 +122,69 @@ def train_vision(folder: Path, steps: int | None, device: str) -> None:
     )
 
 
-def see(folder: Path, steps: int | None, device: str) -> None:
-    """Image features of scenes, encoded once for the two stages that only train the queries."""
-    data, encoder = SceneBatches(folder, Tokenizers.load(folder)), ImageEncoder(recipe.VISION).to(device)
-    _load(encoder, folder / "vision", "vision.")
-    seen: list[dict[str, Tensor]] = []
-    loader: DataLoader[dict[str, Tensor]] = DataLoader(
-        data,  # type: ignore[arg-type]  # what torch asks for is a class of its own
-        sampler=range(steps or recipe.SEEN),
-        batch_size=None,
-        num_workers=1,
-    )
-    with torch.inference_mode():
-        for batch in tqdm(loader, desc="features", mininterval=5):
-            features = encoder(batch.pop("pixels").to(device)).cpu()
-            seen.append({k: v.half() if v.is_floating_point() else v.short() for k, v in batch.items()})
-            seen[-1]["features"] = features.half()
-    save_file({key: torch.cat([batch[key] for batch in seen]) for key in seen[0]}, folder / SEEN)
+def read_model(folder: Path, words: Tokenizers) -> ReadModel:
+    """The generating model and what reads its queries: the image encoder trained, the rest with its first weights."""
+    language = recipe.language_config(len(words.language), words.newline)
+    model = Blip2(recipe.generator_config(language, words.image))
+    initialise(model, seed=3)
+    vocabulary = VisionBatches(folder, 0, 0).vocabulary
+    encoders = ImageTextEncoders(model.vision, WordBag(vocabulary, embedding=recipe.VISION.hidden_size))
+    _load(encoders, folder / "vision")
+    readers = QueryReaders(encoders)
+    initialise(readers.shown, seed=4)
+    return ReadModel(model, readers)
 
 
 def train_queries(folder: Path, steps: int | None, device: str) -> None:
+    both = read_model(folder, Tokenizers.load(folder))
+    # scenes the encoder was not trained on
     samples = VisionBatches(folder, 0, 0)
-    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(samples.vocabulary, embedding=192))
-    _load(encoders, folder / "vision")
-    config = replace(recipe.qformer_config(QFormerConfig().vocab_size), use_qformer_text_input=False)
-    qformer = QFormer(config, recipe.QUERIES)
-    initialise(qformer, seed=4)
-    # batches the encoder was not trained on
     batches = [samples[recipe.VISION_OPTIONS.steps + i] for i in range(12)]
     with torch.inference_mode():
-        features = torch.cat([encoders.vision(batch["pixels"])[:, 1:].flatten(0, 1) for batch in batches])
+        features = torch.cat([both.model.vision(batch["pixels"])[:, 1:].flatten(0, 1) for batch in batches])
     middles = torch.cat([batch["places"].flatten(0, 1) for batch in batches])
     shown = torch.cat([batch["regions"].flatten() >= 0 for batch in batches])
-    stand(qformer, features, middles, shown, seed=4)
-    phrases = {"phrase_ids": samples.phrase_ids, "phrase_mask": samples.phrase_mask}
-    data = SeenBatches(folder / SEEN, ("parts", "places"), phrases, "queries")
-    task = QueryPretrain(QueryReaders(encoders, qformer), muon_scale=recipe.QFORMER_MUON_SCALE)
-    _train(task, data, recipe.QUERIES_OPTIONS, folder / "queries", steps, device)
+    stand(both.model.qformer, features, middles, shown, seed=4)
+    task = QueryPretrain(both, muon_scale=recipe.QFORMER_MUON_SCALE)
+    _train(task, SceneBatches(folder), recipe.QUERIES_OPTIONS, folder / "queries", steps, device)
 
 
 def train_language(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
-    language = Opt(recipe.language_config(len(words.language), words.newline))
-    initialise(language, seed=1)
-    matching(language, seed=1)
-    task = LanguagePretrain(language, muon_scale=recipe.MUON_SCALE)
-    _train(task, TextBatches(folder, words), recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
+    both = read_model(folder, words)
+    _load(both, folder / "queries")
+    model, scenes = both.model, SceneBatches(folder)
+    assert isinstance(model.language, Opt)
+    matching(model.language, seed=1)
+    batches = [scenes[recipe.QUERIES_OPTIONS.steps + i] for i in range(16)]
+    with torch.inference_mode():
+        queries = torch.cat([model.qformer(model.vision(b["pixels"])) for b in batches]).flatten(0, 1)
+        phrases = both.readers.phrases(batches[0]["phrase_ids"], batches[0]["phrase_mask"])  # [P, E]
+    full = torch.cat([b["parts"].flatten() >= 0 for b in batches])
+    named = names(scenes.parts.phrases, phrases)
+    bags = [words.language.encode(f" {name}", frame=False) for name in named]
+    speak(model, both.readers, queries, full, torch.stack(list(named.values())), bags)
+    model.language.tie()
+    task = LanguagePretrain(model, muon_scale=recipe.MUON_SCALE)
+    data = InstructionBatches(folder, words, "language")
+    _train(task, data, recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
+
+
+def names(phrases: dict[str, int], vectors: Tensor) -> dict[str, Tensor]:
+    """Every noun, in the singular and the plural, and every color -> the mean vector of the phrases it stands in."""
+    nouns = standard().nouns
+
+    def mean(those: set[str]) -> Tensor:
+        return vectors[[i for phrase, i in phrases.items() if phrase in those]].mean(0)
+
+    found: dict[str, Tensor] = {}
+    for noun in nouns:
+        coloured = {f"{colour} {noun}" for colour in COLOURS}
+        found[noun] = found[nouns[noun].plural] = mean({noun} | coloured)
+    for colour in COLOURS:
+        if colour not in found:  # an orange is orange
+            found[colour] = mean({phrase for phrase in phrases if phrase.startswith(f"{colour} ")})
+    return found
 
 
 def train_stage1(folder: Path, steps: int | None, device: str) -> None:
@@ -183,12 +199,10 @@ def train_stage1(folder: Path, steps: int | None, device: str) -> None:
 
 def generator(folder: Path, words: Tokenizers) -> Blip2:
     """The generating model before stage 2: image encoder and language model trained, the Q-Former's queries placed."""
-    language = recipe.language_config(len(words.language), words.newline)
-    model = Blip2(recipe.generator_config(language, words.image))
-    initialise(model, seed=3)
-    _load(model.vision, folder / "vision", "vision.")
-    _load_queries(model.qformer, folder)
-    _load(model.language, folder / "language")
+    model = Blip2(
+        recipe.generator_config(recipe.language_config(len(words.language), words.newline), words.image)
+    )
+    _load(model, folder / "language")
     model.language.tie()
     return model
 
@@ -214,45 +228,28 @@ def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
     train_stage2(folder, steps, device, name="stage2-raw")
 
 
-def train_spelling(folder: Path, steps: int | None, device: str) -> None:
-    words = Tokenizers.load(folder)
-    model = generator(folder, words)
-    _load(model, folder / "stage2")
-    model.language.tie()
-    speller = SpellingModel(model)
-    data = SeenBatches(folder / SEEN, ("spelled",), {"bags": Speller(words.language).bags}, "spelling")
-    task = Spelling(speller, muon_scale=recipe.SPELLING_MUON_SCALE)
-    _train(task, data, recipe.SPELLING_OPTIONS, folder / "spelling", steps, device)
-
-
-def train_seeing(folder: Path, steps: int | None, device: str) -> None:
-    words = Tokenizers.load(folder)
-    model = generator(folder, words)
-    speller = SpellingModel(model)
-    _load(speller, folder / "spelling")
-    model.language.tie()
-    data = SceneBatches(folder, words, {"bags": Speller(words.language).bags}, "seeing", 64, EASY_SHARE)
-    task = Spelling(speller, train_vision=True, muon_scale=recipe.FINETUNE_MUON_SCALE)
-    _train(task, data, recipe.SEEING_OPTIONS, folder / "seeing", steps, device)
-
-
 def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
-    model = generator(folder, words)
-    _load(model, folder / "seeing", "model.")
-    model.language.tie()
+    both = read_model(folder, words)
+    _load(both, folder / "queries")
+    _load(both.model, folder / "language")
+    both.model.language.tie()
     # The language model learns too: one as small as this, frozen, does not make up for what the queries leave open.
-    task = Finetune(model, vision_layer_decay=0.8, train_language=True, muon_scale=recipe.FINETUNE_MUON_SCALE)
-    _train(
-        task, InstructionBatches(folder, words), recipe.FINETUNE_OPTIONS, folder / "finetune", steps, device
+    task = QueryFinetune(
+        both,
+        language_muon_scale=recipe.FINETUNE_LANGUAGE_MUON_SCALE,
+        vision_layer_decay=0.8,
+        muon_scale=recipe.FINETUNE_MUON_SCALE,
     )
+    data = InstructionBatches(folder, words)
+    _train(task, data, recipe.FINETUNE_OPTIONS, folder / "finetune", steps, device)
 
 
 def export(folder: Path, steps: int | None, device: str) -> None:
     """Write both models as they ship: fp16, in Hugging Face's layout, with their tokenizers."""
     words = Tokenizers.load(folder)
     model = generator(folder, words)
-    _load(model, folder / "finetune")
+    _load(model, folder / "finetune", "model.")
     model.language.tie()
     matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
     _load(matcher, folder / "stage1")
@@ -262,14 +259,11 @@ def export(folder: Path, steps: int | None, device: str) -> None:
 
 STAGES = {
     "vision": train_vision,
-    "see": see,
     "queries": train_queries,
     "language": train_language,
     "stage1": train_stage1,
     "stage2": train_stage2,
     "stage2-raw": train_stage2_raw,
-    "spelling": train_spelling,
-    "seeing": train_seeing,
     "finetune": train_finetune,
     "export": export,
 }

@@ -1,8 +1,8 @@
 """Training the parts BLIP-2 starts from, where no pre-trained ones are at hand.
 
 The image encoder learns from captions (CLIP's loss), from the places of named things (`losses.region_loss`) and where
-they are (`losses.place_loss`), the language model from text; `initialise` gives untrained modules their first weights,
-`qformer_from_matcher` hands stage 1's result to stage 2.
+they are (`losses.place_loss`); `initialise` gives untrained modules their first weights, `qformer_from_matcher` hands
+stage 1's result to stage 2. Queries and language model: see `queries.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.model import Blip2, Blip2Matcher
@@ -21,7 +20,6 @@ from blip2.opt import Opt
 from blip2.qformer import Layer
 from blip2.train import losses
 from blip2.train.loop import Task
-from blip2.train.tasks import layerwise_groups
 from blip2.vision import Block, ImageEncoder
 
 Batch = Mapping[str, Tensor]
@@ -109,52 +107,6 @@ class ContrastivePretrain(Task):
         place = losses.place_loss(both.place(features[:, 1:]), places)
         loss = region + self.clip_weight * clip + place
         return {"loss": loss, "clip": clip, "region": region, "place": place}
-
-
-class LanguagePretrain(Task):
-    """The language model on text alone.
-
-    Batch: input_ids int64 [B, T]; optionally attention_mask [B, T] (absent: rows packed full) and labels int64 [B, T],
-    -100 = no target (absent: every token that is no padding); bags int64 [C, K] and spelled int64 [B, Q, S], what
-    stands where an image's queries will stand: the numbers of up to S among C bags of up to K tokens, see `say`.
-    """
-
-    def __init__(self, language: Opt, *, muon_scale: float | None = None) -> None:
-        self.module = self.language = language
-        self.muon_scale = muon_scale
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
-
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        labels = batch.get("labels")
-        if labels is None:
-            labels = ids if mask is None else ids.masked_fill(mask == 0, losses.IGNORED)
-        embeddings = self.language.embed(ids)
-        if (spelled := batch.get("spelled")) is not None:
-            prefix = say(bag_embeddings(self.language, batch["bags"]), spelled)  # [B, Q, W]
-            embeddings = torch.cat([prefix, embeddings], dim=1)
-            labels = F.pad(labels, (prefix.shape[1], 0), value=losses.IGNORED)
-            mask = None if mask is None else F.pad(mask, (prefix.shape[1], 0), value=1)
-        hidden = self.language(embeddings, mask)[:, :-1]  # [B, Q + T - 1, W]
-        targets = labels[:, 1:]
-        wanted = targets != losses.IGNORED
-        logits = self.language.head(hidden[wanted])  # [K, V]: only where something is to be predicted
-        return {"loss": F.cross_entropy(logits.float(), targets[wanted])}
-
-
-def bag_embeddings(language: Opt, bags: Tensor) -> Tensor:
-    """Bags of tokens, int64 [C, K], -1 where there are fewer -> the sum of each one's word embeddings [C, W]."""
-    return (language.embed(bags.clamp(min=0)) * (bags >= 0).unsqueeze(-1)).sum(1)
-
-
-def say(words: Tensor, spelled: Tensor) -> Tensor:
-    """What queries say at once: the sum of up to S of the words [C, W], int64 [..., S], -1 where fewer -> [..., W]."""
-    out = words.new_zeros(*spelled.shape[:-1], words.shape[-1])
-    for number in spelled.unbind(-1):
-        out = out + words[number.clamp(min=0)] * (number >= 0).unsqueeze(-1)
-    return out
 
 
 def mimetic(vision: ImageEncoder, seed: int) -> None:

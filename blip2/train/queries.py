@@ -1,15 +1,16 @@
-"""A start for the queries of a small Q-Former, from images whose things and places are known.
+"""A start for the queries of a small Q-Former and for the language model that reads them.
 
-BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where. One that has seen
-thousands gets this from its first weights (`stand`) and a short pre-training (`QueryPretrain`): a query says what has
-its middle in its part of the image, and where exactly. `Spelling` then has it say this in words that the language model
-reads already.
+BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where; its language model
+knows the world's words. Small ones that have seen thousands get this from their first weights and from images whose
+things and places are known: a query looks at its part of the image (`stand`) and learns to say what has its middle
+there (`QueryPretrain`); the vectors by which it is read become the language model's word embeddings (`speak`), and that
+learns to write about images (`LanguagePretrain`); in fine-tuning the queries are still held to it (`QueryFinetune`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,107 +22,126 @@ from blip2.opt import Opt
 from blip2.qformer import Layer, QFormer
 from blip2.train import losses
 from blip2.train.loop import Task
-from blip2.train.pretrain import ImageTextEncoders, bag_embeddings, say
-from blip2.train.tasks import layerwise_groups, train_only
+from blip2.train.pretrain import ImageTextEncoders
+from blip2.train.tasks import Finetune, Stage2, layerwise_groups, train_only
 
 Batch = Mapping[str, Tensor]
 
 
 class QueryReaders(nn.Module):
-    """A Q-Former and what reads its queries, as wide as the image features: names, places, whether there is a thing."""
+    """What reads queries: what each shows by name, where that is, and whether there is anything."""
 
-    def __init__(self, encoders: ImageTextEncoders, qformer: QFormer) -> None:
-        """`encoders`: trained by `ContrastivePretrain`; what reads their patches goes on to read the queries."""
+    def __init__(self, encoders: ImageTextEncoders) -> None:
+        """`encoders`: as wide as the queries; what has learned to read their patches goes on to read queries."""
         super().__init__()
-        self.encoders, self.qformer = encoders, qformer
-        self.shown = nn.Linear(qformer.config.hidden_size, 1)
+        self.text, self.projection, self.place = encoders.text, encoders.patch_projection, encoders.place
+        self.scale = encoders.patch_scale
+        self.shown = nn.Linear(encoders.place.in_features, 1)
+
+    def phrases(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Phrases, int64 ids and mask [P, T] -> the vector by which each is read, of length one: [P, E]."""
+        return F.normalize(self.text(ids, mask).float(), dim=-1)
+
+    def losses(self, queries: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What is still wrong with queries [B, Q, W]; see `QueryPretrain` for the batch."""
+        parts, places = batch["parts"], batch["places"]
+        full, known = parts >= 0, parts != UNKNOWN
+        phrases = self.phrases(batch["phrase_ids"], batch["phrase_mask"])
+        said = F.normalize(self.projection(queries[full]).float(), dim=-1)  # [K, E]
+        scale = self.scale.clamp(max=losses.MAX_LOGIT_SCALE).exp()
+        name = F.cross_entropy(said @ phrases.mT * scale, parts[full])
+        shown = F.binary_cross_entropy_with_logits(
+            self.shown(queries[known]).squeeze(-1).float(), full[known].float()
+        )
+        place = losses.place_loss(self.place(queries)[full], places[full])
+        return {"name": name, "shown": shown, "place": place}
+
+
+class ReadModel(nn.Module):
+    """A generating model and what reads its queries while it is trained."""
+
+    def __init__(self, model: Blip2, readers: QueryReaders) -> None:
+        super().__init__()
+        self.model, self.readers = model, readers
 
 
 class QueryPretrain(Task):
     """Queries from places: what has its middle in the part of the image a query answers for, and where that is.
 
-    Trains the Q-Former's query branch and the readers; the image encoder is frozen.
+    Trains the Q-Former and the readers.
 
-    Batch: pixels [B, 3, S, S] (or features [B, N, W]); phrase_ids int64 and phrase_mask [P, T], all phrases that name
-    things; parts int64 [B, Q], the phrase of what each query answers for, -1 for nothing; places [B, Q, 2], its
-    middle, column and row as shares of the image's side.
+    Batch: pixels [B, 3, S, S]; phrase_ids int64 and phrase_mask [P, T], all phrases that name things; parts int64
+    [B, Q], the phrase of what each query answers for, -1 for nothing, `UNKNOWN` where nobody knows; places [B, Q, 2],
+    its middle, column and row as shares of the image's side.
     """
 
-    def __init__(self, readers: QueryReaders, *, muon_scale: float | None = None) -> None:
-        self.module = self.readers = readers
+    def __init__(self, both: ReadModel, *, muon_scale: float | None = None) -> None:
+        self.module = self.both = both
         self.muon_scale = muon_scale
-        readers.encoders.vision.requires_grad_(False)
+        train_only(both, [both.model.qformer, both.readers])
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        readers, encoders = self.readers, self.readers.encoders
         with torch.no_grad():
-            features = batch["features"] if "features" in batch else encoders.vision(batch["pixels"])
-        queries = readers.qformer(features)  # [B, Q, W]
-        full = batch["parts"] >= 0
-        phrases = F.normalize(
-            encoders.text(batch["phrase_ids"], batch["phrase_mask"]).float(), dim=-1
-        )  # [P, E]
-        said = F.normalize(encoders.patch_projection(queries[full]).float(), dim=-1)  # [K, E]
-        scale = encoders.patch_scale.clamp(max=losses.MAX_LOGIT_SCALE).exp()
-        name = F.cross_entropy(said @ phrases.mT * scale, batch["parts"][full])
-        shown = F.binary_cross_entropy_with_logits(readers.shown(queries).squeeze(-1).float(), full.float())
-        place = losses.place_loss(encoders.place(queries)[full], batch["places"][full])
-        return {"loss": name + shown + place, "name": name, "shown": shown, "place": place}
+            features = self.both.model.vision(batch["pixels"])
+        wrong = self.both.readers.losses(self.both.model.qformer(features), batch)
+        return {"loss": torch.stack(list(wrong.values())).sum(), **wrong}
 
 
-class SpellingModel(nn.Module):
-    """A generating model and how sharply its queries' words are told apart."""
+class LanguagePretrain(Stage2):
+    """A language model that learns to write from what queries hold: its text is about images from the first step on.
 
-    def __init__(self, model: Blip2) -> None:
-        super().__init__()
-        self.model = model
-        self.log_scale = nn.Parameter(torch.zeros(()))
+    Trains the language model and the projection; image encoder and Q-Former are frozen. Batch: as `Stage2`'s.
+    """
+
+    def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:
+        super().__init__(model, muon_scale=muon_scale)
+        train_only(model, [model.projection, model.language])
 
 
-class Spelling(Task):
-    """Queries that say what is in an image in words the language model has learned to read in their place.
+class QueryFinetune(Finetune):
+    """Fine-tuning of every part, the language model too, in which queries go on saying what is in their part.
 
-    Trains the Q-Former and the projection, with `train_vision` the image encoder too; the language model is frozen.
+    Texts tell a query little about its part: most of a caption follows from what has been written already.
 
-    Batch: pixels [B, 3, P, P] (or features [B, N, W]); bags int64 [C, K], all that a query can say, each a bag of
-    tokens, -1 where there are fewer than K; spelled int64 [B, Q, S], which up to S of them each query is to say
-    at once.
+    Batch: as `Stage2`'s and `QueryPretrain`'s together.
     """
 
     def __init__(
-        self, speller: SpellingModel, *, train_vision: bool = False, muon_scale: float | None = None
+        self,
+        both: ReadModel,
+        *,
+        read_weight: float = 0.3,
+        language_muon_scale: float | None = None,
+        vision_layer_decay: float = 1.0,
+        muon_scale: float | None = None,
     ) -> None:
-        self.module = self.speller = speller
-        self.model, self.muon_scale = speller.model, muon_scale
-        self.train_vision = train_vision
-        trained: list[nn.Module] = [self.model.qformer, self.model.projection]
-        train_only(speller, [*trained, self.model.vision] if train_vision else trained)
-        speller.log_scale.requires_grad_(True)
+        """`read_weight`: of what the readers find wrong. `language_muon_scale`: `muon_scale` of the language model."""
+        super().__init__(
+            both.model, vision_layer_decay=vision_layer_decay, train_language=True, muon_scale=muon_scale
+        )
+        self.module, self.readers = both, both.readers
+        self.read_weight, self.language_muon_scale = read_weight, language_muon_scale
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
+        model, language = self.model, self.model.language
+        language.requires_grad_(False)
+        groups = layerwise_groups(model, weight_decay, self.vision_layer_decay, self.muon_scale)
+        language.requires_grad_(True)
+        groups += layerwise_groups(language, weight_decay, muon_scale=self.language_muon_scale)
+        return [*groups, *layerwise_groups(self.readers, 0.0)]
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        model, spelled = self.model, batch["spelled"]
-        assert isinstance(model.language, Opt)
-        with torch.no_grad():
-            words = bag_embeddings(model.language, batch["bags"]).float()  # [C, W]
-        with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
-            features = batch["features"] if "features" in batch else model.vision(batch["pixels"])
-        said = model.project(model.qformer(features)).float()  # [B, Q, W]
-        whole = say(words, spelled)  # [B, Q, W]
-        distance = (said - whole).square().sum(-1).mean() / words.square().sum(1).mean()
-        # Each word by itself, what is said beside it taken away: [M, W], M words in all.
-        told = spelled >= 0
-        others = whole.unsqueeze(2) - words[spelled.clamp(min=0)]  # [B, Q, S, W]
-        alone = (said.unsqueeze(2) - others)[told]
-        # The likelihood of Gaussians around the words: the length is learned with the direction.
-        near = 2 * alone @ words.mT - words.square().sum(1)  # [M, C]
-        name = F.cross_entropy(near * self.speller.log_scale.exp(), spelled[told])
-        return {"loss": name + distance, "name": name, "distance": distance}
+        queries = self.model.qformer(self.model.vision(batch["pixels"]))
+        text = self.text_loss(queries, batch)
+        wrong = self.readers.losses(queries, batch)
+        loss = text + self.read_weight * torch.stack(list(wrong.values())).sum()
+        return {"loss": loss, "text": text, **wrong}
+
+
+UNKNOWN = -2  # in a batch's parts: an image of which nobody knows where its things are
 
 
 REACH = 0.1  # of a query around the middle of its part: a standard deviation, as a share of the image's side
@@ -201,6 +221,56 @@ def stand(qformer: QFormer, features: Tensor, middles: Tensor, shown: Tensor, se
             read.attention.key.bias[rows] = bias
         read.attention.value.weight.copy_(torch.eye(width))
         read.output.dense.weight.copy_(LOUD * torch.eye(width))
+
+
+def speak(
+    model: Blip2,
+    readers: QueryReaders,
+    queries: Tensor,
+    full: Tensor,
+    names: Tensor,
+    bags: Sequence[list[int]],
+) -> None:
+    """Let the projected queries say in the language model's words what they say to their readers. In place.
+
+    A name's tokens get embeddings that add up to the vector by which the readers know it; the projection keeps that
+    space as it is. So the word nearest to a projected query names what it shows before anything has been trained, and
+    the head, which shares the embeddings, can write it. No linear map takes queries to words drawn by chance: there are
+    more names than dimensions.
+
+    Args:
+        model: after `initialise`, its language model an OPT at least three wider than the readers' space.
+        queries: [K, W], of many images.
+        full: bool [K], whether each shows a thing.
+        names: [C, E], the readers' vectors of C names.
+        bags: the tokens of each name.
+    """
+    language = model.language
+    assert isinstance(language, Opt)
+    width, space = language.config.hidden_size, names.shape[1]
+    names = names - names.mean(0)
+    names = names / names.norm(dim=1).mean()
+    tokens = torch.zeros(len(bags), language.config.vocab_size)  # how often each name has each token
+    for row, bag in zip(tokens, bags, strict=True):
+        row += torch.bincount(torch.tensor(bag), minlength=len(row))
+    # The shortest embeddings that add up to the names, nearly.
+    words = tokens.mT @ torch.linalg.solve(tokens @ tokens.mT + 0.1 * torch.eye(len(bags)), names)  # [V, E]
+    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(SPOKEN_SEED))
+    directions = torch.linalg.qr(drawn)[0]  # [W, W]
+    with torch.no_grad():
+        language.embed_tokens.weight += words @ directions[:, :space].mT
+        # Names from what is read of them, places and whether there is a thing in directions of their own.
+        reading = torch.cat([readers.projection.weight, readers.place.weight, readers.shown.weight])
+        read = queries @ reading.mT  # [K, E + 3]
+        middle = torch.cat([read[full, :space].mean(0), read[:, space:].mean(0)])
+        length = (read[full, :space] - middle[:space]).norm(dim=1).mean()
+        loud = torch.cat([(NAMES_LOUD / length).expand(space), OTHERS_LOUD / read[:, space:].std(0)])
+        model.projection.weight.copy_(directions[:, : space + 3] @ (loud[:, None] * reading))
+        model.projection.bias.copy_(directions[:, : space + 3] @ (-loud * middle))
+
+
+SPOKEN_SEED = 7
+NAMES_LOUD, OTHERS_LOUD = 1.5, 0.7  # lengths of what a projected query says, beside words of one
 
 
 def _centres(side: int) -> Tensor:

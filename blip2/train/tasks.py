@@ -111,11 +111,15 @@ class Stage2(Task):
         return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        features = _features(self.model.vision, batch)
-        prefix = self.model.project(self.model.qformer(features))  # [B, Q, W]
+        queries = self.model.qformer(_features(self.model.vision, batch))
+        return {"loss": self.text_loss(queries, batch)}
+
+    def text_loss(self, queries: Tensor, batch: Batch) -> Tensor:
+        """The mean over all targets of what is written after queries [B, Q, W]."""
+        prefix = self.model.project(queries)  # [B, Q, W of the language model]
         if (index := batch.get("image_index")) is not None:
             prefix = prefix[index]  # [R, Q, W]
-        return {"loss": self._loss(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])}
+        return self._loss(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])
 
     def _loss(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """The mean over all targets. OPT reads rows of about one length together, their common padding cut off."""

@@ -1,19 +1,29 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2.config import Blip2Config, OptConfig, QFormerConfig, VisionConfig
 from blip2.model import Blip2
 from blip2.qformer import Layer, QFormer
 from blip2.train import FitOptions, fit
-from blip2.train.pretrain import ImageTextEncoders, WordBag, bag_embeddings, initialise, say
-from blip2.train.queries import QueryPretrain, QueryReaders, Spelling, SpellingModel, parts_of, stand
-from blip2.vision import ImageEncoder
+from blip2.train.pretrain import ImageTextEncoders, WordBag, initialise
+from blip2.train.queries import (
+    UNKNOWN,
+    LanguagePretrain,
+    QueryFinetune,
+    QueryPretrain,
+    QueryReaders,
+    ReadModel,
+    parts_of,
+    speak,
+    stand,
+)
 
 CONFIG = QFormerConfig(
     hidden_size=32,
@@ -99,79 +109,135 @@ class Squares:
         return {"pixels": pixels, "parts": parts, "places": places, **phrases}
 
 
-def test_queries_learn_what_is_in_their_part_from_a_frozen_encoder(tmp_path: Path) -> None:
-    vision = VisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-    )
-    encoders = ImageTextEncoders(ImageEncoder(vision), WordBag(4, embedding=16))
-    readers = QueryReaders(encoders, qformer())
-    initialise(readers, seed=3)
-    frozen = {name: p.clone() for name, p in encoders.vision.state_dict().items()}
-    task = QueryPretrain(readers)
-    first = task.losses(Squares()[1000], torch.Generator())
-    fit(task, Squares(), FitOptions(steps=120, lr=5e-3, min_lr=1e-4, warmup_steps=5), tmp_path)
-    last = task.losses(Squares()[1000], torch.Generator())
+VISION = VisionConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=4,
+)
+OPT = OptConfig(
+    vocab_size=12,
+    hidden_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    ffn_dim=32,
+    max_position_embeddings=32,
+)
+STEPS = FitOptions(steps=120, lr=5e-3, min_lr=1e-4, warmup_steps=5)
+
+
+def read_model() -> ReadModel:
+    model = Blip2(Blip2Config(VISION, CONFIG, OPT, num_query_tokens=4))
+    encoders = ImageTextEncoders(model.vision, WordBag(4, embedding=16))
+    both = ReadModel(model, QueryReaders(encoders))
+    initialise(both, seed=3)
+    return both
+
+
+def unchanged(before: dict[str, Tensor], module: nn.Module) -> set[str]:
+    return {name for name, p in module.state_dict().items() if torch.equal(p, before[name])}
+
+
+def copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.clone() for name, p in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> ReadModel:
+    """A model whose queries have learned what is in their part."""
+    both = read_model()
+    fit(QueryPretrain(both), Squares(), STEPS, tmp_path_factory.mktemp("queries"))
+    return both
+
+
+def test_queries_learn_what_is_in_their_part_from_a_frozen_encoder(taught: ReadModel) -> None:
+    before = read_model()
+    first = QueryPretrain(before).losses(Squares()[1000], torch.Generator())
+    last = QueryPretrain(taught).losses(Squares()[1000], torch.Generator())
     for name, share in {"name": 0.1, "shown": 0.9, "place": 0.1}.items():
         assert last[name].item() < share * first[name].item(), name
-    assert all(torch.equal(p, frozen[name]) for name, p in encoders.vision.state_dict().items())
+    same = unchanged(copied(before.model), taught.model)
+    assert {name for name in same if not name.startswith("qformer.")} == {
+        name for name in before.model.state_dict() if not name.startswith("qformer.")
+    }
+    assert "qformer.query_tokens" not in same
 
 
-@pytest.mark.parametrize("train_vision", [False, True])
-def test_queries_learn_to_say_what_is_there_in_the_language_models_words(
-    train_vision: bool, tmp_path: Path
-) -> None:
-    opt = OptConfig(
-        vocab_size=12,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        ffn_dim=16,
-        max_position_embeddings=32,
-    )
-    vision = VisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-    )
-    model = Blip2(Blip2Config(vision, CONFIG, opt, num_query_tokens=4))
-    initialise(model, seed=6, std=0.3)
-    speller = SpellingModel(model)
-    kept = ("language.",) if train_vision else ("vision.", "language.")
-    before = {name: p.clone() for name, p in model.state_dict().items()}
+def test_images_of_which_nobody_knows_what_is_where_change_nothing(taught: ReadModel) -> None:
+    batch, other = Squares()[3], Squares()[4]
+    task = QueryPretrain(taught)
+    both = {**batch, "pixels": torch.cat([batch["pixels"], other["pixels"]])}
+    both["parts"] = torch.cat([batch["parts"], torch.full_like(other["parts"], UNKNOWN)])
+    both["places"] = torch.cat([batch["places"], other["places"]])
+    for name, loss in task.losses(batch, torch.Generator()).items():
+        assert task.losses(both, torch.Generator())[name].item() == pytest.approx(loss.item(), rel=1e-5), name
 
-    class Said(Squares):
-        """For each part what it shows: one of three bags, or a fourth for nothing."""
 
-        def __getitem__(self, position: int) -> dict[str, Tensor]:
-            batch = super().__getitem__(position)
-            bags = torch.tensor([[3, -1], [4, 5], [6, 7], [8, -1]])
-            said = batch["parts"] % 4
-            spelled = torch.stack(
-                [said, torch.where(said == 2, 3, -1)], dim=-1
-            )  # one of them is said with another
-            return {"pixels": batch["pixels"], "bags": bags, "spelled": spelled}
+BAGS = [[3], [4, 5], [6, 7]]  # the tokens of the three names
 
-    task = Spelling(speller, train_vision=train_vision)
-    first = task.losses(Said()[1000], torch.Generator())
-    fit(task, Said(), FitOptions(steps=150, lr=5e-3, min_lr=1e-4, warmup_steps=5), tmp_path)
-    last = task.losses(Said()[1000], torch.Generator())
-    assert last["name"].item() < 0.1 * first["name"].item() and last["distance"].item() < 0.3
-    same = {name for name, p in model.state_dict().items() if torch.equal(p, before[name])}
-    assert {name for name in before if name.startswith(kept)} <= same
-    assert train_vision == ("vision.layers.0.mlp.fc1.weight" not in same)
+
+def test_queries_speak_the_language_models_words(taught: ReadModel) -> None:
+    both = copy.deepcopy(taught)
+    model, batch = both.model, Squares()[7]
     with torch.inference_mode():
-        words = bag_embeddings(model.language, Said()[0]["bags"])  # type: ignore[arg-type]
-        features = model.vision(Said()[7]["pixels"])
-        given = task.losses(Said()[7] | {"features": features}, torch.Generator())
-        assert torch.equal(given["loss"], task.losses(Said()[7], torch.Generator())["loss"])
-        said = model.embed_image(Said()[7]["pixels"])  # [B, 4, W]: the prefix itself is the words
-        apart = (said - say(words, Said()[7]["spelled"])).norm(dim=-1)  # [B, Q]
-        assert (apart < 0.5 * words.norm(dim=1).mean()).float().mean() > 0.95
+        queries = model.qformer(model.vision(batch["pixels"]))
+        names = both.readers.phrases(batch["phrase_ids"], batch["phrase_mask"])
+    full = batch["parts"] >= 0
+    speak(model, both.readers, queries.flatten(0, 1), full.flatten(), names, BAGS)
+    with torch.inference_mode():
+        said = model.project(queries)[full]  # [K, W]
+        words = torch.stack([model.language.embed(torch.tensor(bag)).sum(0) for bag in BAGS])
+        assert ((said @ words.mT).argmax(1) == batch["parts"][full]).all()
+        assert torch.equal(model.language.lm_head.weight, model.language.embed_tokens.weight)
+
+
+class Told(Squares):
+    """For each image its name after the beginning of a text."""
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        batch = super().__getitem__(position)
+        names = torch.tensor([[*bag, 1][:2] for bag in BAGS])[batch["parts"].amax(1)]
+        ids = torch.cat([torch.full((16, 1), 2), names], dim=1)
+        labels = ids.masked_fill((ids < 3), -100)
+        return {**batch, "input_ids": ids, "attention_mask": (ids != 1).long(), "labels": labels}
+
+
+def test_the_language_model_learns_to_write_what_frozen_queries_hold(
+    taught: ReadModel, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(taught).model
+    before, task = copied(model), LanguagePretrain(model)
+    first = task.losses(Told()[1000], torch.Generator())["loss"]
+    fit(task, Told(), STEPS, tmp_path)
+    assert task.losses(Told()[1000], torch.Generator())["loss"] < 0.2 * first
+    same = unchanged(before, model)
+    assert {name for name in before if name.startswith(("vision.", "qformer."))} <= same
+    assert not {"projection.weight", "language.embed_tokens.weight"} & same
+
+
+def test_fine_tuning_trains_every_part_and_holds_the_queries_to_what_they_say(
+    taught: ReadModel, tmp_path: Path
+) -> None:
+    both = copy.deepcopy(taught)
+    before = copied(both)
+    task = QueryFinetune(both, read_weight=0.5, language_muon_scale=4.0, muon_scale=2.0)
+    parts = task.losses(Told()[1000], torch.Generator())
+    wrong = QueryPretrain(taught).losses(Told()[1000], torch.Generator())
+    assert parts["loss"].item() == pytest.approx(parts["text"].item() + 0.5 * wrong["loss"].item(), rel=1e-5)
+    rates = {
+        group["lr_scale"]: {id(p) for p in group["params"]}
+        for group in task.parameter_groups(0.1)
+        if group["muon"]
+    }
+    assert id(both.model.language.layers[0].fc1.weight) in rates[4.0]
+    assert id(both.model.qformer.layers[0].attention.output.dense.weight) in rates[2.0]
+    fit(task, Told(), replace(STEPS, steps=40), tmp_path)
+    assert task.losses(Told()[1000], torch.Generator())["text"] < 0.5 * parts["text"]
+    for name in (
+        "model.vision.layers.0.mlp.fc1.weight",
+        "model.qformer.query_tokens",
+        "readers.shown.weight",
+    ):
+        assert name not in unchanged(before, both), name
