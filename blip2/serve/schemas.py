@@ -82,11 +82,19 @@ class EmbedRequest(Strict):
     texts: list[Words] = []
 
 
+class Turn(Strict):
+    question: Words
+    answer: Words
+
+
 class ExplainRequest(Strict):
     image: str = Field(description=IMAGE)
     text: Words | None = Field(None, description="the caption to explain; default: the model's own")
     question: Words | None = Field(None, description="explain the answer to this")
     answer: Words | None = Field(None, description="the answer to explain; default: the model's own")
+    turns: list[Turn] | None = Field(
+        None, description="the question was asked in a conversation, after these; in JSON only"
+    )
     layer: int | None = Field(None, ge=0, description="with head and query: the raw attention there")
     head: int | None = Field(None, ge=0)
     query: int | None = Field(None, ge=0)

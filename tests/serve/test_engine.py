@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 import blip2
 from blip2.generate import GenerationOptions
 from blip2.serve.cache import ImageCache, size_of
-from blip2.serve.engine import BusyError, Engine, EngineError, TooLateError, Writing
+from blip2.serve.engine import BusyError, Call, Engine, EngineError, TooLateError, Writing
 from blip2.serve.limits import Limits
 
 WAYS: list[dict[str, Any]] = [
@@ -89,15 +90,26 @@ def test_the_cache_is_bounded_and_forgets_the_least_used(
     assert len(nothing) == nothing.bytes == 0
 
 
+def call(compute: Callable[[], Any]) -> Call:
+    """A call on the model of one slice."""
+
+    def slices(_: blip2.Predictor) -> Generator[None, None, Any]:
+        yield
+        return compute()
+
+    return slices
+
+
 class Gate:
     """A call on the model that holds the engine up until it is opened."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
 
-    def __call__(self, _: blip2.Predictor) -> str:
+    def __call__(self, _: blip2.Predictor) -> Generator[None, None, str]:
         self.entered.set()
         assert self.open.wait(60)
+        yield
         return "through"
 
 
@@ -108,24 +120,24 @@ def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
     gate = Gate()
     first = engine.submit(gate)
     assert gate.entered.wait(60)
-    waiting = [engine.submit(lambda _: "done") for _ in range(3)]
+    waiting = [engine.submit(call(lambda: "done")) for _ in range(3)]
     for _ in range(20):
         with pytest.raises(BusyError, match="too many"):
-            engine.submit(lambda _: "done")
+            engine.submit(call(lambda: "done"))
     gate.open.set()
     assert first.result.result(60) == "through"
     assert [job.result.result(60) for job in waiting] == ["done"] * 3
     engine.close()
     with pytest.raises(BusyError):
-        engine.submit(lambda _: "done")
+        engine.submit(call(lambda: "done"))
 
 
 def test_clients_take_turns(engine: Engine) -> None:
-    gate, order = Gate(), []
+    gate, order = Gate(), list[str]()
     first = engine.submit(gate)
     assert gate.entered.wait(60)
-    jobs = [engine.submit(lambda _, i=i: order.append(f"a{i}"), client="a") for i in range(5)]  # type: ignore[misc]
-    jobs += [engine.submit(lambda _, i=i: order.append(f"b{i}"), client="b") for i in range(2)]  # type: ignore[misc]
+    jobs = [engine.submit(call(partial(order.append, f"a{i}")), client="a") for i in range(5)]
+    jobs += [engine.submit(call(partial(order.append, f"b{i}")), client="b") for i in range(2)]
     gate.open.set()
     for job in [first, *jobs]:
         job.result.result(60)
@@ -173,16 +185,16 @@ def test_deadlines(engine: Engine, images: list[bytes]) -> None:
 def test_what_fails_fails_alone(
     engine: Engine, images: list[bytes], monkeypatch: pytest.MonkeyPatch, predictor: blip2.Predictor
 ) -> None:
-    def broken(_: blip2.Predictor) -> None:
+    def broken() -> None:
         raise RuntimeError("secret detail")
 
     with pytest.raises(EngineError) as told:
-        engine.submit(broken).result.result(60)
+        engine.submit(call(broken)).result.result(60)
     assert "secret" not in str(told.value)
     with pytest.raises(ValueError, match="room"):
         engine.submit(Writing(engine.read(images[0]), "word " * 400, GenerationOptions()))
     with monkeypatch.context() as patch:
-        patch.setattr(predictor.model.language, "step", lambda *_: broken(predictor))
+        patch.setattr(predictor.model.language, "step", lambda *_: broken())
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], min_new_tokens=5)).result.result(60)
         with pytest.raises(EngineError):
