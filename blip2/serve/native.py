@@ -22,7 +22,7 @@ from blip2.serve.events import EventStream
 from blip2.serve.house import ApiError, House, as_api_error
 from blip2.text import CAPTION_PROMPT
 
-SLICE = 8  # texts matched or embedded between two steps of those that are being written
+SLICE = 4  # texts matched or embedded between two steps of those that are being written
 
 
 def body_of(model: type[BaseModel], *files: str) -> dict[str, Any]:

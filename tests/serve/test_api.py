@@ -85,6 +85,30 @@ def test_match_embed_and_explain(server: Running, predictor: blip2.Predictor, im
         assert beyond.status_code == 400 and "layers" in beyond.json()["error"]["message"]
 
 
+def test_an_answer_in_a_conversation_is_explained_with_what_was_said_before(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    chat = predictor.chat(images[0])
+    chat.send("is there a rose?", beams=1)
+    answer = chat.send("what color is it?", beams=1)
+    (first, second) = chat.turns
+    asked = {"image": data_url(images[0]), "question": second[0], "answer": str(answer)}
+    turns = [{"question": first[0], "answer": str(first[1])}]
+    with server.client() as client:
+        found = client.post("/explain", json=asked | {"turns": turns}).json()
+        alone = client.post("/explain", json=asked).json()
+        own = client.post("/explain", json={k: v for k, v in asked.items() if k != "answer"}).json()
+        wrong = client.post("/explain", json={"image": asked["image"], "turns": turns})
+        form = client.post("/explain", files={"image": images[0]}, data={"question": "a", "turns": "b"})
+    said = sum(word["logprob"] for word in found["words"])
+    assert said == pytest.approx(sum(answer.token_logprobs[:-1]), abs=1e-3)
+    assert said != pytest.approx(sum(word["logprob"] for word in alone["words"]), abs=1e-3)
+    again = predictor.explain(images[0], question=second[0], answer=answer, turns=chat.turns[:1])
+    assert found["words"][0]["heat"][0] == pytest.approx(again.words[0].heat[0].tolist(), abs=1e-3)
+    assert own["text"] == predictor.ask(images[0], second[0])
+    assert wrong.status_code == form.status_code == 400
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -130,6 +131,88 @@ def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
     engine.close()
     with pytest.raises(BusyError):
         engine.submit(call(lambda: "done"))
+
+
+def test_a_place_is_kept_for_a_request_that_is_still_read(
+    predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    engine = Engine(lambda: predictor, Limits(queue=2))
+    engine.start()
+    assert engine.loaded.wait(60)
+    gate = Gate()
+    first = engine.submit(gate)
+    assert gate.entered.wait(60)
+    places = [engine.enter(), engine.enter()]
+    for ask in (engine.enter, lambda: engine.submit(call(lambda: "done"))):
+        with pytest.raises(BusyError, match="too many"):
+            ask()
+    places[0].leave()
+    places[0].leave()
+    second = engine.submit(call(lambda: "done"))
+    with pytest.raises(BusyError):
+        engine.enter()
+    asked = [engine.submit(call(lambda: "done"), place=places[1]) for _ in range(2)]  # who asks twice
+    gate.open.set()
+    assert [job.result.result(60) for job in (first, second, *asked)] == ["through", "done", "done", "done"]
+    engine.enter().leave()
+    engine.close()
+    with pytest.raises(BusyError):
+        engine.submit(call(lambda: "done"), place=places[1])
+
+
+def test_other_calls_are_computed_in_slices_between_steps(engine: Engine, images: list[bytes]) -> None:
+    steps, began = list[int](), threading.Event()
+
+    def slices(_: blip2.Predictor) -> Generator[None, None, str]:
+        for _ in range(10):
+            steps.append(engine.steps)
+            yield
+        return "done"
+
+    text = engine.submit(
+        greedy(engine, images[0], max_new_tokens=60, min_new_tokens=60), on_step=lambda _: began.set()
+    )
+    assert began.wait(60)
+    calls = [engine.submit(slices) for _ in range(2)]
+    assert [job.result.result(60) for job in calls] == ["done"] * 2
+    assert not text.result.done()
+    assert len(steps) == 20 and all(after > before for before, after in pairwise(steps))
+    text.result.result(60)
+
+
+def test_beam_searches_join_between_steps(
+    engine: Engine, images: list[bytes], predictor: blip2.Predictor
+) -> None:
+    """While a long search goes on, short ones of every kind come and go."""
+    long = engine.submit(greedy(engine, images[0], beams=3, max_new_tokens=200, min_new_tokens=200))
+    while engine.running < 3:
+        time.sleep(0.001)
+    for beams in (5, 2, 5, 1, 4):
+        (short,) = engine.submit(greedy(engine, images[1], beams=beams, max_new_tokens=8)).result.result(60)
+        assert short.written == predictor.caption(images[1], beams=beams, max_new_tokens=8)
+    assert not long.result.done()
+    long.result.cancel()
+
+
+def test_a_wide_search_is_not_passed_over(predictor: blip2.Predictor, images: list[bytes]) -> None:
+    engine = Engine(lambda: predictor, Limits(rows=4))
+    engine.start()
+    assert engine.loaded.wait(60)
+    order: list[str] = []
+    long = engine.submit(greedy(engine, images[0], max_new_tokens=40, min_new_tokens=40))
+    while engine.running == 0:
+        time.sleep(0.001)
+    jobs = {"wide": engine.submit(greedy(engine, images[1], beams=5, max_new_tokens=3), client="a")}
+    jobs |= {
+        f"narrow {i}": engine.submit(greedy(engine, images[1], max_new_tokens=3), client="b")
+        for i in range(5)
+    }
+    for name, job in jobs.items():
+        job.result.add_done_callback(lambda _, name=name: order.append(name))  # type: ignore[misc]
+    for job in [long, *jobs.values()]:
+        job.result.result(60)
+    assert order[0] == "wide" and len(order) == 6
+    engine.close()
 
 
 def test_clients_take_turns(engine: Engine) -> None:

@@ -13,14 +13,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
 from serving import EXAMPLES, NAMES, Running, data_url, run_server
+from starlette.requests import Request
 
 import blip2
+from blip2.serve.house import ApiError, House
 from blip2.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +56,105 @@ def overload(predictor: blip2.Predictor, images: list[bytes], count: int, thread
 
 def test_overload(predictor: blip2.Predictor, images: list[bytes]) -> None:
     overload(predictor, images, count=160, threads=80)  # 20 times what is running and waiting
+
+
+@pytest.fixture
+def full_house(predictor: blip2.Predictor) -> Iterator[Running]:
+    """A server with one place, whose model is held up until the end."""
+    entered, opened = threading.Event(), threading.Event()
+
+    def gate(_: blip2.Predictor) -> Generator[None, None, None]:
+        entered.set()
+        assert opened.wait(60)
+        yield
+
+    with run_server(predictor, Limits(queue=1)) as running:
+        running.engine.submit(gate)
+        assert entered.wait(60)
+        yield running
+        opened.set()
+
+
+def begin(running: Running, body: bytes, length: int) -> socket.socket:
+    """A request of which so much has arrived."""
+    sock = running.connect()
+    sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % length + body)
+    return sock
+
+
+def test_too_many_are_told_at_once(full_house: Running, images: list[bytes]) -> None:
+    """Nobody waits for the model, for another's image, or for the rest of the body, to hear that there is no room."""
+    body = json.dumps({"image": data_url(images[0])}).encode()
+    early = begin(full_house, body[:-1], len(body))
+    with full_house.client() as client:
+        while client.get("/health").status_code != 200:  # by now `early` is being read
+            pass
+    late = begin(full_house, body, len(body))
+    until = time.monotonic() + 30
+    while full_house.engine.waiting == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert full_house.engine.waiting == 1
+    third = begin(full_house, b"", len(body))
+    assert b" 503 " in third.recv(4096)  # before any of its body has come
+    early.sendall(body[-1:])
+    said = early.recv(4096)
+    assert b" 503 " in said and b"retry-after: 1" in said
+    for sock in (early, late, third):
+        sock.close()
+
+
+def test_bodies_have_a_budget_together(predictor: blip2.Predictor) -> None:
+    body = b"x" * 60_000
+    with run_server(predictor, Limits(bodies_bytes=100_000)) as running, running.client() as client:
+
+        def post() -> int:
+            return client.post(
+                "/caption", content=body, headers={"content-type": "application/json"}
+            ).status_code
+
+        assert post() == 400  # read, and no JSON
+        slow = begin(running, body, 10 * len(body))
+        until = time.monotonic() + 30
+        while (status := post()) == 400 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert status == 503
+        slow.close()
+        while (status := post()) == 503 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert status == 400
+
+
+@pytest.mark.full
+def test_refusals_are_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints how long the refused wait under 20 times the load; a time is nothing to assert."""
+    process, url = start_process("--limit", "queue=4", "--limit", "rows=4")
+    image = (EXAMPLES / NAMES[0]).read_bytes()
+    refused: list[float] = []
+
+    def ask(_: int) -> None:
+        began = time.perf_counter()
+        answer = client.post("/caption", files={"image": image})
+        if answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) >= 1
+            refused.append(1000 * (time.perf_counter() - began))
+
+    limits = httpx2.Limits(max_connections=100, max_keepalive_connections=100)
+    with httpx2.Client(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.05)
+        with ThreadPoolExecutor(80) as pool:
+            list(pool.map(ask, range(80)))  # connections
+            refused.clear()
+            list(pool.map(ask, range(800)))
+    process.terminate()
+    process.wait(60)
+    refused.sort()
+    with capsys.disabled():
+        shares = ", ".join(
+            f"p{share} {refused[len(refused) * share // 100]:.0f} ms" for share in (50, 90, 99)
+        )
+        print(f"\n{len(refused)} of 800 refused: {shares}, longest {refused[-1]:.0f} ms")
+    assert refused
 
 
 @pytest.mark.full
@@ -155,6 +257,27 @@ def test_slow_clients_are_closed(impatient: Running, start: bytes) -> None:
 def test_default_deadlines_close_slow_clients_within_ten_seconds() -> None:
     limits = Limits()
     assert max(limits.header_seconds, limits.body_seconds, limits.idle_seconds, limits.write_seconds) <= 10
+
+
+def test_a_bodys_time_counts_from_the_beginning(monkeypatch: pytest.MonkeyPatch, server: Running) -> None:
+    """Not from the end of headers that were slow themselves."""
+    began: list[float] = []
+
+    async def body(_: House, request: Request) -> bytes:
+        began.append(request.state.began)
+        raise ApiError(400, "seen")
+
+    monkeypatch.setattr(House, "body", body)
+    with server.connect() as sock:
+        for _ in range(2):  # on a connection that is kept, from the request's first byte
+            before = time.monotonic()
+            sock.sendall(HEAD[:30])
+            time.sleep(0.05)
+            between = time.monotonic()
+            sock.sendall(HEAD[30:] + b"Content-Length: 0\r\n\r\n")
+            assert b" 400 " in sock.recv(4096)
+            assert began.pop() < between and not began
+            assert before < between
 
 
 def test_a_client_that_reads_nothing_is_closed(impatient: Running) -> None:
