@@ -282,7 +282,9 @@ def _mark(scores: Tensor, ids: Tensor, which: Tensor) -> Tensor:
 def apply_filters(scores: Tensor, options: GenerationOptions) -> Tensor:
     """Temperature, top-k, top-p, in this order: scores [R, V], -inf for what must not be drawn."""
     if options.temperature != 1:
-        scores = scores / options.temperature
+        scores = scores / max(
+            options.temperature, 1e-4
+        )  # below, only the best is left; and nothing overflows
     if options.top_k > 0:
         kth = scores.topk(min(options.top_k, scores.shape[1])).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -math.inf)  # ties with the k-th stay

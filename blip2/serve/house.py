@@ -194,19 +194,17 @@ class House:
         try:
             return read(given)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            where = f"{place}: " if place else ""
-            raise ApiError(400, f"{where}{first['msg']}", param=place or None, code="invalid_value") from None
+            raise _told(error) from None
 
     async def image_at(self, url: str) -> bytes:
         """The file that an image's URL holds or, where switched on, names."""
-        if url.startswith("data:"):
+        if url[:5].lower() == "data:":
             head, comma, data = url.partition(",")
-            if not comma or not head.endswith(";base64"):
+            if not comma or not head.lower().endswith(";base64"):
                 raise ApiError(400, "an image's data: URL reads data:image/...;base64,...", param="image")
-            try:
-                return base64.b64decode(data, validate=True)
+            try:  # in lines, as mail has it, or without the padding at its end
+                plain = data.encode("ascii").translate(None, b"\r\n\t ").rstrip(b"=")
+                return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
             except (binascii.Error, ValueError):
                 raise ApiError(400, "the image's base64 is damaged", param="image") from None
         if not url.lower().startswith(("http://", "https://")):
@@ -304,6 +302,21 @@ class House:
                 job.result.cancel()
 
         return follow()
+
+
+def _told(error: ValidationError) -> ApiError:
+    """The one of a body's faults that says most: of a field that may be of several kinds, not that it is no text."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    fault = min(found, key=lambda each: (each["type"] == "string_type", -len(each["loc"])))
+    place: list[str] = []
+    for part in map(str, fault["loc"]):
+        if (
+            part != "str" and "[" not in part and part not in place[-1:]
+        ):  # not the kinds, nor a kind's name twice
+            place.append(part)
+    said = "there is no such field here" if fault["type"] == "extra_forbidden" else fault["msg"]
+    where = ".".join(place)
+    return ApiError(400, f"{where}: {said}" if where else said, param=where or None, code="invalid_value")
 
 
 async def _left(request: Request) -> None:
