@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def test_bodies_have_a_budget_together(predictor: blip2.Predictor) -> None:
 @pytest.mark.full
 def test_refusals_are_quick(capsys: pytest.CaptureFixture[str]) -> None:
     """Prints how long the refused wait under 20 times the load; a time is nothing to assert."""
-    process, url = start_process("--limit", "queue=4", "--limit", "rows=4")
+    server = start_process("--limit", "queue=4", "--limit", "rows=4")
     image = (EXAMPLES / NAMES[0]).read_bytes()
     refused: list[float] = []
 
@@ -139,15 +139,14 @@ def test_refusals_are_quick(capsys: pytest.CaptureFixture[str]) -> None:
             refused.append(1000 * (time.perf_counter() - began))
 
     limits = httpx2.Limits(max_connections=100, max_keepalive_connections=100)
-    with httpx2.Client(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
+    with httpx2.Client(base_url=server.url, timeout=60, trust_env=False, limits=limits) as client:
         while client.get("/ready").status_code != 200:
             time.sleep(0.05)
         with ThreadPoolExecutor(80) as pool:
             list(pool.map(ask, range(80)))  # connections
             refused.clear()
             list(pool.map(ask, range(800)))
-    process.terminate()
-    process.wait(60)
+    server.end()
     refused.sort()
     with capsys.disabled():
         shares = ", ".join(
@@ -300,23 +299,69 @@ def test_a_client_that_reads_nothing_is_closed(impatient: Running) -> None:
     assert closed
 
 
-def start_process(*options: str) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "blip2", "serve", "--port", "0", *options]
+class Server:
+    """A server process of its own: its address, and how to end it."""
+
+    def __init__(self, process: subprocess.Popen[str], pid: int | None = None) -> None:
+        self._process, self._pid = process, process.pid if pid is None else pid
+        assert process.stderr
+        for line in process.stderr:
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                self.url = found[0]
+                break
+        else:
+            pytest.fail(f"the server did not start: {process.wait()}")
+        self._reading = threading.Thread(target=self._read, daemon=True)  # its log must not fill the pipe
+        self._reading.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            if "Finished server process" in line:
+                return
+
+    def end(self) -> int:
+        """SIGTERM; the exit status."""
+        os.kill(self._pid, signal.SIGTERM)
+        status = (
+            self._process.wait(60) if self._pid == self._process.pid else int(self._process.stdout.readline())
+        )  # type: ignore[union-attr]
+        self._reading.join(60)
+        return status
+
+
+def spawn(*command: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    assert process.stderr
-    for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, found[0]
-    pytest.fail(f"the server did not start: {process.wait()}")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
 
 
-def sigterm_under_load(rounds: int) -> None:
+def start_process(*options: str) -> Server:
+    return Server(spawn("-m", "blip2", "serve", "--port", "0", *options))
+
+
+def fork_another(parent: subprocess.Popen[str]) -> Server:
+    """The next server of `forking_server.py`."""
+    assert parent.stdin and parent.stdout
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    return Server(parent, int(parent.stdout.readline()))
+
+
+def sigterm_under_load(rounds: int, start: Callable[[], Server]) -> None:
     """Whatever was answered is right, and nothing that was being answered is lost."""
     images = [(EXAMPLES / name).read_bytes() for name in NAMES]
     model = blip2.load()
     expected = [model.caption(image) for image in images]
+    answered = 0
 
     def ask(client: httpx2.Client, start: int) -> list[str]:
         outcomes = []
@@ -332,28 +377,36 @@ def sigterm_under_load(rounds: int) -> None:
         return outcomes
 
     for round_ in range(rounds):
-        process, url = start_process()
+        server = start()
         with (
-            httpx2.Client(base_url=url, timeout=60, trust_env=False) as client,
+            httpx2.Client(base_url=server.url, timeout=60, trust_env=False) as client,
             ThreadPoolExecutor(6) as pool,
         ):
             while client.get("/ready").status_code != 200:
-                time.sleep(0.05)
+                time.sleep(0.01)
             asking = [pool.submit(ask, client, i) for i in range(6)]
-            time.sleep(0.3 + round_ % 5 / 10)
-            process.send_signal(signal.SIGTERM)
+            while not any(each.running() for each in asking):
+                time.sleep(0.01)
+            time.sleep(0.1 + 37 * round_ % 100 / 200)
+            status = server.end()
             outcomes = [outcome for each in asking for outcome in each.result(60)]
-        assert process.wait(60) in (0, -signal.SIGTERM)
-        assert "right" in outcomes and set(outcomes) <= {"right", "late"}, set(outcomes)
+        assert status in (0, -signal.SIGTERM)
+        assert set(outcomes) <= {"right", "late"}, set(outcomes)
+        answered += outcomes.count("right")
+    assert answered >= rounds
 
 
 def test_sigterm_drains() -> None:
-    sigterm_under_load(1)
+    sigterm_under_load(1, start_process)
 
 
 @pytest.mark.full
 def test_many_sigterms() -> None:
-    sigterm_under_load(20)
+    parent = spawn(str(Path(__file__).parent / "forking_server.py"))
+    sigterm_under_load(200, lambda: fork_another(parent))
+    assert parent.stdin
+    parent.stdin.close()
+    assert parent.wait(60) == 0
 
 
 def test_a_model_that_is_not_there_ends_the_process() -> None:
