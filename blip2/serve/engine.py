@@ -30,7 +30,10 @@ from blip2.serve.limits import Limits
 
 log = logging.getLogger("blip2.serve")
 
-AT_ONCE = 8  # requests begun between two steps: those being answered must not wait for long
+AT_ONCE, BESIDE = (
+    8,
+    2,
+)  # requests begun at a time; between two steps of others fewer, which must not wait for long
 
 # What a model is asked for that is no text: stops between slices, ends with the result.
 Call = Callable[[Predictor], Generator[None, None, Any]]
@@ -263,29 +266,34 @@ class Engine:
 
     def _live(self) -> None:
         try:
-            self._predictor = loaded = self._load()
+            loaded = self._load()
             with contextlib.suppress(ValueError):  # a matcher alone writes nothing
                 self._rows = Rows(loaded.model)
             with contextlib.suppress(ValueError):  # not every model comes with one
                 _ = loaded.matcher
-        except BaseException as error:
+            self._predictor = loaded
+            self.loaded.set()
+            while self._turn():
+                pass
+        except BaseException as error:  # whoever waits is told, and the process may be started anew
             self.failure, self._closed = error, True
             self.on_failure()
-            return
-        self.loaded.set()
-        while True:
-            with self._lock:
-                while not (self._count or self._writing or self._call or self._closed):
-                    self._lock.wait()
-                if self._closed:
-                    break
-                taken = self._take()
-            self._begin(taken)
-            self._step_rows()
-            self._step_call()
         begun = [] if self._call is None else [self._call[0]]
         for job in [*self._taken_all(), *self._writing, *begun]:
             job.fail(EngineError("the server is shutting down"))
+
+    def _turn(self) -> bool:
+        """A step of everything there is to do; waits where there is nothing. False: the engine was closed."""
+        with self._lock:
+            while not (self._count or self._writing or self._call or self._closed):
+                self._lock.wait()
+            if self._closed:
+                return False
+            taken = self._take()
+        self._begin(taken)
+        self._step_rows()
+        self._step_call()
+        return True
 
     def _taken_all(self) -> list[Job]:
         with self._lock:
@@ -300,6 +308,7 @@ class Engine:
         taken: list[Job] = []
         rows, calling = self.running, self._call is not None
         full: set[bool] = set()  # texts (True), calls (False): one that waits for room was met
+        most = BESIDE if self._writing else AT_ONCE
         while True:
             before = self._count
             for client in list(self._waiting):
@@ -310,7 +319,7 @@ class Engine:
                     wanted = width(job.asked.options) if isinstance(job.asked, Writing) else 0
                     if calling if not text else rows and rows + wanted > self.limits.rows:
                         full.add(text)
-                    if text in full or len(taken) == AT_ONCE:
+                    if text in full or len(taken) == most:
                         continue
                     rows, calling = rows + wanted, calling or not text
                     taken.append(job)

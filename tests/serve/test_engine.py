@@ -300,6 +300,28 @@ def test_a_model_that_does_not_load_is_told() -> None:
     engine.close()
 
 
+def test_an_engine_that_breaks_leaves_nobody_waiting(
+    predictor: blip2.Predictor, images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+    engine = Engine(lambda: predictor, Limits())
+    engine.on_failure = failed.set
+    engine.start()
+    assert engine.loaded.wait(60)
+    gate = Gate()
+    engine.submit(gate)
+    assert gate.entered.wait(60)
+    monkeypatch.setattr(engine, "_take", lambda: 1 / 0)
+    job = engine.submit(greedy(engine, images[0]))
+    gate.open.set()
+    with pytest.raises(EngineError):
+        job.result.result(60)
+    assert failed.is_set() and isinstance(engine.failure, ZeroDivisionError)
+    with pytest.raises(BusyError):
+        engine.enter()
+    engine.close()
+
+
 def test_closing_leaves_nobody_waiting(predictor: blip2.Predictor, images: list[bytes]) -> None:
     engine = Engine(lambda: predictor, Limits())
     engine.start()
