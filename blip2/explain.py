@@ -121,7 +121,7 @@ def explain(
     room = model.prompt_room(len(tokens))
     if len(asked) > room:
         raise ValueError(f"the text is too long: question and text may have {room + len(tokens)} tokens")
-    pixels = to_pixels([picture], processing).to(model.projection.weight.device)  # [1, 3, S, S]
+    pixels = to_pixels([picture], processing).to(next(model.parameters()).device)  # [1, 3, S, S]
     encoder, grid = model.vision, model.vision.config.grid
     with torch.no_grad(), _mixing(encoder) as mixed:
         features = encoder(pixels)  # [1, N, W]
