@@ -283,13 +283,13 @@ def router(house: House) -> APIRouter:
         def logprobs(choice: Choice) -> dict[str, Any] | None:
             if asked.logprobs is None:
                 return None
-            words = [decode([i]) for i, _, _ in choice.tokens]
+            ids = [i for i, _, _ in choice.tokens]
             tops = [{decode([i]): logprob for i, logprob in tops} for _, _, tops in choice.tokens]
             return {
-                "tokens": words,
+                "tokens": [decode([i]) for i in ids],
                 "token_logprobs": [logprob for _, logprob, _ in choice.tokens],
                 "top_logprobs": tops if asked.logprobs else None,
-                "text_offset": [sum(map(len, words[:i])) for i in range(len(words))],
+                "text_offset": [len(decode(ids[:i]).lstrip()) for i in range(len(ids))],
             }
 
         def shape(i: int, text: str, given: Any, reason: str | None) -> dict[str, Any]:

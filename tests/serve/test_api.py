@@ -269,6 +269,9 @@ def test_openai_completions(server: Running, predictor: blip2.Predictor, images:
     made = client.completions.create(model="default", prompt="a photo of a", logprobs=2, extra_body=image)
     assert made.choices[0].text == expected and made.choices[0].logprobs
     assert made.choices[0].logprobs.token_logprobs == pytest.approx(expected.token_logprobs[:-1], abs=1e-3)
+    offsets = made.choices[0].logprobs.text_offset or []
+    for offset, word in zip(offsets, made.choices[0].logprobs.tokens or [], strict=True):
+        assert expected[offset:].startswith(word if offset else word.lstrip())
     pieces = client.completions.create(model="default", prompt="a photo of a", stream=True, extra_body=image)
     assert "".join(chunk.choices[0].text for chunk in pieces if chunk.choices) == expected
 
