@@ -30,10 +30,8 @@ from blip2.serve.limits import Limits
 
 log = logging.getLogger("blip2.serve")
 
-AT_ONCE, BESIDE = (
-    8,
-    2,
-)  # requests begun at a time; between two steps of others fewer, which must not wait for long
+AT_ONCE = 8  # requests begun at a time
+BESIDE = 2  # likewise, between two steps of texts that are being written: these must not wait for long
 
 # What a model is asked for that is no text: stops between slices, ends with the result.
 Call = Callable[[Predictor], Generator[None, None, Any]]

@@ -37,7 +37,7 @@ class Limits:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            least = 0 if each.name in ("queue", "cache_bytes") else 1
+            least = 0 if each.name == "cache_bytes" else 1
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)
