@@ -4,7 +4,9 @@
 
 Both sides caption the same images, each a new one to the cache, on as many threads of torch. The loop calls
 `model.caption` for one image after another in this process. The server is a process of its own on loopback; clients ask
-it over HTTP, each for its next image when it has its answer.
+it over HTTP, each for its next image when it has its answer. Then a client streams texts of 60 tokens while another
+asks for something else all the time: how long the stream's pieces let wait, beside how long the other's call takes by
+itself.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -65,6 +69,48 @@ def serve(url: str, images: list[bytes], beams: int, clients: int) -> tuple[floa
         with ThreadPoolExecutor(clients) as pool:
             times = list(pool.map(ask, images))
         return time.perf_counter() - began, times
+
+
+def others(image: bytes) -> dict[str, dict[str, Any]]:
+    """What is asked for beside a stream."""
+    texts = [f"a photo of {i} things" for i in range(64)]
+    long = "a photo of many things on a table in a room with a window and a door"
+    return {
+        "/match": {"files": {"image": image}, "data": {"texts": texts}},
+        "/embed": {"files": [("images", image)] * 8, "data": {"texts": texts}},
+        "/explain": {"files": {"image": image}, "data": {"text": long}},
+    }
+
+
+def stall(
+    url: str, images: list[bytes], path: str | None, request: dict[str, Any]
+) -> tuple[list[float], float]:
+    """Seconds between the pieces of streams while something else is asked for, and what that takes by itself."""
+    waits: list[float] = []
+    done = threading.Event()
+    with httpx2.Client(base_url=url, timeout=120, trust_env=False) as client, ThreadPoolExecutor(1) as pool:
+
+        def ask() -> None:
+            while path is not None and not done.is_set():
+                client.post(path, **request).raise_for_status()
+
+        began = time.perf_counter()
+        if path is not None:
+            client.post(path, **request).raise_for_status()
+        alone = time.perf_counter() - began
+        asking = pool.submit(ask)
+        for image in images:
+            fields = {"stream": "true", "max_new_tokens": "60", "min_new_tokens": "60"}
+            with client.stream("POST", "/caption", files={"image": image}, data=fields) as answer:
+                last: float | None = None
+                for line in answer.iter_lines():
+                    if line.startswith('data: {"delta"'):
+                        now = time.perf_counter()
+                        waits += [] if last is None else [now - last]
+                        last = now
+        done.set()
+        asking.result()
+    return waits, alone
 
 
 def start(model: str, threads: int) -> tuple[subprocess.Popen[str], str]:
@@ -128,6 +174,21 @@ def main() -> None:
                     flush=True,
                 )
                 figures[f"beams{beams}_clients{clients}"] = {"throughput": throughput, "p50": p50, "p99": p99}
+        images = pictures(4, 7)
+        for path, request in {None: {}, **others(images[0])}.items():
+            waits, alone = stall(url, images, path, request)
+            half, most, longest = (1000 * percentile(waits, share) for share in (0.5, 0.99, 1))
+            beside = f"beside {path}, {1000 * alone:.0f} ms by itself" if path else "alone"
+            print(
+                f"a stream {beside}: p50 {half:.0f}, p99 {most:.0f}, longest {longest:.0f} ms between pieces",
+                flush=True,
+            )
+            figures[f"stream_{path or 'alone'}"] = {
+                "p50": half,
+                "p99": most,
+                "longest": longest,
+                "alone": 1000 * alone,
+            }
     finally:
         process.terminate()
         process.wait(60)

@@ -1,19 +1,24 @@
 """Texts written side by side that begin and end at different times: what a server decodes with.
 
-Greedy and sampled texts. Ids, rules, log-probabilities and scores are those of `generate` for each prompt alone: the
-next id is chosen by the same functions, and padding never changes a result.
+Ids, rules, log-probabilities and scores are those of `generate` for each prompt alone: the next id is chosen by the
+same functions, and padding never changes a result. A row is what the decoder writes one token of in a step: a greedy or
+sampled text is one row, a beam search has one for each of its beams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from blip2.generate import (
+    Generated,
     GenerationOptions,
+    Move,
+    Search,
+    beam_search,
     choose,
     end_ids_of,
     said_before,
@@ -26,7 +31,7 @@ from blip2.model import Blip2, Decoding
 
 @dataclass(eq=False)
 class Row:
-    """One text.
+    """One text, greedy or sampled.
 
     ids: new tokens so far; the end token, if it came, is the last. logprobs: of each, under the model itself.
     tops: for each, the `top` likeliest ids with their log-probabilities.
@@ -69,18 +74,52 @@ class Row:
         )
 
 
+@dataclass(eq=False)
+class Beams:
+    """A beam search for one prompt. `found`: its texts, once it is done."""
+
+    options: GenerationOptions
+    seen: Tensor  # int64 [1, L]
+    ends: Tensor  # int64 [E]
+    found: Generated | None = None
+    dropped: bool = False
+    _search: Search | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.found is not None
+
+    def move(self, logits: Tensor) -> Move | None:
+        """The next step of the search, given the logits [n, V] of the last; None: it is done."""
+        try:
+            if self._search is None:  # the rows are still one and the same
+                self._search = beam_search(logits[:1], self.seen, self.options, self.ends)
+                return next(self._search)
+            return self._search.send(logits)
+        except StopIteration as end:
+            self.found = end.value
+            return None
+
+
+def width(options: GenerationOptions) -> int:
+    """The rows that a prompt takes."""
+    return max(options.beams, options.num_return_sequences)
+
+
 class Rows:
-    """All texts being written. `choose` gives each its next token, `advance` reads those tokens; between the two
+    """All texts being written. `choose` gives each row its next token, `advance` reads those tokens; between the two
     texts may be dropped, and before the next `choose` others may join."""
 
     def __init__(self, model: Blip2) -> None:
         self._model = model
-        self._rows: list[Row] = []
+        self._texts: list[Row | Beams] = []
         self._decoding: Decoding | None = None
         self._logits: Tensor | None = None  # float32 [R, V], for the next token of each row
+        self._ids: Tensor | None = None  # int64 [R], the tokens chosen
+        self._parents: Tensor | None = None  # int64 [R], the rows they go on from
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return 0 if self._logits is None else len(self._logits)
 
     @torch.inference_mode()
     def join(
@@ -92,56 +131,82 @@ class Rows:
         *,
         tops: Sequence[int],
         context: Context | None = None,
-    ) -> list[list[Row]]:
+    ) -> list[list[Row | Beams]]:
         """Begin texts for B prompts; arguments as for `generate`, options and tops for each prompt.
 
         All prompts must have the same max_new_tokens: positions are counted for the longest prompt with that many.
 
         Returns:
-            for each prompt its `num_return_sequences` rows.
+            for each prompt its `num_return_sequences` rows, or its one search.
 
         Raises:
             ValueError: more positions than the language model has; nothing has joined then.
         """
         (limit,) = {each.max_new_tokens for each in options}
         decoding = self._model.start(prefix, input_ids, attention_mask, max_new_tokens=limit, context=context)
-        said = said_before(self._model, prefix, input_ids, attention_mask).tolist()
-        made: list[list[Row]] = []
-        for each, top, before in zip(options, tops, said, strict=True):
+        said = said_before(self._model, prefix, input_ids, attention_mask)
+        made: list[list[Row | Beams]] = []
+        for i, (each, top) in enumerate(zip(options, tops, strict=True)):
+            ends = end_ids_of(self._model, each, input_ids.device)
+            if each.beams > 1:
+                made.append([Beams(each, said[i : i + 1], ends)])
+                continue
             count = each.num_return_sequences
             noise = uniform_numbers(each, count).tolist() if each.do_sample else [None] * count
-            ends = tuple(end_ids_of(self._model, each, input_ids.device).tolist())
-            kept = [i for i in before if i >= 0]
-            made.append([Row(each, kept, numbers, ends, top) for numbers in noise])
-        places = [i for i, rows in enumerate(made) for _ in rows]
+            before = [id for id in said[i].tolist() if id >= 0]
+            made.append([Row(each, before, numbers, tuple(ends.tolist()), top) for numbers in noise])
+        places = [i for i, each in enumerate(options) for _ in range(width(each))]
         index = torch.tensor(places, device=prefix.device)
         logits = decoding.logits[index]
-        if places != list(range(len(made))):
+        if len(places) > len(options):
             decoding.keep(index)
         if self._decoding is None or self._logits is None:
             self._decoding, self._logits = decoding, logits
         else:
             self._decoding.join(decoding)
             self._logits = torch.cat([self._logits, logits])
-        self._rows += [row for rows in made for row in rows]
+        self._texts += [text for texts in made for text in texts]
         return made
+
+    def _placed(self) -> Iterator[tuple[int, Row | Beams]]:
+        """Each text and its first row."""
+        place = 0
+        for text in self._texts:
+            yield place, text
+            place += text.options.beams
 
     @torch.inference_mode()
     def choose(self) -> None:
         """One more token for every row."""
         assert self._logits is not None
-        ways: dict[tuple[object, ...], list[int]] = {}
-        for place, row in enumerate(self._rows):
-            ways.setdefault(row.way, []).append(place)
-        ids = torch.empty(len(self._rows), dtype=torch.int64, device=self._logits.device)
-        for places in ways.values():
-            index = torch.tensor(places, device=ids.device)
-            ids[index] = self._choose(self._logits[index], [self._rows[place] for place in places])
-        logprobs = self._logits.gather(1, ids[:, None])[:, 0] - self._logits.logsumexp(1)
-        self._note_tops()
-        for row, token, logprob in zip(self._rows, ids.tolist(), logprobs.tolist(), strict=True):
+        self._ids = torch.zeros(len(self), dtype=torch.int64, device=self._logits.device)
+        self._parents = torch.arange(len(self), device=self._logits.device)
+        ways: dict[tuple[object, ...], list[tuple[int, Row]]] = {}
+        for place, text in self._placed():
+            if isinstance(text, Row):
+                ways.setdefault(text.way, []).append((place, text))
+                continue
+            these = slice(place, place + text.options.beams)
+            move = text.move(self._logits[these])
+            if move is not None:
+                self._ids[these], self._parents[these] = move.ids, move.parents + place
+        for placed in ways.values():
+            self._write(torch.tensor([place for place, _ in placed]), [row for _, row in placed])
+
+    def _write(self, places: Tensor, rows: list[Row]) -> None:
+        """One more token for rows that go the same way."""
+        assert self._logits is not None and self._ids is not None
+        places = places.to(self._logits.device)
+        logits = self._logits[places]
+        ids = self._choose(logits, rows)
+        self._ids[places] = ids
+        logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+        for i, (row, token, logprob) in enumerate(zip(rows, ids.tolist(), logprobs.tolist(), strict=True)):
             row.ids.append(token)
             row.logprobs.append(logprob)
+            if row.top:
+                best = logits[i].log_softmax(0).topk(min(row.top, logits.shape[1]))
+                row.tops.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
     def _choose(self, logits: Tensor, rows: list[Row]) -> Tensor:
         options, step, device = rows[0].options, len(rows[0].ids), logits.device
@@ -156,23 +221,19 @@ class Rows:
             uniform = torch.tensor([(row.noise or [])[len(row.ids)] for row in rows], device=device)
         return choose(logits, seen.long(), options, step, ends, uniform)
 
-    def _note_tops(self) -> None:
-        assert self._logits is not None
-        for place, row in enumerate(self._rows):
-            if row.top:
-                best = self._logits[place].log_softmax(0).topk(min(row.top, self._logits.shape[1]))
-                row.tops.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
-
     @torch.inference_mode()
     def advance(self) -> None:
-        """Leave out the rows that are done or dropped, and read the others' last tokens."""
-        kept = [place for place, row in enumerate(self._rows) if not (row.done or row.dropped)]
-        if not kept or self._decoding is None:
-            self._rows, self._decoding, self._logits = [], None, None
+        """Leave out the texts that are done or dropped, and read the others' last tokens."""
+        placed = [(place, text) for place, text in self._placed() if not (text.done or text.dropped)]
+        if not placed or self._decoding is None:
+            self._texts, self._decoding, self._logits = [], None, None
             return
-        if len(kept) < len(self._rows):
-            assert self._logits is not None
-            self._decoding.keep(torch.tensor(kept, device=self._logits.device))
-            self._rows = [self._rows[place] for place in kept]
-        device = self._logits.device if self._logits is not None else None
-        self._logits = self._decoding.step(torch.tensor([row.ids[-1] for row in self._rows], device=device))
+        assert self._ids is not None and self._parents is not None
+        rows = [place + i for place, text in placed for i in range(text.options.beams)]
+        index = torch.tensor(rows, device=self._ids.device)
+        if len(rows) < len(self):
+            self._decoding.keep(self._parents[index])  # a search's rows have all read the same prompt
+            self._texts = [text for _, text in placed]
+        elif any(isinstance(text, Beams) for text in self._texts):
+            self._decoding.reorder(self._parents)
+        self._logits = self._decoding.step(self._ids[index])

@@ -13,7 +13,7 @@ The model's own code knows nothing of this: hooks look at what its layers take a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,11 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from blip2.config import T5Config
+from blip2.images import ImageProcessing, to_pixels
 from blip2.layers import split_heads
 from blip2.model import Blip2
 from blip2.qformer import Attention
 from blip2.quantize import Int4Linear, Int8Linear
+from blip2.results import Written
 from blip2.t5 import T5
+from blip2.text import Tokenizer
 from blip2.vision import SelfAttention
 
 TILE_PX = 320  # longest side of one picture in `Explanation.image`
@@ -96,48 +100,59 @@ class Explanation:
 
 def explain(
     model: Blip2,
-    pixels: Tensor,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    decode: Callable[[Sequence[int]], str],
+    processing: ImageProcessing,
+    tokenizer: Tokenizer,
     picture: Image.Image,
-) -> Explanation:
-    """Explain why `tokens` follow `prompt` for one picture.
-
-    Args:
-        pixels: [1, 3, S, S], of `picture`.
-        prompt, tokens: ids as the language model reads and writes them; the end token is not among them.
-        decode: ids -> text.
+    prompt: str,
+    text: str,
+) -> Generator[None, None, Explanation]:
+    """Explain why `text` follows `prompt` for a picture: in slices, between which the model may do other things.
 
     Raises:
-        ValueError: no tokens, or a model with rounded weights, through which there is no gradient.
+        ValueError: no words, more than the language model reads, or a model with rounded weights, through which there
+            is no gradient.
     """
     if any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules()):
         raise ValueError("there is no gradient through rounded weights; load the model without quantize=")
-    text = decode(tokens)
-    spans = words_of(tokens, decode)
+    tokens, asked = _tokens(model, tokenizer, text), tokenizer.encode(prompt)
+    spans = words_of(tokens, tokenizer.decode)
     if not spans:
         raise ValueError("there is no word to explain: the text is empty")
+    room = model.prompt_room(len(tokens))
+    if len(asked) > room:
+        raise ValueError(f"the text is too long: question and text may have {room + len(tokens)} tokens")
+    pixels = to_pixels([picture], processing).to(next(model.parameters()).device)  # [1, 3, S, S]
     encoder, grid = model.vision, model.vision.config.grid
     with torch.no_grad(), _mixing(encoder) as mixed:
         features = encoder(pixels)  # [1, N, W]
+    yield
     attention: list[Tensor] = []
     with torch.enable_grad(), _cross_attention(model.qformer, attention):
         features = features.detach().requires_grad_()
         prefix = model.project(model.qformer(features))
-        logprobs = _logprobs(model, prefix, prompt, tokens)  # [T]
-        heats = []
-        for _, places in spans:
-            (gradient,) = torch.autograd.grad(logprobs[places].sum(), features, retain_graph=True)
-            given = (gradient.float() * features.detach().float()).sum(-1).clamp(min=0)  # [1, N]
-            heats.append((given @ mixed[0])[0, 1:].view(grid, grid))  # the class position has no place
-    said = logprobs.detach()
-    words = tuple(
-        Word(word, _to_one(heat), float(said[places].sum()))
-        for (word, places), heat in zip(spans, heats, strict=True)
-    )
+        logprobs = _logprobs(model, prefix, asked, tokens)  # [T]
+        sums = [logprobs[places].sum() for _, places in spans]
+    words = []
+    for (word, _), logprob in zip(spans, sums, strict=True):
+        yield
+        (gradient,) = torch.autograd.grad(logprob, features, retain_graph=True)
+        given = (gradient.float() * features.detach().float()).sum(-1).clamp(min=0)  # [1, N]
+        heat = (given @ mixed[0])[0, 1:].view(grid, grid)  # the class position has no place
+        words.append(Word(word, _to_one(heat), logprob.item()))
     maps = torch.stack(attention)[:, 0, ..., 1:].unflatten(-1, (grid, grid))  # [L, H, Q, rows, columns]
-    return Explanation(text.strip(), words, maps.cpu().numpy(), picture)
+    return Explanation(tokenizer.decode(tokens).strip(), tuple(words), maps.cpu().numpy(), picture)
+
+
+def _tokens(model: Blip2, tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's ids as the language model writes them, without the end token."""
+    language = model.config.language
+    if isinstance(text, Written) and text.tokens:
+        ends = language.eos_token_id
+        end_ids = {ends} if isinstance(ends, int) else {*ends}
+        return [token for token in text.tokens if token not in end_ids]
+    # after OPT's prompt a text begins with a space; T5 writes a text of its own
+    begun = text.strip() if isinstance(language, T5Config) else " " + text.strip()
+    return tokenizer.encode(begun, frame=False) if text.strip() else []
 
 
 def _logprobs(model: Blip2, prefix: Tensor, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:

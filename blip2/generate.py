@@ -10,7 +10,7 @@ V the vocabulary, L the ids seen so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -114,7 +114,7 @@ def generate(
     started = _start(model, prefix, input_ids, attention_mask, options, context)
     end_ids = started[-1]
     if options.beams > 1:
-        return _run(_beam_search(*started))
+        return _search(*started)
     steps = list(_one_by_one(*started))
     ids_by_row, logprobs_by_row = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
     rows: list[_Row] = []
@@ -282,7 +282,9 @@ def _mark(scores: Tensor, ids: Tensor, which: Tensor) -> Tensor:
 def apply_filters(scores: Tensor, options: GenerationOptions) -> Tensor:
     """Temperature, top-k, top-p, in this order: scores [R, V], -inf for what must not be drawn."""
     if options.temperature != 1:
-        scores = scores / options.temperature
+        scores = scores / max(
+            options.temperature, 1e-4
+        )  # below, only the best is left; and nothing overflows
     if options.top_k > 0:
         kth = scores.topk(min(options.top_k, scores.shape[1])).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -math.inf)  # ties with the k-th stay
@@ -398,46 +400,44 @@ class _Texts(NamedTuple):
         return _Texts(*(torch.cat(parts, dim=1) for parts in zip(self, other, strict=True)))
 
 
-# Stops between two steps, is told whom to drop, ends with the texts.
-Search = Generator[None, Collection[int] | None, Generated]
+class Move(NamedTuple):
+    """What a search asks of the decoder: the rows in their new order, then one more token for each."""
+
+    parents: Tensor  # int64 [b * n], the row that each goes on from, of the same prompt
+    kept: Tensor | None  # int64 [k], the prompts to go on with after that; None: all
+    ids: Tensor  # int64 [k * n]
 
 
-def search(
-    model: Blip2,
-    prefix: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    options: GenerationOptions,
-    *,
-    context: Context | None = None,
-) -> Search:
-    """As `generate` with beams, one step at a time.
-
-    Each `send` makes a step and may name prompts (their places) whose texts nobody wants any more; the last one raises
-    StopIteration with the `Generated`, in which theirs are whatever was found so far.
-    """
-    if options.beams < 2:
-        raise ValueError(
-            "search needs beams above 1; greedy and sampled texts are written by generate or stream"
-        )
-    return _beam_search(*_start(model, prefix, input_ids, attention_mask, options, context))
+# Is sent the logits [b * n, V] after each move; ends with the texts.
+Search = Generator[Move, Tensor, Generated]
 
 
-def _run(search: Search) -> Generated:
-    while True:
-        try:
-            next(search)
-        except StopIteration as end:
-            made: Generated = end.value
-            return made
+def _search(decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Generated:
+    search = beam_search(decoding.logits, seen, options, end_ids)
+    try:
+        move = next(search)
+        while True:
+            decoding.reorder(move.parents)
+            if move.kept is not None:
+                decoding.keep(move.kept)
+            move = search.send(decoding.step(move.ids))
+    except StopIteration as end:
+        made: Generated = end.value
+        return made
 
 
 @torch.inference_mode()
-def _beam_search(decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
+def beam_search(logits: Tensor, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
+    """Search for the best texts of b prompts, one step at a time; what the decoder does between is left to the caller.
+
+    Args:
+        logits: float32 [b, V], for the first new token.
+        seen: int64 [b, L], what the rules count as said before.
+    """
     n, limit, penalty, device = options.beams, options.max_new_tokens, options.length_penalty, seen.device
-    b, vocabulary = decoding.logits.shape
+    b, vocabulary = logits.shape
     prompts = list(range(b))  # those not dropped yet
-    logits = decoding.logits.repeat_interleave(n, dim=0)  # [b*n, V]
+    logits = logits.repeat_interleave(n, dim=0)  # [b*n, V]
     finished = _Texts(
         ids=seen.new_zeros(b, n, limit),
         logprobs=logits.new_zeros(b, n, limit),
@@ -476,23 +476,19 @@ def _beam_search(decoding: Decoding, seen: Tensor, options: GenerationOptions, e
         searching = searching & (sums[:, 0] / hoped_length**penalty > finished.scores[:, -1])
         if options.early_stopping is True:
             searching = searching & ~finished.real.all(1)
-        dropped = yield
-        if dropped:
-            unwanted = torch.tensor([prompt in dropped for prompt in prompts], device=device)
-            searching = searching & ~unwanted
         left = int(searching.sum()) if length < limit else 0  # the one wait for the device in a step
         if left == 0:
             break
         first_rows = torch.arange(0, b * n, n, device=device)
-        decoding.reorder((first_rows[:, None] + parents.gather(1, onward)).flatten())
+        rows = (first_rows[:, None] + parents.gather(1, onward)).flatten()
+        kept = None
         if left <= b // 2:  # then the cache is worth copying: what is done is no longer decoded along
             _hand_out(finished, prompts, options, results)
             kept = searching.nonzero()[:, 0]
-            decoding.keep(kept)
             b, prompts = left, [prompts[i] for i in kept.tolist()]
             seen, searching = seen[kept], searching[kept]
             running, finished = running.of(kept), finished.of(kept)
-        logits = decoding.step(running.ids[..., length - 1].flatten())
+        logits = yield Move(rows, kept, running.ids[..., length - 1].flatten())
     _hand_out(finished, prompts, options, results)
     return _generated([row for rows in results for row in rows], end_ids)
 

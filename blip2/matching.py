@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
 from blip2.model import Blip2Matcher
 from blip2.results import Encoded, Match
 from blip2.text import Tokenizer
+
+
+class Seen(NamedTuple):
+    """Images as the matcher has read them."""
+
+    features: Tensor  # [B, N, W]
+    queries: Tensor  # float32 [B, Q, E], each of length 1
 
 
 class Matcher:
@@ -49,19 +56,31 @@ class Matcher:
         """
         results: list[Any] = []
         for start, batch in in_batches(as_list(images), batch_size):
-            features = self.features(batch, start)  # [B, N, W]
-            queries = self.model.image_embeddings(features).float()  # [B, Q, E]
+            seen = self.see(self.prepare(batch, start))
             rows: list[list[Match]] = [[] for _ in batch]
             for _, some in in_batches(as_list(texts), batch_size):
-                ids, mask = self.encode(some)
-                words = self.model.text_embeddings(ids, mask).float()  # [T, E]
-                similarities = torch.einsum("bqe,te->btq", queries, words).amax(-1)
-                for i, row in enumerate(rows):
-                    logits = self.model.itm_logits(features[i : i + 1].expand(len(some), -1, -1), ids, mask)
-                    probabilities = logits.float().softmax(-1)[:, 1]
-                    row += map(Match, probabilities.tolist(), similarities[i].tolist())
+                for row, found in zip(rows, self.compare(seen, some), strict=True):
+                    row += found
             results += rows if is_many(texts) else [row[0] for row in rows]
         return results if is_many(images) else results[0]
+
+    @torch.inference_mode()
+    def see(self, pixels: Tensor) -> Seen:
+        """Read images, pixels [B, 3, S, S], for any number of texts."""
+        features = self.model.vision(pixels.to(self.device))
+        return Seen(features, self.model.image_embeddings(features).float())
+
+    @torch.inference_mode()
+    def compare(self, seen: Seen, texts: Sequence[str]) -> list[list[Match]]:
+        """For each image how well each text fits."""
+        ids, mask = self.encode(texts)
+        words = self.model.text_embeddings(ids, mask).float()  # [T, E]
+        similarities = torch.einsum("bqe,te->btq", seen.queries, words).amax(-1)
+        found = []
+        for features, similar in zip(seen.features, similarities.tolist(), strict=True):
+            logits = self.model.itm_logits(features[None].expand(len(texts), -1, -1), ids, mask)
+            found.append(list(map(Match, logits.float().softmax(-1)[:, 1].tolist(), similar)))
+        return found
 
     @torch.inference_mode()
     def embed(self, images: ImageSource | Sequence[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -73,7 +92,7 @@ class Matcher:
             ImageError: an image that cannot be read; the message names it.
         """
         found = [
-            self.model.image_embeddings(self.features(batch, start)).float().cpu()
+            self.see(self.prepare(batch, start)).queries.cpu()
             for start, batch in in_batches(as_list(images), batch_size)
         ]
         if not found:
@@ -93,14 +112,17 @@ class Matcher:
             return torch.empty(0, self.model.config.image_text_hidden_size)
         return torch.cat(found) if is_many(texts) else found[0][0]
 
-    def features(self, images: Sequence[Any], start: int = 0) -> Tensor:
-        """Image features [B, N, W]; `start` is the place of the first image in what the user gave."""
+    def prepare(self, images: Sequence[Any], start: int = 0) -> Tensor:
+        """Pixels [B, 3, S, S]; `start` is the place of the first image in what the user gave."""
         if any(isinstance(image, Encoded) for image in images):
             raise ValueError(
                 "the matcher reads images with its own encoder; give it the image, not its encoding"
             )
-        opened = [open_image(image, start + i) for i, image in enumerate(images)]
-        features: Tensor = self.model.vision(to_pixels(opened, self.processing).to(self.device))
+        return to_pixels([open_image(image, start + i) for i, image in enumerate(images)], self.processing)
+
+    def features(self, images: Sequence[Any], start: int = 0) -> Tensor:
+        """Image features [B, N, W]; `start` as for `prepare`."""
+        features: Tensor = self.model.vision(self.prepare(images, start).to(self.device))
         return features
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

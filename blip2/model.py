@@ -182,7 +182,7 @@ class Decoding:
         self._tail.buffer, self._tail.length = self._begun
 
     def keep(self, prompts: Tensor) -> None:
-        """Go on with these prompts (int64 [k], ascending) and all their rows; drop the others.
+        """Go on with these prompts (int64 [k]) and all their rows, in this order; drop the others.
 
         A prompt named twice is there twice from now on.
         """

@@ -6,12 +6,13 @@ One image gives one result, a list of images a list in the same order, computed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from blip2.config import T5Config
@@ -31,7 +32,7 @@ from blip2.models import (
 from blip2.parts import Part, device_of, load_part
 from blip2.quantize import MODES, Mode
 from blip2.ranking import answer_logprobs
-from blip2.results import Answer, Caption, Encoded, Ranked, Written, in_pieces
+from blip2.results import Answer, Caption, Encoded, Ranked, in_pieces
 from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
 
 Picture = ImageSource | Encoded
@@ -341,6 +342,7 @@ class Predictor:
         text: str | None = None,
         question: str | None = None,
         answer: str | None = None,
+        turns: Sequence[tuple[str, str]] | None = None,
     ) -> Explanation:
         """Where in the image each word of a caption or an answer comes from; see `blip2.explain`.
 
@@ -348,6 +350,7 @@ class Predictor:
             text: the caption to explain; None: the model's own.
             question: explain the answer to it in place of a caption.
             answer: the answer to explain; None: the model's own.
+            turns: the question was asked in a conversation, after these (question, answer) pairs, as `Chat.turns`.
 
         Raises:
             ImageError: an image that cannot be read.
@@ -355,8 +358,8 @@ class Predictor:
         """
         if text is not None and question is not None:
             raise ValueError("text= is a caption; give the answer to a question as answer=")
-        if answer is not None and question is None:
-            raise ValueError("answer= needs the question it answers")
+        if question is None and (answer is not None or turns is not None):
+            raise ValueError("answer= needs the question it answers, turns= the one that came next")
         if isinstance(image, Encoded) or is_many(image):
             raise ValueError(
                 "explain takes one image itself: what was encoded shows no more where things were"
@@ -365,22 +368,23 @@ class Predictor:
         if question is None:
             prompt, given = CAPTION_PROMPT, self.caption(picture) if text is None else text
         else:
-            prompt = self.question_prompt(question)
-            given = self.ask(picture, question) if answer is None else answer
-        tokenizer, language = self.generator.tokenizer, self.model.config.language
-        if isinstance(given, Written):
-            ends = language.eos_token_id
-            end_ids = {ends} if isinstance(ends, int) else {*ends}
-            tokens = [token for token in given.tokens if token not in end_ids]
-        else:  # after OPT's prompt a text begins with a space; T5 writes a text of its own
-            written = given.strip() if isinstance(language, T5Config) else " " + given.strip()
-            tokens = tokenizer.encode(written, frame=False) if given.strip() else []
-        room = self.model.prompt_room(len(tokens))
-        asked = tokenizer.encode(prompt)
-        if len(asked) > room:
-            raise ValueError(f"the text is too long: question and text may have {room + len(tokens)} tokens")
-        pixels = to_pixels([picture], self.generator.processing).to(self.device)
-        return explain(self.model, pixels, asked, tokens, self._decode, picture)
+            prompt = self.asking_prompt(question, turns, answer)
+            options = GenerationOptions(beams=5, length_penalty=-1.0)
+            given = self._write(Answer, [picture], [prompt], options, 1)[0] if answer is None else answer
+        slices = self.explain_in_slices(picture, prompt, given)
+        try:
+            while True:
+                next(slices)
+        except StopIteration as end:
+            found: Explanation = end.value
+            return found
+
+    def explain_in_slices(
+        self, picture: Image.Image, prompt: str, text: str
+    ) -> Generator[None, None, Explanation]:
+        """Why `text` follows `prompt`: stops wherever the model may do something else, and ends with the result."""
+        part = self.generator
+        return explain(self.model, part.processing, part.tokenizer, picture, prompt, text)
 
     def _read(
         self, pictures: Sequence[Picture], start: int = 0
@@ -459,6 +463,13 @@ class Predictor:
     def question_prompt(self, question: str) -> str:
         """The prompt that `ask` gives this model for a question."""
         return question_prompt(question, short=isinstance(self.model.config.language, T5Config))
+
+    def asking_prompt(
+        self, question: str, turns: Sequence[tuple[str, str]] | None, answer: str | None = None
+    ) -> str:
+        """The prompt before an answer: to a question alone (turns is None), or to one in a conversation."""
+        new = max(30, 1 + len(self.generator.tokenizer.encode(answer or "")))
+        return self.question_prompt(question) if turns is None else self.chat_prompt(turns, question, new)
 
     def chat_prompt(self, turns: Sequence[tuple[str, str]], question: str, max_new_tokens: int) -> str:
         """The prompt of a conversation's next answer: of the (question, answer) turns so far the latest that fit."""

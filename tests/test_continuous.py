@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import blip2
-from blip2.continuous import Row, Rows
-from blip2.generate import GenerationOptions, generate, search
+from blip2.continuous import Beams, Row, Rows
+from blip2.generate import Generated, GenerationOptions, generate
 
 WAYS: list[dict[str, Any]] = [
     {},
@@ -20,6 +20,15 @@ WAYS: list[dict[str, Any]] = [
     {"do_sample": True, "seed": 3, "num_return_sequences": 3, "top_p": 0.9},
     {"do_sample": True, "seed": 8, "temperature": 1.4, "top_k": 9, "min_new_tokens": 6},
     {"eos_token_id": (), "max_new_tokens": 17},
+    {"beams": 3, "num_return_sequences": 2},
+    {"beams": 5, "length_penalty": -1.0, "max_new_tokens": 14},
+    {
+        "beams": 2,
+        "early_stopping": True,
+        "repetition_penalty": 1.6,
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 3,
+    },
 ]
 PROMPTS = ["a photo of", "Question: what is it? Answer:", "", "two dogs and a red cat and"]
 
@@ -32,7 +41,7 @@ def test_joining_and_leaving_changes_no_text(
     model, tokenizer = predictor.model, predictor.generator.tokenizer
     encoded = predictor.encode(pictures)
     chance = random.Random(7)
-    rows, begun = Rows(model), list[tuple[Any, list[Row]]]()
+    rows, begun = Rows(model), list[tuple[Any, list[Row | Beams]]]()
     cases = [
         (image, prompt, way) for way in WAYS for prompt in PROMPTS for image in chance.sample(encoded, 2)
     ]
@@ -52,11 +61,22 @@ def test_joining_and_leaving_changes_no_text(
     assert len(begun) == len(cases)
     for (image, ids, mask, options), made in begun:
         alone = generate(model, image.prefix, ids, mask, options, context=image.context)
-        assert [row.ids for row in made] == alone.ids
-        assert [row.finished for row in made] == alone.finished
-        for row, logprobs, score in zip(made, alone.token_logprobs, alone.scores, strict=True):
-            assert row.logprobs == pytest.approx(logprobs, abs=1e-4)
-            assert row.score == pytest.approx(score, abs=1e-4)
+        found = [found_by(text) for text in made]
+        assert [ids for each in found for ids in each.ids] == alone.ids
+        assert [finished for each in found for finished in each.finished] == alone.finished
+        scores = [score for each in found for score in each.scores]
+        assert scores == pytest.approx(alone.scores, abs=1e-4)
+        for logprobs, wanted in zip(
+            [row for each in found for row in each.token_logprobs], alone.token_logprobs, strict=True
+        ):
+            assert logprobs == pytest.approx(wanted, abs=1e-4)
+
+
+def found_by(text: Row | Beams) -> Generated:
+    if isinstance(text, Row):
+        return Generated([text.ids], [text.score], [text.logprobs], [text.finished])
+    assert text.found is not None
+    return text.found
 
 
 def test_prompts_join_together_and_may_be_dropped(variants: dict[str, Path], pictures: list[Path]) -> None:
@@ -64,40 +84,17 @@ def test_prompts_join_together_and_may_be_dropped(variants: dict[str, Path], pic
     model, tokenizer = predictor.model, predictor.generator.tokenizer
     prefix = torch.cat([each.prefix for each in predictor.encode(pictures[:3])])
     ids, mask = tokenizer.encode_batch(PROMPTS[:3])
-    options = [GenerationOptions(eos_token_id=(), max_new_tokens=6)] * 3
+    options = [GenerationOptions(eos_token_id=(), max_new_tokens=6, beams=beams) for beams in (4, 1, 1)]
     rows = Rows(model)
-    made = rows.join(prefix, ids, mask, options, tops=[0, 2, 0])
+    (search,), (noted,), (other,) = rows.join(prefix, ids, mask, options, tops=[0, 2, 0])
     for step in range(6):
+        assert len(rows) == (6 if step < 2 else 2)
         rows.choose()
-        made[0][0].dropped = step >= 1
+        search.dropped = step >= 1
         rows.advance()
-    assert len(rows) == 0 and len(made[0][0].ids) == 2
-    expected = generate(model, prefix, ids, mask, options[0])
-    assert [row.ids for (row,) in made[1:]] == expected.ids[1:]
-    noted = made[1][0]
+    assert len(rows) == 0 and not search.done
+    assert isinstance(noted, Row) and isinstance(other, Row)
+    expected = generate(model, prefix[1:], ids[1:], mask[1:], options[1])
+    assert [noted.ids, other.ids] == expected.ids
     assert [best[0][0] for best in noted.tops] == noted.ids  # greedy takes the likeliest
     assert [best[0][1] for best in noted.tops] == pytest.approx(noted.logprobs, abs=1e-5)
-
-
-@pytest.mark.parametrize("variant", ["opt", "t5"])
-def test_a_search_step_by_step_is_generate_and_lets_prompts_go(
-    variants: dict[str, Path], pictures: list[Path], variant: str
-) -> None:
-    predictor = blip2.load(variants[variant])
-    model, tokenizer = predictor.model, predictor.generator.tokenizer
-    prefix = torch.cat([each.prefix for each in predictor.encode(pictures[:3])])
-    ids, mask = tokenizer.encode_batch(PROMPTS[:3])
-    options = GenerationOptions(beams=3, num_return_sequences=2, max_new_tokens=9)
-    expected = generate(model, prefix, ids, mask, options)
-    for dropped in (set(), {1}, {0, 2}):
-        searching = search(model, prefix, ids, mask, options)
-        next(searching)
-        with pytest.raises(StopIteration) as end:
-            while True:
-                searching.send(dropped)
-        for place in {0, 1, 2} - dropped:
-            texts = slice(2 * place, 2 * place + 2)
-            assert end.value.value.ids[texts] == expected.ids[texts]
-            assert end.value.value.scores[texts] == pytest.approx(expected.scores[texts], abs=1e-4)
-    with pytest.raises(ValueError, match="beams"):
-        search(model, prefix, ids, mask, GenerationOptions())

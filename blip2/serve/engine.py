@@ -1,8 +1,7 @@
 """One model on one thread, and everybody's requests for it: nothing here knows of HTTP.
 
-Texts are written side by side. Greedy and sampled ones join and leave between two steps (`Rows`); beam searches with
-equal options begin together and take their steps in turn with the rest; whatever else is asked of the model runs whole
-between two steps. What is waiting is bounded, and taken from the clients in turn.
+Texts are written side by side and join and leave between two steps (`Rows`). Whatever else is asked of the model is
+computed in slices, one between two steps. What is waiting is bounded, and taken from the clients in turn.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from blip2.continuous import Row, Rows
-from blip2.generate import GenerationOptions, Search, search
+from blip2.continuous import Beams, Row, Rows, width
+from blip2.generate import GenerationOptions
 from blip2.images import load_image, to_pixels
 from blip2.layers import join_contexts
 from blip2.predict import Predictor
@@ -31,8 +30,11 @@ from blip2.serve.limits import Limits
 
 log = logging.getLogger("blip2.serve")
 
-AT_ONCE = 8  # requests begun between two steps: those being answered must not wait for long
-SEARCHES = 2  # groups of beam searches side by side; what comes meanwhile makes up the next group
+AT_ONCE = 8  # requests begun at a time
+BESIDE = 2  # likewise, between two steps of texts that are being written: these must not wait for long
+
+# What a model is asked for that is no text: stops between slices, ends with the result.
+Call = Callable[[Predictor], Generator[None, None, Any]]
 
 
 class BusyError(Exception):
@@ -93,15 +95,15 @@ class Text:
 class Job:
     """A request in the engine. `result` is a list of `Text`, or what a call gave; cancelling it frees its place.
 
-    on_step: called on the engine's thread with the rows after each step.
+    on_step: called on the engine's thread with the rows after each step of a greedy or sampled text.
     """
 
-    asked: Writing | Callable[[Predictor], Any]
+    asked: Writing | Call
     client: str
     deadline: float
     on_step: Callable[[list[Row]], None] | None
     result: Future[Any] = field(default_factory=Future)
-    rows: list[Row] = field(default_factory=list)
+    texts: list[Row | Beams] = field(default_factory=list)
 
     def finish(self, value: Any) -> None:
         if self.result.set_running_or_notify_cancel():
@@ -110,6 +112,19 @@ class Job:
     def fail(self, error: BaseException) -> None:
         if not self.result.done() and self.result.set_running_or_notify_cancel():
             self.result.set_exception(error)
+
+
+class Place:
+    """A request's place among those that wait for the model, before it has asked; to be left in any case."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+
+    def leave(self) -> None:
+        """Give the place back, where that has not been done."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine._give_back()
 
 
 class Engine:
@@ -125,12 +140,13 @@ class Engine:
         self._load = load
         self._predictor: Predictor | None = None
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._count = 0
+        self._count = 0  # jobs in `_waiting`
+        self._promised = 0  # places of requests that are still being read
         self._lock = threading.Condition()
         self._closed = False
         self._rows: Rows | None = None
-        self._writing: list[Job] = []  # whose rows are in `_rows`
-        self._searches: list[tuple[Search, list[Job]]] = []
+        self._writing: list[Job] = []  # whose texts are in `_rows`
+        self._call: tuple[Job, Generator[None, None, Any]] | None = None  # the one that has begun
         self._thread = threading.Thread(target=self._live, name="blip2 engine", daemon=True)
 
     # --- from any thread ---
@@ -163,15 +179,30 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Texts being written."""
-        searching = sum(self._width(job) for _, jobs in self._searches for job in jobs)
-        return (0 if self._rows is None else len(self._rows)) + searching
+        """Texts being written, all beams counted."""
+        texts = [text for job in self._writing for text in job.texts]
+        return sum(text.options.beams for text in texts if not text.done)
 
     def check_room(self) -> None:
         """Raises BusyError where another request would not be taken now."""
         _ = self.predictor
-        if self._closed or self._count >= self.limits.queue:
+        if self._closed or self._count + self._promised >= self.limits.queue:
             raise BusyError("too many requests are waiting; try again soon", 1)
+
+    def enter(self) -> Place:
+        """A place among those that wait, for a request that is still being read.
+
+        Raises:
+            BusyError: there is none.
+        """
+        with self._lock:
+            self.check_room()
+            self._promised += 1
+        return Place(self)
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._promised -= 1
 
     def read(self, content: bytes) -> Picture:
         """A file's image, ready for the model; from the cache where it was seen before. Takes a while: not for a loop.
@@ -188,8 +219,9 @@ class Engine:
 
     def submit(
         self,
-        asked: Writing | Callable[[Predictor], Any],
+        asked: Writing | Call,
         *,
+        place: Place | None = None,
         client: str = "",
         deadline: float | None = None,
         on_step: Callable[[list[Row]], None] | None = None,
@@ -197,6 +229,7 @@ class Engine:
         """Ask for texts, or for whatever a call on the model gives.
 
         Args:
+            place: from `enter`; may be used again by a request that asks twice. None: there must be room now.
             client: whose request this is; clients take turns.
             deadline: on time.monotonic's clock; None: `request_seconds` from now.
 
@@ -209,7 +242,10 @@ class Engine:
         until = time.monotonic() + self.limits.request_seconds if deadline is None else deadline
         job = Job(asked, client, until, on_step)
         with self._lock:
-            self.check_room()
+            if place is None or self._closed:
+                self.check_room()
+            else:
+                place.leave()
             self._waiting.setdefault(client, deque()).append(job)
             self._count += 1
             self._lock.notify()
@@ -228,26 +264,34 @@ class Engine:
 
     def _live(self) -> None:
         try:
-            self._predictor = loaded = self._load()
+            loaded = self._load()
             with contextlib.suppress(ValueError):  # a matcher alone writes nothing
                 self._rows = Rows(loaded.model)
-        except BaseException as error:
+            with contextlib.suppress(ValueError):  # not every model comes with one
+                _ = loaded.matcher
+            self._predictor = loaded
+            self.loaded.set()
+            while self._turn():
+                pass
+        except BaseException as error:  # whoever waits is told, and the process may be started anew
             self.failure, self._closed = error, True
             self.on_failure()
-            return
-        self.loaded.set()
-        while True:
-            with self._lock:
-                while not (self._count or self._writing or self._searches or self._closed):
-                    self._lock.wait()
-                if self._closed:
-                    break
-                taken = self._take()
-            self._begin(taken)
-            self._step_rows()
-            self._step_searches()
-        for job in [*self._taken_all(), *self._writing, *(job for _, jobs in self._searches for job in jobs)]:
+        begun = [] if self._call is None else [self._call[0]]
+        for job in [*self._taken_all(), *self._writing, *begun]:
             job.fail(EngineError("the server is shutting down"))
+
+    def _turn(self) -> bool:
+        """A step of everything there is to do; waits where there is nothing. False: the engine was closed."""
+        with self._lock:
+            while not (self._count or self._writing or self._call or self._closed):
+                self._lock.wait()
+            if self._closed:
+                return False
+            taken = self._take()
+        self._begin(taken)
+        self._step_rows()
+        self._step_call()
+        return True
 
     def _taken_all(self) -> list[Job]:
         with self._lock:
@@ -256,58 +300,35 @@ class Engine:
             self._count = 0
         return jobs
 
-    @staticmethod
-    def _width(job: Job) -> int:
-        """Rows that a job takes."""
-        if not isinstance(job.asked, Writing):
-            return 0
-        return max(job.asked.options.beams, job.asked.options.num_return_sequences)
-
     def _take(self) -> list[Job]:
-        """What begins now: from each client in turn its oldest, as long as they fit."""
+        """What begins now: from each client in turn its oldest, as long as they fit. What is next and does not fit is
+        waited for: others of its kind do not slip past it."""
         taken: list[Job] = []
-        moved = True
-        while moved and len(taken) < AT_ONCE:
-            moved = False
+        rows, calling = self.running, self._call is not None
+        full: set[bool] = set()  # texts (True), calls (False): one that waits for room was met
+        most = BESIDE if self._writing else AT_ONCE
+        while True:
+            before = self._count
             for client in list(self._waiting):
                 queue = self._waiting[client]
                 job = queue[0]
-                gone = self._gone(job)
-                if len(taken) >= AT_ONCE or not (gone or self._fits(job, taken)):
-                    continue
+                if not self._gone(job):
+                    text = isinstance(job.asked, Writing)
+                    wanted = width(job.asked.options) if isinstance(job.asked, Writing) else 0
+                    if calling if not text else rows and rows + wanted > self.limits.rows:
+                        full.add(text)
+                    if text in full or len(taken) == most:
+                        continue
+                    rows, calling = rows + wanted, calling or not text
+                    taken.append(job)
                 queue.popleft()
                 self._count -= 1
-                moved = True
-                if not gone:
-                    taken.append(job)
                 if queue:
                     self._waiting.move_to_end(client)
                 else:
                     del self._waiting[client]
-        return taken
-
-    def _fits(self, job: Job, taken: list[Job]) -> bool:
-        if not isinstance(job.asked, Writing):
-            return all(
-                isinstance(each.asked, Writing) for each in taken
-            )  # one a time: they hold up the others
-        searches = job.asked.options.beams > 1
-        alike = [
-            each
-            for each in taken
-            if isinstance(each.asked, Writing) and (each.asked.options.beams > 1) == searches
-        ]
-        used = sum(map(self._width, alike))
-        if searches:
-            kinds = {each.asked.options for each in alike if isinstance(each.asked, Writing)} | {
-                job.asked.options
-            }
-            if len(self._searches) + len(kinds) > SEARCHES:
-                return False
-            used += sum(self._width(each) for _, jobs in self._searches for each in jobs)
-        else:
-            used += 0 if self._rows is None else len(self._rows)
-        return used == 0 or used + self._width(job) <= self.limits.rows
+            if self._count == before:
+                return taken
 
     @staticmethod
     def _gone(job: Job) -> bool:
@@ -320,13 +341,12 @@ class Engine:
         return False
 
     def _begin(self, jobs: list[Job]) -> None:
+        writings = []
         for job in jobs:
-            if not isinstance(job.asked, Writing):
-                try:
-                    job.finish(job.asked(self.predictor))
-                except Exception as error:
-                    self._failed([job], error)
-        writings = [job for job in jobs if isinstance(job.asked, Writing)]
+            if isinstance(job.asked, Writing):
+                writings.append(job)
+            else:
+                self._call = job, job.asked(self.predictor)
         if not writings:
             return
         try:
@@ -334,12 +354,10 @@ class Engine:
         except Exception as error:
             self._failed(writings, error)
             return
-        groups: dict[tuple[Any, ...], list[Job]] = {}
+        groups: dict[int, list[Job]] = {}
         for job in writings:
             assert isinstance(job.asked, Writing)
-            options = job.asked.options
-            way = (options,) if options.beams > 1 else (options.max_new_tokens,)
-            groups.setdefault(way, []).append(job)
+            groups.setdefault(job.asked.options.max_new_tokens, []).append(job)
         for group in groups.values():
             try:
                 self._start(group, encoded)
@@ -368,7 +386,8 @@ class Engine:
         return found
 
     def _start(self, jobs: list[Job], encoded: dict[bytes, Encoded]) -> None:
-        """Read the prompts of jobs that go the same way."""
+        """Read the prompts of jobs with the same max_new_tokens."""
+        assert self._rows is not None
         asked = [job.asked for job in jobs if isinstance(job.asked, Writing)]
         images = [encoded[each.picture.key] for each in asked]
         prefix = torch.cat([image.prefix for image in images])
@@ -376,41 +395,44 @@ class Engine:
         context = join_contexts(contexts) if contexts else None
         ids, mask = self.predictor.generator.tokenizer.encode_batch([each.prompt for each in asked])
         ids, mask = ids.to(prefix.device), mask.to(prefix.device)
-        options = [each.options for each in asked]
-        if options[0].beams > 1:
-            started = search(self.predictor.model, prefix, ids, mask, options[0], context=context)
-            next(started)
-            self._searches.append((started, jobs))
-            return
-        assert self._rows is not None
-        tops = [each.top_logprobs for each in asked]
+        options, tops = [each.options for each in asked], [each.top_logprobs for each in asked]
         made = self._rows.join(prefix, ids, mask, options, tops=tops, context=context)
-        for job, rows in zip(jobs, made, strict=True):
-            job.rows = rows
+        for job, texts in zip(jobs, made, strict=True):
+            job.texts = texts
         self._writing += jobs
 
     def _step_rows(self) -> None:
         if not self._writing or self._rows is None:
             return
         try:
-            self._rows.choose()
             self.steps += 1
             self.tokens += len(self._rows)
+            self._rows.choose()
             for job in self._writing:
                 if job.on_step is not None:
-                    job.on_step(job.rows)
-            done = [job for job in self._writing if all(row.done for row in job.rows)]
-            for job in done:
-                job.finish([self.text_of(row) for row in job.rows])
-            gone = [job for job in self._writing if self._gone(job)]  # done, cancelled, or too late
-            for row in (row for job in gone for row in job.rows):
-                row.dropped = True
+                    job.on_step([text for text in job.texts if isinstance(text, Row)])
+            done = [job for job in self._writing if all(text.done for text in job.texts)]
+            gone = [job for job in self._writing if job in done or self._gone(job)]
+            for text in (text for job in gone for text in job.texts):
+                text.dropped = True
             self._writing = [job for job in self._writing if job not in gone]
+            for job in done:
+                job.finish([written for text in job.texts for written in self._written(text)])
             self._rows.advance()
         except Exception as error:
             jobs, self._writing = self._writing, []
             self._rows = Rows(self.predictor.model)
             self._failed(jobs, error)
+
+    def _written(self, text: Row | Beams) -> list[Text]:
+        if isinstance(text, Row):
+            return [self.text_of(text)]
+        assert text.found is not None
+        found = zip(*(getattr(text.found, name) for name in _PARTS), strict=True)
+        return [
+            Text(Written(self._words(ids, ended), score, ids, logprobs), ended, [])
+            for ids, score, logprobs, ended in found
+        ]
 
     def text_of(self, row: Row) -> Text:
         words = self._words(row.ids, row.finished)
@@ -419,31 +441,21 @@ class Engine:
     def _words(self, ids: list[int], finished: bool) -> str:
         return self.predictor.generator.tokenizer.decode(ids[:-1] if finished else ids).strip()
 
-    def _step_searches(self) -> None:
-        for entry in list(self._searches):
-            searching, jobs = entry
-            try:
-                gone = {place for place, job in enumerate(jobs) if self._gone(job)}
-                self.steps += 1
-                self.tokens += sum(self._width(job) for job in jobs if not job.result.done())
-                if len(gone) < len(jobs):
-                    searching.send(gone)
-                    continue
-                searching.close()
-            except StopIteration as end:
-                each = len(end.value.ids) // len(jobs)
-                rows = list(zip(*(getattr(end.value, name) for name in _PARTS), strict=True))
-                for place, job in enumerate(jobs):
-                    texts = rows[place * each : (place + 1) * each]
-                    job.finish(
-                        [
-                            Text(Written(self._words(ids, ended), score, ids, logprobs), ended, [])
-                            for ids, score, logprobs, ended in texts
-                        ]
-                    )
-            except Exception as error:
-                self._failed(jobs, error)
-            self._searches.remove(entry)
+    def _step_call(self) -> None:
+        if self._call is None:
+            return
+        job, slices = self._call
+        try:
+            if self._gone(job):
+                slices.close()
+            else:
+                next(slices)
+                return
+        except StopIteration as end:
+            job.finish(end.value)
+        except Exception as error:
+            self._failed([job], error)
+        self._call = None
 
     def _failed(self, jobs: list[Job], error: Exception) -> None:
         """What was asked for wrongly is told as it is; anything else goes to the log."""

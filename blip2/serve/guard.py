@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blip2.serve.engine import BusyError
 from blip2.serve.house import ApiError
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
@@ -45,6 +46,7 @@ class Guard:
     ) -> None:
         self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
         self._inside = 0
+        self._bytes = 0  # of the bodies of all requests inside
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,8 +58,22 @@ class Guard:
         given = (headers.get(b"x-request-id") or [b""])[0].decode("latin-1")
         id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
-        state |= {"id": id, "deadline": began + self._limits.request_seconds}
-        status = 0
+        state |= {
+            "id": id,
+            "began": state.get("began", began),
+            "deadline": began + self._limits.request_seconds,
+        }
+        status = held = 0
+
+        async def take() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            held += size
+            self._bytes += size
+            if self._bytes > self._limits.bodies_bytes:
+                raise BusyError("the requests at work hold as much as this server has room for", 1)
+            return message
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -72,7 +88,7 @@ class Guard:
         gone = False
         try:
             state["client"] = self._let_in(scope, headers)
-            await self._app(scope, receive, answer)
+            await self._app(scope, take, answer)
         except ApiError as error:
             await error.response()(scope, receive, answer)
         except ClientDisconnect:
@@ -85,6 +101,9 @@ class Guard:
                 )
         finally:
             self._inside -= 1
+            self._bytes -= held
+            if "place" in state:
+                state["place"].leave()
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.count(route, status or 499, seconds)

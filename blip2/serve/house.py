@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_origin
 
 import anyio.to_thread
+from PIL import Image
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -17,14 +19,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from blip2.continuous import Row
-from blip2.images import ImageError
-from blip2.predict import Predictor
-from blip2.serve.engine import BusyError, Engine, EngineError, Job, Picture, TooLateError, Writing
+from blip2.images import ImageError, load_image
+from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, Picture, TooLateError, Writing
 from blip2.serve.fetch import Fetcher, FetchError
 from blip2.serve.limits import Limits
 from blip2.serve.schemas import Strict
 
 Asked = TypeVar("Asked", bound=Strict)
+Result = TypeVar("Result")
 
 TYPES = {  # OpenAI's names for kinds of errors
     400: "invalid_request_error",
@@ -98,7 +100,7 @@ class House:
     # --- reading a request ---
 
     async def body(self, request: Request) -> bytes:
-        """The body, within its limits of size and time."""
+        """The body, within its limits of size and time. With it the request has its place in the engine."""
         self.engine.check_room()  # told before the body has arrived
         closing = {"connection": "close"}
         too_large = ApiError(
@@ -109,8 +111,9 @@ class House:
         if int(request.headers.get("content-length", "0")) > self.limits.body_bytes:
             raise too_large
         body = bytearray()
+        left = request.state.began + self.limits.body_seconds - time.monotonic()
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(max(left, 0)):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > self.limits.body_bytes:
@@ -119,6 +122,7 @@ class House:
             raise ApiError(
                 408, f"the body took longer than {self.limits.body_seconds:g} s", headers=closing
             ) from None
+        request.state.place = self.engine.enter()
         return bytes(body)
 
     async def json(self, request: Request, model: type[Asked]) -> Asked:
@@ -190,19 +194,17 @@ class House:
         try:
             return read(given)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            where = f"{place}: " if place else ""
-            raise ApiError(400, f"{where}{first['msg']}", param=place or None, code="invalid_value") from None
+            raise _told(error) from None
 
     async def image_at(self, url: str) -> bytes:
         """The file that an image's URL holds or, where switched on, names."""
-        if url.startswith("data:"):
+        if url[:5].lower() == "data:":
             head, comma, data = url.partition(",")
-            if not comma or not head.endswith(";base64"):
+            if not comma or not head.lower().endswith(";base64"):
                 raise ApiError(400, "an image's data: URL reads data:image/...;base64,...", param="image")
-            try:
-                return base64.b64decode(data, validate=True)
+            try:  # in lines, as mail has it, or without the padding at its end
+                plain = data.encode("ascii").translate(None, b"\r\n\t ").rstrip(b"=")
+                return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
             except (binascii.Error, ValueError):
                 raise ApiError(400, "the image's base64 is damaged", param="image") from None
         if not url.lower().startswith(("http://", "https://")):
@@ -215,7 +217,15 @@ class House:
 
     async def picture(self, content: bytes) -> Picture:
         """A file's image, ready for the model."""
-        return await anyio.to_thread.run_sync(self.engine.read, content, limiter=self.decoders)
+        return await self.in_thread(lambda: self.engine.read(content))
+
+    def open(self, content: bytes) -> Image.Image:
+        """A file's image. Takes a while: not for a loop."""
+        return load_image(content, max_pixels=self.limits.pixels)
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """Work on images, beside the loop."""
+        return await anyio.to_thread.run_sync(work, limiter=self.decoders)
 
     # --- what may be asked for ---
 
@@ -235,14 +245,18 @@ class House:
     def submit(
         self,
         request: Request,
-        asked: Writing | Callable[[Predictor], Any],
+        asked: Writing | Call,
         on_step: Callable[[list[Row]], None] | None = None,
     ) -> Job:
         return self.engine.submit(
-            asked, client=request.state.client, deadline=request.state.deadline, on_step=on_step
+            asked,
+            place=request.state.place,
+            client=request.state.client,
+            deadline=request.state.deadline,
+            on_step=on_step,
         )
 
-    async def result(self, request: Request, asked: Writing | Callable[[Predictor], Any]) -> Any:
+    async def result(self, request: Request, asked: Writing | Call) -> Any:
         """The engine's result; where the client leaves before, the job goes with it."""
         job = self.submit(request, asked)
         result = asyncio.wrap_future(job.result)
@@ -288,6 +302,21 @@ class House:
                 job.result.cancel()
 
         return follow()
+
+
+def _told(error: ValidationError) -> ApiError:
+    """The one of a body's faults that says most: of a field that may be of several kinds, not that it is no text."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    fault = min(found, key=lambda each: (each["type"] == "string_type", -len(each["loc"])))
+    place: list[str] = []
+    for part in map(str, fault["loc"]):
+        if (
+            part != "str" and "[" not in part and part not in place[-1:]
+        ):  # not the kinds, nor a kind's name twice
+            place.append(part)
+    said = "there is no such field here" if fault["type"] == "extra_forbidden" else fault["msg"]
+    where = ".".join(place)
+    return ApiError(400, f"{where}: {said}" if where else said, param=where or None, code="invalid_value")
 
 
 async def _left(request: Request) -> None:

@@ -14,7 +14,8 @@ class Limits:
     rows: int = 32  # texts written at a time
     requests: int = 256  # requests in the house, bodies still arriving included; beyond: 503
     connections: int = 1024
-    body_bytes: int = 20_000_000
+    body_bytes: int = 20_000_000  # of one request
+    bodies_bytes: int = 200_000_000  # of all requests in the house; beyond: 503
     pixels: int = 50_000_000  # of one image
     images: int = 8  # in one request
     texts: int = 64  # in one request
@@ -23,10 +24,8 @@ class Limits:
     new_tokens: int = 256
     beams: int = 10
     sequences: int = 8  # texts of one request
-    header_seconds: float = (
-        5  # from the first byte of a request, or the connection, to the end of the headers
-    )
-    body_seconds: float = 10
+    header_seconds: float = 5  # from the connection, or a request's first byte, until its headers are there
+    body_seconds: float = 10  # likewise, until its body is there
     write_seconds: float = 10  # that a client may leave its answer unread
     idle_seconds: float = 5  # between two requests on a connection
     request_seconds: float = 60  # from a request's arrival to its answer's end
@@ -38,7 +37,7 @@ class Limits:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            least = 0 if each.name in ("queue", "cache_bytes") else 1
+            least = 0 if each.name == "cache_bytes" else 1
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from torch import Tensor
 
-from blip2.images import load_image
+from blip2.generate import GenerationOptions
+from blip2.inputs import in_batches
 from blip2.predict import Predictor
-from blip2.results import Pieces
+from blip2.results import Match, Pieces, Written
 from blip2.serve import schemas
 from blip2.serve.engine import Text, Writing
 from blip2.serve.events import EventStream
 from blip2.serve.house import ApiError, House, as_api_error
+from blip2.text import CAPTION_PROMPT
+
+SLICE = 4  # texts matched or embedded between two steps of those that are being written
 
 
 def body_of(model: type[BaseModel], *files: str) -> dict[str, Any]:
@@ -28,6 +33,7 @@ def body_of(model: type[BaseModel], *files: str) -> dict[str, Any]:
     if files:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         properties = dict(schema["properties"])
+        properties.pop("turns", None)  # a form has no place for them
         for name in files:
             file = {"type": "string", "format": "binary"}
             properties[name] = {"type": "array", "items": file} if properties[name].get("items") else file
@@ -85,6 +91,18 @@ def router(house: House) -> APIRouter:
         house.log_content(request, {kind: [text.written for text in texts]})
         return JSONResponse(result)
 
+    async def prepared(image: bytes) -> Tensor:
+        """A file's image, ready for the matcher."""
+        matcher = house.engine.predictor.matcher
+        return await house.in_thread(lambda: matcher.prepare([house.open(image)]))
+
+    async def own(request: Request, image: bytes, prompt: str, length_penalty: float) -> Written:
+        """What the model says by itself, as in Python."""
+        options = GenerationOptions(beams=5, length_penalty=length_penalty)
+        (text,) = await house.result(request, Writing(await house.picture(image), prompt, options))
+        written: Written = text.written
+        return written
+
     @routes.post(
         "/caption",
         responses=answers(schemas.Captions, stream=True),
@@ -115,8 +133,14 @@ def router(house: House) -> APIRouter:
         house.check_count("texts", len(asked.texts), limits.texts)
         house.check_texts(*asked.texts)
 
-        def compute(model: Predictor) -> Any:
-            return model.match(load_image(image, max_pixels=limits.pixels), asked.texts)
+        pixels = await prepared(image)
+
+        def compute(model: Predictor) -> Generator[None, None, list[Match]]:
+            seen, found = model.matcher.see(pixels), list[Match]()
+            for _, some in in_batches(asked.texts, SLICE):
+                yield
+                found += model.matcher.compare(seen, some)[0]
+            return found
 
         found = await house.result(request, compute)
         matches = [
@@ -137,9 +161,18 @@ def router(house: House) -> APIRouter:
         if not images and not asked.texts:
             raise ApiError(400, "nothing to embed: give images, or texts")
 
-        def compute(model: Predictor) -> Any:
-            opened = [load_image(image, max_pixels=limits.pixels) for image in images]
-            return model.embed(opened).tolist(), model.embed_text(asked.texts).tolist()
+        pixels = [await prepared(image) for image in images]
+
+        def compute(model: Predictor) -> Generator[None, None, tuple[list[Any], list[Any]]]:
+            vectors: list[Any] = []
+            words: list[Any] = []
+            for each in pixels:
+                vectors += model.matcher.see(each).queries.tolist()
+                yield
+            for _, some in in_batches(asked.texts, SLICE):
+                words += model.embed_text(some).tolist()
+                yield
+            return vectors, words
 
         vectors, words = await house.result(request, compute)
         return JSONResponse({"model": house.model, "images": vectors, "texts": words})
@@ -152,14 +185,26 @@ def router(house: House) -> APIRouter:
     async def explain(request: Request) -> Response:
         """Show where in an image each word of a caption or an answer comes from."""
         asked, (image,) = await house.form_or_json(request, schemas.ExplainRequest)
-        house.check_texts(asked.text or "", asked.question or "", asked.answer or "")
+        turns = None if asked.turns is None else [(turn.question, turn.answer) for turn in asked.turns]
+        said = [part for turn in turns or () for part in turn]
+        house.check_texts(asked.text or "", asked.question or "", asked.answer or "", *said)
+        house.check_count("turns", len(said) // 2, limits.turns)
         place = (asked.layer, asked.head, asked.query)
         if any(each is not None for each in place) and None in place:
             raise ApiError(400, "layer, head and query belong together: give all three, or none")
+        if asked.question is None and (asked.answer is not None or turns is not None):
+            raise ApiError(400, "answer and turns need a question")
+        if asked.question is not None and asked.text is not None:
+            raise ApiError(400, "text is a caption; give the answer to a question as answer")
+        prompt, given, penalty = CAPTION_PROMPT, asked.text, 1.0
+        if asked.question is not None:
+            prompt = house.engine.predictor.asking_prompt(asked.question, turns, asked.answer)
+            given, penalty = asked.answer, -1.0
+        opened = await house.in_thread(lambda: house.open(image))
+        text = await own(request, image, prompt, penalty) if given is None else given
 
-        def compute(model: Predictor) -> Any:
-            opened = load_image(image, max_pixels=limits.pixels)
-            found = model.explain(opened, text=asked.text, question=asked.question, answer=asked.answer)
+        def compute(model: Predictor) -> Generator[None, None, dict[str, Any]]:
+            found = yield from model.explain_in_slices(opened, prompt, text)
             attention = None
             if asked.layer is not None:
                 if any(i is not None and i >= n for i, n in zip(place, found.attention.shape)):

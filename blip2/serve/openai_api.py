@@ -1,6 +1,6 @@
 """/v1: the API that people's clients already speak, as far as it is true of a model that looks at one image.
 
-A conversation is about the latest image in it, and begins with the message that brings it. It becomes the model's own
+A conversation is about the latest image in it, and begins with the question that brings it. It becomes the model's own
 prompt format. An image alone, with no text, is captioned.
 """
 
@@ -86,7 +86,7 @@ def router(house: House) -> APIRouter:
                 param="model",
                 code="model_not_found",
             )
-        house.check_count("n", asked.n, house.limits.sequences)
+        house.check_count("n", asked.n or 1, house.limits.sequences)
         house.check_texts(*asked.stops())
         if "" in asked.stops():
             raise ApiError(400, "a stop string is empty", param="stop")
@@ -158,8 +158,8 @@ def router(house: House) -> APIRouter:
                     400, "a message may hold one image: the model looks at one", param=f"messages.{i}"
                 )
             if message.role == "user":
-                if images:
-                    image, turns, question = images[0], [], None
+                if images:  # what was asked before it and not answered is asked about it
+                    image, turns = images[0], []
                 question = text if question is None else f"{question} {text}".strip()
             elif message.role == "assistant":
                 if images:
@@ -220,10 +220,10 @@ def router(house: House) -> APIRouter:
                 return {"index": i, "delta": delta, "logprobs": given, "finish_reason": reason}
 
             async def bodies() -> AsyncIterator[list[dict[str, Any]]]:
-                for i in range(asked.n):
+                for i in range(len(choices)):
                     yield [chunk(i, {"role": "assistant", "content": "", "refusal": None})]
                 async with aclosing(steps):  # type: ignore[type-var]
-                    given = [0] * asked.n
+                    given = [0] * len(choices)
                     async for i, shown, _, _ in steps:
                         fresh = logprobs(choices[i], given[i]) if shown else None
                         given[i] = len(choices[i].tokens) if shown else given[i]
@@ -271,10 +271,11 @@ def router(house: House) -> APIRouter:
                 param="image",
                 code="image_required",
             )
-        house.check_texts(asked.prompt)
-        options = asked.options(new_tokens(asked.max_tokens, asked.prompt))
-        writing = await _writing(house, asked.image, asked.prompt, options, asked.logprobs or 0)
-        house.log_content(request, {"prompt": asked.prompt})
+        prompt = asked.text()
+        house.check_texts(prompt)
+        options = asked.options(new_tokens(asked.max_tokens, prompt))
+        writing = await _writing(house, asked.image, prompt, options, asked.logprobs or 0)
+        house.log_content(request, {"prompt": prompt})
         id, at = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         head = {"id": id, "object": "text_completion", "created": at, "model": house.model}
         decode = house.engine.predictor.generator.tokenizer.decode
@@ -282,13 +283,13 @@ def router(house: House) -> APIRouter:
         def logprobs(choice: Choice) -> dict[str, Any] | None:
             if asked.logprobs is None:
                 return None
-            words = [decode([i]) for i, _, _ in choice.tokens]
+            ids = [i for i, _, _ in choice.tokens]
             tops = [{decode([i]): logprob for i, logprob in tops} for _, _, tops in choice.tokens]
             return {
-                "tokens": words,
+                "tokens": [decode([i]) for i in ids],
                 "token_logprobs": [logprob for _, logprob, _ in choice.tokens],
                 "top_logprobs": tops if asked.logprobs else None,
-                "text_offset": [sum(map(len, words[:i])) for i in range(len(words))],
+                "text_offset": [len(decode(ids[:i]).lstrip()) for i in range(len(ids))],
             }
 
         def shape(i: int, text: str, given: Any, reason: str | None) -> dict[str, Any]:
@@ -304,11 +305,11 @@ def router(house: House) -> APIRouter:
                         if shown or reason:
                             yield [shape(i, shown, logprobs(choices[i]) if reason else None, reason)]
 
-            return _chunks(house, asked, head, bodies(), lambda: _usage(house, asked.prompt, choices))
+            return _chunks(house, asked, head, bodies(), lambda: _usage(house, prompt, choices))
         choices = await fill(request, writing, asked.stops())
         shapes = [shape(i, choice.text, logprobs(choice), choice.reason) for i, choice in enumerate(choices)]
         house.log_content(request, {"answers": [choice.text for choice in choices]})
-        return JSONResponse(head | {"choices": shapes, "usage": _usage(house, asked.prompt, choices)})
+        return JSONResponse(head | {"choices": shapes, "usage": _usage(house, prompt, choices)})
 
     def entry() -> dict[str, Any]:
         return {"id": house.model, "object": "model", "created": created, "owned_by": "blip2"}

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,20 +28,31 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
     class Deadlines(H11Protocol):
         _waiting: asyncio.TimerHandle | None = None  # for a request
+        _idle = False  # answered all that came
         _stuck: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._begin()
             self._wait()
 
         def data_received(self, data: bytes) -> None:
+            if self._idle:
+                self._begin()
             super().data_received(data)
             self._wait()
 
         def on_response_complete(self) -> None:
-            super().on_response_complete()
+            self._begin()
+            self._idle = True
+            super().on_response_complete()  # which may begin the next request
             self._stop_waiting()
             self._wait()
+
+        def _begin(self) -> None:
+            """From now on a request counts its time; it finds this in its state."""
+            self._idle = False
+            self.app_state = self.app_state | {"began": time.monotonic()}
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()

@@ -82,11 +82,19 @@ class EmbedRequest(Strict):
     texts: list[Words] = []
 
 
+class Turn(Strict):
+    question: Words
+    answer: Words
+
+
 class ExplainRequest(Strict):
     image: str = Field(description=IMAGE)
     text: Words | None = Field(None, description="the caption to explain; default: the model's own")
     question: Words | None = Field(None, description="explain the answer to this")
     answer: Words | None = Field(None, description="the answer to explain; default: the model's own")
+    turns: list[Turn] | None = Field(
+        None, description="the question was asked in a conversation, after these; in JSON only"
+    )
     layer: int | None = Field(None, ge=0, description="with head and query: the raw attention there")
     head: int | None = Field(None, ge=0)
     query: int | None = Field(None, ge=0)
@@ -204,34 +212,40 @@ class Sampling(Strict):
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    n: int = Field(1, ge=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="not read")
     metadata: dict[str, Any] | None = Field(None, description="not read")
     presence_penalty: Literal[0] | None = Field(None, description="there is none: 0")
     frequency_penalty: Literal[0] | None = Field(None, description="there is none: 0")
+    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="there is none: {}")
 
     def stops(self) -> list[str]:
         return [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
 
     def options(self, max_new_tokens: int) -> GenerationOptions:
         """Raises ValueError where they contradict each other."""
-        asked = self.temperature is not None or self.top_p is not None or self.n > 1
-        sample = asked and self.temperature != 0
-        if self.n > 1 and not sample:
+        texts = self.n or 1
+        asked = self.temperature is not None or self.top_p is not None or texts > 1
+        sample = asked and 0 not in (self.temperature, self.top_p)
+        if texts > 1 and not sample:
             raise ValueError("n above 1 needs a temperature above 0: without chance all texts are the same")
         return GenerationOptions(
             max_new_tokens=max_new_tokens,
-            num_return_sequences=self.n,
+            num_return_sequences=texts,
             do_sample=sample,
             temperature=self.temperature or 1.0 if sample else 1.0,
             top_p=self.top_p or 1.0 if sample else 1.0,
             seed=None if self.seed is None else self.seed % 2**63,
         )
+
+
+class PlainText(Strict):
+    type: Literal["text"]
 
 
 class ChatRequest(Sampling):
@@ -240,13 +254,25 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     store: Literal[False] | None = Field(None, description="nothing is stored")
+    response_format: PlainText | None = Field(None, description="there is no other")
+    modalities: list[Literal["text"]] | None = Field(None, description="there is no other")
+    tools: list[Any] | None = Field(None, max_length=0, description="there are none: []")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="there are no tools")
+    parallel_tool_calls: bool | None = Field(None, description="there are no tools")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="there is no other")
+    safety_identifier: str | None = Field(None, description="not read")
+    prompt_cache_key: str | None = Field(None, description="not read")
 
 
 class CompletionRequest(Sampling):
-    prompt: str
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     image: str | None = Field(None, description="the picture (the client's extra_body): " + IMAGE)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
 class TopLogprob(BaseModel):

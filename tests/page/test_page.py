@@ -204,6 +204,12 @@ def test_where_it_looked(watched: Watched) -> None:
     page.wait_for_selector("#heat:not([hidden])")
     page.locator(".answer .word").first.click()  # the same word again
     assert page.is_hidden("#heat")
+    first = page.inner_text(".answer")
+    answer(page, "is there a square?")
+    with page.expect_request("**/explain") as asked:
+        page.locator(".turn").nth(1).locator(".word").first.click()
+    assert asked.value.post_data_json["turns"] == [{"question": "what is in the picture?", "answer": first}]
+    page.wait_for_selector("#heat:not([hidden])")
 
 
 def test_settings_are_followed(watched: Watched) -> None:

@@ -85,6 +85,30 @@ def test_match_embed_and_explain(server: Running, predictor: blip2.Predictor, im
         assert beyond.status_code == 400 and "layers" in beyond.json()["error"]["message"]
 
 
+def test_an_answer_in_a_conversation_is_explained_with_what_was_said_before(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    chat = predictor.chat(images[0])
+    chat.send("is there a rose?", beams=1)
+    answer = chat.send("what color is it?", beams=1)
+    (first, second) = chat.turns
+    asked = {"image": data_url(images[0]), "question": second[0], "answer": str(answer)}
+    turns = [{"question": first[0], "answer": str(first[1])}]
+    with server.client() as client:
+        found = client.post("/explain", json=asked | {"turns": turns}).json()
+        alone = client.post("/explain", json=asked).json()
+        own = client.post("/explain", json={k: v for k, v in asked.items() if k != "answer"}).json()
+        wrong = client.post("/explain", json={"image": asked["image"], "turns": turns})
+        form = client.post("/explain", files={"image": images[0]}, data={"question": "a", "turns": "b"})
+    said = sum(word["logprob"] for word in found["words"])
+    assert said == pytest.approx(sum(answer.token_logprobs[:-1]), abs=1e-3)
+    assert said != pytest.approx(sum(word["logprob"] for word in alone["words"]), abs=1e-3)
+    again = predictor.explain(images[0], question=second[0], answer=answer, turns=chat.turns[:1])
+    assert found["words"][0]["heat"][0] == pytest.approx(again.words[0].heat[0].tolist(), abs=1e-3)
+    assert own["text"] == predictor.ask(images[0], second[0])
+    assert wrong.status_code == form.status_code == 400
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -245,6 +269,9 @@ def test_openai_completions(server: Running, predictor: blip2.Predictor, images:
     made = client.completions.create(model="default", prompt="a photo of a", logprobs=2, extra_body=image)
     assert made.choices[0].text == expected and made.choices[0].logprobs
     assert made.choices[0].logprobs.token_logprobs == pytest.approx(expected.token_logprobs[:-1], abs=1e-3)
+    offsets = made.choices[0].logprobs.text_offset or []
+    for offset, word in zip(offsets, made.choices[0].logprobs.tokens or [], strict=True):
+        assert expected[offset:].startswith(word if offset else word.lstrip())
     pieces = client.completions.create(model="default", prompt="a photo of a", stream=True, extra_body=image)
     assert "".join(chunk.choices[0].text for chunk in pieces if chunk.choices) == expected
 
@@ -262,6 +289,14 @@ def test_openai_errors(server: Running, images: list[bytes]) -> None:
     refused(openai.BadRequestError, "about an image", messages=[{"role": "user", "content": "hello"}])
     refused(openai.BadRequestError, "temperature", n=2, temperature=0)
     refused(openai.BadRequestError, "tools", tools=[{"type": "function", "function": {"name": "f"}}])
+    refused(openai.BadRequestError, "effort: there is no such field", reasoning_effort="low")
+    refused(openai.BadRequestError, "response_format.type", response_format={"type": "json_object"})
+    refused(openai.BadRequestError, "stop: List", stop=list("abcde"))
+    for part, told in (
+        ({"type": "input_audio"}, "content.0: Input tag"),
+        ({"type": "text"}, "content.0.text: "),
+    ):
+        refused(openai.BadRequestError, told, messages=[{"role": "user", "content": [part]}])
     refused(openai.BadRequestError, "presence_penalty", presence_penalty=0.5)
     refused(openai.BadRequestError, "logprobs", top_logprobs=2)
     refused(openai.BadRequestError, "allows 8", n=9)
@@ -275,6 +310,52 @@ def test_openai_errors(server: Running, images: list[bytes]) -> None:
     )
     with pytest.raises(openai.BadRequestError, match="extra_body"):
         client.completions.create(model="default", prompt="a photo of")
+
+
+def test_what_clients_send_without_meaning_anything_by_it(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    client = server.openai()
+    question: Any = [about(images[0], "what is it?")]
+    expected = predictor.ask(images[0], "what is it?", beams=1)
+    for harmless in (
+        {"n": None, "stream": None, "temperature": None, "max_tokens": None, "stop": None},
+        {"temperature": 0, "top_p": 1, "n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "seed": 1},
+        {"temperature": 1e-300, "top_p": 1},
+        {"top_p": 0},
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "modalities": ["text"]},
+        {"logit_bias": {}, "parallel_tool_calls": True, "service_tier": "auto", "store": False},
+        {"user": "a", "safety_identifier": "b", "prompt_cache_key": "c", "metadata": {"d": "e"}},
+        {"max_tokens": 10**30, "stop": []},
+    ):
+        made = client.chat.completions.create(model="default", messages=question, **harmless)
+        assert made.choices[0].message.content == expected, harmless
+    made = client.completions.create(
+        model="default", prompt=["a photo of"], best_of=1, extra_body={"image": data_url(images[0])}
+    )
+    assert made.choices[0].text == predictor.caption(images[0], beams=1)
+
+
+def test_images_and_questions_in_any_order(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    client = server.openai()
+
+    def answer(*messages: Any) -> str | None:
+        return client.chat.completions.create(model="default", messages=messages).choices[0].message.content
+
+    first, second = about(images[0], None), about(images[1], None)
+    question: Any = {"role": "user", "content": "what is it?"}
+    expected = [predictor.ask(image, "what is it?", beams=1) for image in images[:2]]
+    assert expected[0] != expected[1]
+    assert answer(first, question) == answer(question, first) == expected[0]
+    said: Any = {"role": "assistant", "content": expected[0]}
+    assert answer(about(images[0], "what is it?"), said, second, question) == expected[1]
+    lines = about(images[0], "what is it?")
+    url = lines["content"][0]["image_url"]
+    url["url"] = url["url"].replace("data:", "DATA:").rstrip("=")
+    url["url"] = "\n".join(url["url"][i : i + 76] for i in range(0, len(url["url"]), 76))
+    assert answer(lines) == expected[0]
 
 
 # --- state ---------------------------------------------------------------------------------------------------------

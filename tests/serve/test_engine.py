@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 import blip2
 from blip2.generate import GenerationOptions
 from blip2.serve.cache import ImageCache, size_of
-from blip2.serve.engine import BusyError, Engine, EngineError, TooLateError, Writing
+from blip2.serve.engine import BusyError, Call, Engine, EngineError, TooLateError, Writing
 from blip2.serve.limits import Limits
 
 WAYS: list[dict[str, Any]] = [
@@ -89,15 +91,26 @@ def test_the_cache_is_bounded_and_forgets_the_least_used(
     assert len(nothing) == nothing.bytes == 0
 
 
+def call(compute: Callable[[], Any]) -> Call:
+    """A call on the model of one slice."""
+
+    def slices(_: blip2.Predictor) -> Generator[None, None, Any]:
+        yield
+        return compute()
+
+    return slices
+
+
 class Gate:
     """A call on the model that holds the engine up until it is opened."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
 
-    def __call__(self, _: blip2.Predictor) -> str:
+    def __call__(self, _: blip2.Predictor) -> Generator[None, None, str]:
         self.entered.set()
         assert self.open.wait(60)
+        yield
         return "through"
 
 
@@ -108,24 +121,106 @@ def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
     gate = Gate()
     first = engine.submit(gate)
     assert gate.entered.wait(60)
-    waiting = [engine.submit(lambda _: "done") for _ in range(3)]
+    waiting = [engine.submit(call(lambda: "done")) for _ in range(3)]
     for _ in range(20):
         with pytest.raises(BusyError, match="too many"):
-            engine.submit(lambda _: "done")
+            engine.submit(call(lambda: "done"))
     gate.open.set()
     assert first.result.result(60) == "through"
     assert [job.result.result(60) for job in waiting] == ["done"] * 3
     engine.close()
     with pytest.raises(BusyError):
-        engine.submit(lambda _: "done")
+        engine.submit(call(lambda: "done"))
+
+
+def test_a_place_is_kept_for_a_request_that_is_still_read(
+    predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    engine = Engine(lambda: predictor, Limits(queue=2))
+    engine.start()
+    assert engine.loaded.wait(60)
+    gate = Gate()
+    first = engine.submit(gate)
+    assert gate.entered.wait(60)
+    places = [engine.enter(), engine.enter()]
+    for ask in (engine.enter, lambda: engine.submit(call(lambda: "done"))):
+        with pytest.raises(BusyError, match="too many"):
+            ask()
+    places[0].leave()
+    places[0].leave()
+    second = engine.submit(call(lambda: "done"))
+    with pytest.raises(BusyError):
+        engine.enter()
+    asked = [engine.submit(call(lambda: "done"), place=places[1]) for _ in range(2)]  # who asks twice
+    gate.open.set()
+    assert [job.result.result(60) for job in (first, second, *asked)] == ["through", "done", "done", "done"]
+    engine.enter().leave()
+    engine.close()
+    with pytest.raises(BusyError):
+        engine.submit(call(lambda: "done"), place=places[1])
+
+
+def test_other_calls_are_computed_in_slices_between_steps(engine: Engine, images: list[bytes]) -> None:
+    steps, began = list[int](), threading.Event()
+
+    def slices(_: blip2.Predictor) -> Generator[None, None, str]:
+        for _ in range(10):
+            steps.append(engine.steps)
+            yield
+        return "done"
+
+    text = engine.submit(
+        greedy(engine, images[0], max_new_tokens=60, min_new_tokens=60), on_step=lambda _: began.set()
+    )
+    assert began.wait(60)
+    calls = [engine.submit(slices) for _ in range(2)]
+    assert [job.result.result(60) for job in calls] == ["done"] * 2
+    assert not text.result.done()
+    assert len(steps) == 20 and all(after > before for before, after in pairwise(steps))
+    text.result.result(60)
+
+
+def test_beam_searches_join_between_steps(
+    engine: Engine, images: list[bytes], predictor: blip2.Predictor
+) -> None:
+    """While a long search goes on, short ones of every kind come and go."""
+    long = engine.submit(greedy(engine, images[0], beams=3, max_new_tokens=200, min_new_tokens=200))
+    while engine.running < 3:
+        time.sleep(0.001)
+    for beams in (5, 2, 5, 1, 4):
+        (short,) = engine.submit(greedy(engine, images[1], beams=beams, max_new_tokens=8)).result.result(60)
+        assert short.written == predictor.caption(images[1], beams=beams, max_new_tokens=8)
+    assert not long.result.done()
+    long.result.cancel()
+
+
+def test_a_wide_search_is_not_passed_over(predictor: blip2.Predictor, images: list[bytes]) -> None:
+    engine = Engine(lambda: predictor, Limits(rows=4))
+    engine.start()
+    assert engine.loaded.wait(60)
+    order: list[str] = []
+    long = engine.submit(greedy(engine, images[0], max_new_tokens=40, min_new_tokens=40))
+    while engine.running == 0:
+        time.sleep(0.001)
+    jobs = {"wide": engine.submit(greedy(engine, images[1], beams=5, max_new_tokens=3), client="a")}
+    jobs |= {
+        f"narrow {i}": engine.submit(greedy(engine, images[1], max_new_tokens=3), client="b")
+        for i in range(5)
+    }
+    for name, job in jobs.items():
+        job.result.add_done_callback(lambda _, name=name: order.append(name))  # type: ignore[misc]
+    for job in [long, *jobs.values()]:
+        job.result.result(60)
+    assert order[0] == "wide" and len(order) == 6
+    engine.close()
 
 
 def test_clients_take_turns(engine: Engine) -> None:
-    gate, order = Gate(), []
+    gate, order = Gate(), list[str]()
     first = engine.submit(gate)
     assert gate.entered.wait(60)
-    jobs = [engine.submit(lambda _, i=i: order.append(f"a{i}"), client="a") for i in range(5)]  # type: ignore[misc]
-    jobs += [engine.submit(lambda _, i=i: order.append(f"b{i}"), client="b") for i in range(2)]  # type: ignore[misc]
+    jobs = [engine.submit(call(partial(order.append, f"a{i}")), client="a") for i in range(5)]
+    jobs += [engine.submit(call(partial(order.append, f"b{i}")), client="b") for i in range(2)]
     gate.open.set()
     for job in [first, *jobs]:
         job.result.result(60)
@@ -173,16 +268,16 @@ def test_deadlines(engine: Engine, images: list[bytes]) -> None:
 def test_what_fails_fails_alone(
     engine: Engine, images: list[bytes], monkeypatch: pytest.MonkeyPatch, predictor: blip2.Predictor
 ) -> None:
-    def broken(_: blip2.Predictor) -> None:
+    def broken() -> None:
         raise RuntimeError("secret detail")
 
     with pytest.raises(EngineError) as told:
-        engine.submit(broken).result.result(60)
+        engine.submit(call(broken)).result.result(60)
     assert "secret" not in str(told.value)
     with pytest.raises(ValueError, match="room"):
         engine.submit(Writing(engine.read(images[0]), "word " * 400, GenerationOptions()))
     with monkeypatch.context() as patch:
-        patch.setattr(predictor.model.language, "step", lambda *_: broken(predictor))
+        patch.setattr(predictor.model.language, "step", lambda *_: broken())
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], min_new_tokens=5)).result.result(60)
         with pytest.raises(EngineError):
@@ -202,6 +297,28 @@ def test_a_model_that_does_not_load_is_told() -> None:
     assert failed.wait(60) and str(engine.failure) == "no such model"
     with pytest.raises(BusyError):
         engine.check_room()
+    engine.close()
+
+
+def test_an_engine_that_breaks_leaves_nobody_waiting(
+    predictor: blip2.Predictor, images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+    engine = Engine(lambda: predictor, Limits())
+    engine.on_failure = failed.set
+    engine.start()
+    assert engine.loaded.wait(60)
+    gate = Gate()
+    engine.submit(gate)
+    assert gate.entered.wait(60)
+    monkeypatch.setattr(engine, "_take", lambda: 1 / 0)
+    job = engine.submit(greedy(engine, images[0]))
+    gate.open.set()
+    with pytest.raises(EngineError):
+        job.result.result(60)
+    assert failed.is_set() and isinstance(engine.failure, ZeroDivisionError)
+    with pytest.raises(BusyError):
+        engine.enter()
     engine.close()
 
 

@@ -195,7 +195,7 @@ def test_errors_tell_nothing_of_the_inside(
         raise RuntimeError("/secret/path at 0x7f")
 
     with run_server(predictor) as running, running.client() as client:
-        for owner, name in ((predictor.model, "start"), (predictor.matcher, "match")):
+        for owner, name in ((predictor.model, "start"), (predictor.matcher, "compare")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, broken)
                 path, more = ("/caption", {}) if name == "start" else ("/match", {"texts": ["a"]})

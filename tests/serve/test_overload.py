@@ -13,14 +13,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
 from serving import EXAMPLES, NAMES, Running, data_url, run_server
+from starlette.requests import Request
 
 import blip2
+from blip2.serve.house import ApiError, House
 from blip2.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +56,104 @@ def overload(predictor: blip2.Predictor, images: list[bytes], count: int, thread
 
 def test_overload(predictor: blip2.Predictor, images: list[bytes]) -> None:
     overload(predictor, images, count=160, threads=80)  # 20 times what is running and waiting
+
+
+@pytest.fixture
+def full_house(predictor: blip2.Predictor) -> Iterator[Running]:
+    """A server with one place, whose model is held up until the end."""
+    entered, opened = threading.Event(), threading.Event()
+
+    def gate(_: blip2.Predictor) -> Generator[None, None, None]:
+        entered.set()
+        assert opened.wait(60)
+        yield
+
+    with run_server(predictor, Limits(queue=1)) as running:
+        running.engine.submit(gate)
+        assert entered.wait(60)
+        yield running
+        opened.set()
+
+
+def begin(running: Running, body: bytes, length: int) -> socket.socket:
+    """A request of which so much has arrived."""
+    sock = running.connect()
+    sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % length + body)
+    return sock
+
+
+def test_too_many_are_told_at_once(full_house: Running, images: list[bytes]) -> None:
+    """Nobody waits for the model, for another's image, or for the rest of the body, to hear that there is no room."""
+    body = json.dumps({"image": data_url(images[0])}).encode()
+    early = begin(full_house, body[:-1], len(body))
+    with full_house.client() as client:
+        while client.get("/health").status_code != 200:  # by now `early` is being read
+            pass
+    late = begin(full_house, body, len(body))
+    until = time.monotonic() + 30
+    while full_house.engine.waiting == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert full_house.engine.waiting == 1
+    third = begin(full_house, b"", len(body))
+    assert b" 503 " in third.recv(4096)  # before any of its body has come
+    early.sendall(body[-1:])
+    said = early.recv(4096)
+    assert b" 503 " in said and b"retry-after: 1" in said
+    for sock in (early, late, third):
+        sock.close()
+
+
+def test_bodies_have_a_budget_together(predictor: blip2.Predictor) -> None:
+    body = b"x" * 60_000
+    with run_server(predictor, Limits(bodies_bytes=100_000)) as running, running.client() as client:
+
+        def post() -> int:
+            return client.post(
+                "/caption", content=body, headers={"content-type": "application/json"}
+            ).status_code
+
+        assert post() == 400  # read, and no JSON
+        slow = begin(running, body, 10 * len(body))
+        until = time.monotonic() + 30
+        while (status := post()) == 400 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert status == 503
+        slow.close()
+        while (status := post()) == 503 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert status == 400
+
+
+@pytest.mark.full
+def test_refusals_are_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints how long the refused wait under 20 times the load; a time is nothing to assert."""
+    server = start_process("--limit", "queue=4", "--limit", "rows=4")
+    image = (EXAMPLES / NAMES[0]).read_bytes()
+    refused: list[float] = []
+
+    def ask(_: int) -> None:
+        began = time.perf_counter()
+        answer = client.post("/caption", files={"image": image})
+        if answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) >= 1
+            refused.append(1000 * (time.perf_counter() - began))
+
+    limits = httpx2.Limits(max_connections=100, max_keepalive_connections=100)
+    with httpx2.Client(base_url=server.url, timeout=60, trust_env=False, limits=limits) as client:
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.05)
+        with ThreadPoolExecutor(80) as pool:
+            list(pool.map(ask, range(80)))  # connections
+            refused.clear()
+            list(pool.map(ask, range(800)))
+    server.end()
+    refused.sort()
+    with capsys.disabled():
+        shares = ", ".join(
+            f"p{share} {refused[len(refused) * share // 100]:.0f} ms" for share in (50, 90, 99)
+        )
+        print(f"\n{len(refused)} of 800 refused: {shares}, longest {refused[-1]:.0f} ms")
+    assert refused
 
 
 @pytest.mark.full
@@ -157,6 +258,28 @@ def test_default_deadlines_close_slow_clients_within_ten_seconds() -> None:
     assert max(limits.header_seconds, limits.body_seconds, limits.idle_seconds, limits.write_seconds) <= 10
 
 
+def test_a_bodys_time_counts_from_the_beginning(monkeypatch: pytest.MonkeyPatch, server: Running) -> None:
+    """Not from the end of headers that were slow themselves."""
+    began: list[float] = []
+
+    async def body(_: House, request: Request) -> bytes:
+        began.append(request.state.began)
+        raise ApiError(400, "seen")
+
+    monkeypatch.setattr(House, "body", body)
+    with server.connect() as sock:
+        for _ in range(2):  # on a connection that is kept, from the request's first byte
+            before = time.monotonic()
+            sock.sendall(HEAD[:30])
+            time.sleep(0.05)
+            between = time.monotonic()
+            sock.sendall(HEAD[30:] + b"Content-Length: 0\r\n\r\n")
+            said = b""
+            while not said.endswith(b"}}"):
+                said += sock.recv(4096)
+            assert b" 400 " in said and before - 60 < began.pop() < between
+
+
 def test_a_client_that_reads_nothing_is_closed(impatient: Running) -> None:
     """Its answers are larger than every buffer on the way."""
     body = json.dumps({"texts": ["a rose"] * 64}).encode()
@@ -176,23 +299,69 @@ def test_a_client_that_reads_nothing_is_closed(impatient: Running) -> None:
     assert closed
 
 
-def start_process(*options: str) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "blip2", "serve", "--port", "0", *options]
+class Server:
+    """A server process of its own: its address, and how to end it."""
+
+    def __init__(self, process: subprocess.Popen[str], pid: int | None = None) -> None:
+        self._process, self._pid = process, process.pid if pid is None else pid
+        assert process.stderr
+        for line in process.stderr:
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                self.url = found[0]
+                break
+        else:
+            pytest.fail(f"the server did not start: {process.wait()}")
+        self._reading = threading.Thread(target=self._read, daemon=True)  # its log must not fill the pipe
+        self._reading.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            if "Finished server process" in line:
+                return
+
+    def end(self) -> int:
+        """SIGTERM; the exit status."""
+        os.kill(self._pid, signal.SIGTERM)
+        status = (
+            self._process.wait(60) if self._pid == self._process.pid else int(self._process.stdout.readline())
+        )  # type: ignore[union-attr]
+        self._reading.join(60)
+        return status
+
+
+def spawn(*command: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    assert process.stderr
-    for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, found[0]
-    pytest.fail(f"the server did not start: {process.wait()}")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
 
 
-def sigterm_under_load(rounds: int) -> None:
+def start_process(*options: str) -> Server:
+    return Server(spawn("-m", "blip2", "serve", "--port", "0", *options))
+
+
+def fork_another(parent: subprocess.Popen[str]) -> Server:
+    """The next server of `forking_server.py`."""
+    assert parent.stdin and parent.stdout
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    return Server(parent, int(parent.stdout.readline()))
+
+
+def sigterm_under_load(rounds: int, start: Callable[[], Server]) -> None:
     """Whatever was answered is right, and nothing that was being answered is lost."""
     images = [(EXAMPLES / name).read_bytes() for name in NAMES]
     model = blip2.load()
     expected = [model.caption(image) for image in images]
+    answered = 0
 
     def ask(client: httpx2.Client, start: int) -> list[str]:
         outcomes = []
@@ -208,28 +377,36 @@ def sigterm_under_load(rounds: int) -> None:
         return outcomes
 
     for round_ in range(rounds):
-        process, url = start_process()
+        server = start()
         with (
-            httpx2.Client(base_url=url, timeout=60, trust_env=False) as client,
+            httpx2.Client(base_url=server.url, timeout=60, trust_env=False) as client,
             ThreadPoolExecutor(6) as pool,
         ):
             while client.get("/ready").status_code != 200:
-                time.sleep(0.05)
+                time.sleep(0.01)
             asking = [pool.submit(ask, client, i) for i in range(6)]
-            time.sleep(0.3 + round_ % 5 / 10)
-            process.send_signal(signal.SIGTERM)
+            while not any(each.running() for each in asking):
+                time.sleep(0.01)
+            time.sleep(0.1 + 37 * round_ % 100 / 200)
+            status = server.end()
             outcomes = [outcome for each in asking for outcome in each.result(60)]
-        assert process.wait(60) in (0, -signal.SIGTERM)
-        assert "right" in outcomes and set(outcomes) <= {"right", "late"}, set(outcomes)
+        assert status in (0, -signal.SIGTERM)
+        assert set(outcomes) <= {"right", "late"}, set(outcomes)
+        answered += outcomes.count("right")
+    assert answered >= rounds
 
 
 def test_sigterm_drains() -> None:
-    sigterm_under_load(1)
+    sigterm_under_load(1, start_process)
 
 
 @pytest.mark.full
 def test_many_sigterms() -> None:
-    sigterm_under_load(20)
+    parent = spawn(str(Path(__file__).parent / "forking_server.py"))
+    sigterm_under_load(200, lambda: fork_another(parent))
+    assert parent.stdin
+    parent.stdin.close()
+    assert parent.wait(60) == 0
 
 
 def test_a_model_that_is_not_there_ends_the_process() -> None:

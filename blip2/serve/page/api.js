@@ -60,7 +60,16 @@ export async function post(path, image, fields, signal) {
   const form = new FormData();
   form.append("image", image, image.name || "picture");
   for (const [name, value] of Object.entries(fields)) if (value !== null) form.append(name, value);
-  const response = await request(path, { method: "POST", body: form, signal });
+  return await read(await request(path, { method: "POST", body: form, signal }));
+}
+
+// The same in JSON, where fields may hold more than a form can say.
+export async function postJson(path, fields, signal) {
+  const headers = { "Content-Type": "application/json" };
+  return await read(await request(path, { method: "POST", headers, body: JSON.stringify(fields), signal }));
+}
+
+async function read(response) {
   try {
     return await response.json();
   } catch (error) {

@@ -64,7 +64,7 @@ function take(file) {
     url: URL.createObjectURL(file),
     data: null,
     turns: [],
-    explained: new Map(), // "question\nanswer" -> promise of the explanation
+    explained: new Map(), // what was asked for, as JSON -> promise of the explanation
     leaving: new AbortController(),
   };
   last = null;
@@ -198,7 +198,7 @@ get("caption-copy").addEventListener("click", () => copy(get("caption").dataset.
 
 // --- where it looked ---
 
-// Text as words that can be chosen; `asked` is what the explanation is asked for: {text} or {question, answer}.
+// Text as words that can be chosen; `asked` is what the explanation is asked for: {text} or {question, answer, turns}.
 function wordButtons(text, asked) {
   const words = text.trim().split(/\s+/).flatMap((word, i) => {
     const made = button(word, () => look(made, i, asked), "word");
@@ -211,7 +211,9 @@ function wordButtons(text, asked) {
 function explanation(mine, asked) {
   const name = JSON.stringify(asked);
   if (!mine.explained.has(name)) {
-    const found = api.post("explain", mine.file, asked, mine.leaving.signal);
+    const found = asked.turns
+      ? api.postJson("explain", { image: mine.data, ...asked }, mine.leaving.signal)
+      : api.post("explain", mine.file, asked, mine.leaving.signal);
     found.catch(() => mine.explained.delete(name));
     mine.explained.set(name, found);
   }
@@ -305,7 +307,7 @@ get("ask-stop").addEventListener("click", () => answering?.leaving.abort());
 
 async function ask(question) {
   const mine = picture;
-  const turn = { question, text: "", leaving: new AbortController(), element: make("article", "turn") };
+  const turn = { question, text: "", before: [...mine.turns], leaving: new AbortController(), element: make("article", "turn") };
   const answer = make("p", "answer waiting", "Thinking …");
   turn.element.append(make("p", "question", question), answer);
   get("talk").querySelectorAll(".retry").forEach((each) => each.remove());
@@ -352,7 +354,7 @@ function messages(mine, question) {
 function finish(turn, answer, why) {
   const text = turn.text.trim();
   answer.classList.remove("waiting");
-  if (text && why === null) answer.replaceChildren(...wordButtons(text, { question: turn.question, answer: text }));
+  if (text && why === null) answer.replaceChildren(...wordButtons(text, { question: turn.question, answer: text, turns: turn.before }));
   else answer.textContent = text || (why === null ? "The model had nothing to say." : "");
   answer.hidden = answer.textContent === "";
   const tools = make("p", "tools");
