@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def describer(
-    model: Predictor,
+    load: Callable[[], Predictor],
     options: dict[str, Any],
     *,
     questions: Sequence[str] = (),
@@ -30,6 +30,7 @@ def describer(
     """A function from images to the rows of their texts.
 
     Args:
+        load: gives the model; called when the first images are there, so that the function can travel without it.
         options: as `Predictor.caption` takes them, or `.ask` where there are questions.
         questions: all are asked about each image, which is read once.
         prefix, suffix: stand around each text.
@@ -38,8 +39,12 @@ def describer(
         keep_best: of an image's texts only the one that fits best is kept.
     """
 
+    loaded: list[Predictor] = []
+
     def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
-        size = len(images)
+        if not loaded:
+            loaded.append(load())
+        model, size = loaded[0], len(images)
         if questions:
             encoded = model.encode(list(images), batch_size=size)
             answers = [(q, model.ask(encoded, q, batch_size=size, **options)) for q in questions]
@@ -50,9 +55,9 @@ def describer(
         else:
             captions = model.caption(list(images), batch_size=size, **options)
             said = [[("caption", "", text) for text in _listed(found)] for found in captions]
-        return [rows(image, texts) for image, texts in zip(images, said, strict=True)]
+        return [rows(model, image, texts) for image, texts in zip(images, said, strict=True)]
 
-    def rows(image: Image.Image, said: list[tuple[str, str, Any]]) -> list[Row]:
+    def rows(model: Predictor, image: Image.Image, said: list[tuple[str, str, Any]]) -> list[Row]:
         out: list[Row] = []
         fits = model.match(image, [str(text) for _, _, text in said]) if match or keep_best else []
         for i, (kind, question, text) in enumerate(said):
@@ -80,9 +85,8 @@ def shrinker(model: Predictor, *, match: bool) -> Prepare:
         processing.resample,
     ):
         return lambda image: image
-    return lambda image: image.resize(
-        (processing.size, processing.size), Image.Resampling(processing.resample)
-    )
+    size, resample = (processing.size, processing.size), Image.Resampling(processing.resample)
+    return lambda image: image.resize(size, resample)
 
 
 @torch.inference_mode()

@@ -23,11 +23,11 @@ import pytest
 from PIL import Image
 
 import blip2
-from blip2.bulk import BulkError, Item, Settings, caption_all, list_items, outputs
+from blip2.bulk import BulkError, Inputs, Item, Settings, caption_all, list_items, outputs
 from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.progress import progress_bar
-from blip2.bulk.run import Progress, part_of
+from blip2.bulk.run import Progress
 from blip2.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
@@ -312,12 +312,13 @@ def test_every_source(tmp_path: Path) -> None:
 
 
 def test_shards_are_all_of_it() -> None:
-    items = [Item(str(i), "") for i in range(10)]
-    parts = [[*part_of(items, shard=f"{i}/3")] for i in (1, 2, 3)]
-    assert sorted(item for part in parts for item in part) == items
+    names = [f"{i}.jpg" for i in range(10)]
+    parts = [[item.name for item in Inputs(sources=names, shard=f"{i}/3")] for i in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == names
+    assert [item.name for item in Inputs(sources=names, limit=5, shard="2/2")] == ["1.jpg", "3.jpg"]
     for wrong in ("0/3", "4/3", "x"):
         with pytest.raises(ValueError, match="--shard"):
-            part_of(items, shard=wrong)
+            Inputs(sources=names, shard=wrong)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "coco", "webdataset"])
@@ -376,6 +377,59 @@ def test_text_files_in_a_mirror_folder(tmp_path: Path) -> None:
         beside = (out / "in" / name).with_suffix(".txt")
         assert beside.read_text() == texts[str(folder / name)] + "\n"
     assert not [*folder.rglob("*.txt")]
+
+
+def test_text_files_appear_as_captions_are_done(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", 9)
+    texts = {Path(row["image"]).stem: row.get("caption") for row in run(folder, tmp_path / "o.jsonl")}
+
+    def stop(progress: Progress) -> None:
+        found = {path.stem: path.read_text().strip() for path in folder.glob("*.txt")}
+        assert found == {name: texts[name] for name in list(texts)[: progress.done]}
+        if progress.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say, progress=stop)
+    (folder / "00002.txt").unlink()  # as where it was killed before this file was written
+    caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say)
+    assert {path.stem: path.read_text().strip() for path in folder.glob("*.txt")} == texts
+    (folder / "00002.txt").write_text("better")  # once all is done, what was written is the user's
+    (folder / "00009.png").write_bytes(png(9))
+    assert caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say).done == 1
+    assert (folder / "00002.txt").read_text() == "better"
+
+
+def test_every_image_has_a_text_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    names = ["a/x.jpg", "a/x.png", "a/y..png", "b/x.jpg", "b/deep/x.jpg", "c/z.png"]
+    for i, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(png(i))
+    with tarfile.open("s.tar", "w") as archive:
+        archive.add("a/x.jpg", "deep/x.jpg")
+    pq.write_table(pa.table({"bytes": [png(10), png(11)]}), "t.parquet")
+
+    def texts(out: str, *sources: str) -> list[str]:
+        failed: list[int] = []
+        caption_all(
+            list_items(sources),
+            settings(Path(out), kind="txt"),
+            say,
+            progress=lambda progress: failed.append(progress.failed),
+        )
+        return [str(failed[-1]), *sorted(str(path) for path in Path(out).rglob("*.txt"))]
+
+    mirror = ["o/a/x.txt", "o/a/y..txt", "o/b/deep/x.txt", "o/b/x.txt", "o/s/deep/x.txt"]
+    assert texts("o", "a", "b", "s.tar", "t.parquet") == [
+        "1", *mirror, "o/t.parquet#1.txt", "o/t.parquet#2.txt"]  # fmt: skip
+    journal = [json.loads(line[9:]) for line in Path("o/.blip2/journal").read_text().splitlines()]
+    refused = next(row for record in journal[1:-1] for row in record if "error" in row)
+    assert refused["error"].startswith("a/x.png: a/x.txt is the text file of another image")
+    assert texts("p", "c/z.png", "a/../c/../b") == ["0", "p/b/deep/x.txt", "p/b/x.txt", "p/z.txt"]
+    assert texts(".", "b/x.jpg", "c")[1:] == ["b/x.txt", "c/z.txt", *sorted([*mirror, "o/t.parquet#1.txt",
+        "o/t.parquet#2.txt", "p/b/deep/x.txt", "p/b/x.txt", "p/z.txt"])]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "webdataset"])
@@ -469,12 +523,12 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
 
 def test_the_time_left_is_shown_where_inputs_can_be_counted(capfd: Any) -> None:
     def listed() -> Iterator[Item]:
+        yield from (Item(str(i), "") for i in range(40))
         counted.set()
-        return iter([Item(str(i), "") for i in range(40)])
 
     for known in (True, False):
         counted = threading.Event()
-        with progress_bar(listed if known else None) as show:
+        with progress_bar(listed() if known else None) as show:
             for thread in threading.enumerate():
                 if known and thread.daemon and "count" in thread.name:
                     thread.join()
