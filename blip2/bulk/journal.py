@@ -35,14 +35,17 @@ class Journal:
     finished: all inputs were done and the output was published.
 
     Raises:
-        BulkError: another run has it, or it was begun with other settings.
+        BulkError: another run has it, it was begun with other settings, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, anew: bool = False) -> None:
         """`anew`: begin again where the last run came to its end, instead of adding to it."""
         self.path = folder / NAME
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / LOCK).open("wb")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / LOCK).open("wb")
+        except OSError as error:
+            raise BulkError(f"{folder}: cannot be written ({error.strerror}); name another --out") from error
         if not lock(self._lock.fileno()):
             self._lock.close()
             raise BulkError(

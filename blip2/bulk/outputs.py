@@ -17,6 +17,7 @@ from blip2.bulk.sources import Item
 
 FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
+ERRORS = "errors.jsonl"  # beside the journal
 SHARD = 10_000  # images in a webdataset shard
 
 
@@ -86,6 +87,21 @@ def write_sidecars(rows: Iterable[Row], out: Path) -> None:
                     os.fsync(file.fileno())
             except OSError as error:
                 raise disk_error(path, error) from error
+
+
+def write_errors(rows: Iterable[Row], folder: Path) -> Path:
+    """Write the rows that failed into a file of their own, and give its path.
+
+    Raises:
+        BulkError: the disk refuses.
+    """
+    path = folder / ERRORS
+    try:
+        with _replacing(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+            _jsonl((row for row in rows if "error" in row), text)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return path
 
 
 def flat(rows: Iterable[Row]) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from blip2.bulk.index import Index, content_key, key_of
 from blip2.bulk.journal import Journal, Row
-from blip2.bulk.outputs import publish, sidecar, state_folder, write_sidecars
+from blip2.bulk.outputs import publish, sidecar, state_folder, write_errors, write_sidecars
 from blip2.bulk.sources import Item
 from blip2.images import ImageError, load_image
 
@@ -94,6 +94,8 @@ def caption_all(
             progress(Progress(done, before, journal.failed))
         if done or not journal.finished:
             publish(journal.rows(), settings.out, settings.kind)
+            if journal.failed:
+                write_errors(journal.rows(), journal.path.parent)
             journal.finish()
         return Progress(done, before, journal.failed)
     finally:

@@ -67,8 +67,6 @@ class Item(NamedTuple):
             raise ImageError(
                 f"{self.name}: cannot be read ({error.strerror or 'input/output error'})"
             ) from error
-        except ValueError as error:  # a NUL character in it
-            raise ImageError(f"{self.name!r} is no valid path") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +107,11 @@ def list_items(
         include, exclude: patterns for the files of folders, such as '*.jpg' or 'train/*'.
 
     Raises:
-        BulkError: a list or table that cannot be read; the message names it.
+        BulkError: no such file or folder, or a list or table that cannot be read; the message names it.
     """
+    for source in sources:
+        if not os.path.exists(source) and not glob.has_magic(source):  # a slip, and no input
+            raise BulkError(f"{source}: no such file or folder")
     for source in sources:
         if os.path.exists(source) or not glob.has_magic(source):
             found = [source]
@@ -134,8 +135,6 @@ def _file(source: str) -> Iterator[Item]:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES or suffix not in (*LISTS, *TABLES, ".tar", ".json", ".jsonl"):
         yield Item(source, source, root=os.path.dirname(source))
-    elif not path.is_file():
-        raise BulkError(f"{source}: no such file or folder")
     else:
         try:
             yield from _inside(source, suffix)

@@ -30,8 +30,9 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from blip2.bulk import BulkError, Inputs, Settings, caption_all, estimate
     from blip2.bulk.describe import describer, fingerprint, shrinker
     from blip2.bulk.journal import GO_ON
-    from blip2.bulk.outputs import format_of
+    from blip2.bulk.outputs import ERRORS, format_of, state_folder
     from blip2.bulk.progress import progress_bar
+    from blip2.inputs import SUFFIXES
 
     if args.stream or args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--out takes no --stream, and a --batch-size and a --limit of at least 1")
@@ -49,6 +50,8 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     inputs = Inputs(
         sources=args.images, include=args.include, exclude=args.exclude, limit=args.limit, shard=args.shard
     )
+    if next(iter(inputs), None) is None and args.shard == "1/1":
+        raise BulkError(f"{' '.join(args.images)}: no images found (folders: {' '.join(sorted(SUFFIXES))})")
     engine = _ray() if args.engine == "ray" else None
     here = args if engine is None else argparse.Namespace(**vars(args) | {"device": "cpu"})  # others describe
     model = load_named(here)
@@ -102,7 +105,8 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
             return 130
     if not args.quiet:
         total = done.done + done.before
-        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed", file=sys.stderr)
+        which = f": {state_folder(out, kind) / ERRORS}" if done.failed else ""
+        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed{which}", file=sys.stderr)
     return SOME_FAILED if done.failed else DONE
 
 

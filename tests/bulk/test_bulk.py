@@ -311,11 +311,25 @@ def test_every_source(tmp_path: Path) -> None:
             found(name)
 
 
-def test_shards_are_all_of_it() -> None:
-    names = [f"{i}.jpg" for i in range(10)]
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "deep.png").mkdir()
+    (tmp_path / "list.txt").write_text("gone.png\ndeep.png\na\0b.png\n")
+    rows = run(tmp_path / "list.txt", tmp_path / "o.jsonl")
+    assert [row["error"].removeprefix(f"{tmp_path}/") for row in rows] == [
+        "gone.png: no such file",
+        "deep.png: no such file (a folder?)",
+        "a\0b.png: no such file",
+    ]
+    assert [json.loads(line) for line in (tmp_path / ".o.jsonl.blip2" / "errors.jsonl").open()] == rows
+
+
+def test_shards_are_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_folder(tmp_path / "in", 10))
+    names = sorted(os.listdir())
     parts = [[item.name for item in Inputs(sources=names, shard=f"{i}/3")] for i in (1, 2, 3)]
     assert sorted(name for part in parts for name in part) == names
-    assert [item.name for item in Inputs(sources=names, limit=5, shard="2/2")] == ["1.jpg", "3.jpg"]
+    assert [item.name for item in Inputs(sources=names, limit=5, shard="2/2")] == [names[1], names[3]]
     for wrong in ("0/3", "4/3", "x"):
         with pytest.raises(ValueError, match="--shard"):
             Inputs(sources=names, shard=wrong)
@@ -495,6 +509,10 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
     model = blip2.load(generator_folder)
     out, common = tmp_path / "c.jsonl", ["--model", str(generator_folder), "--max-new-tokens", "6", "--quiet"]
     (tmp_path / "bad.png").write_bytes(b"no image")
+    for source, told in (("no.jpg", "no such file or folder"), (str(tmp_path / "none"), "no images found")):
+        (tmp_path / "none").mkdir(exist_ok=True)
+        assert main(["caption", source, "--out", str(out), *common]) == 2 and not out.exists()
+        assert told in capsys.readouterr().err
     command = ["caption", str(pictures[0].parent), str(tmp_path / "bad.png"), "--out", str(out), *common]
     assert main([*command, "--batch-size", "2"]) == 1
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -507,6 +525,7 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
             "hash": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
     assert [*rows[-1]] == ["image", "error"]
+    assert json.loads((tmp_path / ".c.jsonl.blip2" / "errors.jsonl").read_text()) == rows[-1]
     assert main([*command, "--beams", "2"]) == 2
     assert "beams was 5, now 2" in capsys.readouterr().err
 
