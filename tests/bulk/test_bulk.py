@@ -24,6 +24,7 @@ from PIL import Image
 
 import blip2
 from blip2.bulk import BulkError, Inputs, Item, Settings, caption_all, list_items, outputs
+from blip2.bulk.describe import describer, shrinker
 from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.progress import progress_bar
@@ -188,6 +189,33 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     ahead: list[int] = []
     caption_all(many(), settings(tmp_path / "out.jsonl", batch_size=50), check)
     assert len(described) == 3000 and max(ahead) < 256 + 4 * 50
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory as Linux tells it")
+def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path) -> None:
+    """With a model; one image kept of each would be 700 MiB, one at the model's size 15."""
+    file = io.BytesIO()
+    Image.effect_noise((300, 200), 50).convert("RGB").save(file, "JPEG")
+    items = (Item(str(i), "", content=file.getvalue() + str(i).encode()) for i in range(5000))
+    model = blip2.load(generator_folder)
+    describe = describer(lambda: model, {"max_new_tokens": 4, "beams": 2})
+    resident: list[float] = []
+
+    def measure(progress: Progress) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * resource.getpagesize() / 2**20)
+
+    caption_all(
+        items,
+        settings(tmp_path / "o.jsonl", batch_size=25),
+        describe,
+        prepare=shrinker(model, match=False),
+        progress=measure,
+    )
+    early, late = max(resident[20:60]), max(resident[-40:])
+    print(f"{early:.0f} MiB after 500 images, {late:.0f} MiB after 5,000")
+    assert len(resident) == 201 and late < early + 10
 
 
 def test_the_index_is_never_believed_over_the_journal(tmp_path: Path) -> None:
