@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from blip2.bulk.index import key_of
 from blip2.bulk.journal import BulkError, Row, disk_error
 from blip2.bulk.sources import Item
 
@@ -116,7 +117,7 @@ def flat(rows: Iterable[Row]) -> Iterator[Row]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{key_of(path.name):016x}.part")  # never longer than a name may be
     try:
         with beside.open("wb") as file:
             yield file

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import time
 from collections import deque
@@ -24,9 +25,8 @@ from blip2.bulk.outputs import publish, sidecar, state_folder, write_errors, wri
 from blip2.bulk.sources import Item
 from blip2.images import ImageError, load_image
 
-Describe = Callable[
-    [Sequence[Image.Image]], list[list[Row]]
-]  # for each image its texts, as rows of the output
+# For each image its texts, as rows of the output.
+Describe = Callable[[Sequence[Image.Image]], list[list[Row]]]
 Prepare = Callable[[Image.Image], Image.Image]
 # Of (items, journal, settings, describe, prepare): the rows of each batch, in the order of the items.
 Engine = Callable[[Iterable[Item], Journal, "Settings", Describe, Prepare], Iterator[list[Row]]]
@@ -169,6 +169,8 @@ def decode(item: Item, settings: Settings, prepare: Prepare) -> Decoded:
         if settings.kind == "txt":
             row["sidecar"] = sidecar(item, settings.out)
             text = settings.out / row["sidecar"]
+            if text.parent.is_dir() and not os.access(text.parent, os.W_OK):
+                raise ImageError(f"{item.name}: {text} cannot be written; name another folder with --out")
             if not item.problem and settings.existing != "overwrite" and text.exists():
                 if settings.existing == "skip":
                     return Decoded(row | {"skipped": True}, None)
