@@ -84,7 +84,7 @@ class Journal:
         self.files = Index(entries["file"][has], entries["start"][has])
         self.before, self.failed = len(entries), int(entries["failed"].sum())
         self._last = int(entries["start"][-1]) if len(entries) else None
-        self._index.entries = entries[:0]
+        self._index.entries = entries[:0].copy()  # a view would keep all of it
         start = self._index.covered
         for line, record in self._records(start):
             self._note(record, line, start)
