@@ -536,7 +536,13 @@ def _kill_at(place: int, *, half: bool) -> None:
 # --- the command ---
 
 
-def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Path, capsys: Any) -> None:
+def test_the_command(
+    generator_folder: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = blip2.load(generator_folder)
     out, common = tmp_path / "c.jsonl", ["--model", str(generator_folder), "--max-new-tokens", "6", "--quiet"]
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -559,6 +565,8 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
     assert json.loads((tmp_path / ".c.jsonl.blip2" / "errors.jsonl").read_text()) == rows[-1]
     assert main([*command, "--beams", "2"]) == 2
     assert "beams was 5, now 2" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([*command, "--engine", "ray"]) == 2 and "pip install 'blip2[ray]'" in capsys.readouterr().err
 
     (tmp_path / "q.txt").write_text("what is it?\nhow many?\n")
     out = tmp_path / "a.jsonl"
