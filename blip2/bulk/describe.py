@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,9 @@ from blip2.bulk.run import Describe, Prepare
 
 if TYPE_CHECKING:
     from blip2.predict import Predictor
+
+
+SMALL = 10**8  # parameters
 
 
 def describer(
@@ -87,6 +91,24 @@ def shrinker(model: Predictor, *, match: bool) -> Prepare:
         return lambda image: image
     size, resample = (processing.size, processing.size), Image.Resampling(processing.resample)
     return lambda image: image.resize(size, resample)
+
+
+@contextlib.contextmanager
+def side_by_side(model: Predictor) -> Iterator[int]:
+    """How many batches to describe at once: two where a small model leaves a CPU's cores idle, each with half of them.
+
+    One at a time, most of a small model's steps are too short to be shared between cores.
+    """
+    threads = torch.get_num_threads()
+    small = sum(weight.numel() for weight in model.model.parameters()) < SMALL
+    if model.device.type != "cpu" or threads < 2 or not small:
+        yield 1
+        return
+    torch.set_num_threads(threads // 2)
+    try:
+        yield 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

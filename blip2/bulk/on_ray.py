@@ -19,7 +19,16 @@ import ray.data
 import torch
 
 from blip2.bulk.journal import BulkError, Journal, Row
-from blip2.bulk.run import Describe, Prepare, Settings, decode, finished_rows, new_items
+from blip2.bulk.run import (
+    Decoded,
+    Describe,
+    Prepare,
+    Settings,
+    decode,
+    describe_all,
+    finished_rows,
+    new_items,
+)
 from blip2.bulk.sources import Item
 
 
@@ -65,13 +74,17 @@ def on_ray(
         os.chdir(folder)
         return _next(row, lambda batch: [decode(item, settings, prepare) for item in batch])
 
+    def described(read: list[Decoded]) -> list[Row]:
+        images = {each.row["hash"]: each.image for each in read if each.image is not None}
+        return finished_rows(read, describe_all(images, describe), lambda digest: None)
+
     class Describer:
         def __init__(self) -> None:
             os.chdir(folder)
             torch.set_num_threads(max(1, cpus))
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return _next(row, lambda batch: finished_rows(batch, describe, lambda digest: None))
+            return _next(row, described)
 
     batches = (
         ray.data.from_items([None])

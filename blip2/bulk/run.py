@@ -1,4 +1,4 @@
-"""The engine: images are decoded in threads while the model writes; every batch is one record of the journal.
+"""The engine: images are decoded while the model works on earlier ones; every batch is one record of the journal.
 
 `on_ray` is another engine for the same run: whatever gives a batch's rows in the order of the inputs can be one.
 """
@@ -11,15 +11,15 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
-from blip2.bulk.index import Index, content_key, key_of
+from blip2.bulk.index import Index, key_of
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.outputs import publish, sidecar, state_folder, write_errors, write_sidecars
 from blip2.bulk.sources import Item
@@ -30,6 +30,8 @@ Describe = Callable[[Sequence[Image.Image]], list[list[Row]]]
 Prepare = Callable[[Image.Image], Image.Image]
 # Of (items, journal, settings, describe, prepare): the rows of each batch, in the order of the items.
 Engine = Callable[[Iterable[Item], Journal, "Settings", Describe, Prepare], Iterator[list[Row]]]
+Thing = TypeVar("Thing")
+Result = TypeVar("Result")
 Existing = Literal["skip", "overwrite", "append", "prepend"]
 
 
@@ -40,7 +42,7 @@ class Settings:
     kind: of `outputs.FORMATS`.
     made_with: whatever decides what is written; an output begun with other values is refused.
     existing: what happens to a text file that is there already; overwrite makes a finished output of any kind anew.
-    batch_size: images computed at a time. threads: that decode.
+    batch_size: images computed at a time. side_by_side: batches that are, each in a thread. threads: that decode.
     """
 
     out: Path
@@ -48,6 +50,7 @@ class Settings:
     made_with: dict[str, Any]
     existing: Existing = "skip"
     batch_size: int = 8
+    side_by_side: int = 1
     threads: int = 2
 
 
@@ -72,7 +75,8 @@ def caption_all(
     """Caption all items that the output does not have yet, then publish it; text files are written at once.
 
     Args:
-        describe: images to texts. It is called with images of different content only.
+        describe: images to texts. It is called with images of different content only, in several threads at once where
+            the settings say so.
         prepare: makes a decoded image smaller for waiting; what `describe` says must not depend on it.
         engine: where the work is done; None: here.
 
@@ -106,9 +110,39 @@ def on_this_machine(
     items: Iterable[Item], journal: Journal, settings: Settings, describe: Describe, prepare: Prepare
 ) -> Iterator[list[Row]]:
     """The engine of one machine: threads read and decode ahead of the model."""
-    stream = _decoded(new_items(items, journal.names, journal.files, settings), settings, prepare)
-    for batch in _batches(stream, settings.batch_size, journal.contents):
-        yield finished_rows(batch, describe, journal.texts)
+    fresh = new_items(items, journal.names, journal.files, settings)
+    far = 2 * settings.batch_size + settings.threads
+    decoded = _ahead(fresh, lambda item: decode(item, settings, prepare), settings.threads, far)
+    batches = _batches((each for _, each in decoded), settings, journal)
+    beside = settings.side_by_side
+    described = (
+        (
+            (batch, describe_all(batch.unseen, describe)) for batch in batches
+        )  # in this thread: Ctrl-C is heard at once
+        if beside == 1
+        else _ahead(batches, lambda batch: describe_all(batch.unseen, describe), beside, beside - 1)
+    )
+    for batch, texts in described:
+        yield finished_rows(batch.read, texts, journal.texts)
+
+
+def _ahead(
+    things: Iterable[Thing], work: Callable[[Thing], Result], threads: int, most: int
+) -> Iterator[tuple[Thing, Result]]:
+    """Things with what threads made of them, in order; of `most` more the work has begun."""
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[tuple[Thing, Future[Result]]] = deque()
+        try:
+            for thing in things:
+                begun.append((thing, pool.submit(work, thing)))
+                if len(begun) > most:
+                    thing, future = begun.popleft()
+                    yield thing, future.result()
+            for thing, future in begun:
+                yield thing, future.result()
+        finally:
+            for _, future in begun:
+                future.cancel()
 
 
 def new_items(items: Iterable[Item], names: Index, files: Index, settings: Settings) -> Iterator[Item]:
@@ -144,22 +178,6 @@ class Decoded:
     image: Image.Image | None
 
 
-def _decoded(items: Iterable[Item], settings: Settings, prepare: Prepare) -> Iterator[Decoded]:
-    """Images in the order of the items, read and decoded by threads not far ahead."""
-    with ThreadPoolExecutor(settings.threads) as pool:
-        ahead: deque[Future[Decoded]] = deque()
-        try:
-            for item in items:
-                ahead.append(pool.submit(decode, item, settings, prepare))
-                if len(ahead) > 2 * settings.batch_size + settings.threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for waiting in ahead:
-                waiting.cancel()
-
-
 def decode(item: Item, settings: Settings, prepare: Prepare) -> Decoded:
     """Read an item; what cannot be read is a row with `error`."""
     row: Row = {"image": item.name}
@@ -189,39 +207,46 @@ def decode(item: Item, settings: Settings, prepare: Prepare) -> Decoded:
         return Decoded(row | {"error": told if item.name in told else f"{item.name}: {told}"}, None)
 
 
-def _batches(stream: Iterable[Decoded], size: int, contents: Index) -> Iterator[list[Decoded]]:
-    """Runs of images, each with `size` contents the model has not seen; what needs no model goes along."""
-    batch: list[Decoded] = []
-    unseen: set[str] = set()
+@dataclass(frozen=True)
+class Batch:
+    """Images in their order, and those of them, by their contents, that the model is to describe."""
+
+    read: list[Decoded]
+    unseen: dict[str, Image.Image]
+
+
+def _batches(stream: Iterable[Decoded], settings: Settings, journal: Journal) -> Iterator[Batch]:
+    """Runs of images, each with so many contents the model has not seen; what needs no model goes along."""
+    size, batch = settings.batch_size, Batch([], {})
+    latest = deque([batch], settings.side_by_side)  # the journal may not have these yet
     for each in stream:
-        batch.append(each)
-        if each.image is not None and contents.get(content_key(each.row["hash"])) is None:
-            unseen.add(each.row["hash"])
-        if len(unseen) == size or len(batch) == 16 * size:
+        batch.read.append(each)
+        if each.image is not None:
+            digest = each.row["hash"]
+            if not any(digest in begun.unseen for begun in latest) and journal.texts(digest) is None:
+                batch.unseen[digest] = each.image
+        if len(batch.unseen) == size or len(batch.read) == 16 * size:
             yield batch
-            batch, unseen = [], set()
-    if batch:
+            batch = Batch([], {})
+            latest.append(batch)
+    if batch.read:
         yield batch
 
 
+def describe_all(images: Mapping[str, Image.Image], describe: Describe) -> dict[str, list[Row]]:
+    """The texts of each content."""
+    return dict(zip(images, describe(list(images.values())), strict=True)) if images else {}
+
+
 def finished_rows(
-    batch: Sequence[Decoded], describe: Describe, told: Callable[[str], list[Row] | None]
+    read: Iterable[Decoded], texts: Mapping[str, list[Row]], told: Callable[[str], list[Row] | None]
 ) -> list[Row]:
-    """The batch's finished rows, each content described once. told: the texts of a content that came earlier."""
-    texts: dict[str, list[Row]] = {}
-    images: dict[str, Image.Image] = {}
-    for each in batch:
-        if each.image is None or each.row["hash"] in texts:
-            continue
-        found = told(each.row["hash"])
-        if found is None:
-            images[each.row["hash"]] = each.image
-        else:
-            texts[each.row["hash"]] = found
-    if images:
-        texts |= zip(images, describe(list(images.values())), strict=True)
+    """The rows with their texts: those that the content had earlier (`told`), else the new ones."""
     return [
-        each.row if each.image is None else each.row | {"texts": texts[each.row["hash"]]} for each in batch
+        each.row
+        if each.image is None
+        else each.row | {"texts": told(each.row["hash"]) or texts[each.row["hash"]]}
+        for each in read
     ]
 
 

@@ -28,7 +28,7 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from pathlib import Path
 
     from blip2.bulk import BulkError, Inputs, Settings, caption_all, estimate
-    from blip2.bulk.describe import describer, fingerprint, shrinker
+    from blip2.bulk.describe import describer, fingerprint, shrinker, side_by_side
     from blip2.bulk.journal import GO_ON
     from blip2.bulk.outputs import ERRORS, format_of, state_folder
     from blip2.bulk.progress import progress_bar
@@ -86,18 +86,20 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
         "format": kind,
         "shard": args.shard,
     }
-    settings = Settings(
-        out=out,
-        kind=kind,
-        made_with=made_with,
-        existing=args.existing,
-        batch_size=args.batch_size,
-        threads=min(8, os.cpu_count() or 1),
-    )
     # To count the rows of parquet files is to read the images within them.
     countable = not any(source.lower().endswith(".parquet") for source in args.images)
     quiet = contextlib.nullcontext(lambda progress: None)
-    with quiet if args.quiet else progress_bar(inputs if countable else None) as show:
+    bar = quiet if args.quiet else progress_bar(inputs if countable else None)
+    with bar as show, side_by_side(model) as beside:
+        settings = Settings(
+            out=out,
+            kind=kind,
+            made_with=made_with,
+            existing=args.existing,
+            batch_size=args.batch_size,
+            side_by_side=beside,
+            threads=min(8, os.cpu_count() or 1),
+        )
         try:
             done = caption_all(inputs, settings, describe, prepare=prepare, progress=show, engine=engine)
         except KeyboardInterrupt:

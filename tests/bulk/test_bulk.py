@@ -59,7 +59,8 @@ def say(images: Sequence[Image.Image]) -> list[list[Row]]:
 
 
 def settings(out: Path, **changes: Any) -> Settings:
-    return Settings(**{"out": out, "kind": "jsonl", "made_with": {"model": "m"}, "batch_size": 4, **changes})
+    fixed = {"kind": "jsonl", "made_with": {"model": "m"}, "batch_size": 4, "side_by_side": 2}
+    return Settings(**{"out": out, **fixed, **changes})
 
 
 def run(folder: Path, out: Path, **changes: Any) -> list[Row]:
@@ -161,8 +162,8 @@ def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> N
         seen.extend(image.tobytes() for image in images)
         return say(images)
 
-    for _ in range(2):
-        caption_all(list_items([str(folder)]), settings(out), count)
+    for beside in (2, 1):
+        caption_all(list_items([str(folder)]), settings(out, side_by_side=beside), count)
     assert len(seen) == len(set(seen)) == 12  # of 15 one is damaged and two are the first again
     (folder / "00002b.png").write_bytes(png(0))
     (folder / "new.png").write_bytes(png(99))
