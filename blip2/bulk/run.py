@@ -111,16 +111,18 @@ def on_this_machine(
 ) -> Iterator[list[Row]]:
     """The engine of one machine: threads read and decode ahead of the model."""
     fresh = new_items(items, journal.names, journal.files, settings)
-    far = 2 * settings.batch_size + settings.threads
+    far, beside = 2 * settings.batch_size + settings.threads, settings.side_by_side
     decoded = _ahead(fresh, lambda item: decode(item, settings, prepare), settings.threads, far)
     batches = _batches((each for _, each in decoded), settings, journal)
-    beside = settings.side_by_side
+
+    def work(batch: Batch) -> dict[str, list[Row]]:
+        return describe_all(batch.unseen, describe)
+
+    # One at a time is done in this thread, where Ctrl-C is heard at once.
     described = (
-        (
-            (batch, describe_all(batch.unseen, describe)) for batch in batches
-        )  # in this thread: Ctrl-C is heard at once
+        ((batch, work(batch)) for batch in batches)
         if beside == 1
-        else _ahead(batches, lambda batch: describe_all(batch.unseen, describe), beside, beside - 1)
+        else _ahead(batches, work, beside, beside - 1)
     )
     for batch, texts in described:
         yield finished_rows(batch.read, texts, journal.texts)
