@@ -25,7 +25,7 @@ def one_by_one(
 ) -> list[float]:
     """Question and answer read in full for each answer, as a loop over answers does; an image that is none yet, too."""
     config, tokenizer = model.model.config.language, model.generator.tokenizer
-    prompt = torch.tensor([tokenizer.encode(model._question_prompt(question))], device=model.device)
+    prompt = torch.tensor([tokenizer.encode(model.question_prompt(question))], device=model.device)
     end = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
     found = []
     for answer in answers:

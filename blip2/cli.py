@@ -470,7 +470,15 @@ def _add_bulk(parser: argparse.ArgumentParser) -> None:
         "--keep-best", action="store_true", help="keep the text that fits best, by the matcher"
     )
     group.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
-    group.add_argument("--shard", metavar="I/N", help="the I-th of N equal parts of the inputs, from 1")
+    group.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="the I-th of N equal parts of the inputs, from 1"
+    )
+    group.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on all machines of a Ray cluster (default: local)",
+    )
     group.add_argument("--dry-run", action="store_true", help="count inputs and estimate the time only")
 
 

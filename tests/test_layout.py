@@ -101,7 +101,7 @@ NEED_EXTRA = {
         "run",
         "schemas",
     )
-}
+} | {"bulk.on_ray", "evaluate.lmms"}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

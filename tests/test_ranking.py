@@ -9,29 +9,9 @@ import pytest
 import torch
 
 import blip2
-from blip2.config import T5Config
+from benchmarks.ranking import one_by_one
 
 ANSWERS = ["yes", "no", "two dogs", "the red cat", "a", "Question", "red cat and two dogs", "cat"]
-
-
-def alone(model: blip2.Predictor, image: Path, question: str, answer: str) -> float:
-    """The whole sequence through `forward`, nothing shared."""
-    t5 = isinstance(model.model.config.language, T5Config)
-    form = "Question: {} Short answer:" if t5 else "Question: {} Answer:"
-    words = model.generator.tokenizer
-    prefix = model.encode(image).prefix
-    prompt = torch.tensor([words.encode(form.format(question))])
-    end = model.model.config.language.eos_token_id
-    assert isinstance(end, int)
-    ids = torch.tensor([[*words.encode(" " + answer, frame=False), end]])
-    with torch.inference_mode():
-        if t5:
-            start = torch.tensor([[model.model.config.language.decoder_start_token_id]])
-            logits = model.model.logits_from_prefix(prefix, prompt, None, torch.cat([start, ids[:, :-1]], 1))
-        else:
-            logits = model.model.logits_from_prefix(prefix, torch.cat([prompt, ids], 1))
-            logits = logits[:, -ids.shape[1] - 1 : -1]
-    return float(logits.float().log_softmax(-1).gather(2, ids[..., None]).sum())
 
 
 @pytest.mark.parametrize("kind", ["generator_folder", "t5_folder"])
@@ -46,8 +26,8 @@ def test_log_probabilities_are_those_of_each_answer_alone(
             assert sorted(each.answer for each in found) == sorted(ANSWERS)
             assert [each.logprob for each in found] == sorted((each.logprob for each in found), reverse=True)
             assert sum(each.probability for each in found) == pytest.approx(1, abs=1e-5)
-            for each in found:
-                assert each.logprob == pytest.approx(alone(model, picture, question, each.answer), abs=1e-4)
+            reference = one_by_one(model, picture, question, [each.answer for each in found])
+            assert [each.logprob for each in found] == pytest.approx(reference, abs=1e-4)
 
 
 def test_rows_at_a_time_change_nothing(generator_folder: Path, pictures: list[Path]) -> None:

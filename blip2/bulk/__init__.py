@@ -1,7 +1,7 @@
-"""Captioning any number of images: sources in, a journal that survives anything, one output at the end."""
+"""Captioning any number of images: sources in, a journal that survives anything, and the output a user asked for."""
 
 from blip2.bulk.journal import BulkError
 from blip2.bulk.run import Settings, caption_all, estimate
-from blip2.bulk.sources import Item, list_items
+from blip2.bulk.sources import Inputs, Item, list_items
 
-__all__ = ["BulkError", "Item", "Settings", "caption_all", "estimate", "list_items"]
+__all__ = ["BulkError", "Inputs", "Item", "Settings", "caption_all", "estimate", "list_items"]

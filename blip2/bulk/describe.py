@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from blip2.predict import Predictor
 
 
+SMALL = 10**8  # parameters
+
+
 def describer(
-    model: Predictor,
+    load: Callable[[], Predictor],
     options: dict[str, Any],
     *,
     questions: Sequence[str] = (),
@@ -30,6 +34,7 @@ def describer(
     """A function from images to the rows of their texts.
 
     Args:
+        load: gives the model; called when the first images are there, so that the function can travel without it.
         options: as `Predictor.caption` takes them, or `.ask` where there are questions.
         questions: all are asked about each image, which is read once.
         prefix, suffix: stand around each text.
@@ -38,8 +43,12 @@ def describer(
         keep_best: of an image's texts only the one that fits best is kept.
     """
 
+    loaded: list[Predictor] = []
+
     def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
-        size = len(images)
+        if not loaded:
+            loaded.append(load())
+        model, size = loaded[0], len(images)
         if questions:
             encoded = model.encode(list(images), batch_size=size)
             answers = [(q, model.ask(encoded, q, batch_size=size, **options)) for q in questions]
@@ -50,9 +59,9 @@ def describer(
         else:
             captions = model.caption(list(images), batch_size=size, **options)
             said = [[("caption", "", text) for text in _listed(found)] for found in captions]
-        return [rows(image, texts) for image, texts in zip(images, said, strict=True)]
+        return [rows(model, image, texts) for image, texts in zip(images, said, strict=True)]
 
-    def rows(image: Image.Image, said: list[tuple[str, str, Any]]) -> list[Row]:
+    def rows(model: Predictor, image: Image.Image, said: list[tuple[str, str, Any]]) -> list[Row]:
         out: list[Row] = []
         fits = model.match(image, [str(text) for _, _, text in said]) if match or keep_best else []
         for i, (kind, question, text) in enumerate(said):
@@ -80,9 +89,26 @@ def shrinker(model: Predictor, *, match: bool) -> Prepare:
         processing.resample,
     ):
         return lambda image: image
-    return lambda image: image.resize(
-        (processing.size, processing.size), Image.Resampling(processing.resample)
-    )
+    size, resample = (processing.size, processing.size), Image.Resampling(processing.resample)
+    return lambda image: image.resize(size, resample)
+
+
+@contextlib.contextmanager
+def side_by_side(model: Predictor) -> Iterator[int]:
+    """How many batches to describe at once: two where a small model leaves a CPU's cores idle, each with half of them.
+
+    One at a time, most of a small model's steps are too short to be shared between cores.
+    """
+    threads = torch.get_num_threads()
+    small = sum(weight.numel() for weight in model.model.parameters()) < SMALL
+    if model.device.type != "cpu" or threads < 2 or not small:
+        yield 1
+        return
+    torch.set_num_threads(threads // 2)
+    try:
+        yield 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

@@ -30,19 +30,22 @@ class BulkError(ValueError):
 class Journal:
     """The journal in a folder, opened for this process alone.
 
-    names: of its inputs. contents: where the record of a content that has texts begins.
+    names: of its inputs. files: the text files these have. contents: where the record of a content begins.
     before, failed: how many inputs it has, and how many of these failed.
     finished: all inputs were done and the output was published.
 
     Raises:
-        BulkError: another run has it, or it was begun with other settings.
+        BulkError: another run has it, it was begun with other settings, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, anew: bool = False) -> None:
         """`anew`: begin again where the last run came to its end, instead of adding to it."""
         self.path = folder / NAME
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / LOCK).open("wb")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / LOCK).open("wb")
+        except OSError as error:
+            raise BulkError(f"{folder}: cannot be written ({error.strerror}); name another --out") from error
         if not lock(self._lock.fileno()):
             self._lock.close()
             raise BulkError(
@@ -77,8 +80,11 @@ class Journal:
         has = entries["content"] != 0
         self.names = Index(entries["name"], entries["start"])
         self.contents = Index(entries["content"][has], entries["start"][has])
+        has = entries["file"] != 0
+        self.files = Index(entries["file"][has], entries["start"][has])
         self.before, self.failed = len(entries), int(entries["failed"].sum())
-        self._index.entries = entries[:0]
+        self._last = int(entries["start"][-1]) if len(entries) else None
+        self._index.entries = entries[:0].copy()  # a view would keep all of it
         start = self._index.covered
         for line, record in self._records(start):
             self._note(record, line, start)
@@ -88,12 +94,16 @@ class Journal:
         entries = []
         for row in record if isinstance(record, list) else ():
             name, content = key_of(row["image"]), content_key(row.get("hash", "0"))
+            file = key_of(row["sidecar"]) if "sidecar" in row else 0
             self.names.set(name, start)
             if content:
                 self.contents.set(content, start)
-            entries.append((name, content, start, "error" in row))
+            if file:
+                self.files.set(file, start)
+            entries.append((name, content, file, start, "error" in row))
+            self._last = start
         self.before += len(entries)
-        self.failed += sum(failed for _, _, _, failed in entries)
+        self.failed += sum(entry[-1] for entry in entries)
         self._index.add(line, entries, start + len(line))
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -128,6 +138,16 @@ class Journal:
             BulkError: the disk is full or refuses.
         """
         self._append(list(rows))
+
+    def last(self) -> list[Row]:
+        """The rows of the last batch."""
+        return [] if self._last is None else self.read(self._last)
+
+    def texts(self, digest: str) -> list[Row] | None:
+        """The texts of a content, by its SHA-256; None where it has none yet."""
+        place = self.contents.get(content_key(digest))
+        rows = [] if place is None else self.read(place)
+        return next((row["texts"] for row in rows if row.get("hash") == digest), None)
 
     def read(self, start: int) -> list[Row]:
         """The rows of the record that begins at `start`."""

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from blip2.bulk.index import key_of
 from blip2.bulk.journal import BulkError, Row, disk_error
+from blip2.bulk.sources import Item
 
 FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
+ERRORS = "errors.jsonl"  # beside the journal
 SHARD = 10_000  # images in a webdataset shard
 
 
@@ -35,34 +38,71 @@ def state_folder(out: Path, kind: str) -> Path:
     return out / ".blip2" if kind == "txt" else out.parent / f".{out.name}.blip2"
 
 
-def sidecar(name: str, root: str, out: Path) -> Path:
-    """The text file of an image in the folder `out`, which mirrors the image's folder or is that folder itself."""
-    inner = os.path.relpath(name, root) if root else name.lstrip("/")
-    return out / (os.path.splitext(inner.replace("..", "__"))[0] + ".txt")
+def sidecar(item: Item, out: Path) -> str:
+    """The text file of an image, relative to `out`: beside the image where that lies in `out`, else as in its root."""
+    inside = os.path.relpath(item.name, out)
+    if item.path != item.name or inside.split(os.sep)[0] == os.pardir:
+        inside = os.path.relpath(item.name, item.root)
+        if item.size >= 0:  # of s.tar, the files are in s/
+            inside = inside.replace(os.path.basename(item.path) + os.sep, Path(item.path).stem + os.sep, 1)
+    parts = ["__" if part == os.pardir else part for part in inside.split(os.sep)]
+    stem, ending = os.path.splitext(os.sep.join(parts))
+    return stem + (ending if ending.startswith(".parquet#") else "") + ".txt"
 
 
 def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
-    """Write all rows in a format of `FORMATS`; until all of it is on the disk the old output stays.
+    """Write all rows in a format of `FORMATS` but txt; until all of it is on the disk the old output stays.
 
     Raises:
         BulkError: the disk refuses, or pyarrow is missing.
     """
     try:
-        if kind == "txt":
-            for row in rows:
-                if "texts" in row:
-                    _write_sidecar(row)
-        elif kind == "webdataset":
+        if kind == "webdataset":
             _webdataset(rows, out)
         elif kind == "parquet":
             _parquet(rows, out)
-        else:
+        elif kind != "txt":
             with _replacing(out) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
                 {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
                 text.flush()
                 os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(out, error) from error
+
+
+def write_sidecars(rows: Iterable[Row], out: Path) -> None:
+    """Write the text files of those rows that have one, each whole or not at all.
+
+    Raises:
+        BulkError: the disk refuses.
+    """
+    for row in rows:
+        if "sidecar" in row and "texts" in row:
+            said = "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
+            content = row.get("before", "") + said + row.get("after", "") + "\n"
+            path = out / row["sidecar"]
+            try:
+                with _replacing(path) as file:
+                    file.write(content.encode("utf-8", "surrogateescape"))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise disk_error(path, error) from error
+
+
+def write_errors(rows: Iterable[Row], folder: Path) -> Path:
+    """Write the rows that failed into a file of their own, and give its path.
+
+    Raises:
+        BulkError: the disk refuses.
+    """
+    path = folder / ERRORS
+    try:
+        with _replacing(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+            _jsonl((row for row in rows if "error" in row), text)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return path
 
 
 def flat(rows: Iterable[Row]) -> Iterator[Row]:
@@ -77,7 +117,7 @@ def flat(rows: Iterable[Row]) -> Iterator[Row]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{key_of(path.name):016x}.part")  # never longer than a name may be
     try:
         with beside.open("wb") as file:
             yield file
@@ -144,13 +184,6 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
             writer.write_table(pa.Table.from_pylist(block, schema))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write_sidecar(row: Row) -> None:
-    said = "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
-    content = row.get("before", "") + said + row.get("after", "") + "\n"
-    with _replacing(Path(row["sidecar"])) as file:
-        file.write(content.encode("utf-8", "surrogateescape"))
 
 
 def _webdataset(rows: Iterable[Row], out: Path) -> None:

@@ -14,11 +14,11 @@ from blip2.bulk.sources import Item
 
 
 @contextlib.contextmanager
-def progress_bar(listed: Callable[[], Iterable[Item]] | None) -> Iterator[Callable[[Progress], None]]:
+def progress_bar(inputs: Iterable[Item] | None) -> Iterator[Callable[[Progress], None]]:
     """Gives what shows the progress of a run.
 
     Args:
-        listed: lists the inputs a second time, to count them beside the run; None: no time left is shown.
+        inputs: listed a second time, to count them beside the run; None: no time left is shown.
     """
     expected: list[int] = []
 
@@ -26,8 +26,8 @@ def progress_bar(listed: Callable[[], Iterable[Item]] | None) -> Iterator[Callab
         with contextlib.suppress(BulkError):  # the run itself says what is wrong
             expected.append(sum(1 for _ in inputs))
 
-    if listed is not None:
-        threading.Thread(target=count, args=(listed(),), daemon=True).start()
+    if inputs is not None:
+        threading.Thread(target=count, args=(inputs,), daemon=True).start()
     with tqdm(unit=" images", mininterval=1) as bar:
 
         def show(progress: Progress) -> None:

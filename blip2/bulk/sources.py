@@ -8,10 +8,13 @@ from __future__ import annotations
 import csv
 import fnmatch
 import glob
+import itertools
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ class Item(NamedTuple):
     content: the bytes themselves, where a table brought them.
     id: the number that COCO's files give it.
     root: the folder its name is kept relative to in a mirror folder.
+    problem: why it is not to be read at all.
     """
 
     name: str
@@ -42,9 +46,12 @@ class Item(NamedTuple):
     content: bytes | None = None
     id: int | str | None = None
     root: str = ""
+    problem: str = ""
 
     def read(self) -> bytes:
         """The bytes of the image file. Raises ImageError where they cannot be read."""
+        if self.problem:
+            raise ImageError(f"{self.name}: {self.problem}")
         if self.content is not None:
             return self.content
         path = Path(self.path)
@@ -60,8 +67,33 @@ class Item(NamedTuple):
             raise ImageError(
                 f"{self.name}: cannot be read ({error.strerror or 'input/output error'})"
             ) from error
-        except ValueError as error:  # a NUL character in it
-            raise ImageError(f"{self.name!r} is no valid path") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is to caption, listed anew each time it is iterated over: `list_items`, and a part of them.
+
+    limit: the first so many of the items. shard: "i/n", the i-th of n equal parts, from 1.
+
+    Raises:
+        ValueError: no such part.
+    """
+
+    sources: Sequence[str]
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    limit: int | None = None
+    shard: str = "1/1"
+
+    def __post_init__(self) -> None:
+        part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.shard)
+        if part is None or not 1 <= int(part[1]) <= int(part[2]):
+            raise ValueError(f"--shard {self.shard!r}: expected I/N with I from 1 to N, such as 1/8")
+
+    def __iter__(self) -> Iterator[Item]:
+        part, parts = map(int, self.shard.split("/"))
+        items = list_items(self.sources, include=self.include, exclude=self.exclude)
+        return itertools.islice(items, part - 1, self.limit, parts)
 
 
 def list_items(
@@ -75,29 +107,34 @@ def list_items(
         include, exclude: patterns for the files of folders, such as '*.jpg' or 'train/*'.
 
     Raises:
-        BulkError: a list or table that cannot be read; the message names it.
+        BulkError: no such file or folder, or a list or table that cannot be read; the message names it.
     """
     for source in sources:
-        path = Path(source)
-        if not path.exists() and glob.has_magic(source):
-            found = sorted(glob.glob(source, recursive=True))
-            if not found:
-                raise BulkError(f"{source}: no file matches this pattern")
-            for each in found:
-                yield from _of_path(each, include, exclude)
+        if not os.path.exists(source) and not glob.has_magic(source):  # a slip, and no input
+            raise BulkError(f"{source}: no such file or folder")
+    for source in sources:
+        if os.path.exists(source) or not glob.has_magic(source):
+            found = [source]
         else:
-            yield from _of_path(source, include, exclude)
+            found = sorted(glob.glob(source, recursive=True))
+        if not found:
+            raise BulkError(f"{source}: no file matches this pattern")
+        for each in found:
+            if os.path.isdir(each):
+                # Of several folders, each keeps its name in a mirror folder.
+                alone = len(sources) == len(found) == 1
+                yield from _folder(
+                    each, each if alone else os.path.dirname(each.rstrip(os.sep)), include, exclude
+                )
+            else:
+                yield from _file(each)
 
 
-def _of_path(source: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Item]:
+def _file(source: str) -> Iterator[Item]:
     path = Path(source)
     suffix = path.suffix.lower()
-    if path.is_dir():
-        yield from _folder(source, include, exclude)
-    elif suffix in SUFFIXES or suffix not in (*LISTS, *TABLES, ".tar", ".json", ".jsonl"):
+    if suffix in SUFFIXES or suffix not in (*LISTS, *TABLES, ".tar", ".json", ".jsonl"):
         yield Item(source, source, root=os.path.dirname(source))
-    elif not path.is_file():
-        raise BulkError(f"{source}: no such file or folder")
     else:
         try:
             yield from _inside(source, suffix)
@@ -107,7 +144,7 @@ def _of_path(source: str, include: Sequence[str], exclude: Sequence[str]) -> Ite
             ) from error
 
 
-def _folder(folder: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Item]:
+def _folder(folder: str, root: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Item]:
     for place, names, files in os.walk(folder):
         names.sort()
         for name in sorted(files):
@@ -118,7 +155,7 @@ def _folder(folder: str, include: Sequence[str], exclude: Sequence[str]) -> Iter
             else:
                 wanted = os.path.splitext(name)[1].lower() in SUFFIXES
             if wanted and not any(_fits(inner, pattern) for pattern in exclude):
-                yield Item(path, path, root=folder)
+                yield Item(path, path, root=root)
 
 
 def _fits(path: str, pattern: str) -> bool:
@@ -186,7 +223,8 @@ def _tar(source: str) -> Iterator[Item]:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
             if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
-                yield Item(f"{source}/{member.name}", source, member.offset_data, member.size)
+                name, root = f"{source}/{member.name}", os.path.dirname(source)
+                yield Item(name, source, member.offset_data, member.size, root=root)
 
 
 def _parquet(source: str) -> Iterator[Item]:
@@ -209,6 +247,6 @@ def _parquet(source: str) -> Iterator[Item]:
                         path = os.path.join(root, content)
                         yield Item(path, path, root=root)
                     else:
-                        yield Item(f"{source}#{place}", source, content=content or b"")
+                        yield Item(f"{source}#{place}", source, content=content or b"", root=root)
     except pyarrow.ArrowException as error:
         raise BulkError(f"{source}: no parquet file that can be read ({error})") from error

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2.commands.terminal import (
     DONE,
@@ -19,17 +19,20 @@ from blip2.commands.terminal import (
     print_line,
 )
 
+if TYPE_CHECKING:
+    from blip2.bulk.run import Engine
+
 
 def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Captions of any number of images into a file or folder."""
     from pathlib import Path
 
-    from blip2.bulk import BulkError, Settings, caption_all, estimate, list_items
-    from blip2.bulk.describe import describer, fingerprint, shrinker
+    from blip2.bulk import BulkError, Inputs, Settings, caption_all, estimate
+    from blip2.bulk.describe import describer, fingerprint, shrinker, side_by_side
     from blip2.bulk.journal import GO_ON
-    from blip2.bulk.outputs import format_of
+    from blip2.bulk.outputs import ERRORS, format_of, state_folder
     from blip2.bulk.progress import progress_bar
-    from blip2.bulk.run import part_of
+    from blip2.inputs import SUFFIXES
 
     if args.stream or args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--out takes no --stream, and a --batch-size and a --limit of at least 1")
@@ -44,16 +47,18 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     if options["do_sample"] and options["seed"] is None:
         raise BulkError("sampling into a file needs --seed: else no run could be repeated or gone on with")
 
-    def listed() -> Iterator[Any]:
-        items = list_items(args.images, include=args.include, exclude=args.exclude)
-        return part_of(items, limit=args.limit, shard=args.shard)
-
-    listed()  # complains of a wrong --shard before a model is loaded
-    model = load_named(args)
+    inputs = Inputs(
+        sources=args.images, include=args.include, exclude=args.exclude, limit=args.limit, shard=args.shard
+    )
+    if next(iter(inputs), None) is None and args.shard == "1/1":
+        raise BulkError(f"{' '.join(args.images)}: no images found (folders: {' '.join(sorted(SUFFIXES))})")
+    engine = _ray() if args.engine == "ray" else None
+    here = args if engine is None else argparse.Namespace(**vars(args) | {"device": "cpu"})  # others describe
+    model = load_named(here)
     if args.match or args.keep_best:
         _ = model.matcher  # says now where there is none
     describe = describer(
-        model,
+        (lambda: model) if engine is None else (lambda: load_named(args)),
         options,
         questions=questions,
         prefix=args.prefix,
@@ -64,7 +69,7 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     )
     prepare = shrinker(model, match=args.match or args.keep_best)
     if args.dry_run:
-        count, seconds = estimate(listed(), describe, prepare=prepare, batch_size=args.batch_size)
+        count, seconds = estimate(inputs, describe, prepare=prepare, batch_size=args.batch_size)
         print_line(f"{count:,} inputs, about {_duration(seconds)} on this machine; nothing was written")
         return DONE
     made_with = options | {
@@ -81,27 +86,41 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
         "format": kind,
         "shard": args.shard,
     }
-    settings = Settings(
-        out=out,
-        kind=kind,
-        made_with=made_with,
-        existing=args.existing,
-        batch_size=args.batch_size,
-        threads=min(8, os.cpu_count() or 1),
-    )
     # To count the rows of parquet files is to read the images within them.
     countable = not any(source.lower().endswith(".parquet") for source in args.images)
     quiet = contextlib.nullcontext(lambda progress: None)
-    with quiet if args.quiet else progress_bar(listed if countable else None) as show:
+    bar = quiet if args.quiet else progress_bar(inputs if countable else None)
+    with bar as show, side_by_side(model) as beside:
+        settings = Settings(
+            out=out,
+            kind=kind,
+            made_with=made_with,
+            existing=args.existing,
+            batch_size=args.batch_size,
+            side_by_side=beside,
+            threads=min(8, os.cpu_count() or 1),
+        )
         try:
-            done = caption_all(listed(), settings, describe, prepare=prepare, progress=show)
+            done = caption_all(inputs, settings, describe, prepare=prepare, progress=show, engine=engine)
         except KeyboardInterrupt:
             complain(f"stopped; what was done is kept, {GO_ON}")
             return 130
     if not args.quiet:
         total = done.done + done.before
-        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed", file=sys.stderr)
+        which = f": {state_folder(out, kind) / ERRORS}" if done.failed else ""
+        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed{which}", file=sys.stderr)
     return SOME_FAILED if done.failed else DONE
+
+
+def _ray() -> Engine:
+    """The engine of a cluster. Raises BulkError where Ray is missing."""
+    try:
+        from blip2.bulk.on_ray import on_ray
+    except ImportError as error:
+        from blip2.bulk import BulkError
+
+        raise BulkError(f"--engine ray needs Ray ({error}); pip install 'blip2[ray]'") from None
+    return on_ray
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blip2.data import DataError
 from blip2.evaluate.answers import exact_match, gqa_accuracy, vqa_accuracy
 from blip2.evaluate.captions import caption_scores
 from blip2.evaluate.protocols import PAPER_TASKS, PROTOCOLS, Protocol, published
@@ -96,6 +97,10 @@ def evaluate(
         )
         for part in parts
     ]
+    for each in read:
+        _need_images(
+            [item for part in each.sets for item in part] if isinstance(each, Scenes) else each.items
+        )
     model = load()
     return [
         scenes_report(model, each, settings, called=called)
@@ -103,6 +108,15 @@ def evaluate(
         else task_report(model, each, settings, called=called)
         for each in read
     ]
+
+
+def _need_images(items: Sequence[Item]) -> None:
+    """Raises DataError where files are missing: at the beginning, and not after hours."""
+    missing = [
+        item.image for item in items if isinstance(item.image, str | Path) and not Path(item.image).is_file()
+    ]
+    if missing:
+        raise DataError(f"{len(missing):,} of {len(items):,} images are missing, such as {missing[0]}")
 
 
 def task_report(model: Predictor, task: Task, settings: Settings, *, called: str) -> Report:
@@ -204,9 +218,14 @@ def _questions(
 
 
 def ask(model: Predictor, images: Sequence[Any], questions: Sequence[str], protocol: Protocol) -> list[str]:
-    """An answer to each question about its image."""
+    """An answer to each question about its image; an image that is a file is read once, however often it comes."""
+    keys = [image if isinstance(image, str | Path) else id(image) for image in images]
+    distinct = dict(zip(keys, images, strict=True))
+    encoded = dict(
+        zip(distinct, model.encode([*distinct.values()], batch_size=max(1, len(distinct))), strict=True)
+    )
     answers = model.ask(
-        list(images),
+        [encoded[key] for key in keys],
         list(questions),
         beams=protocol.beams,
         max_new_tokens=protocol.max_new_tokens,

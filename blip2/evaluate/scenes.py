@@ -34,15 +34,14 @@ class Scenes:
     questions: list[Item]
     retrieval: list[Item]
 
+    @property
+    def sets(self) -> tuple[list[Item], ...]:
+        """All four."""
+        return self.singles, self.multi, self.questions, self.retrieval
+
     def first(self, limit: int | None) -> Scenes:
         """The first so many of each set."""
-        return Scenes(
-            self.nouns,
-            self.singles[:limit],
-            self.multi[:limit],
-            self.questions[:limit],
-            self.retrieval[:limit],
-        )
+        return Scenes(self.nouns, *(items[:limit] for items in self.sets))
 
 
 def read_scenes(data: Path | None) -> Scenes:

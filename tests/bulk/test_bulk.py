@@ -23,11 +23,12 @@ import pytest
 from PIL import Image
 
 import blip2
-from blip2.bulk import BulkError, Item, Settings, caption_all, list_items, outputs
+from blip2.bulk import BulkError, Inputs, Item, Settings, caption_all, list_items, outputs
+from blip2.bulk.describe import describer, shrinker
 from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.progress import progress_bar
-from blip2.bulk.run import Progress, part_of
+from blip2.bulk.run import Progress
 from blip2.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
@@ -58,7 +59,8 @@ def say(images: Sequence[Image.Image]) -> list[list[Row]]:
 
 
 def settings(out: Path, **changes: Any) -> Settings:
-    return Settings(**{"out": out, "kind": "jsonl", "made_with": {"model": "m"}, "batch_size": 4, **changes})
+    fixed = {"kind": "jsonl", "made_with": {"model": "m"}, "batch_size": 4, "side_by_side": 2}
+    return Settings(**{"out": out, **fixed, **changes})
 
 
 def run(folder: Path, out: Path, **changes: Any) -> list[Row]:
@@ -69,7 +71,7 @@ def run(folder: Path, out: Path, **changes: Any) -> list[Row]:
 # --- survival ---
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [20, pytest.param(500, marks=pytest.mark.full)])
 def test_kills_change_nothing(kills: int, tmp_path: Path) -> None:
     folder, straight, out = (
         make_folder(tmp_path / "in", 120),
@@ -160,8 +162,8 @@ def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> N
         seen.extend(image.tobytes() for image in images)
         return say(images)
 
-    for _ in range(2):
-        caption_all(list_items([str(folder)]), settings(out), count)
+    for beside in (2, 1):
+        caption_all(list_items([str(folder)]), settings(out, side_by_side=beside), count)
     assert len(seen) == len(set(seen)) == 12  # of 15 one is damaged and two are the first again
     (folder / "00002b.png").write_bytes(png(0))
     (folder / "new.png").write_bytes(png(99))
@@ -188,6 +190,33 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     ahead: list[int] = []
     caption_all(many(), settings(tmp_path / "out.jsonl", batch_size=50), check)
     assert len(described) == 3000 and max(ahead) < 256 + 4 * 50
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory as Linux tells it")
+def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path) -> None:
+    """With a model; one image kept of each would be 700 MiB, one at the model's size 15."""
+    file = io.BytesIO()
+    Image.effect_noise((300, 200), 50).convert("RGB").save(file, "JPEG")
+    items = (Item(str(i), "", content=file.getvalue() + str(i).encode()) for i in range(5000))
+    model = blip2.load(generator_folder)
+    describe = describer(lambda: model, {"max_new_tokens": 4, "beams": 2})
+    resident: list[float] = []
+
+    def measure(progress: Progress) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * resource.getpagesize() / 2**20)
+
+    caption_all(
+        items,
+        settings(tmp_path / "o.jsonl", batch_size=25),
+        describe,
+        prepare=shrinker(model, match=False),
+        progress=measure,
+    )
+    early, late = max(resident[20:60]), max(resident[-40:])
+    print(f"{early:.0f} MiB after 500 images, {late:.0f} MiB after 5,000")
+    assert len(resident) == 201 and late < early + 10
 
 
 def test_the_index_is_never_believed_over_the_journal(tmp_path: Path) -> None:
@@ -311,13 +340,28 @@ def test_every_source(tmp_path: Path) -> None:
             found(name)
 
 
-def test_shards_are_all_of_it() -> None:
-    items = [Item(str(i), "") for i in range(10)]
-    parts = [[*part_of(items, shard=f"{i}/3")] for i in (1, 2, 3)]
-    assert sorted(item for part in parts for item in part) == items
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "deep.png").mkdir()
+    (tmp_path / "list.txt").write_text("gone.png\ndeep.png\na\0b.png\n")
+    rows = run(tmp_path / "list.txt", tmp_path / "o.jsonl")
+    assert [row["error"].removeprefix(f"{tmp_path}/") for row in rows] == [
+        "gone.png: no such file",
+        "deep.png: no such file (a folder?)",
+        "a\0b.png: no such file",
+    ]
+    assert [json.loads(line) for line in (tmp_path / ".o.jsonl.blip2" / "errors.jsonl").open()] == rows
+
+
+def test_shards_are_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_folder(tmp_path / "in", 10))
+    names = sorted(os.listdir())
+    parts = [[item.name for item in Inputs(sources=names, shard=f"{i}/3")] for i in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == names
+    assert [item.name for item in Inputs(sources=names, limit=5, shard="2/2")] == [names[1], names[3]]
     for wrong in ("0/3", "4/3", "x"):
         with pytest.raises(ValueError, match="--shard"):
-            part_of(items, shard=wrong)
+            Inputs(sources=names, shard=wrong)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "coco", "webdataset"])
@@ -376,6 +420,62 @@ def test_text_files_in_a_mirror_folder(tmp_path: Path) -> None:
         beside = (out / "in" / name).with_suffix(".txt")
         assert beside.read_text() == texts[str(folder / name)] + "\n"
     assert not [*folder.rglob("*.txt")]
+
+
+def test_text_files_appear_as_captions_are_done(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", 9)
+    texts = {Path(row["image"]).stem: row.get("caption") for row in run(folder, tmp_path / "o.jsonl")}
+
+    def stop(progress: Progress) -> None:
+        found = {path.stem: path.read_text().strip() for path in folder.glob("*.txt")}
+        assert found == {name: texts[name] for name in list(texts)[: progress.done]}
+        if progress.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say, progress=stop)
+    (folder / "00002.txt").unlink()  # as where it was killed before this file was written
+    caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say)
+    assert {path.stem: path.read_text().strip() for path in folder.glob("*.txt")} == texts
+    (folder / "00002.txt").write_text("better")  # once all is done, what was written is the user's
+    (folder / "00009.png").write_bytes(png(9))
+    assert caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say).done == 1
+    assert (folder / "00002.txt").read_text() == "better"
+
+
+def test_every_image_has_a_text_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    z = "z" * 251  # a name as long as may be
+    names = ["a/x.jpg", "a/x.png", "a/y..png", "b/x.jpg", "b/deep/x.jpg", f"c/{z}.png"]
+    for i, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(png(i))
+    with tarfile.open("s.tar", "w") as archive:
+        archive.add("a/x.jpg", "deep/x.jpg")
+    pq.write_table(pa.table({"bytes": [png(10), png(11)]}), "t.parquet")
+
+    def texts(out: str, *sources: str) -> list[str]:
+        failed: list[int] = []
+        caption_all(
+            list_items(sources),
+            settings(Path(out), kind="txt"),
+            say,
+            progress=lambda progress: failed.append(progress.failed),
+        )
+        return [str(failed[-1]), *sorted(str(path) for path in Path(out).rglob("*.txt"))]
+
+    mirror = ["o/a/x.txt", "o/a/y..txt", "o/b/deep/x.txt", "o/b/x.txt", "o/s/deep/x.txt"]
+    assert texts("o", "a", "b", "s.tar", "t.parquet") == [
+        "1", *mirror, "o/t.parquet#1.txt", "o/t.parquet#2.txt"]  # fmt: skip
+    journal = [json.loads(line[9:]) for line in Path("o/.blip2/journal").read_text().splitlines()]
+    refused = next(row for record in journal[1:-1] for row in record if "error" in row)
+    assert refused["error"].startswith("a/x.png: a/x.txt is the text file of another image")
+    assert texts("p", f"c/{z}.png", "a/../c/../b") == ["0", "p/b/deep/x.txt", "p/b/x.txt", f"p/{z}.txt"]
+    assert {*texts(".", "b/x.jpg", "c")} >= {"b/x.txt", f"c/{z}.txt"}
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("q/b"))
+    Path("q/b").mkdir(parents=True)
+    assert texts("q", "a/x.jpg", "b") == ["1", "q/b/deep/x.txt", "q/x.txt"]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "webdataset"])
@@ -437,10 +537,20 @@ def _kill_at(place: int, *, half: bool) -> None:
 # --- the command ---
 
 
-def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Path, capsys: Any) -> None:
+def test_the_command(
+    generator_folder: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = blip2.load(generator_folder)
     out, common = tmp_path / "c.jsonl", ["--model", str(generator_folder), "--max-new-tokens", "6", "--quiet"]
     (tmp_path / "bad.png").write_bytes(b"no image")
+    for source, told in (("no.jpg", "no such file or folder"), (str(tmp_path / "none"), "no images found")):
+        (tmp_path / "none").mkdir(exist_ok=True)
+        assert main(["caption", source, "--out", str(out), *common]) == 2 and not out.exists()
+        assert told in capsys.readouterr().err
     command = ["caption", str(pictures[0].parent), str(tmp_path / "bad.png"), "--out", str(out), *common]
     assert main([*command, "--batch-size", "2"]) == 1
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -453,8 +563,11 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
             "hash": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
     assert [*rows[-1]] == ["image", "error"]
+    assert json.loads((tmp_path / ".c.jsonl.blip2" / "errors.jsonl").read_text()) == rows[-1]
     assert main([*command, "--beams", "2"]) == 2
     assert "beams was 5, now 2" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([*command, "--engine", "ray"]) == 2 and "pip install 'blip2[ray]'" in capsys.readouterr().err
 
     (tmp_path / "q.txt").write_text("what is it?\nhow many?\n")
     out = tmp_path / "a.jsonl"
@@ -469,12 +582,12 @@ def test_the_command(generator_folder: Path, pictures: list[Path], tmp_path: Pat
 
 def test_the_time_left_is_shown_where_inputs_can_be_counted(capfd: Any) -> None:
     def listed() -> Iterator[Item]:
+        yield from (Item(str(i), "") for i in range(40))
         counted.set()
-        return iter([Item(str(i), "") for i in range(40)])
 
     for known in (True, False):
         counted = threading.Event()
-        with progress_bar(listed if known else None) as show:
+        with progress_bar(listed() if known else None) as show:
             for thread in threading.enumerate():
                 if known and thread.daemon and "count" in thread.name:
                     thread.join()

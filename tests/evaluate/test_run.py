@@ -186,6 +186,17 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--answers" in capsys.readouterr().err
 
 
+def test_missing_images_are_told_before_a_model_is_loaded(data: Path) -> None:
+    (data / "easy_vqa/data/test/images/1.png").unlink()
+    (data / "scenes/images/0.png").unlink()
+    for task, told in (
+        ("easyvqa", "1 of 2 images are missing, such as .*1.png"),
+        ("scenes", "3 of 6 .*0.png"),
+    ):
+        with pytest.raises(DataError, match=told):
+            evaluate(lambda: pytest.fail("loaded"), task, data, Settings(), called="x")
+
+
 def test_the_command(
     data: Path, generator_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -1,0 +1,132 @@
+"""The same run on a Ray cluster: Ray Data lists, reads and describes wherever there is room, balances, and restarts.
+
+Every machine must find this package, the model and the images under the same paths. The journal and the output are
+written by the process that began the run, so all that is said of them elsewhere holds here too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+
+from blip2.bulk.journal import BulkError, Journal, Row
+from blip2.bulk.run import (
+    Decoded,
+    Describe,
+    Prepare,
+    Settings,
+    decode,
+    describe_all,
+    finished_rows,
+    new_items,
+)
+from blip2.bulk.sources import Item
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A row of Ray Data: a batch's items, then what was decoded, then finished rows; or what was raised on the way."""
+
+    content: Any
+
+
+def on_ray(
+    items: Iterable[Item], journal: Journal, settings: Settings, describe: Describe, prepare: Prepare
+) -> Iterator[list[Row]]:
+    """The engine of a cluster: the one that RAY_ADDRESS names or this machine is part of, else this machine.
+
+    Batches are so many items one after the other; an image that comes in two of them is described twice, and the
+    first text counts. `items`, `describe` and `prepare` travel to other machines.
+
+    Raises:
+        BulkError: Ray gave up. What is raised on one of the machines is raised here.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls errors what Ray Data does on purpose
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    folder, known = os.getcwd(), ray.put((journal.names, journal.files))
+    cpus, gpus, actors = _room()
+
+    def listed(_: Any) -> Iterator[dict[str, Any]]:
+        os.chdir(folder)
+        stream = new_items(items, *ray.get(known), settings)
+        try:
+            while some := list(itertools.islice(stream, settings.batch_size)):
+                yield {"batch": np.array([_Batch(some)], object)}
+        except BulkError as error:
+            yield {"batch": np.array([_Batch(error)], object)}
+
+    def decoded(row: dict[str, Any]) -> dict[str, Any]:
+        os.chdir(folder)
+        return _next(row, lambda batch: [decode(item, settings, prepare) for item in batch])
+
+    def described(read: list[Decoded]) -> list[Row]:
+        images = {each.row["hash"]: each.image for each in read if each.image is not None}
+        return finished_rows(read, describe_all(images, describe), lambda digest: None)
+
+    class Describer:
+        def __init__(self) -> None:
+            os.chdir(folder)
+            torch.set_num_threads(max(1, cpus))
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return _next(row, described)
+
+    batches = (
+        ray.data.from_items([None])
+        .map_batches(listed, num_cpus=0)
+        .repartition(target_num_rows_per_block=1)  # so that batches are read side by side
+        .map(decoded, num_cpus=0.5)  # half of the time it waits for the disk
+        .map(
+            Describer,  # type: ignore[arg-type]  # Ray makes one in each actor
+            num_cpus=cpus,
+            num_gpus=gpus,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+        )
+    )
+    try:
+        for row in batches.iter_rows():
+            found = row["batch"].content
+            if isinstance(found, Exception):
+                raise found
+            yield [
+                each | {"texts": journal.texts(each["hash"]) or each["texts"]} if "texts" in each else each
+                for each in found
+            ]
+    except ray.exceptions.RayError as error:
+        raise BulkError(f"on Ray: {str(error).splitlines()[0]}") from error
+
+
+def _next(row: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
+    """A batch's next state. What is raised goes through as it is: Ray's own errors are pages of text."""
+    content = row["batch"].content
+    if not isinstance(content, Exception):
+        try:
+            content = work(content)
+        except Exception as error:
+            content = error
+    return {"batch": _Batch(content)}
+
+
+def _room() -> tuple[int, int, int]:
+    """CPUs and GPUs of an actor, and how many actors: one a GPU, or one a machine; a CPU is left for reading."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    gpus = int(sum(machine.get("GPU", 0) for machine in machines))
+    if gpus:
+        return 0, 1, gpus
+    cpus = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    return min(cpus) - 1, 0, len(cpus)
