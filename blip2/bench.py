@@ -69,6 +69,7 @@ class Ours:
             dtype=None if side.quantize else side.dtype,
             device=side.device,
             quantize=side.quantize,
+            lay_out=True,
         )
         assert isinstance(model, Blip2)
         self.model, words = model, load_processing(side.folder)[1]

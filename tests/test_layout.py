@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.rounded_files "
     "checkpoint.tensors checkpoint.translate config text",
     "checkpoint.load": "checkpoint.dialects checkpoint.hub checkpoint.names checkpoint.rounded_files "
-    "checkpoint.source checkpoint.tensors checkpoint.translate config images model quantize text",
+    "checkpoint.source checkpoint.tensors checkpoint.translate config images layers model quantize text",
     "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
     "checkpoint.folder": "checkpoint.tensors checkpoint.writers lock",
     "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
