@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "config": "",
     "lock": "",
     "layers": "",
-    "quantize": "",
+    "quantize": "layers",
     "images": "config",
     "text": "config",
     "vision": "config layers",

@@ -202,7 +202,9 @@ def build(
         names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
     if lay_out and device.type == "cpu" and processor_has_bf16():
-        done = _lay_out(model, tensors, names, dtypes)
+        # a head that is the word embeddings' weight is needed as it is
+        plain = {ours: stored for ours, stored in names.items() if not (tied and ours == _HEAD)}
+        done = _lay_out(model, tensors, plain, dtypes)
         names = {ours: stored for ours, stored in names.items() if ours not in done}
     for ours, stored in names.items():
         if not (tied and ours == _HEAD):
@@ -231,10 +233,9 @@ def _lay_out(
     weights = {
         f"{name}.weight": layer
         for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and name.startswith(_LAID_OUT) and dtypes[_part(name)] == torch.bfloat16
+        if isinstance(layer, Linear) and name.startswith(_LAID_OUT) and f"{name}.weight" in names
     }
-    if isinstance(model, Blip2) and model.language.tied:
-        weights.pop(_HEAD, None)  # the word embeddings' weight, which is needed as it is
+    weights = {name: layer for name, layer in weights.items() if dtypes[_part(name)] == torch.bfloat16}
     if not weights:
         return set()
     with ThreadPoolExecutor(1) as reader:
