@@ -33,7 +33,7 @@ WORDS = ("language.embed_tokens", "language.shared")  # OPT's and T5's table of 
 _CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 # A token whose largest value is so many times its mean size is written in two terms. Of 4096 normally distributed values
 # the largest is about 5 times the mean size; beside seven outlier channels it is 100 times.
-_STEEP = 12.0
+_STEEP = 8.0
 _NONE = torch.empty(0, dtype=torch.int64)
 _AT_ONCE = 1 << 21  # weights rounded together: what that takes stays small, and in the processor's caches
 
@@ -292,6 +292,11 @@ def levels() -> int:
     return 127 if float(_multiply(torch.full((1, 64), 127.0), packed, 127)) == 64 * 127 * 127 else 63
 
 
+def onednn_multiplies() -> bool:
+    """Whether oneDNN multiplies 8 bit values here and is quick at it: on x86 with VNNI."""
+    return levels() == 127 and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
 def _pack(weight: Rounded8) -> Any:
     """A weight in FBGEMM's layout."""
     engine = torch.backends.quantized.engine
@@ -374,12 +379,8 @@ def _layer(name: str, layer: nn.Linear | nn.Embedding, weight: Rounded) -> nn.Mo
     bias = None if layer.bias is None else layer.bias.detach()
     if isinstance(weight, Rounded4):
         return Int4Linear(weight, bias)
-    if name.startswith("vision.") and weight.values.device.type == "cpu" and levels() == 127 and _has_onednn():
+    if name.startswith("vision.") and weight.values.device.type == "cpu" and onednn_multiplies():
         # an image's attention is quicker in bf16, and what eight bits leave of a value fits into it
         narrow = name.endswith(".qkv") and processor_has_bf16()
         return Int8ImageLinear(weight, bias, torch.bfloat16 if narrow else None)
     return Int8Linear(weight, bias, 2)
-
-
-def _has_onednn() -> bool:
-    return hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")

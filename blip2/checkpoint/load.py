@@ -28,7 +28,7 @@ from blip2.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_c
 from blip2.images import ImageProcessing
 from blip2.layers import Linear, processor_has_bf16
 from blip2.model import Blip2, Blip2Matcher
-from blip2.quantize import Mode
+from blip2.quantize import WORDS, Mode, Rounded
 from blip2.quantize import quantize as round_layers
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
@@ -132,6 +132,12 @@ def count_parameters(
         return parameters(found.tensors)
 
 
+def stored_as(path: Path) -> Mode | None:
+    """How a checkpoint's weights are rounded; None where they are floats."""
+    with open_checkpoint(path) as found:
+        return stored_mode(found.tensors)
+
+
 def load_processing(
     path: str | Path,
     *,
@@ -194,10 +200,13 @@ def build(
     state: dict[str, Tensor] = {}
     quantize = quantize or stored_mode(tensors)
     if quantize is not None:
-        stored_as = names
-        round_layers(
-            model, quantize, lambda name, kind: rounded(tensors, stored_as[f"{name}.weight"], kind).to(device)
-        )
+        weights = names
+
+        def read(name: str, kind: type[Rounded]) -> Rounded:
+            # a table of words is looked up as it is stored: only the words that occur are ever read
+            return rounded(tensors, weights[f"{name}.weight"], kind, mapped=name in WORDS).to(device)
+
+        round_layers(model, quantize, read)
         rest = model.state_dict()
         names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
