@@ -22,11 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from blip2.checkpoint.inspection import stored_model
 from blip2.checkpoint.load import load_model, load_processing, read_config_file
 from blip2.config import Blip2Config, OptConfig
 from blip2.generate import GenerationOptions, generate
 from blip2.model import Blip2
-from blip2.models import BYTES, int4_bytes, matrix_values
+from blip2.models import BYTES, KnownModel, int4_bytes, matrix_values
 from blip2.quantize import Int8ImageLinear, Int8Linear, Mode, Rounded8, onednn_multiplies
 from blip2.text import CAPTION_PROMPT
 
@@ -154,12 +155,13 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
         found["first token, second question"] = (
             _seconds(loaded.again(prefix)) if side.code == "blip2" else first
         )
+        # of one image, which is what `blip2 doctor` predicts
+        found["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         for batch in batches:
             if batch > 1:
                 found[f"an image in a batch of {batch}"] = (
                     _seconds(lambda: loaded.write(loaded.encode(pixels[:batch]), BEAMS, SHORT), 1) / batch  # noqa: B023
                 )
-    found["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return found
 
 
@@ -210,6 +212,7 @@ class Bench:
     figures: dict[str, dict[str, float]]
     decode_bytes: dict[str, float]  # what one step of the language model reads
     operations: dict[str, float]  # of encoding an image and of reading its prompt
+    predicted: dict[str, float]  # the peak by `blip2 doctor`, bytes
 
     def lines(self) -> list[str]:
         """A table: a line a figure; the ratio is that of the last contender to each."""
@@ -252,6 +255,8 @@ class Bench:
                 f"a {step} reads {self.decode_bytes[name] / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, "
                 f"{rate / self.limits['read']:.0%} of what this machine reads"
             )
+        if "peak" in figures and name in self.predicted:
+            told.append(f"`blip2 doctor` predicts {self.predicted[name] / figures['peak']:.0%} of its peak")
         return "; ".join(told)
 
     def as_json(self) -> str:
@@ -260,7 +265,11 @@ class Bench:
             name: {f: float(f"{v:.4g}") for f, v in each.items()} for name, each in self.figures.items()
         }
         facts = {"figures": rounded, "limits": {n: float(f"{v:.4g}") for n, v in self.limits.items()}}
-        work = {"decode_bytes": self.decode_bytes, "operations": self.operations}
+        work = {
+            "decode_bytes": self.decode_bytes,
+            "operations": self.operations,
+            "predicted_peak": self.predicted,
+        }
         return json.dumps({"rounds": self.rounds, **facts, **work})
 
 
@@ -300,7 +309,8 @@ def run(
     figures = {name: {f: median(r[f] for r in all_) for f in all_[0]} for name, all_ in per_side.items()}
     best = {name: max(each[name] for each in machine) for name in machine[0]}
     reads = {side.name: decode_bytes(side) for side in contenders}
-    return Bench(contenders, rounds, best, figures, reads, operations(contenders[0]))
+    predicted = {side.name: predicted_peak(side) for side in contenders if side.code == "blip2"}
+    return Bench(contenders, rounds, best, figures, reads, operations(contenders[0]), predicted)
 
 
 def _recorded(record: Path | None) -> dict[tuple[str, int], dict[str, float]]:
@@ -324,6 +334,14 @@ def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
         raise ValueError(f"{side.name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
+
+
+def predicted_peak(side: Contender) -> float:
+    """The memory that `blip2 doctor` tells for a side."""
+    config, parameters, disk_bytes = stored_model(Path(side.folder))
+    return KnownModel(side.folder, "", "", config, parameters, disk_bytes).memory_bytes(
+        side.quantize or side.dtype
+    )
 
 
 def operations(side: Contender) -> dict[str, float]:

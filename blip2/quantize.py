@@ -27,7 +27,7 @@ from blip2.layers import processor_has_bf16
 Mode = Literal["int8", "int4"]
 MODES: tuple[Mode, ...] = ("int8", "int4")
 
-GROUP = 32  # weights that share a scale in int4
+GROUP = 128  # weights that share a scale in int4
 WORDS = ("language.embed_tokens", "language.shared")  # OPT's and T5's table of word embeddings
 # Shares of a group's range that are tried: cutting off an extreme may round all the others better.
 _CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)

@@ -38,12 +38,13 @@ def test_ratios_are_the_peers_time_over_ours() -> None:
     }
     limits = {"read": 20e9, "fp32": 1e11, "bf16": 1e11, "int8": 1e11}
     reads = {ours.name: 5e9, theirs.name: 5e9}
-    bench = Bench((ours, theirs), 3, limits, figures, reads, {"load": 2e11, "prefill": 1e12})
+    bench = Bench((ours, theirs), 3, limits, figures, reads, {"load": 2e11, "prefill": 1e12}, {ours.name: 9e8})
     lines = bench.lines()
     assert "(4.00x)" in lines[1] and "(2.00x)" in lines[2] and "1.00 GB (3.00x)" in lines[3]
     assert (
         "blip2 bf16: load 0.20 TOP at 200 GOP/s, 200% of bf16's limit; "
-        "a greedy step reads 5.00 GB at 10.0 GB/s, 50% of what this machine reads" in lines
+        "a greedy step reads 5.00 GB at 10.0 GB/s, 50% of what this machine reads; "
+        "`blip2 doctor` predicts 90% of its peak" in lines
     )
 
 

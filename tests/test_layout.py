@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "data": "images text",
     "bulk": "images inputs lock predict",
     "train": "config layers vision qformer opt t5 model data checkpoint",
-    "bench": "checkpoint.load config generate model models quantize text",
+    "bench": "checkpoint.inspection checkpoint.load config generate model models quantize text",
     "cli": "commands",
     "commands": "bench bulk checkpoint doctor evaluate generate images inputs models parts predict serve",
 }
