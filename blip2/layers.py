@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,6 +105,24 @@ def processor_has_bf16() -> bool:
 def slow(weight: Tensor) -> bool:
     """Whether products with a weight are slow for want of instructions: bf16 on a processor without them."""
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not processor_has_bf16()
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim; None elsewhere."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        return trim
+    return None
+
+
+def give_back_memory() -> None:
+    """Give what was freed back to the system, where the allocator would keep it between what is in use.
+
+    While weights are laid out one by one it would keep about as much as the weights take.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
 
 
 _WIDE_FROM = 8  # rows; with fewer, reading the weight is what takes the time

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.layers import processor_has_bf16
+from blip2.layers import give_back_memory, processor_has_bf16
 
 Mode = Literal["int8", "int4"]
 MODES: tuple[Mode, ...] = ("int8", "int4")
@@ -297,20 +299,27 @@ def onednn_multiplies() -> bool:
     return levels() == 127 and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
-def _pack(weight: Rounded8) -> Any:
-    """A weight in FBGEMM's layout."""
+@contextmanager
+def _packing() -> Iterator[None]:
+    """Weights are packed for FBGEMM meanwhile, in all threads."""
     engine = torch.backends.quantized.engine
+    if engine == "fbgemm":  # whoever began sets it back
+        yield
+        return
     torch.backends.quantized.engine = "fbgemm"
     try:
-        zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # newer releases announce that these tensors will go; see `levels`
-            tensor = torch._make_per_channel_quantized_tensor(weight.values, weight.scale.double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack(tensor, None)
+        yield
     finally:
         torch.backends.quantized.engine = engine
+
+
+def _pack(weight: Rounded8) -> Any:
+    """A weight in FBGEMM's layout."""
+    zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
+    with _packing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer releases announce that these tensors will go; see `levels`
+        tensor = torch._make_per_channel_quantized_tensor(weight.values, weight.scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(tensor, None)
 
 
 def _multiply(rows: Tensor, packed: Any, most: int | None = None) -> Tensor:
@@ -358,18 +367,25 @@ def _ends(model: nn.Module) -> tuple[str, ...]:
 def quantize(
     model: nn.Module, mode: Mode, read: Callable[[str, type[Rounded]], Rounded] | None = None
 ) -> None:
-    """Put rounded layers in the place of a model's, one at a time. In place.
+    """Put rounded layers in the place of a model's, two at a time. In place.
 
     Args:
         model: in eval mode. With `read` its weights need not be there; biases come later, by load_state_dict.
         mode: "int8" or "int4".
         read: gives a layer's weight rounded, by the layer's name; None: the model's own weights are rounded.
     """
-    for name, layer, kind in list(layers(model, mode)):
+
+    def make(name: str, layer: nn.Module, kind: type[Rounded8] | type[Rounded4]) -> None:
         assert isinstance(layer, nn.Linear | nn.Embedding)
         weight = kind.of(layer.weight.detach()) if read is None else read(name, kind)
         above, _, last = name.rpartition(".")
         setattr(model.get_submodule(above), last, _layer(name, layer, weight))
+        give_back_memory()
+
+    fbgemm = _packing() if levels() else nullcontext()
+    with fbgemm, ThreadPoolExecutor(2) as pool:  # one reads or rounds while the other packs
+        for done in [pool.submit(make, *each) for each in list(layers(model, mode))]:
+            done.result()
 
 
 def _layer(name: str, layer: nn.Linear | nn.Embedding, weight: Rounded) -> nn.Module:

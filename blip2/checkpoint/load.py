@@ -26,7 +26,7 @@ from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks
 from blip2.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
-from blip2.layers import Linear, processor_has_bf16
+from blip2.layers import Linear, give_back_memory, processor_has_bf16
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantize import WORDS, Mode, Rounded
 from blip2.quantize import quantize as round_layers
@@ -255,6 +255,8 @@ def _lay_out(
             if waiting:
                 coming = reader.submit(tensors.copy, names[waiting[0]])
             layer.lay_out(weight.to(torch.bfloat16))
+            del weight
+            give_back_memory()
     return set(weights)
 
 
