@@ -250,7 +250,14 @@ class Int4Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         if weight.values.device.type == "cpu":
             pairs = torch.stack([weight.scales, weight.zeros], dim=-1).transpose(0, 1)  # [K / GROUP, N, 2]
-            packed = torch._convert_weight_to_int4pack_for_cpu(weight.unpacked().int(), 1)
+            rows = max(64, _AT_ONCE // self.in_features // 64 * 64)  # the layout's blocks have 64 outputs at most
+            parts = (
+                Rounded4(*(getattr(weight, f.name)[i : i + rows] for f in fields(weight)))
+                for i in range(0, self.out_features, rows)
+            )
+            packed = torch.cat(
+                [torch._convert_weight_to_int4pack_for_cpu(part.unpacked().int(), 1) for part in parts]
+            )
             self.register_buffer("pairs", pairs.contiguous(), persistent=False)
             self.register_buffer("packed", packed, persistent=False)
             self._plain = None
