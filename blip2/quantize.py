@@ -33,8 +33,8 @@ GROUP = 128  # weights that share a scale in int4
 WORDS = ("language.embed_tokens", "language.shared")  # OPT's and T5's table of word embeddings
 # Shares of a group's range that are tried: cutting off an extreme may round all the others better.
 _CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-# A token whose largest value is so many times its mean size is written in two terms. Of 4096 normally distributed values
-# the largest is about 5 times the mean size; beside seven outlier channels it is 100 times.
+# A token whose largest value is so many times its mean size is written in two terms. Of 4096 normally distributed
+# values the largest is about 5 times the mean size; beside seven outlier channels it is 100 times.
 _STEEP = 8.0
 _NONE = torch.empty(0, dtype=torch.int64)
 _AT_ONCE = 1 << 21  # weights rounded together: what that takes stays small, and in the processor's caches
@@ -168,7 +168,9 @@ class Int8Linear(nn.Module):
         largest = sizes.amax(dim=1, keepdim=True).clamp_(min=1e-30)  # [M, 1]
         scaled = rows * (most / largest)
         steep = largest > (_STEEP if most == 127 else 0) * sizes.mean(dim=1, keepdim=True)
-        again = steep.flatten().nonzero().flatten() if self.terms == 2 else _NONE  # the tokens with a second term
+        again = (
+            steep.flatten().nonzero().flatten() if self.terms == 2 else _NONE
+        )  # the tokens with a second term
         if len(again) == 0:
             return _multiply(scaled, self._packed).mul_(largest / most)
         first = scaled.round()
@@ -250,7 +252,9 @@ class Int4Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         if weight.values.device.type == "cpu":
             pairs = torch.stack([weight.scales, weight.zeros], dim=-1).transpose(0, 1)  # [K / GROUP, N, 2]
-            rows = max(64, _AT_ONCE // self.in_features // 64 * 64)  # the layout's blocks have 64 outputs at most
+            rows = max(
+                64, _AT_ONCE // self.in_features // 64 * 64
+            )  # the layout's blocks have 64 outputs at most
             parts = (
                 Rounded4(*(getattr(weight, f.name)[i : i + rows] for f in fields(weight)))
                 for i in range(0, self.out_features, rows)

@@ -38,7 +38,9 @@ def test_ratios_are_the_peers_time_over_ours() -> None:
     }
     limits = {"read": 20e9, "fp32": 1e11, "bf16": 1e11, "int8": 1e11}
     reads = {ours.name: 5e9, theirs.name: 5e9}
-    bench = Bench((ours, theirs), 3, limits, figures, reads, {"load": 2e11, "prefill": 1e12}, {ours.name: 9e8})
+    bench = Bench(
+        (ours, theirs), 3, limits, figures, reads, {"load": 2e11, "prefill": 1e12}, {ours.name: 9e8}
+    )
     lines = bench.lines()
     assert "(4.00x)" in lines[1] and "(2.00x)" in lines[2] and "1.00 GB (3.00x)" in lines[3]
     assert (

@@ -67,6 +67,18 @@ def test_a_model_in_bf16_is_no_further_from_fp32(generator_folder: Path, has_bf1
     assert off(found, expected) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_an_image_attends_as_torch_s_fused_attention_does(dtype: torch.dtype) -> None:
+    query, key, value = drawn(2, 200, 3, 4, 24).to(dtype).permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+    exact = nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    theirs = nn.functional.scaled_dot_product_attention(query, key, value)
+    found = layers.attend(query, key, value)
+    assert found.shape == exact.shape and found.dtype == dtype
+    assert off(found, exact) < 2.5 * off(theirs, exact) + 1e-6  # scores and shares are rounded to bf16
+    assert torch.equal(layers.attend(query[1:], key[1:], value[1:]), found[1:])  # alone as in a batch
+
+
 # --- laid out for oneDNN ---------------------------------------------------------------------------------------------
 
 needs_bf16 = pytest.mark.skipif(
@@ -132,7 +144,9 @@ def test_a_laid_out_weight_is_put_back_before_it_changes(change: str) -> None:
 def test_a_model_is_laid_out_for_inference_alone(generator_folder: Path, tmp_path: Path) -> None:
     plain, quick = (load_model(generator_folder, dtype="bf16", lay_out=lay_out) for lay_out in (False, True))
     assert isinstance(plain, Blip2) and isinstance(quick, Blip2)
-    assert quick.language.layers[0].fc1._laid_out is not None and plain.language.layers[0].fc1._laid_out is None
+    assert (
+        quick.language.layers[0].fc1._laid_out is not None and plain.language.layers[0].fc1._laid_out is None
+    )
     size = plain.config.vision.image_size
     pixels, ids = drawn(3, 3, size, size, seed=9), torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]] * 3)
     with torch.inference_mode():

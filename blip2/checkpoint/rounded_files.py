@@ -95,7 +95,7 @@ def as_floats(stored: Tensors) -> Tensors:
 
 
 def rounded(tensors: Tensors, name: str, kind: type[Rounded], *, mapped: bool = False) -> Rounded:
-    """A weight, rounded: as it is stored where it is stored so (then `mapped` from the file, if wished), or rounded now."""
+    """A weight, rounded: as it is stored where it is stored so (`mapped`: mapped from the file), or rounded now."""
     file = tensors.file(name)
     if isinstance(file, RoundedFile):
         if file.kind(name) is not kind:
