@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -21,12 +22,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from blip2.checkpoint.inspection import stored_model
 from blip2.checkpoint.load import load_model, load_processing, read_config_file
 from blip2.config import Blip2Config, OptConfig
 from blip2.generate import GenerationOptions, generate
 from blip2.model import Blip2
-from blip2.models import BYTES, int4_bytes, matrix_values
-from blip2.quantize import Int8Linear, Mode, Rounded8
+from blip2.models import BYTES, KnownModel, int4_bytes, matrix_values
+from blip2.quantize import Int8ImageLinear, Int8Linear, Mode, Rounded8, onednn_multiplies
 from blip2.text import CAPTION_PROMPT
 
 PEERS = ("transformers",)
@@ -69,6 +71,7 @@ class Ours:
             dtype=None if side.quantize else side.dtype,
             device=side.device,
             quantize=side.quantize,
+            lay_out=True,
         )
         assert isinstance(model, Blip2)
         self.model, words = model, load_processing(side.folder)[1]
@@ -152,25 +155,26 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
         found["first token, second question"] = (
             _seconds(loaded.again(prefix)) if side.code == "blip2" else first
         )
+        # of one image, which is what `blip2 doctor` predicts
+        found["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         for batch in batches:
             if batch > 1:
                 found[f"an image in a batch of {batch}"] = (
                     _seconds(lambda: loaded.write(loaded.encode(pixels[:batch]), BEAMS, SHORT), 1) / batch  # noqa: B023
                 )
-    found["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return found
 
 
 def _seconds(work: Callable[[], object], times: int = 3) -> float:
-    """The median of a few runs; of one where one takes long."""
-    taken = []
+    """The median of a few runs; of fewer where they take long."""
+    taken: list[float] = []
     for _ in range(times):
         start = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-        if taken[-1] > 20:
+        if sum(taken) > 15:
             break
     return median(taken)
 
@@ -182,10 +186,11 @@ def limits() -> dict[str, float]:
     """What this processor can do: bytes a second read in order, operations a second in matrix products."""
     store = torch.ones(1 << 27)  # 512 MB, beyond every cache
     read = store.nbytes / min(_seconds(lambda: store.sum()) for _ in range(3))
-    side = 1024
+    side = 1536
     a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
     operations = 2 * side**3
-    narrow, eight = a.bfloat16(), Int8Linear(Rounded8.of(a), None, 1)
+    narrow, rounded = a.bfloat16(), Rounded8.of(a)
+    eight = Int8ImageLinear(rounded, None) if onednn_multiplies() else Int8Linear(rounded, None, 1)
     return {
         "read": read,
         "fp32": operations / _seconds(lambda: a @ a.mT, 5),
@@ -206,6 +211,8 @@ class Bench:
     limits: dict[str, float]
     figures: dict[str, dict[str, float]]
     decode_bytes: dict[str, float]  # what one step of the language model reads
+    operations: dict[str, float]  # of encoding an image and of reading its prompt
+    predicted: dict[str, float]  # the peak by `blip2 doctor`, bytes
 
     def lines(self) -> list[str]:
         """A table: a line a figure; the ratio is that of the last contender to each."""
@@ -224,17 +231,33 @@ class Bench:
                 ratio = "" if name == names[-1] or not value else f" ({base / value:.2f}x)"
                 cells.append(shown + ratio)
             lines.append(f"{figure:{width}}" + "".join(f"  {cell:>22}" for cell in cells))
-        for name in names:
-            rate = self.decode_bytes[name] / self.figures[name]["greedy step"]
-            lines.append(
-                f"{name}: a greedy step reads {self.decode_bytes[name] / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, "
-                f"{rate / self.limits['read']:.0%} of what this machine reads"
-            )
+        lines += [f"{name}: {self._shares(name)}" for name in names]
         rates = ", ".join(
             f"{name} {value / 1e9:.0f} GOP/s" for name, value in self.limits.items() if name != "read"
         )
         lines.append(f"limits: reads {self.limits['read'] / 1e9:.1f} GB/s; matrix products {rates}")
         return lines
+
+    def _shares(self, name: str) -> str:
+        """A contender's figures as shares of what this machine can do."""
+        figures, told = self.figures[name], []
+        products = name.split()[-1].replace("int4", "int8")  # an image is encoded in 8 bits in both
+        for what, operations in self.operations.items():
+            if what in figures and products in self.limits:
+                rate = operations / figures[what]
+                share = rate / self.limits[products]
+                told.append(
+                    f"{what} {operations / 1e12:.2f} TOP at {rate / 1e9:.0f} GOP/s, {share:.0%} of {products}'s limit"
+                )
+        for step in (step for step in ("greedy step", f"beam-{BEAMS} step") if step in figures):
+            rate = self.decode_bytes[name] / figures[step]
+            told.append(
+                f"a {step} reads {self.decode_bytes[name] / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, "
+                f"{rate / self.limits['read']:.0%} of what this machine reads"
+            )
+        if "peak" in figures and name in self.predicted:
+            told.append(f"`blip2 doctor` predicts {self.predicted[name] / figures['peak']:.0%} of its peak")
+        return "; ".join(told)
 
     def as_json(self) -> str:
         """All of it on one line."""
@@ -242,7 +265,12 @@ class Bench:
             name: {f: float(f"{v:.4g}") for f, v in each.items()} for name, each in self.figures.items()
         }
         facts = {"figures": rounded, "limits": {n: float(f"{v:.4g}") for n, v in self.limits.items()}}
-        return json.dumps({"rounds": self.rounds, **facts, "decode_bytes": self.decode_bytes})
+        work = {
+            "decode_bytes": self.decode_bytes,
+            "operations": self.operations,
+            "predicted_peak": self.predicted,
+        }
+        return json.dumps({"rounds": self.rounds, **facts, **work})
 
 
 def _readable(seconds: float) -> str:
@@ -254,23 +282,46 @@ def run(
     *,
     rounds: int = 3,
     batches: tuple[int, ...] = (1, 4, 16),
+    record: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Bench:
     """Measure contenders side by side.
 
+    Args:
+        record: a file to which every measurement is added, a line of JSON each; what it holds already is taken from
+            it. A run that takes long can so be made in pieces.
+
     Raises:
         ValueError: a contender that cannot run; the message is its own.
     """
-    found: dict[str, list[dict[str, float]]] = {side.name: [] for side in contenders}
-    machine = []
+    found = _recorded(record)
+    sides = {"limits": limits} | {side.name: partial(_apart, side, batches) for side in contenders}
     for number in range(rounds):
-        machine.append(limits())
-        for side in contenders:
-            report(f"round {number + 1} of {rounds}: {side.name}")
-            found[side.name].append(_apart(side, batches))
-    figures = {name: {f: median(r[f] for r in all_) for f in all_[0]} for name, all_ in found.items()}
+        for name, measurement in sides.items():
+            if (name, number) not in found:
+                report(f"round {number + 1} of {rounds}: {name}")
+                found[name, number] = measurement()
+                if record is not None:
+                    with record.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([name, number, found[name, number]]) + "\n")
+    per_side = {name: [found[name, number] for number in range(rounds)] for name in sides}
+    machine = per_side.pop("limits")
+    figures = {name: {f: median(r[f] for r in all_) for f in all_[0]} for name, all_ in per_side.items()}
     best = {name: max(each[name] for each in machine) for name in machine[0]}
-    return Bench(contenders, rounds, best, figures, {side.name: decode_bytes(side) for side in contenders})
+    reads = {side.name: decode_bytes(side) for side in contenders}
+    predicted = {side.name: predicted_peak(side) for side in contenders if side.code == "blip2"}
+    return Bench(contenders, rounds, best, figures, reads, operations(contenders[0]), predicted)
+
+
+def _recorded(record: Path | None) -> dict[tuple[str, int], dict[str, float]]:
+    """Measurements that a file holds, by contender and round."""
+    if record is None or not record.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+        return {(str(name), int(number)): dict(figures) for name, number, figures in lines}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{record} holds no measurements of `blip2 bench` ({error})") from error
 
 
 def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
@@ -283,6 +334,30 @@ def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
         raise ValueError(f"{side.name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
+
+
+def predicted_peak(side: Contender) -> float:
+    """The memory that `blip2 doctor` tells for a side."""
+    config, parameters, disk_bytes = stored_model(Path(side.folder))
+    return KnownModel(side.folder, "", "", config, parameters, disk_bytes).memory_bytes(
+        side.quantize or side.dtype
+    )
+
+
+def operations(side: Contender) -> dict[str, float]:
+    """Multiplications and additions of encoding an image, and with OPT of reading its prompt."""
+    folder = Path(side.folder)
+    config = read_config_file(folder)
+    assert isinstance(config, Blip2Config)
+    vision, language = config.vision, config.language
+    width, positions = vision.hidden_size, vision.num_positions
+    matrices = 4 * width * width + 2 * width * vision.intermediate_size
+    layer = 2 * positions * matrices + 4 * positions * positions * width
+    counted = {"encode": float(vision.num_hidden_layers * layer)}
+    if isinstance(language, OptConfig):
+        prompt = config.num_query_tokens + len(load_processing(folder)[1].encode(CAPTION_PROMPT))
+        counted["prefill"] = 2.0 * prompt * matrix_values(language)
+    return counted
 
 
 def decode_bytes(side: Contender) -> float:

@@ -297,8 +297,14 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure a model on this machine; the last line is one JSON object.",
         "blip2 bench",
         "blip2 bench ./opt-6.7b-coco --quantize int8 int4 --against transformers",
+        "blip2 bench ./opt-6.7b-coco ./opt-6.7b-coco-int8 --against transformers --record figures.jsonl",
     )
-    bench.add_argument("model", nargs="?", default="default", metavar="MODEL", help="a name or a folder")
+    bench.add_argument(
+        "model",
+        nargs="*",
+        metavar="MODEL",
+        help="a name or a folder (default: default); beside it the same model stored in other precisions",
+    )
     bench.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="as for caption")
     bench.add_argument(
@@ -309,6 +315,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="figures are medians of so many (default: 3)"
+    )
+    bench.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write each side's figures here as they come; what stands there already is not measured again",
     )
     bench.add_argument(
         "--batches",

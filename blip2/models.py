@@ -25,7 +25,7 @@ DEFAULT_MATCHER_FOLDER = ASSETS / "default-matcher"  # the stage-1 model that be
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one parameter
 MODES = ("int8", "int4")  # how weights can be rounded, as `quantize.MODES`, which needs torch
 PRECISIONS = ("fp32", "bf16", *MODES)  # what memory is told for
-INT4_BYTES = 0.5 + 2 * 2 / 32  # a scale and a zero of 16 bits for 32 weights
+INT4_BYTES = 0.5 + 2 * 2 / 128  # a scale and a zero of 16 bits for 128 weights
 PROCESS_BYTES = 300 * 2**20  # Python with torch and the libraries, before any weight; 257 MiB measured
 
 

@@ -45,7 +45,9 @@ def load_part(
         ):
             dtype = "fp16"
     processing, tokenizer = load_processing(files, vision=vision, language=language)
-    model = load_model(files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize)
+    model = load_model(
+        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, lay_out=True
+    )
     return Part(model, processing, tokenizer)
 
 

@@ -73,10 +73,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.activation(self.wi_0(x)) * self.wi_1(x) if self.gated else self.activation(self.wi(x))
-        if isinstance(
-            self.wo, nn.Linear
-        ):  # in fp16 models it stays in fp32; a quantized layer takes any dtype
-            inner = inner.to(self.wo.weight.dtype)
+        if isinstance(self.wo, Linear):  # in fp16 models it stays in fp32; a quantized layer takes any dtype
+            inner = inner.to(self.wo.dtype)
         out: Tensor = self.wo(inner)
         return out
 

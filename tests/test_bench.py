@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from blip2.bench import Bench, Contender, decode_bytes, run
-from blip2.checkpoint import load_model
+from blip2.bench import Bench, Contender, decode_bytes, operations, run
+from blip2.checkpoint import load_model, quantize_checkpoint
 from blip2.cli import main
 from blip2.model import Blip2
 
@@ -37,10 +37,47 @@ def test_ratios_are_the_peers_time_over_ours() -> None:
         theirs.name: {"load": 4.0, "greedy step": 1.0, "peak": 3e9},
     }
     limits = {"read": 20e9, "fp32": 1e11, "bf16": 1e11, "int8": 1e11}
-    bench = Bench((ours, theirs), 3, limits, figures, {ours.name: 5e9, theirs.name: 5e9})
+    reads = {ours.name: 5e9, theirs.name: 5e9}
+    bench = Bench(
+        (ours, theirs), 3, limits, figures, reads, {"load": 2e11, "prefill": 1e12}, {ours.name: 9e8}
+    )
     lines = bench.lines()
     assert "(4.00x)" in lines[1] and "(2.00x)" in lines[2] and "1.00 GB (3.00x)" in lines[3]
-    assert "blip2 bf16: a greedy step reads 5.00 GB at 10.0 GB/s, 50% of what this machine reads" in lines
+    assert (
+        "blip2 bf16: load 0.20 TOP at 200 GOP/s, 200% of bf16's limit; "
+        "a greedy step reads 5.00 GB at 10.0 GB/s, 50% of what this machine reads; "
+        "`blip2 doctor` predicts 90% of its peak" in lines
+    )
+
+
+def test_a_run_goes_on_where_its_record_ends(generator_folder: Path, tmp_path: Path) -> None:
+    side, record = Contender("blip2", str(generator_folder), "fp32"), tmp_path / "figures.jsonl"
+    kept = {"load": 7.0, "greedy step": 8.0}
+    record.write_text(json.dumps([side.name, 0, kept]) + "\n")
+    found = run((side,), rounds=1, batches=(1,), record=record)
+    assert found.figures == {side.name: kept}
+    names = [json.loads(line)[0] for line in record.read_text().splitlines()]
+    assert names == [side.name, "limits"] and found.limits["read"] > 0
+    record.write_text("figures\n")
+    with pytest.raises(ValueError, match="holds no measurements"):
+        run((side,), rounds=1, batches=(1,), record=record)
+
+
+def test_a_step_reads_what_an_image_takes(generator_folder: Path) -> None:
+    counted = operations(Contender("blip2", str(generator_folder), "fp32"))
+    vision = 2 * 17 * (4 * 32 * 32 + 2 * 32 * 48) + 4 * 17 * 17 * 32  # a layer of conftest's encoder
+    assert counted["encode"] == 2 * vision and counted["prefill"] > 0
+
+
+def test_models_stored_in_several_precisions_are_measured_together(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = str(quantize_checkpoint(generator_folder, tmp_path / "small", "int8").folder)
+    options = ["--rounds", "1", "--batches", "1"]
+    assert main(["bench", str(generator_folder), small, *options]) == 0
+    assert [*json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]] == ["blip2 fp32", "blip2 int8"]
+    assert main(["bench", small, small, *options]) != 0
+    assert "stored alike" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["generator_folder", "t5_folder"])

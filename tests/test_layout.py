@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "config": "",
     "lock": "",
     "layers": "",
-    "quantize": "",
+    "quantize": "layers",
     "images": "config",
     "text": "config",
     "vision": "config layers",
@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.rounded_files "
     "checkpoint.tensors checkpoint.translate config text",
     "checkpoint.load": "checkpoint.dialects checkpoint.hub checkpoint.names checkpoint.rounded_files "
-    "checkpoint.source checkpoint.tensors checkpoint.translate config images model quantize text",
+    "checkpoint.source checkpoint.tensors checkpoint.translate config images layers model quantize text",
     "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
     "checkpoint.folder": "checkpoint.tensors checkpoint.writers lock",
     "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "data": "images text",
     "bulk": "images inputs lock predict",
     "train": "config layers vision qformer opt t5 model data checkpoint",
-    "bench": "checkpoint.load config generate model models quantize text",
+    "bench": "checkpoint.inspection checkpoint.load config generate model models quantize text",
     "cli": "commands",
     "commands": "bench bulk checkpoint doctor evaluate generate images inputs models parts predict serve",
 }

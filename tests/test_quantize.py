@@ -27,11 +27,13 @@ from blip2.quantize import (
     MODES,
     Int4Linear,
     Int8Embedding,
+    Int8ImageLinear,
     Int8Linear,
     Mode,
     Rounded4,
     Rounded8,
     levels,
+    onednn_multiplies,
 )
 from blip2.t5 import T5
 
@@ -85,7 +87,10 @@ def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
 
 
 @pytest.mark.parametrize("terms", [1, 2])
-def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(terms: int) -> None:
+def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(
+    terms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "_STEEP", 0)  # every token in as many terms as it may have
     weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
     most = levels() or 127
     largest = x.abs().amax(1, keepdim=True)
@@ -110,6 +115,49 @@ def test_a_second_term_keeps_what_stands_beside_outliers() -> None:
     assert errors[0] > 0.1 and errors[1] < 0.005
 
 
+def test_only_steep_tokens_get_a_second_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    if levels() != 127:
+        pytest.skip("this processor gives every token two terms, or none")
+    weight, x = Rounded8.of(drawn(30, 256)), drawn(9, 256)
+    x[4] = outliers(1, 256)
+    plain = [Int8Linear(weight, None, terms)(x) for terms in (1, 2)]
+    same = [torch.equal(one, two) for one, two in zip(*plain, strict=True)]
+    assert same == [row != 4 for row in range(9)]
+    monkeypatch.setattr(quantize, "_STEEP", 0)
+    assert torch.equal(Int8Linear(weight, None, 2)(x)[4], plain[1][4])
+
+
+needs_onednn = pytest.mark.skipif(
+    not onednn_multiplies(), reason="images are encoded with oneDNN on x86 with VNNI"
+)
+
+
+@needs_onednn
+def test_an_image_s_tokens_are_rounded_over_their_own_range() -> None:
+    weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
+    x[1], x[2], x[3] = 0, 2.5, x[3] * 1e-3 + 100
+    low, step = (
+        x.amin(1, keepdim=True),
+        (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).clamp(1e-30) / 255,
+    )
+    seen = ((x - low) / step).round().double() * step.double() + low.double()
+    found = Int8ImageLinear(weight, bias)(x)
+    expected = seen @ weight.float().double().mT + bias
+    off = (found.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert (off < 0.002).all()  # a value close to halfway may be rounded the other way
+    assert Int8ImageLinear(weight, None, torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@needs_onednn
+def test_what_gelu_leaves_is_rounded_twice_as_finely() -> None:
+    weight, x = Rounded8.of(drawn(30, 512)), nn.functional.gelu(drawn(9, 512, seed=1))
+    exact = x.double() @ weight.float().double().mT
+    errors = [
+        (layer(x) - exact).norm() for layer in (Int8Linear(weight, None, 1), Int8ImageLinear(weight, None))
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_four_bits_compute_with_the_weights_they_stand_for() -> None:
     weight, bias, x = Rounded4.of(drawn(32, 2 * GROUP)), drawn(32, seed=1), drawn(2, 5, 2 * GROUP, seed=2)
     found = Int4Linear(weight, bias)(x)
@@ -117,11 +165,19 @@ def test_four_bits_compute_with_the_weights_they_stand_for() -> None:
     assert found.shape == (2, 5, 32)
 
 
-@pytest.mark.parametrize("kind", [Rounded8, Rounded4])
-def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: type[Rounded8] | type[Rounded4]) -> None:
-    weight, bias = kind.of(drawn(48, 2 * GROUP)), drawn(48, seed=1)
-    layer = Int8Linear(weight, bias, 2) if isinstance(weight, Rounded8) else Int4Linear(weight, bias)
+@pytest.mark.parametrize("kind", ["int8", "int8 image", "int4"])
+def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str) -> None:
+    if kind == "int8 image" and not onednn_multiplies():
+        pytest.skip("images are encoded with oneDNN on x86 with VNNI")
+    weight, bias = drawn(48, 2 * GROUP), drawn(48, seed=1)
+    if kind == "int4":
+        layer: nn.Module = Int4Linear(Rounded4.of(weight), bias)
+    elif kind == "int8":
+        layer = Int8Linear(Rounded8.of(weight), bias, 2)
+    else:
+        layer = Int8ImageLinear(Rounded8.of(weight), bias)
     x = outliers(33, 2 * GROUP)
+    x[::2] = drawn(17, 2 * GROUP, seed=3)  # some tokens get a second term, some do not
     together = layer(x)
     assert all(torch.equal(layer(x[i : i + 1]), together[i : i + 1]) for i in range(33))
     assert torch.equal(layer(x[3:20]), together[3:20])
@@ -198,6 +254,15 @@ def test_the_default_model_says_the_same_in_eight_bits() -> None:
     assert rounded.caption(images) == exact.caption(images)
     for mine, theirs in zip(rounded.caption(images), exact.caption(images), strict=True):
         assert abs(mine.score - theirs.score) < 0.05
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_image_is_told_the_same_alone_and_in_a_batch(mode: Mode) -> None:
+    model = blip2.load(quantize=mode)
+    images = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".jpg", ".png"))[:4]
+    assert model.caption(images, max_new_tokens=8) == [
+        model.caption(image, max_new_tokens=8) for image in images
+    ]
 
 
 def test_a_model_rounded_while_loading_is_the_model_rounded_afterwards(generator_folder: Path) -> None:

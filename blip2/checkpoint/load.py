@@ -6,8 +6,9 @@ as it is built. Do not overwrite a file in place while a model loaded from it li
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from blip2.checkpoint.tensors import CheckpointError, Tensors
 from blip2.checkpoint.translate import equal_values, parameters, read_blocks
 from blip2.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
+from blip2.layers import Linear, give_back_memory, processor_has_bf16
 from blip2.model import Blip2, Blip2Matcher
-from blip2.quantize import Mode
+from blip2.quantize import WORDS, Mode, Rounded
 from blip2.quantize import quantize as round_layers
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
@@ -54,6 +56,8 @@ _HEAD, _OPT_WORDS, _T5_WORDS = (
     "language.embed_tokens.weight",
     "language.shared.weight",
 )
+# The parts whose linear layers are worth laying out.
+_LAID_OUT = ("vision.", "qformer.", "language.")
 # T5's matrices that overflow in fp16, whose range ends at 65504. Kept in fp32 as transformers keeps them.
 _OVERFLOWS = ".DenseReluDense.wo.weight"
 # What runs together and therefore has one dtype. Between parts the model converts what it passes on.
@@ -88,6 +92,7 @@ def load_model(
     vision: str | Path | None = None,
     language: str | Path | None = None,
     quantize: Mode | None = None,
+    lay_out: bool = False,
 ) -> Blip2 | Blip2Matcher:
     """Load a model in eval mode, from Hugging Face's layout, LAVIS's, PaddleNLP's or PaddleMIX's.
 
@@ -103,6 +108,8 @@ def load_model(
             LAVIS does: a tensor file, a folder, or a name on the Hub.
         quantize: "int8" or "int4": round the linear layers' weights, one at a time, so that no more than the rounded
             ones are ever in memory; see `blip2.quantize`.
+        lay_out: for inference: lay bf16 weights out for this processor, where it has bf16 (see `layers.Linear`). They
+            are then read from the file one by one, not mapped.
 
     Raises:
         CheckpointError: not found, unreadable, or tensors missing, left over or of another shape than config.json says.
@@ -112,7 +119,8 @@ def load_model(
     parts = [None if part is None else resolve(part) for part in (vision, language)]
     with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
         config = found.required()  # what is wrong with the settings is told first
-        return build(config, found.tensors, our_names(found.tensors), wanted, torch.device(device), quantize)
+        names = our_names(found.tensors)
+        return build(config, found.tensors, names, wanted, torch.device(device), quantize, lay_out)
 
 
 def count_parameters(
@@ -122,6 +130,12 @@ def count_parameters(
     parts = [None if part is None else resolve(part) for part in (vision, language)]
     with open_checkpoint(path, vision=parts[0], language=parts[1]) as found:
         return parameters(found.tensors)
+
+
+def stored_as(path: Path) -> Mode | None:
+    """How a checkpoint's weights are rounded; None where they are floats."""
+    with open_checkpoint(path) as found:
+        return stored_mode(found.tensors)
 
 
 def load_processing(
@@ -173,25 +187,34 @@ def build(
     dtype: torch.dtype | None,
     device: torch.device,
     quantize: Mode | None = None,
+    lay_out: bool = False,
 ) -> Blip2 | Blip2Matcher:
     """A model in eval mode from tensors in Hugging Face's layout.
 
     Args:
         names: our parameter name -> the name in `tensors`.
-        dtype, quantize: of all weights; see `load_model`.
+        dtype, quantize, lay_out: see `load_model`.
     """
     model, names, tied = arrange(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
     state: dict[str, Tensor] = {}
     quantize = quantize or stored_mode(tensors)
     if quantize is not None:
-        stored_as = names
-        round_layers(
-            model, quantize, lambda name, kind: rounded(tensors, stored_as[f"{name}.weight"], kind).to(device)
-        )
+        weights = names
+
+        def read(name: str, kind: type[Rounded]) -> Rounded:
+            # a table of words is looked up as it is stored: only the words that occur are ever read
+            return rounded(tensors, weights[f"{name}.weight"], kind, mapped=name in WORDS).to(device)
+
+        round_layers(model, quantize, read)
         rest = model.state_dict()
         names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
+    if lay_out and device.type == "cpu" and processor_has_bf16():
+        # a head that is the word embeddings' weight is needed as it is
+        plain = {ours: stored for ours, stored in names.items() if not (tied and ours == _HEAD)}
+        done = _lay_out(model, tensors, plain, dtypes)
+        names = {ours: stored for ours, stored in names.items() if ours not in done}
     for ours, stored in names.items():
         if not (tied and ours == _HEAD):
             target = dtypes[_part(ours)]
@@ -207,6 +230,34 @@ def build(
         assert isinstance(model, Blip2)
         model.language.tie()
     return model.eval()
+
+
+def _lay_out(
+    model: Blip2 | Blip2Matcher, tensors: Tensors, names: Mapping[str, str], dtypes: Mapping[str, torch.dtype]
+) -> set[str]:
+    """Fill the linear layers that are to be bf16, laid out; the names of their weights.
+
+    One is read while the one before is laid out, and then dropped: a mapped weight would stay in memory beside it.
+    """
+    weights = {
+        f"{name}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear) and name.startswith(_LAID_OUT) and f"{name}.weight" in names
+    }
+    weights = {name: layer for name, layer in weights.items() if dtypes[_part(name)] == torch.bfloat16}
+    if not weights:
+        return set()
+    with ThreadPoolExecutor(1) as reader:
+        waiting = deque(weights)
+        coming = reader.submit(tensors.copy, names[waiting[0]])
+        while waiting:
+            layer, weight = weights[waiting.popleft()], coming.result()
+            if waiting:
+                coming = reader.submit(tensors.copy, names[waiting[0]])
+            layer.lay_out(weight.to(torch.bfloat16))
+            del weight
+            give_back_memory()
+    return set(weights)
 
 
 def arrange(

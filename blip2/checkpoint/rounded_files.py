@@ -46,10 +46,11 @@ class RoundedFile:
         """How a weight is rounded."""
         return Rounded8 if name.removesuffix("weight") + INT8 in self._stored else Rounded4
 
-    def rounded(self, name: str) -> Rounded:
-        """The weight as it is stored, in memory of its own."""
+    def rounded(self, name: str, *, mapped: bool = False) -> Rounded:
+        """The weight as it is stored, in memory of its own, or mapped from the file."""
         kind, layer = self.kind(name), name.removesuffix("weight")
-        return kind(*(self._stored.copy(layer + part) for part in PARTS[kind]))
+        read = self._stored.__getitem__ if mapped else self._stored.copy
+        return kind(*(read(layer + part) for part in PARTS[kind]))
 
     def copied(self, name: str) -> Tensor:
         """float32."""
@@ -93,15 +94,15 @@ def as_floats(stored: Tensors) -> Tensors:
     return Tensors(plain | dict.fromkeys(names, file))
 
 
-def rounded(tensors: Tensors, name: str, kind: type[Rounded]) -> Rounded:
-    """A weight, rounded: as it is stored where it is stored so, or rounded now."""
+def rounded(tensors: Tensors, name: str, kind: type[Rounded], *, mapped: bool = False) -> Rounded:
+    """A weight, rounded: as it is stored where it is stored so (`mapped`: mapped from the file), or rounded now."""
     file = tensors.file(name)
     if isinstance(file, RoundedFile):
         if file.kind(name) is not kind:
             raise CheckpointError(
                 f"{name} is stored rounded in another way; leave quantize out to load it as it is"
             )
-        return file.rounded(name)
+        return file.rounded(name, mapped=mapped)
     return kind.of(tensors.copy(name))
 
 

@@ -37,7 +37,10 @@ _SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(path: Path, info: Mapping[str, TensorInfo], read: Read) -> None:
-    """Write a safetensors file. Wide dtypes come first so that every tensor is aligned."""
+    """Write a safetensors file. Wide dtypes stand first so that every tensor is aligned.
+
+    Values are asked for in the order of `info`: the parts of a rounded weight, of several dtypes, one after another.
+    """
     names = sorted(info, key=lambda name: (-info[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -53,7 +56,9 @@ def write_safetensors(path: Path, info: Mapping[str, TensorInfo], read: Read) ->
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        start = file.tell()
+        for name in info:
+            file.seek(start + header[name]["data_offsets"][0])
             _write_values(file, read(name), info[name])
         sync(file)
 

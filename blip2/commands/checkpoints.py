@@ -7,6 +7,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, print_line
@@ -120,24 +121,31 @@ def quantize(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     from blip2.bench import Contender, run
-    from blip2.checkpoint import count_parameters
+    from blip2.checkpoint import count_parameters, stored_as
     from blip2.checkpoint import resolve as find_files
     from blip2.models import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve
     from blip2.parts import device_of
 
     if min(args.rounds, *args.batches) < 1:
         raise ValueError("--rounds and --batches are at least 1")
-    folder = DEFAULT_FOLDER if args.model == DEFAULT else find_files(resolve(args.model))
+    names = args.model or [DEFAULT]
+    folder, *more = (DEFAULT_FOLDER if name == DEFAULT else find_files(resolve(name)) for name in names)
     dtype = args.dtype or default_dtype(count_parameters(folder))
     device = str(device_of(args.device))
-    sides = [Contender("blip2", str(folder), dtype, None, device)]
+    if args.quantize and stored_as(folder):
+        raise ValueError("the model is rounded already: give the original, and this one beside it")
+    sides = [Contender("blip2", str(folder), dtype, stored_as(folder), device)]
+    sides += [Contender("blip2", str(each), dtype, stored_as(each), device) for each in more]
     sides += [Contender("blip2", str(folder), dtype, mode, device) for mode in args.quantize]
+    if len({side.name for side in sides}) < len(sides):
+        raise ValueError("two of the models are stored alike; give one in each precision")
     if args.against:
         sides.append(Contender(args.against, str(folder), dtype, None, device))
     found = run(
         tuple(sides),
         rounds=args.rounds,
         batches=tuple(args.batches),
+        record=None if args.record is None else Path(args.record),
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     for line in found.lines():
