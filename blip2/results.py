@@ -83,6 +83,15 @@ class Ranked:
     logprob: float
 
 
+def token_text(decode: Callable[[list[int]], str], token: int, before: int | None) -> str:
+    """A token as it stands in a text: with its space, which T5's tokenizer writes only where another came before."""
+    if before is not None:
+        first, both = decode([before]), decode([before, token])
+        if both.startswith(first) and "\ufffd" not in both:
+            return both[len(first) :]
+    return decode([token])
+
+
 class Pieces:
     """Ids as they come -> pieces of text that add up to `decode(ids).strip()`.
 

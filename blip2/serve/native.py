@@ -15,7 +15,7 @@ from torch import Tensor
 from blip2.generate import GenerationOptions
 from blip2.inputs import in_batches
 from blip2.predict import Predictor
-from blip2.results import Match, Pieces, Written
+from blip2.results import Match, Pieces, Written, token_text
 from blip2.serve import schemas
 from blip2.serve.engine import Text, Writing
 from blip2.serve.events import EventStream
@@ -246,9 +246,11 @@ def _result(house: House, prompt: str, texts: list[Text], kind: str) -> dict[str
     decode = house.engine.predictor.generator.tokenizer.decode
     shown = []
     for text in texts:
-        pairs = list(zip(text.written.tokens, text.written.token_logprobs, strict=True))
-        pairs = pairs[:-1] if text.finished else pairs
-        tokens = [{"text": decode([i]), "logprob": logprob} for i, logprob in pairs]
+        noted = list(zip(text.written.tokens, (None, *text.written.tokens), text.written.token_logprobs))
+        tokens = [
+            {"text": token_text(decode, i, before), "logprob": logprob}
+            for i, before, logprob in (noted[:-1] if text.finished else noted)
+        ]
         shown.append({"text": str(text.written), "score": text.written.score, "tokens": tokens})
     written = sum(len(text.written.tokens) for text in texts)
     return {"model": house.model, kind: shown, "usage": usage(house, prompt, written)}

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 
 from blip2.continuous import Row
 from blip2.generate import GenerationOptions
-from blip2.results import Pieces
+from blip2.results import Pieces, token_text
 from blip2.serve import schemas
 from blip2.serve.engine import Writing
 from blip2.serve.events import EventStream
@@ -199,14 +200,16 @@ def router(house: House) -> APIRouter:
         writing = await _writing(house, url, prompt, asked.options(new), asked.top_logprobs or 0)
         house.log_content(request, {"prompt": prompt})
         id, at = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        decode = house.engine.predictor.generator.tokenizer.decode
+        whole = partial(house.engine.predictor.generator.tokenizer.decode, skip_special=False)
 
         def logprobs(choice: Choice, since: int = 0) -> dict[str, Any] | None:
             if not asked.logprobs:
                 return None
+            befores = [None, *(i for i, _, _ in choice.tokens)]
             content = [
-                _token(decode, i, logprob) | {"top_logprobs": [_token(decode, *top) for top in tops]}
-                for i, logprob, tops in choice.tokens[since:]
+                _token(whole, i, before, logprob)
+                | {"top_logprobs": [_token(whole, top, before, share) for top, share in tops]}
+                for before, (i, logprob, tops) in list(zip(befores, choice.tokens))[since:]
             ]
             return {"content": content, "refusal": None}
 
@@ -284,9 +287,13 @@ def router(house: House) -> APIRouter:
             if asked.logprobs is None:
                 return None
             ids = [i for i, _, _ in choice.tokens]
-            tops = [{decode([i]): logprob for i, logprob in tops} for _, _, tops in choice.tokens]
+            befores = [None, *ids]
+            tops = [
+                {token_text(decode, i, before): logprob for i, logprob in tops}
+                for before, (_, _, tops) in zip(befores, choice.tokens)
+            ]
             return {
-                "tokens": [decode([i]) for i in ids],
+                "tokens": [token_text(decode, i, before) for i, before in zip(ids, befores)],
                 "token_logprobs": [logprob for _, logprob, _ in choice.tokens],
                 "top_logprobs": tops if asked.logprobs else None,
                 "text_offset": [len(decode(ids[:i]).lstrip()) for i in range(len(ids))],
@@ -342,8 +349,8 @@ async def _writing(house: House, url: str, prompt: str, options: GenerationOptio
     return Writing(await house.picture(await house.image_at(url)), prompt, options, tops)
 
 
-def _token(decode: Any, token: int, logprob: float) -> dict[str, Any]:
-    text = decode([token], skip_special=False)
+def _token(decode: Any, token: int, before: int | None, logprob: float) -> dict[str, Any]:
+    text = token_text(decode, token, before)
     raw = None if "\ufffd" in text else list(text.encode())
     return {"token": text, "logprob": max(logprob, -9999.0), "bytes": raw}
 

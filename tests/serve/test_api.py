@@ -10,6 +10,7 @@ import pytest
 from serving import Running, data_url
 
 import blip2
+from blip2.results import token_text
 
 
 def events(text: str) -> list[Any]:
@@ -107,6 +108,14 @@ def test_an_answer_in_a_conversation_is_explained_with_what_was_said_before(
     assert found["words"][0]["heat"][0] == pytest.approx(again.words[0].heat[0].tolist(), abs=1e-3)
     assert own["text"] == predictor.ask(images[0], second[0])
     assert wrong.status_code == form.status_code == 400
+
+
+@pytest.mark.parametrize("folder", ["generator_folder", "t5_folder"])
+def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = blip2.load(request.getfixturevalue(folder), device="cpu").generator.tokenizer
+    ids = tokenizer.encode("a photo of two dogs and a cat", frame=False)
+    pairs = zip(ids, [None, *ids])
+    assert "".join(token_text(tokenizer.decode, i, before) for i, before in pairs) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
