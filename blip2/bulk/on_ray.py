@@ -67,7 +67,7 @@ def on_ray(
         try:
             while some := list(itertools.islice(stream, settings.batch_size)):
                 yield {"batch": np.array([_Batch(some)], object)}
-        except BulkError as error:
+        except Exception as error:
             yield {"batch": np.array([_Batch(error)], object)}
 
     def decoded(row: dict[str, Any]) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def write_sidecars(rows: Iterable[Row], out: Path) -> None:
                 raise disk_error(path, error) from error
 
 
-def write_errors(rows: Iterable[Row], folder: Path) -> Path:
-    """Write the rows that failed into a file of their own, and give its path.
+def write_errors(rows: Iterable[Row], folder: Path) -> None:
+    """Write the rows that failed into a file of their own.
 
     Raises:
         BulkError: the disk refuses.
@@ -102,7 +102,6 @@ def write_errors(rows: Iterable[Row], folder: Path) -> Path:
             _jsonl((row for row in rows if "error" in row), text)
     except OSError as error:
         raise disk_error(path, error) from error
-    return path
 
 
 def flat(rows: Iterable[Row]) -> Iterator[Row]:

@@ -113,10 +113,7 @@ def list_items(
         if not os.path.exists(source) and not glob.has_magic(source):  # a slip, and no input
             raise BulkError(f"{source}: no such file or folder")
     for source in sources:
-        if os.path.exists(source) or not glob.has_magic(source):
-            found = [source]
-        else:
-            found = sorted(glob.glob(source, recursive=True))
+        found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
         if not found:
             raise BulkError(f"{source}: no file matches this pattern")
         for each in found:

@@ -90,21 +90,21 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     countable = not any(source.lower().endswith(".parquet") for source in args.images)
     quiet = contextlib.nullcontext(lambda progress: None)
     bar = quiet if args.quiet else progress_bar(inputs if countable else None)
-    with bar as show, side_by_side(model) as beside:
-        settings = Settings(
-            out=out,
-            kind=kind,
-            made_with=made_with,
-            existing=args.existing,
-            batch_size=args.batch_size,
-            side_by_side=beside,
-            threads=min(8, os.cpu_count() or 1),
-        )
-        try:
+    try:
+        with bar as show, side_by_side(model) as beside:
+            settings = Settings(
+                out=out,
+                kind=kind,
+                made_with=made_with,
+                existing=args.existing,
+                batch_size=args.batch_size,
+                side_by_side=beside,
+                threads=min(8, os.cpu_count() or 1),
+            )
             done = caption_all(inputs, settings, describe, prepare=prepare, progress=show, engine=engine)
-        except KeyboardInterrupt:
-            complain(f"stopped; what was done is kept, {GO_ON}")
-            return 130
+    except KeyboardInterrupt:
+        complain(f"stopped; what was done is kept, {GO_ON}")
+        return 130
     if not args.quiet:
         total = done.done + done.before
         which = f": {state_folder(out, kind) / ERRORS}" if done.failed else ""

@@ -331,7 +331,7 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: Settings, *, calle
     try:
         table, _, _ = _retrieval(model.matcher, scenes.retrieval, retrieval, settings)
         for kind in ("text", "image"):
-            metrics[f"{kind} retrieval among 1,000, R@1"] = table[f"{kind} R@1"]
+            metrics[f"{kind} retrieval among {len(scenes.retrieval):,}, R@1"] = table[f"{kind} R@1"]
         for kind in ("text", "image"):
             metrics[f"  {kind} retrieval by contrast alone"] = table[f"  {kind} R@1 by contrast alone"]
     except ValueError as error:  # a model without a matcher

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import blip2
 from blip2.bulk import BulkError, Inputs, Item, Settings, caption_all, list_items, outputs
-from blip2.bulk.describe import describer, shrinker
+from blip2.bulk.describe import describer, shrinker, side_by_side
 from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.progress import progress_bar
@@ -537,12 +538,21 @@ def _kill_at(place: int, *, half: bool) -> None:
 # --- the command ---
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_the_command(
     generator_folder: Path,
     pictures: list[Path],
     tmp_path: Path,
     capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
+    two_threads: None,
 ) -> None:
     model = blip2.load(generator_folder)
     out, common = tmp_path / "c.jsonl", ["--model", str(generator_folder), "--max-new-tokens", "6", "--quiet"]
@@ -552,8 +562,11 @@ def test_the_command(
         assert main(["caption", source, "--out", str(out), *common]) == 2 and not out.exists()
         assert told in capsys.readouterr().err
     command = ["caption", str(pictures[0].parent), str(tmp_path / "bad.png"), "--out", str(out), *common]
+    with side_by_side(model) as beside:
+        assert beside == 2 and torch.get_num_threads() == 1
     assert main([*command, "--batch-size", "2"]) == 1
     rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert torch.get_num_threads() == 2
     for path, row in zip(pictures, rows):
         alone = model.caption(path, max_new_tokens=6)
         assert row == {
