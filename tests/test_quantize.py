@@ -183,6 +183,26 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str) -> None:
     assert torch.equal(layer(x[3:20]), together[3:20])
 
 
+@pytest.mark.parametrize("kind", [Rounded8, Rounded4])
+def test_elsewhere_weights_are_widened_for_a_product(
+    kind: type[Rounded8] | type[Rounded4], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on GPUs, and on processors that FBGEMM does not know."""
+    weight, bias, x = kind.of(drawn(48, 2 * GROUP)), drawn(48, seed=1), drawn(5, 2 * GROUP, seed=2)
+    exact = x.double() @ weight.float().double().mT + bias
+    monkeypatch.setattr(quantize, "levels", lambda: 0)
+    if isinstance(weight, Rounded8):
+        assert not onednn_multiplies()
+        layer: Int8Linear | Int4Linear = Int8Linear(weight, bias, 2)
+    else:
+        layer = Int4Linear(weight, bias)
+        layer._plain = weight
+    assert layer._plain is weight
+    for dtype, least in ((torch.float32, 0.005), (torch.bfloat16, 0.01)):
+        found = layer(x.to(dtype))
+        assert found.dtype == dtype and (found - exact).norm() / exact.norm() < least
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back_as_it_went_in(dtype: torch.dtype) -> None:
     weight = drawn(16, GROUP)
@@ -263,6 +283,17 @@ def test_an_image_is_told_the_same_alone_and_in_a_batch(mode: Mode) -> None:
     assert model.caption(images, max_new_tokens=8) == [
         model.caption(image, max_new_tokens=8) for image in images
     ]
+
+
+def test_a_model_runs_in_eight_bits_where_no_kernel_for_them_is(
+    generator_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outputs(load_model(generator_folder, dtype="fp32"))
+    monkeypatch.setattr(quantize, "levels", lambda: 0)
+    model = load_model(generator_folder, quantize="int8")
+    assert not any(isinstance(part, Int8ImageLinear) for part in model.modules())
+    found = outputs(model)
+    assert (found - expected).norm() / expected.norm() < 0.3
 
 
 def test_a_model_rounded_while_loading_is_the_model_rounded_afterwards(generator_folder: Path) -> None:
