@@ -1,11 +1,11 @@
 """Where the model looked: for every word of a text the parts of the picture that made it likely.
 
 The log-probability of a word is differentiated with respect to the image features, through language model and Q-Former,
-and multiplied by them: how much the Q-Former's cross-attention took from each place in favour of the word (gradient x
-input, Shrikumar et al., 2016; with attention's gradient in its place, Chefer et al., 2021, does a little worse here,
-see docs/explaining.md). By the last layer of the image encoder a feature holds what others have told it: attention
-rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by how much its attention adds to
-what was there (the norms, as in Kobayashi et al., 2021).
+and multiplied by what each has beyond the image's mean: how much the Q-Former's cross-attention took from each place in
+favour of the word (gradient x input, Shrikumar et al., 2016; with attention's gradient in its place, Chefer et al.,
+2021, does a little worse here, see docs/explaining.md). By the last layer of the image encoder a feature holds what
+others have told it: attention rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by
+how much its attention adds to what was there (the norms, as in Kobayashi et al., 2021).
 
 The model's own code knows nothing of this: hooks look at what its layers take and give.
 """
@@ -37,6 +37,11 @@ from blip2.vision import SelfAttention
 TILE_PX = 320  # longest side of one picture in `Explanation.image`
 # From nothing to most, colours whose lightness rises steadily, so that they can be told apart without seeing colour.
 RAMP = ((0.0, (24, 15, 62)), (0.35, (136, 34, 106)), (0.7, (237, 105, 37)), (1.0, (252, 255, 164)))
+
+
+SOFT = (
+    2.0  # the temperature of what is differentiated: a word said with certainty has hardly any gradient left
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +135,18 @@ def explain(
     with torch.enable_grad(), _cross_attention(model.qformer, attention):
         features = features.detach().requires_grad_()
         prefix = model.project(model.qformer(features))
-        logprobs = _logprobs(model, prefix, asked, tokens)  # [T]
-        sums = [logprobs[places].sum() for _, places in spans]
+        logits = _logits(model, prefix, asked, tokens)  # [T, V]
+        each = torch.tensor(tokens, device=logits.device)[:, None]
+        logprobs, soft = ((logits / at).log_softmax(-1).gather(1, each)[:, 0] for at in (1.0, SOFT))  # [T]
+    apart = features.detach().float()
+    apart = apart - apart[:, 1:].mean(1, keepdim=True)
     words = []
-    for (word, _), logprob in zip(spans, sums, strict=True):
+    for word, places in spans:
         yield
-        (gradient,) = torch.autograd.grad(logprob, features, retain_graph=True)
-        given = (gradient.float() * features.detach().float()).sum(-1).clamp(min=0)  # [1, N]
+        (gradient,) = torch.autograd.grad(soft[places].sum(), features, retain_graph=True)
+        given = (gradient.float() * apart).sum(-1).clamp(min=0)  # [1, N]
         heat = (given @ mixed[0])[0, 1:].view(grid, grid)  # the class position has no place
-        words.append(Word(word, _to_one(heat), logprob.item()))
+        words.append(Word(word, _to_one(heat), logprobs[places].sum().item()))
     maps = torch.stack(attention)[:, 0, ..., 1:].unflatten(-1, (grid, grid))  # [L, H, Q, rows, columns]
     return Explanation(tokenizer.decode(tokens).strip(), tuple(words), maps.cpu().numpy(), picture)
 
@@ -155,17 +163,15 @@ def _tokens(model: Blip2, tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(begun, frame=False) if text.strip() else []
 
 
-def _logprobs(model: Blip2, prefix: Tensor, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """The log-probability of each token, float32 [T]."""
+def _logits(model: Blip2, prefix: Tensor, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """The logits each token was chosen from, float32 [T, V]."""
     targets = torch.tensor([tokens], device=prefix.device)
     asked = torch.tensor([prompt], dtype=torch.int64, device=prefix.device)
     if isinstance(model.language, T5):
         written = model.language.shift_right(targets)
-        logits = model.logits_from_prefix(prefix, asked, decoder_input_ids=written)[0]
-    else:
-        read = torch.cat([asked, targets], dim=1)
-        logits = model.logits_from_prefix(prefix, read)[0, -len(tokens) - 1 : -1]
-    return logits.float().log_softmax(-1).gather(1, targets.T)[:, 0]
+        return model.logits_from_prefix(prefix, asked, decoder_input_ids=written)[0].float()
+    read = torch.cat([asked, targets], dim=1)
+    return model.logits_from_prefix(prefix, read)[0, -len(tokens) - 1 : -1].float()
 
 
 def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, list[int]]]:

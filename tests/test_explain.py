@@ -13,7 +13,7 @@ from PIL import Image
 
 import blip2
 from blip2 import cli
-from blip2.explain import _cross_attention, spread, words_of
+from blip2.explain import SOFT, _cross_attention, spread, words_of
 from blip2.images import load_image, to_pixels
 from default_model.explained import words_for
 from default_model.scenes import Noun
@@ -76,15 +76,15 @@ def test_heat_is_the_derivative_where_the_encoder_mixes_nothing(
         logits = inner.logits_from_prefix(
             inner.project(inner.qformer(features)), torch.tensor([asked + written])
         )
-        said = logits[0, -len(written) - 1 : -1].log_softmax(-1)
+        said = (logits[0, -len(written) - 1 : -1] / SOFT).log_softmax(-1)
         return float(said[torch.arange(len(written)), written].sum())
 
-    slopes = []
+    slopes, apart = [], features - features[:, 1:].mean(1, keepdim=True)
     with torch.no_grad():
         for place in range(1, features.shape[1]):
             more, less = features.clone(), features.clone()
-            more[:, place] *= 1 + 1e-4
-            less[:, place] *= 1 - 1e-4
+            more[:, place] += 1e-4 * apart[:, place]
+            less[:, place] -= 1e-4 * apart[:, place]
             slopes.append(max(0.0, (logprob(more) - logprob(less)) / 2e-4))
     expected = np.array(slopes).reshape(4, 4)
     assert found.words[0].heat == pytest.approx(expected / expected.max(), abs=1e-3)

@@ -142,13 +142,13 @@ def test_an_answer_grows_and_can_be_stopped(watched: Watched, server: Server) ->
             }).observe(document.getElementById("talk"), {childList: true, subtree: true, characterData: true});
         }"""
     )
-    page.fill("#ask-text", "what is in the picture?")
+    page.fill("#ask-text", "where is the triangle?")
     page.click("#ask-send")
     page.wait_for_selector(".tools")
     grown = page.evaluate("window.grown")
     assert grown[0] == "Thinking …" and len(grown) >= 3, grown
     assert all(later.startswith(earlier) for earlier, later in pairwise(grown[1:])), grown
-    page.fill("#ask-text", "what is in the picture?")
+    page.fill("#ask-text", "where is the triangle?")
     page.click("#ask-send")
     until(page, "document.querySelectorAll('.answer:not(.waiting)').length === 2")
     page.click("#ask-stop")

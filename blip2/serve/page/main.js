@@ -227,11 +227,12 @@ async function look(word, place, asked) {
   lookingAt = word;
   word.setAttribute("aria-pressed", "true");
   show("where");
-  get("where-text").textContent = `Finding where “${word.textContent}” comes from …`;
+  const said = word.textContent.replace(/[.,]$/, "");
+  get("where-text").textContent = `Finding where “${said}” comes from …`;
   try {
     const found = await explanation(mine, asked);
     if (word !== lookingAt) return;
-    showHeat(found.words[place].heat, `Where “${word.textContent}” comes from`);
+    showHeat(found.words[place].heat, `Where “${said}” comes from`);
     mine.asked = asked;
     const [layers, heads, queries] = found.attention_shape;
     for (const [id, count] of [["layer", layers], ["head", heads], ["query", queries]]) get(id).max = count;
