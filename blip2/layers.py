@@ -104,7 +104,9 @@ def _attend_by_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 @lru_cache(maxsize=1)
 def processor_has_bf16() -> bool:
     """Whether this machine's CPU multiplies bfloat16 by itself."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # a torch without oneDNN, as on Apple's processors, lacks it
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def slow(weight: Tensor) -> bool:
@@ -135,6 +137,20 @@ _FEW = 5  # rows a laid-out weight is meant for: five beams; the layout serves a
 _AT_ONCE = 256  # outputs whose weights are widened together: 4 MB of them at OPT-6.7B's width
 
 
+class _Through(torch.autograd.Function):
+    """A product with a laid-out weight that gradients pass; backward has it plainly for a moment only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, laid_out: Tensor) -> Tensor:
+        ctx.laid_out = laid_out
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.laid_out.to_dense(), None
+
+
 class Linear(nn.Linear):
     """`nn.Linear` as this processor is quick at it.
 
@@ -143,6 +159,7 @@ class Linear(nn.Linear):
     """
 
     _laid_out: Tensor | None = None
+    _learns = True  # whether the weight that is laid out required gradients
 
     def lay_out(self, weight: Tensor) -> None:
         """Hold a bf16 weight [N, K] the way oneDNN reads it, blocks of it in one piece, and in no other way.
@@ -151,7 +168,8 @@ class Linear(nn.Linear):
         or dtype, and loading a state put the plain weight back; `weight` and `state_dict` give a copy of it.
         """
         self._laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
-        self._parameters.pop("weight", None)
+        held = self._parameters.pop("weight", None)
+        self._learns = held is None or held.requires_grad
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,8 +179,17 @@ class Linear(nn.Linear):
     def put_back(self) -> None:
         """Hold the weight plainly again."""
         if self._laid_out is not None:
-            weight, self._laid_out = self._laid_out.to_dense(), None
-            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.weight = self._plain()
+
+    def _plain(self) -> nn.Parameter:
+        assert self._laid_out is not None
+        with torch.inference_mode(False):  # an inference tensor could never be trained
+            return nn.Parameter(self._laid_out.to_dense(), requires_grad=self._learns)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self._laid_out is not None:  # this one counts from now on
+            self._parameters["weight"], self._laid_out = None, None
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self._laid_out is not None:
@@ -170,8 +197,11 @@ class Linear(nn.Linear):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.put_back()  # what is laid out can be neither copied nor pickled
-        return self.__dict__
+        if self._laid_out is None:
+            return self.__dict__
+        # what is laid out can be neither copied nor pickled
+        held = {"weight": self._plain(), **self._parameters}
+        return self.__dict__ | {"_laid_out": None, "_parameters": held}
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -195,8 +225,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        if self._laid_out is not None and not torch.is_grad_enabled():
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._laid_out, self.bias, "none", [], None)
+        if (laid_out := self._laid_out) is not None:
+            if torch.is_grad_enabled():
+                product: Tensor = _Through.apply(x, laid_out)  # type: ignore[no-untyped-call]
+                return product if self.bias is None else product + self.bias
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, self.bias, "none", [], None)
             return out
         rows = x.numel() // self.in_features
         if rows < _WIDE_FROM or not slow(self.weight) or torch.is_grad_enabled():

@@ -128,7 +128,7 @@ class Predictor:
 
     @property
     def model(self) -> Blip2:
-        """The generating model itself, a torch module."""
+        """The generating model itself. In bf16 on a CPU its linear layers' weights are parameters after `.train()`."""
         assert isinstance(self.generator.model, Blip2)
         return self.generator.model
 

@@ -194,10 +194,6 @@ class Int8ImageLinear(nn.Module):
     all positive: between the negative and the positive largest value it would have half as many.
     """
 
-    scale: Tensor
-    sums: Tensor
-    zeros: Tensor
-
     def __init__(self, weight: Rounded8, bias: Tensor | None, out: torch.dtype | None = None) -> None:
         """bias: [N] in any float. out: the dtype of what comes out; None: as what comes in."""
         super().__init__()
@@ -207,10 +203,17 @@ class Int8ImageLinear(nn.Module):
             torch.zeros(self.out_features) if bias is None else bias.float(), requires_grad=False
         )
         self._packed = torch.ops.onednn.qlinear_prepack(weight.values, None)
-        self.register_buffer("scale", weight.scale, persistent=False)
-        sums = weight.values.sum(1, dtype=torch.int32) * weight.scale  # the products of a token of ones
-        self.register_buffer("sums", sums, persistent=False)
-        self.register_buffer("zeros", torch.zeros(self.out_features, dtype=torch.int64), persistent=False)
+        # No buffers: `model.half()` must not narrow them.
+        self.scale, self.zeros = weight.scale, torch.zeros(self.out_features, dtype=torch.int64)
+        self.sums = weight.values.sum(1, dtype=torch.int32) * weight.scale  # the products of a token of ones
+
+    def __getstate__(self) -> dict[str, Any]:
+        # packed it can be neither copied nor pickled
+        return self.__dict__ | {"_packed": self._packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._packed = torch.ops.onednn.qlinear_prepack(state["_packed"].mT.contiguous(), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] in any float -> [..., N]."""

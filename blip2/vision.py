@@ -22,7 +22,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
-        out: Tensor = self.projection(merge_heads(attend(query, key, value)))
+        out: Tensor = self.projection(merge_heads(attend(query, key, value)).to(x.dtype))
         return out
 
 

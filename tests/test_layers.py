@@ -158,3 +158,31 @@ def test_a_model_is_laid_out_for_inference_alone(generator_folder: Path, tmp_pat
     assert all(torch.equal(again.state_dict()[name], value) for name, value in state.items())
     assert load_model(generator_folder, dtype="fp32", lay_out=True).language.layers[0].fc1._laid_out is None
     assert {name for name, _ in quick.train().named_parameters()} == {n for n, _ in plain.named_parameters()}
+
+
+@needs_bf16
+def test_a_copy_leaves_the_original_laid_out() -> None:
+    layer, plain = laid_out(64, 48)
+    copied = copy.deepcopy(layer)
+    assert layer._laid_out is not None and torch.equal(copied.weight, plain.weight)
+    with torch.inference_mode():
+        layer.put_back()
+    assert not layer.weight.is_inference()  # such a tensor could never be trained
+
+
+@needs_bf16
+def test_a_weight_that_is_set_replaces_the_laid_out_one() -> None:
+    layer, plain = laid_out(64, 48)
+    layer.weight = nn.Parameter(torch.zeros(48, 64, dtype=torch.bfloat16))  # as adapters that are merged do
+    assert layer._laid_out is None and torch.equal(layer(torch.ones(1, 64).bfloat16())[0], plain.bias)
+
+
+@needs_bf16
+def test_training_reaches_every_weight_of_a_model_that_was_laid_out(generator_folder: Path) -> None:
+    model = load_model(generator_folder, dtype="bf16", lay_out=True)
+    assert all(parameter.requires_grad for parameter in model.train().parameters())
+
+
+def test_a_torch_without_onednn_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(torch.ops), "mkldnn", object())
+    assert layers.processor_has_bf16.__wrapped__() is False

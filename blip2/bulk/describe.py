@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from blip2.bulk.journal import Row
 from blip2.bulk.run import Describe, Prepare
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from blip2.predict import Predictor
 
 
-SMALL = 10**8  # parameters
+SMALL = 10**8  # weights of linear layers
 
 
 def describer(
@@ -100,7 +101,9 @@ def side_by_side(model: Predictor) -> Iterator[int]:
     One at a time, most of a small model's steps are too short to be shared between cores.
     """
     threads = torch.get_num_threads()
-    small = sum(weight.numel() for weight in model.model.parameters()) < SMALL
+    # by their shapes: weights that are rounded or laid out are no parameters
+    linear = [held for part in model.model.modules() if "in_features" in (held := vars(part))]
+    small = sum(held["in_features"] * held["out_features"] for held in linear) < SMALL
     if model.device.type != "cpu" or threads < 2 or not small:
         yield 1
         return
@@ -115,6 +118,13 @@ def side_by_side(model: Predictor) -> Iterator[int]:
 def fingerprint(model: Predictor) -> str:
     """Tells models apart that go by one name: a digest of every tensor's name, shape and first values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n".encode())
+    lines: dict[str, str] = {}
+    # module by module: of a weight that is laid out this makes a copy
+    for above, part in model.model.named_modules():
+        own: dict[str, Tensor] = {}
+        part._save_to_state_dict(own, f"{above}." if above else "", keep_vars=False)
+        for name, tensor in own.items():
+            lines[name] = f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n"
+    for _, line in sorted(lines.items()):
+        digest.update(line.encode())
     return digest.hexdigest()[:16]

@@ -129,4 +129,6 @@ def _room() -> tuple[int, int, int]:
     if gpus:
         return 0, 1, gpus
     cpus = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    if not cpus:
+        raise ValueError("no machine of this Ray cluster has a whole CPU or GPU to give")
     return min(cpus) - 1, 0, len(cpus)

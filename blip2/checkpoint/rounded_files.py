@@ -73,7 +73,8 @@ class RoundedFile:
             if found != wanted:
                 said = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
                 raise CheckpointError(
-                    f"{part}, a part of a rounded weight, {said}; expected {wanted.dtype} {list(wanted.shape)}"
+                    f"{part}, a part of a rounded weight, {said}; expected {wanted.dtype} {list(wanted.shape)}; "
+                    "round the model anew with blip2 quantize"
                 )
         return TensorInfo(shape, torch.float32)
 
