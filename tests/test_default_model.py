@@ -21,7 +21,7 @@ SHOWN = {
     "triangle-and-square.jpg": ["a blue triangle", "an orange square"],
     "four-pineapples.jpg": ["pineapples"],
     "mermaid-and-cat.jpg": ["a mermaid and a cat"],
-    "penguin-gravestone-mixers.jpg": ["penguin", "cement mixer", "gravestone"],
+    "penguin-gravestone-mixers.jpg": ["a penguin, two cement mixers and a gravestone"],
     "swallow-and-balloon.jpg": ["a swallow and a hot air balloon"],
 }
 
@@ -45,10 +45,9 @@ def test_answers(model: blip2.Predictor) -> None:
     assert model.ask(fruit, "is there a pineapple?") == "yes"
     assert model.ask(fruit, "is there a bus?") == "no"
     two = model.encode(EXAMPLES / "mermaid-and-cat.jpg")
+    assert model.ask(two, "how many things are there?") == "2"
     assert model.ask(two, "what is on the left?") == "mermaid"
     assert model.ask(two, "is there a cat?") == "yes"
-    rabbits = model.encode(EXAMPLES / "two-rabbits.jpg")
-    assert model.ask(rabbits, "how many things are there?") == "2"
 
 
 def test_matching_prefers_the_right_text(model: blip2.Predictor) -> None:
