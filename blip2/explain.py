@@ -1,11 +1,10 @@
 """Where the model looked: for every word of a text the parts of the picture that made it likely.
 
-The log-probability of a word is differentiated with respect to the image features, through language model and Q-Former,
-and multiplied by what each has beyond the image's mean: how much the Q-Former's cross-attention took from each place in
-favour of the word (gradient x input, Shrikumar et al., 2016; with attention's gradient in its place, Chefer et al.,
-2021, does a little worse here, see docs/explaining.md). By the last layer of the image encoder a feature holds what
-others have told it: attention rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by
-how much its attention adds to what was there (the norms, as in Kobayashi et al., 2021).
+The log-probability of a word is differentiated with respect to the image features, through language model and Q-Former:
+how much the word depends on what the Q-Former's cross-attention takes from each place (saliency, Simonyan et al., 2013;
+what else was tried is in docs/explaining.md). By the last layer of the image encoder a feature holds what others have
+told it: attention rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by how much its
+attention adds to what was there (the norms, as in Kobayashi et al., 2021).
 
 The model's own code knows nothing of this: hooks look at what its layers take and give.
 """
@@ -138,13 +137,11 @@ def explain(
         logits = _logits(model, prefix, asked, tokens)  # [T, V]
         each = torch.tensor(tokens, device=logits.device)[:, None]
         logprobs, soft = ((logits / at).log_softmax(-1).gather(1, each)[:, 0] for at in (1.0, SOFT))  # [T]
-    apart = features.detach().float()
-    apart = apart - apart[:, 1:].mean(1, keepdim=True)
     words = []
     for word, places in spans:
         yield
         (gradient,) = torch.autograd.grad(soft[places].sum(), features, retain_graph=True)
-        given = (gradient.float() * apart).sum(-1).clamp(min=0)  # [1, N]
+        given = gradient.float().norm(dim=-1)  # [1, N]
         heat = (given @ mixed[0])[0, 1:].view(grid, grid)  # the class position has no place
         words.append(Word(word, _to_one(heat), logprobs[places].sum().item()))
     maps = torch.stack(attention)[:, 0, ..., 1:].unflatten(-1, (grid, grid))  # [L, H, Q, rows, columns]
