@@ -3,8 +3,8 @@
 The log-probability of a word is differentiated with respect to the image features, through language model and Q-Former:
 how much the word depends on what the Q-Former's cross-attention takes from each place (saliency, Simonyan et al., 2013;
 what else was tried is in docs/explaining.md). By the last layer of the image encoder a feature holds what others have
-told it: attention rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by how much its
-attention adds to what was there (the norms, as in Kobayashi et al., 2021).
+told it: attention rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by how much
+its attention adds to what was there (the norms, as in Kobayashi et al., 2021).
 
 The model's own code knows nothing of this: hooks look at what its layers take and give.
 """
