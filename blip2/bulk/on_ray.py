@@ -63,7 +63,8 @@ def on_ray(
 
     def listed(_: Any) -> Iterator[dict[str, Any]]:
         os.chdir(folder)
-        stream = new_items(items, *ray.get(known), settings)
+        names, files = ray.get(known)
+        stream = new_items(items, names, files, settings)
         try:
             while some := list(itertools.islice(stream, settings.batch_size)):
                 yield {"batch": np.array([_Batch(some)], object)}
@@ -92,7 +93,7 @@ def on_ray(
         .repartition(target_num_rows_per_block=1)  # so that batches are read side by side
         .map(decoded, num_cpus=0.5)  # half of the time it waits for the disk
         .map(
-            Describer,  # type: ignore[arg-type]  # Ray makes one in each actor
+            Describer,  # Ray makes one in each actor
             num_cpus=cpus,
             num_gpus=gpus,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
@@ -124,7 +125,7 @@ def _next(row: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
 
 def _room() -> tuple[int, int, int]:
     """CPUs and GPUs of an actor, and how many actors: one a GPU, or one a machine; a CPU is left for reading."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(machine.get("GPU", 0) for machine in machines))
     if gpus:
         return 0, 1, gpus
