@@ -36,11 +36,8 @@ from blip2.vision import SelfAttention
 TILE_PX = 320  # longest side of one picture in `Explanation.image`
 # From nothing to most, colours whose lightness rises steadily, so that they can be told apart without seeing colour.
 RAMP = ((0.0, (24, 15, 62)), (0.35, (136, 34, 106)), (0.7, (237, 105, 37)), (1.0, (252, 255, 164)))
-
-
-SOFT = (
-    2.0  # the temperature of what is differentiated: a word said with certainty has hardly any gradient left
-)
+# The temperature of what is differentiated: a word said with certainty has hardly any gradient left.
+SOFT = 2.0
 
 
 @dataclass(frozen=True, eq=False)

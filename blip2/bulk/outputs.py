@@ -62,10 +62,8 @@ def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
         elif kind == "parquet":
             _parquet(rows, out)
         elif kind != "txt":
-            with _replacing(out) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+            with _replacing_text(out) as text:
                 {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
-                text.flush()
-                os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(out, error) from error
 
@@ -78,14 +76,11 @@ def write_sidecars(rows: Iterable[Row], out: Path) -> None:
     """
     for row in rows:
         if "sidecar" in row and "texts" in row:
-            said = "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
-            content = row.get("before", "") + said + row.get("after", "") + "\n"
+            content = row.get("before", "") + _said(row) + row.get("after", "") + "\n"
             path = out / row["sidecar"]
             try:
                 with _replacing(path) as file:
                     file.write(content.encode("utf-8", "surrogateescape"))
-                    file.flush()
-                    os.fsync(file.fileno())
             except OSError as error:
                 raise disk_error(path, error) from error
 
@@ -98,7 +93,7 @@ def write_errors(rows: Iterable[Row], folder: Path) -> None:
     """
     path = folder / ERRORS
     try:
-        with _replacing(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+        with _replacing_text(path) as text:
             _jsonl((row for row in rows if "error" in row), text)
     except OSError as error:
         raise disk_error(path, error) from error
@@ -115,15 +110,38 @@ def flat(rows: Iterable[Row]) -> Iterator[Row]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{key_of(path.name):016x}.part")  # never longer than a name may be
     try:
         with beside.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _replacing_text(path: Path) -> Iterator[TextIO]:
+    with _replacing(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        yield text
+        text.detach()  # what it holds is written; the file stays open
+
+
+def _said(row: Row) -> str:
+    """A row's texts, a line each."""
+    return "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
+
+
+def _valid(row: Row) -> Row:
+    """A row whose strings are UTF-8: of a file name that is not, the bytes are written out."""
+    return {
+        k: v.encode(errors="backslashreplace").decode() if isinstance(v, str) else v for k, v in row.items()
+    }
 
 
 def _line(value: Any) -> str:
@@ -144,8 +162,7 @@ def _csv(rows: Iterable[Row], file: TextIO) -> None:
     table = csv.DictWriter(file, _COLUMNS)
     table.writeheader()
     for row in flat(rows):
-        table.writerow({k: v.encode(errors="backslashreplace").decode() if isinstance(v, str) else v
-                        for k, v in row.items()})  # fmt: skip
+        table.writerow(_valid(row))
 
 
 def _coco(rows: Iterable[Row], file: TextIO) -> None:
@@ -171,18 +188,14 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
         raise BulkError("parquet needs pyarrow; pip install 'blip2[bulk]'") from None
     numbers = ("score", "logprob", "match")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
-    with _replacing(out) as file:
-        with pq.ParquetWriter(file, schema) as writer:
-            block: list[Row] = []
-            for row in flat(rows):
-                block.append({k: v.encode(errors="backslashreplace").decode() if isinstance(v, str) else v
-                              for k, v in row.items()})  # fmt: skip
-                if len(block) == 10_000:
-                    writer.write_table(pa.Table.from_pylist(block, schema))
-                    block = []
-            writer.write_table(pa.Table.from_pylist(block, schema))
-        file.flush()
-        os.fsync(file.fileno())
+    with _replacing(out) as file, pq.ParquetWriter(file, schema) as writer:
+        block: list[Row] = []
+        for row in flat(rows):
+            block.append(_valid(row))
+            if len(block) == 10_000:
+                writer.write_table(pa.Table.from_pylist(block, schema))
+                block = []
+        writer.write_table(pa.Table.from_pylist(block, schema))
 
 
 def _webdataset(rows: Iterable[Row], out: Path) -> None:
@@ -200,19 +213,20 @@ def _webdataset(rows: Iterable[Row], out: Path) -> None:
 
 
 def _shard(rows: list[Row], out: Path, number: int) -> None:
-    with _replacing(out.with_name(f"{out.stem}-{number:06d}.tar")) as file:
-        with tarfile.open(fileobj=file, mode="w") as archive:
-            for i, row in enumerate(rows, number * SHARD):
-                path, start, size = row["at"]
-                with open(path, "rb") as source:
-                    source.seek(start)
-                    image = source.read(size)
-                said = "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
-                record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
-                suffix = os.path.splitext(row["image"])[1].lower()
-                for ending, content in ((suffix, image), (".txt", said.encode()), (".json", record.encode())):
-                    member = tarfile.TarInfo(f"{i:09d}{ending}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
+    part = out.with_name(f"{out.stem}-{number:06d}.tar")
+    with _replacing(part) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for i, row in enumerate(rows, number * SHARD):
+            path, start, size = row["at"]
+            with open(path, "rb") as source:
+                source.seek(start)
+                image = source.read(size)
+            record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
+            suffix = os.path.splitext(row["image"])[1].lower()
+            for ending, content in (
+                (suffix, image),
+                (".txt", _said(row).encode()),
+                (".json", record.encode()),
+            ):
+                member = tarfile.TarInfo(f"{i:09d}{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
