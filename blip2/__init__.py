@@ -10,10 +10,15 @@ Importing this package costs next to nothing: what the names below need is impor
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# torch's threads wait for their next work spinning, for milliseconds, and keep a processor from OpenVINO's threads
+# meanwhile (and from other programs). Read when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 if TYPE_CHECKING:
     from blip2.config import ConfigError

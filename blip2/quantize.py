@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2 import openvino_product
 from blip2.layers import give_back_memory, processor_has_bf16
+from blip2.openvino_product import Product
 
 Mode = Literal["int8", "int4"]
 MODES: tuple[Mode, ...] = ("int8", "int4")
@@ -62,6 +64,11 @@ class Rounded8:
         """The weight this stands for, float32 [N, K]."""
         return self.values.float().mul_(self.scale[:, None])
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors it is made of."""
+        return self.values, self.scale
+
     def to(self, device: torch.device) -> Rounded8:
         """The same on a device."""
         return Rounded8(self.values.to(device), self.scale.to(device))
@@ -69,56 +76,57 @@ class Rounded8:
 
 @dataclass(frozen=True)
 class Rounded4:
-    """A weight in 4 bits: values uint8 [N, K / 2], two a byte, the first one low; scales, zeros bfloat16 [N, groups].
+    """A weight in 4 bits: values uint8 [N, K / 2], two a byte, the first one low.
 
-    A value q stands for (q - 8) * scale + zero.
+    A value q stands for (q - zero) * scale; scales bfloat16 and zeros uint8 [N, groups].
+    mapped: whether the values are those of a file, mapped.
     """
 
     values: Tensor
     scales: Tensor
     zeros: Tensor
+    mapped: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(cls, weight: Tensor) -> Rounded4:
         """Round a float weight [N, K], K a multiple of GROUP.
 
-        Every group's range is cut by the share that leaves the smallest squared error; then its scale and zero are
-        those of least squares.
+        Every group's range is cut by the share that leaves the smallest squared error; then its scale is that of least
+        squares.
         """
         rows = max(1, _AT_ONCE // weight.shape[1])
         parts = [cls._of(part) for part in weight.split(rows)]
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+        return cls(*map(torch.cat, zip(*(part.parts for part in parts), strict=True)))
 
     @classmethod
     def _of(cls, weight: Tensor) -> Rounded4:
         groups = weight.float().unflatten(1, (-1, GROUP))  # [N, G, GROUP]
-        low, high = groups.amin(-1), groups.amax(-1)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         best = torch.full_like(low, torch.inf)
         scales, zeros = torch.empty_like(low), torch.empty_like(low)
-        for cut in _CUTS:
-            scale = ((high - low) * (cut / 15)).clamp(min=1e-30).bfloat16().float()
-            zero = (low * cut + 8 * scale).bfloat16().float()
-            off = cls._steps(groups, scale, zero).mul_(scale[..., None]).add_(zero[..., None]).sub_(groups)
+
+        def consider(scale: Tensor, zero: Tensor) -> None:
+            nonlocal best, scales, zeros
+            off = cls._steps(groups, scale, zero).mul_(scale[..., None]).sub_(groups)
             error = off.square_().sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+
+        for cut in _CUTS:
+            scale = ((high - low) * (cut / 15)).clamp(min=1e-30).bfloat16().float()
+            consider(scale, (low * -cut / scale).round())
         steps = cls._steps(groups, scales, zeros)
-        values = (steps + 8).to(torch.uint8)
-        middle = steps.mean(-1, keepdim=True)
-        apart = steps - middle
-        scale = (apart * groups).sum(-1) / apart.square_().sum(-1).clamp(min=1e-30)
-        scale = scale.bfloat16().float()
-        zero = (groups.mean(-1) - scale * middle[..., 0]).bfloat16().float()
-        better = (steps * scale[..., None] + zero[..., None] - groups).square_().sum(-1) < best
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-        flat = values.flatten(1)
-        return cls(flat[:, ::2] | (flat[:, 1::2] << 4), scales.bfloat16(), zeros.bfloat16())
+        scale = (steps * groups).sum(-1) / steps.square().sum(-1).clamp(min=1e-30)
+        consider(scale.clamp(min=1e-30).bfloat16().float(), zeros)
+        values = (cls._steps(groups, scales, zeros) + zeros[..., None]).to(torch.uint8).flatten(1)
+        return cls(values[:, ::2] | (values[:, 1::2] << 4), scales.bfloat16(), zeros.to(torch.uint8))
 
     @staticmethod
     def _steps(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Groups [N, G, GROUP] in whole steps of each group's scale [N, G] from its zero, -8 to 7."""
-        return groups.sub(zero[..., None]).div_(scale[..., None]).round_().clamp_(-8, 7)
+        """Groups [N, G, GROUP] in whole steps of each group's scale [N, G], -zero to 15 - zero."""
+        zero = zero[..., None]
+        return groups.div(scale[..., None]).round_().clamp_(-zero, 15 - zero)
 
     def unpacked(self) -> Tensor:
         """The values one a byte: uint8 [N, K]."""
@@ -126,13 +134,23 @@ class Rounded4:
 
     def float(self) -> Tensor:
         """The weight this stands for, float32 [N, K]."""
-        values = self.unpacked().float().unflatten(1, (-1, GROUP)) - 8
-        whole: Tensor = values * self.scales.float()[..., None] + self.zeros.float()[..., None]
-        return whole.flatten(1)
+        steps: Tensor = self.unpacked().float().unflatten(1, (-1, GROUP)).sub_(self.zeros.float()[..., None])
+        return steps.mul_(self.scales.float()[..., None]).flatten(1)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors it is made of."""
+        return self.values, self.scales, self.zeros
+
+    def rows(self, these: slice) -> Rounded4:
+        """Some of its outputs' weights."""
+        return Rounded4(self.values[these], self.scales[these], self.zeros[these])
 
     def to(self, device: torch.device) -> Rounded4:
         """The same on a device."""
-        return Rounded4(self.values.to(device), self.scales.to(device), self.zeros.to(device))
+        mapped = self.mapped and device.type == "cpu"
+        values, scales, zeros = (part.to(device) for part in self.parts)
+        return Rounded4(values, scales, zeros, mapped=mapped)
 
 
 Rounded = Rounded8 | Rounded4
@@ -171,13 +189,14 @@ class Int8Linear(nn.Module):
         most, sizes = levels(), rows.abs()
         largest = sizes.amax(dim=1, keepdim=True).clamp_(min=1e-30)  # [M, 1]
         scaled = rows * (most / largest)
-        steep = largest > (_STEEP if most == 127 else 0) * sizes.mean(dim=1, keepdim=True)
-        again = (
-            steep.flatten().nonzero().flatten() if self.terms == 2 else _NONE
-        )  # the tokens with a second term
+        first = scaled.round()  # FBGEMM would round some values close to halfway the other way
+        # the order of a sum depends on the batch: in double precision it decides nothing
+        mean = sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
+        steep = largest > (_STEEP if most == 127 else 0) * mean
+        # the tokens with a second term
+        again = steep.flatten().nonzero().flatten() if self.terms == 2 else _NONE
         if len(again) == 0:
-            return _multiply(scaled, self._packed).mul_(largest / most)
-        first = scaled.round()
+            return _multiply(first, self._packed).mul_(largest / most)
         second = (scaled[again] - first[again]).mul_(2 * most)  # what is left is at most a half
         out = _multiply(torch.cat([first, second]), self._packed)
         total: Tensor = out[: len(rows)].index_add_(0, again, out[len(rows) :], alpha=0.5 / most)
@@ -217,16 +236,28 @@ class Int8ImageLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] in any float -> [..., N]."""
-        rows = x.reshape(-1, self.in_features).float()
-        low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)  # [M, 1]
-        step = ((high - low) / 255).clamp_(min=1e-30)
-        # -128 .. 127, and with the highest bit turned 0 .. 255: torch is slow at making the latter of floats
-        steps = rows.sub(low).mul_(step.reciprocal()).sub_(128).round_().to(torch.int8)
-        steps = steps.view(torch.uint8).bitwise_xor_(128)
-        product = torch.ops.onednn.qlinear_pointwise(
-            steps, 1.0, 0, self._packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        rows = x.reshape(-1, self.in_features).float().contiguous()
+        # torch rounds the rows of embedding tables so: [M, K] in 0 .. 255, each row's step and smallest value after it
+        rounded = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+        steps, ends = rounded.split([self.in_features, 8], dim=1)
+        step, low = ends.contiguous().view(torch.float32).split(1, dim=1)  # [M, 1]
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            steps.contiguous(),
+            1.0,
+            0,
+            self._packed,
+            self.scale,
+            self.zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
         )
-        out = torch.addcmul(self.bias, low, self.sums).addcmul_(product, step)  # [M, N]
+        # in place: new memory for the rows of an image takes as long as what is computed
+        out.mul_(step).addcmul_(low, self.sums).add_(self.bias)
         return out.to(self.out or x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -250,42 +281,51 @@ class Int8Embedding(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """A linear layer in 4 bits, with a scale and a zero for every `GROUP` inputs of an output; activations bfloat16."""
+    """A linear layer in 4 bits, with a scale and a zero for every `GROUP` inputs of an output.
+
+    OpenVINO multiplies where it is installed and the processor has VNNI, with activations in 8 bits, a scale for every
+    `GROUP` of them; torch elsewhere, with activations in bfloat16. Either way a row gives the same bits in any batch.
+    """
 
     def __init__(self, weight: Rounded4, bias: Tensor | None) -> None:
         """bias: [N] in any float."""
         super().__init__()
         self.out_features, self.in_features = len(weight.values), 2 * weight.values.shape[1]
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        if weight.values.device.type == "cpu":
-            pairs = torch.stack([weight.scales, weight.zeros], dim=-1).transpose(0, 1)  # [K / GROUP, N, 2]
+        self._product: Product | None = None
+        self._plain = None
+        if weight.values.device.type != "cpu":
+            self._plain = weight
+        elif openvino_multiplies():
+            self._product = Product(weight.values, weight.scales, weight.zeros, mapped=weight.mapped)
+        else:
+            zeros = (8 - weight.zeros.float()) * weight.scales.float()  # torch's kernel adds them
+            pairs = torch.stack([weight.scales, zeros.bfloat16()], dim=-1).transpose(
+                0, 1
+            )  # [K / GROUP, N, 2]
             rows = max(
                 64, _AT_ONCE // self.in_features // 64 * 64
             )  # the layout's blocks have 64 outputs at most
-            parts = (
-                Rounded4(*(getattr(weight, f.name)[i : i + rows] for f in fields(weight)))
-                for i in range(0, self.out_features, rows)
-            )
+            parts = (weight.rows(slice(i, i + rows)) for i in range(0, self.out_features, rows))
             packed = torch.cat(
                 [torch._convert_weight_to_int4pack_for_cpu(part.unpacked().int(), 1) for part in parts]
             )
             self.register_buffer("pairs", pairs.contiguous(), persistent=False)
             self.register_buffer("packed", packed, persistent=False)
-            self._plain = None
-        else:
-            self._plain = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] in any float -> [..., N] in the same."""
-        rows = x.reshape(-1, self.in_features).bfloat16()
+        rows = x.reshape(-1, self.in_features)
         out: Tensor
-        if self._plain is None:
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.pairs)
+        if self._product is not None:
+            out = self._product(rows.float())
+        elif self._plain is None:
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed, GROUP, self.pairs)
         else:
-            out = F.linear(rows, self._plain.float().bfloat16())
+            out = F.linear(rows.bfloat16(), self._plain.float().bfloat16())
         out = out.float()
         if self.bias is not None:
-            out = out + self.bias
+            out.add_(self.bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -315,6 +355,11 @@ def levels() -> int:
 def onednn_multiplies() -> bool:
     """Whether oneDNN multiplies 8 bit values here and is quick at it: on x86 with VNNI."""
     return levels() == 127 and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def openvino_multiplies() -> bool:
+    """Whether OpenVINO multiplies 4 bit weights here: where it is installed, on x86 with VNNI."""
+    return levels() == 127 and openvino_product.installed()
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> Non
     stored = 0.0
     for name, values in built.state_dict().items():
         if (kind := rounded.get(name.removesuffix(".weight"))) is not None:
-            stored += values.numel() * (1 if kind is Rounded8 else models.INT4_BYTES)
+            stored += values.numel() * (1 if kind is Rounded8 else models.INT4_MEMORY)
         else:
             stored += values.numel() * 4
     assert known._weight_bytes(mode) == pytest.approx(stored, rel=0.03)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from blip2.quantize import (
     Rounded8,
     levels,
     onednn_multiplies,
+    openvino_multiplies,
 )
 from blip2.t5 import T5
 
@@ -159,19 +162,70 @@ def test_what_gelu_leaves_is_rounded_twice_as_finely() -> None:
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_four_bits_compute_with_the_weights_they_stand_for() -> None:
+def test_four_bits_compute_with_the_weights_they_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "openvino_multiplies", lambda: False)
     weight, bias, x = Rounded4.of(drawn(32, 2 * GROUP)), drawn(32, seed=1), drawn(2, 5, 2 * GROUP, seed=2)
     found = Int4Linear(weight, bias)(x)
     torch.testing.assert_close(found, x.bfloat16().float() @ weight.float().mT + bias, rtol=0.01, atol=0.05)
     assert found.shape == (2, 5, 32)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8 image", "int4"])
-def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str) -> None:
+needs_openvino = pytest.mark.skipif(
+    not openvino_multiplies(),
+    reason="OpenVINO multiplies 4 bit weights where it is installed, on x86 with VNNI",
+)
+
+
+@needs_openvino
+def test_openvino_multiplies_four_bits_with_activations_in_eight() -> None:
+    weight, bias = Rounded4.of(drawn(32, 2 * GROUP) + 0.5), drawn(32, seed=1)
+    assert len(weight.zeros.unique()) > 1
+    x = outliers(70, 2 * GROUP)  # more rows than go at once
+    groups = x.unflatten(1, (2, GROUP))
+    step = groups.abs().amax(-1, keepdim=True) / 127  # an outlier costs its own group only
+    seen = ((groups / step).round() * step).flatten(1)
+    found = Int4Linear(weight, bias)(x)
+    expected = seen.double() @ weight.float().double().mT + bias
+    off = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert (off < 0.002).all()  # a value close to halfway may be rounded the other way
+    exact = x @ weight.float().mT + bias
+    assert (found - exact).norm() / exact.norm() > 0.002
+
+
+@needs_openvino
+def test_a_weight_that_openvino_has_laid_out_takes_its_memory_once(tmp_path: Path) -> None:
+    """Its values stay in a file: one of their own, or the one they were mapped from, which may be gone by then."""
+    made = Rounded4.of(drawn(512, 1024))
+    path = tmp_path / "values"
+    path.write_bytes(made.values.numpy().tobytes())
+    values = torch.from_file(str(path), size=made.values.numel(), dtype=torch.uint8).view(512, 512)
+    path.unlink()
+    x = drawn(3, 1024, seed=1)
+    expected = Int4Linear(made, None)(x)
+    layer = Int4Linear(replace(made, values=values, mapped=True), None)
+    assert torch.equal(layer(x), expected) and torch.equal(values, made.values)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    with pytest.raises(TypeError, match="cannot be pickled; load the model where it is needed"):
+        pickle.dumps(layer)
+
+
+@needs_openvino
+def test_several_threads_may_ask_for_one_product() -> None:
+    layer = Int4Linear(Rounded4.of(drawn(256, 512)), None)
+    rows = [drawn(3, 512, seed=seed) for seed in range(40)]
+    expected = [layer(x) for x in rows]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(layer, rows), expected))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8 image", "int4", "int4 by torch"])
+def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "int8 image" and not onednn_multiplies():
         pytest.skip("images are encoded with oneDNN on x86 with VNNI")
+    if kind == "int4 by torch":
+        monkeypatch.setattr(quantize, "openvino_multiplies", lambda: False)
     weight, bias = drawn(48, 2 * GROUP), drawn(48, seed=1)
-    if kind == "int4":
+    if kind.startswith("int4"):
         layer: nn.Module = Int4Linear(Rounded4.of(weight), bias)
     elif kind == "int8":
         layer = Int8Linear(Rounded8.of(weight), bias, 2)
@@ -179,6 +233,10 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str) -> None:
         layer = Int8ImageLinear(Rounded8.of(weight), bias)
     x = outliers(33, 2 * GROUP)
     x[::2] = drawn(17, 2 * GROUP, seed=3)  # some tokens get a second term, some do not
+    x[0, :-1] = (
+        torch.linspace(-127, 127, 2 * GROUP - 1).mul(2).round().div(2)
+    )  # values halfway between two steps
+    x[0, -1] = 127
     together = layer(x)
     assert all(torch.equal(layer(x[i : i + 1]), together[i : i + 1]) for i in range(33))
     assert torch.equal(layer(x[3:20]), together[3:20])

@@ -28,7 +28,7 @@ from blip2.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_c
 from blip2.images import ImageProcessing
 from blip2.layers import Linear, give_back_memory, processor_has_bf16
 from blip2.model import Blip2, Blip2Matcher
-from blip2.quantize import WORDS, Mode, Rounded
+from blip2.quantize import WORDS, Mode, Rounded, Rounded4, openvino_multiplies
 from blip2.quantize import quantize as round_layers
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
@@ -204,7 +204,8 @@ def build(
 
         def read(name: str, kind: type[Rounded]) -> Rounded:
             # a table of words is looked up as it is stored: only the words that occur are ever read
-            return rounded(tensors, weights[f"{name}.weight"], kind, mapped=name in WORDS).to(device)
+            mapped = name in WORDS or (kind is Rounded4 and device.type == "cpu" and openvino_multiplies())
+            return rounded(tensors, weights[f"{name}.weight"], kind, mapped=mapped).to(device)
 
         round_layers(model, quantize, read)
         rest = model.state_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -110,10 +110,11 @@ class _Rounding:
             return
         if self._last[0] != owner:
             made = self._weights[owner].of(self._tensors.copy(owner))
-            values = [getattr(made, field.name) for field in fields(made)]
             self._last = (
                 owner,
-                dict(zip(parts_of(owner, self._tensors.info(owner).shape, type(made)), values, strict=True)),
+                dict(
+                    zip(parts_of(owner, self._tensors.info(owner).shape, type(made)), made.parts, strict=True)
+                ),
             )
             self._report(self._tensors.info(owner).nbytes)
         yield from blocks(self._last[1][name])

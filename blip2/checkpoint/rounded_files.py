@@ -8,6 +8,7 @@ the values these stand for, so that inspecting and converting need not know.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def parts_of(name: str, shape: tuple[int, ...], kind: type[Rounded]) -> dict[str
     groups = (rows, -(-inputs // GROUP))
     kinds: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, torch.int8), ((rows,), torch.float32)]
     if kind is Rounded4:
-        kinds = [((rows, inputs // 2), torch.uint8), (groups, torch.bfloat16), (groups, torch.bfloat16)]
+        kinds = [((rows, inputs // 2), torch.uint8), (groups, torch.bfloat16), (groups, torch.uint8)]
     layer = name.removesuffix("weight")
     return {layer + part: TensorInfo(*each) for part, each in zip(PARTS[kind], kinds, strict=True)}
 
@@ -50,7 +51,8 @@ class RoundedFile:
         """The weight as it is stored, in memory of its own, or mapped from the file."""
         kind, layer = self.kind(name), name.removesuffix("weight")
         read = self._stored.__getitem__ if mapped else self._stored.copy
-        return kind(*(read(layer + part) for part in PARTS[kind]))
+        made = kind(*(read(layer + part) for part in PARTS[kind]))
+        return replace(made, mapped=mapped) if isinstance(made, Rounded4) else made
 
     def copied(self, name: str) -> Tensor:
         """float32."""
