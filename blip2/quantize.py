@@ -178,29 +178,37 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if self._plain is not None:
             out = F.linear(rows, self._plain.values.to(x.dtype)).float() * self._plain.scale
+            if self.bias is not None:
+                out = out + self.bias
         else:
             out = self._product(rows.float())
-        if self.bias is not None:
-            out = out + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _product(self, rows: Tensor) -> Tensor:
-        """rows float32 [M, K] -> float32 [M, N], without the bias."""
+        """rows float32 [M, K] -> float32 [M, N]."""
         most, sizes = levels(), rows.abs()
         largest = sizes.amax(dim=1, keepdim=True).clamp_(min=1e-30)  # [M, 1]
-        scaled = rows * (most / largest)
+        step = largest / most
+        scaled = rows / step
         first = scaled.round()  # FBGEMM would round some values close to halfway the other way
-        # the order of a sum depends on the batch: in double precision it decides nothing
-        mean = sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
-        steep = largest > (_STEEP if most == 127 else 0) * mean
-        # the tokens with a second term
-        again = steep.flatten().nonzero().flatten() if self.terms == 2 else _NONE
+        again = self._again(sizes, largest)
         if len(again) == 0:
-            return _multiply(first, self._packed).mul_(largest / most)
-        second = (scaled[again] - first[again]).mul_(2 * most)  # what is left is at most a half
-        out = _multiply(torch.cat([first, second]), self._packed)
-        total: Tensor = out[: len(rows)].index_add_(0, again, out[len(rows) :], alpha=0.5 / most)
-        return total.mul_(largest / most)
+            out = _multiply(first, self._packed)
+        else:
+            second = (scaled[again] - first[again]).mul_(2 * most)  # what is left is at most a half
+            both = _multiply(torch.cat([first, second]), self._packed)
+            out = both[: len(rows)].index_add_(0, again, both[len(rows) :], alpha=0.5 / most)
+        return out.mul_(step) if self.bias is None else torch.addcmul(self.bias, out, step)
+
+    def _again(self, sizes: Tensor, largest: Tensor) -> Tensor:
+        """The tokens that get a second term, by the sizes of their values [M, K] and the largest [M, 1]: int64 [k]."""
+        if self.terms == 1:
+            return _NONE
+        if levels() < 127:
+            return torch.arange(len(sizes))
+        # the order of a sum depends on the batch: in double precision it decides nothing
+        steep = largest > _STEEP * sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
+        return steep.flatten().nonzero().flatten()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8, terms={self.terms}"

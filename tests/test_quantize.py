@@ -98,7 +98,7 @@ def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(
     weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
     most = levels() or 127
     largest = x.abs().amax(1, keepdim=True)
-    scaled = x * (most / largest)  # in the layer's order: a value close to halfway would round the other way
+    scaled = x / (largest / most)  # in the layer's order: a value close to halfway would round the other way
     first = scaled.round()
     second = ((scaled - first) * (2 * most)).round() if terms == 2 else torch.zeros_like(first)
     seen = (first.double() + second.double() / (2 * most)) * largest.double() / most

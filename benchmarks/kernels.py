@@ -1,0 +1,111 @@
+"""What each kernel takes for one weight of OPT-6.7B's size, 16384 x 4096, at a few numbers of rows.
+
+    python -m benchmarks.kernels
+
+1 row is a greedy step's, 5 a step with five beams, 36 a caption's prompt, 677 an image's. Several weights take turns so
+that no cache helps. Printed are milliseconds, the least of a few runs: the machine may be shared. The last line is one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip2 import quantize
+from blip2.layers import Linear, processor_has_bf16
+from blip2.quantize import (
+    Int4Linear,
+    Int8ImageLinear,
+    Int8Linear,
+    Rounded4,
+    Rounded8,
+    onednn_multiplies,
+    openvino_multiplies,
+)
+
+OUTPUTS, INPUTS = 16384, 4096
+ROWS = (1, 5, 36, 677)
+WEIGHTS = 4
+
+Kernel = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    print(f"{'ms at so many rows':44}" + "".join(f"{rows:>9}" for rows in ROWS))
+    found = {}
+    with torch.inference_mode():
+        for name, make, dtype in kernels():
+            weights = [torch.randn(OUTPUTS, INPUTS) * 0.02 for _ in range(WEIGHTS)]
+            layers = [make(weights.pop()) for _ in range(WEIGHTS)]
+            found[name] = {rows: least(layers, torch.randn(rows, INPUTS).to(dtype)) for rows in ROWS}
+            del layers
+            print(f"{name:44}" + "".join(f"{found[name][rows]:9.2f}" for rows in ROWS), flush=True)
+    print(json.dumps(found))
+
+
+def kernels() -> Iterator[tuple[str, Callable[[Tensor], Kernel], torch.dtype]]:
+    """Name, what makes a layer of a float weight, and the dtype of its rows."""
+
+    def laid_out(weight: Tensor) -> Kernel:
+        layer = Linear(INPUTS, OUTPUTS, bias=False, device="meta")
+        layer.lay_out(weight.bfloat16())
+        return layer
+
+    def by_torch(weight: Tensor) -> Kernel:
+        there = quantize.openvino_multiplies
+        quantize.openvino_multiplies = lambda: False
+        try:
+            return Int4Linear(Rounded4.of(weight), None)
+        finally:
+            quantize.openvino_multiplies = there
+
+    def plain(weight: Tensor) -> Kernel:
+        narrow = weight.bfloat16()
+        return lambda rows: F.linear(rows, narrow)
+
+    narrow, wide = torch.bfloat16, torch.float32
+    yield "bf16, as stored", plain, narrow
+    if processor_has_bf16():
+        yield "bf16, laid out for oneDNN", laid_out, narrow
+    yield "8 bits, FBGEMM, one term", lambda weight: Int8Linear(Rounded8.of(weight), None, 1), wide
+    yield "8 bits, FBGEMM, two terms", two_terms, wide
+    if onednn_multiplies():
+        yield "8 bits, oneDNN", lambda weight: Int8ImageLinear(Rounded8.of(weight), None), wide
+    yield "4 bits, torch", by_torch, wide
+    if openvino_multiplies():
+        yield "4 bits, OpenVINO", lambda weight: Int4Linear(Rounded4.of(weight), None), wide
+
+
+def two_terms(weight: Tensor) -> Kernel:
+    """Every token steep: one value of it is a hundred times as large as the others."""
+    layer = Int8Linear(Rounded8.of(weight), None, 2)
+
+    def run(rows: Tensor) -> Tensor:
+        rows[:, 0] = 400
+        return layer(rows)
+
+    return run
+
+
+def least(layers: list[Kernel], rows: Tensor) -> float:
+    """Milliseconds of the quickest run, the layers in turns."""
+    taken = []
+    for turn in range(5 if len(rows) > 100 else 16):
+        start = time.perf_counter()
+        layers[turn % len(layers)](rows)
+        taken.append(time.perf_counter() - start)
+    return round(min(taken) * 1e3, 2)
+
+
+if __name__ == "__main__":
+    main()

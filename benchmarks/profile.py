@@ -1,0 +1,77 @@
+"""Where a model's time goes: the operators that take most of it.
+
+    python -m benchmarks.profile FOLDER [--dtype bf16 | --quantize int8]
+
+One table for encoding an image, one for reading its prompt, one for a step with five beams: milliseconds and the share
+of the whole, as torch's profiler counts them. What is outside torch's operators is Python's and OpenVINO's. The last
+line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+
+from blip2.checkpoint.load import load_model, load_processing
+from blip2.model import Blip2
+from blip2.text import CAPTION_PROMPT
+
+BEAMS, MOST = 5, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--quantize", choices=("int8", "int4"))
+    arguments = parser.parse_args()
+    dtype = None if arguments.quantize else arguments.dtype
+    model = load_model(arguments.folder, dtype=dtype, quantize=arguments.quantize, lay_out=True)
+    assert isinstance(model, Blip2)
+    processing, words = load_processing(arguments.folder)
+    pixels = torch.randn(1, 3, processing.size, processing.size)
+    ids = torch.tensor([words.encode(CAPTION_PROMPT)])
+    with torch.inference_mode():
+        prefix = model.embed_image(pixels)
+        whole = torch.cat([prefix, model.language.embed(ids).to(prefix.dtype)], dim=1)
+        mask = torch.ones(whole.shape[:2], dtype=torch.int64)
+        context, tail, logits = model.language.start(whole, mask, rows=BEAMS, max_new_tokens=32)
+        tokens = logits.topk(BEAMS).indices.flatten()
+        found = {
+            "encode": profiled("encoding an image", lambda: model.embed_image(pixels), 2),
+            "prefill": profiled("reading its prompt", lambda: model.language.read(whole, mask), 2),
+            "step": profiled("a step with 5 beams", lambda: model.language.step(tokens, context, tail), 8),
+        }
+    print(json.dumps(found))
+
+
+def profiled(what: str, work: Callable[[], object], times: int) -> dict[str, float]:
+    """Print a table of what `work` does; milliseconds by operator, "all" the whole."""
+    work()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    took = (time.perf_counter() - start) / times * 1e3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        watched = (time.perf_counter() - start) / times * 1e3  # longer: it takes time to look
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    rows = {event.key: event.self_cpu_time_total / times / 1e3 for event in events}
+    rows["outside torch's operators"] = max(0.0, watched - sum(rows.values()))
+    most = sorted(rows, key=lambda name: -rows[name])[:MOST]
+    print(f"{what}: {took:.0f} ms, {watched:.0f} ms while watched")
+    for name in most:
+        print(f"  {name:60} {rows[name]:8.1f} ms {rows[name] / watched:6.1%}")
+    return {"all": round(took, 1)} | {name: round(rows[name], 2) for name in most}
+
+
+if __name__ == "__main__":
+    main()
