@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from blip2.models import (
 
 # Instruction sets that decide how fast a model runs, as /proc/cpuinfo calls them (x86, then ARM).
 FAST = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
+OPENVINO_MISSING = "not installed; with it 4 bits are quick: pip install 'blip2[openvino]'"
 # Variables that change where models come from.
 VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT")
 
@@ -39,6 +41,7 @@ class Machine:
 
     python: str
     torch: str
+    openvino: str | None  # None: not installed
     system: str
     processor: str
     instructions: tuple[str, ...]
@@ -79,6 +82,7 @@ def examine_machine() -> Machine:
     return Machine(
         python=platform.python_version(),
         torch=torch.__version__,
+        openvino=_version("openvino"),
         system=f"{platform.system()} {platform.machine()}",
         processor=processor,
         instructions=instructions,
@@ -179,6 +183,13 @@ def _is_here(name: str) -> bool:
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in weights)
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _processor() -> tuple[str, tuple[str, ...]]:
     """Name, and those instruction sets of `FAST` it has; (unknown, ()) where the system does not say."""
     try:
@@ -232,6 +243,7 @@ def as_text(machine: Machine, checkups: list[Checkup]) -> list[str]:
         "This machine",
         f"  python     {machine.python} on {machine.system}",
         f"  torch      {machine.torch}, {machine.threads} threads",
+        f"  openvino   {machine.openvino or OPENVINO_MISSING}",
         f"  processor  {machine.processor}, {machine.cores} cores; {' '.join(machine.instructions) or 'unknown'}",
         f"  memory     {readable(machine.memory)}{free}",
         f"  GPU        {gpu}" + (f", {readable(machine.gpu_memory)}" if machine.gpu_memory else ""),

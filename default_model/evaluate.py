@@ -39,9 +39,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--matcher", type=Path)
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="with rounded weights")
     parser.add_argument("--limit", type=int, help="so many of each set, for a quick look")
     arguments = parser.parse_args()
-    model = blip2.load(arguments.model, matcher=arguments.matcher)
+    model = blip2.load(arguments.model, matcher=arguments.matcher, quantize=arguments.quantize)
     composer = Composer(Cutouts.load(arguments.folder))
     scores = evaluate(model, composer, standard(), arguments.folder, arguments.limit)
     for name, score in scores.items():
