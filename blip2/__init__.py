@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 # torch's threads wait for their next work spinning, for milliseconds, and keep a processor from OpenVINO's threads
 # meanwhile (and from other programs). Read when torch is first imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "300")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 if TYPE_CHECKING:
     from blip2.config import ConfigError
