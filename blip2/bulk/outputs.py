@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from blip2.bulk.index import key_of
-from blip2.bulk.journal import BulkError, Row, disk_error
+from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
 from blip2.bulk.sources import Item
+from blip2.images import ImageError
 
 FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 ERRORS = "errors.jsonl"  # beside the journal
-SHARD = 10_000  # images in a webdataset shard
 
 
 def format_of(out: Path, asked: str | None) -> str:
@@ -51,17 +52,15 @@ def sidecar(item: Item, out: Path) -> str:
 
 
 def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
-    """Write all rows in a format of `FORMATS` but txt; until all of it is on the disk the old output stays.
+    """Write all rows in a format that is one file; until all of it is on the disk the old output stays.
 
     Raises:
         BulkError: the disk refuses, or pyarrow is missing.
     """
     try:
-        if kind == "webdataset":
-            _webdataset(rows, out)
-        elif kind == "parquet":
+        if kind == "parquet":
             _parquet(rows, out)
-        elif kind != "txt":
+        else:
             with _replacing_text(out) as text:
                 {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
     except OSError as error:
@@ -198,35 +197,45 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
         writer.write_table(pa.Table.from_pylist(block, schema))
 
 
-def _webdataset(rows: Iterable[Row], out: Path) -> None:
-    """Shards OUT-000000.tar ...: each image as it was, its captions as .txt and its row as .json."""
-    some: list[Row] = []
-    number = 0
-    for row in rows:
-        if "texts" in row:
-            some.append(row)
-        if len(some) == SHARD:
-            _shard(some, out, number)
-            some, number = [], number + 1
-    if some or not number:
-        _shard(some, out, number)
+def shard(out: Path, number: int) -> Path:
+    """The name of a webdataset shard: OUT-000000.tar, ..."""
+    return out.with_name(f"{out.stem}-{number:06d}.tar")
 
 
-def _shard(rows: list[Row], out: Path, number: int) -> None:
-    part = out.with_name(f"{out.stem}-{number:06d}.tar")
-    with _replacing(part) as file, tarfile.open(fileobj=file, mode="w") as archive:
-        for i, row in enumerate(rows, number * SHARD):
-            path, start, size = row["at"]
-            with open(path, "rb") as source:
-                source.seek(start)
-                image = source.read(size)
-            record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
-            suffix = os.path.splitext(row["image"])[1].lower()
-            for ending, content in (
-                (suffix, image),
-                (".txt", _said(row).encode()),
-                (".json", record.encode()),
-            ):
-                member = tarfile.TarInfo(f"{i:09d}{ending}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+def write_shard(journal: Journal, out: Path, number: int) -> None:
+    """Write a webdataset shard of a journal's sound rows: images as they were, captions as .txt, rows as .json.
+
+    Raises:
+        BulkError: the disk refuses, or an image is no longer what was captioned.
+    """
+    path = shard(out, number)
+    try:
+        with _replacing(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+            for i, row in enumerate(journal.sound_rows(number), number * journal.MANY):
+                record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
+                suffix = os.path.splitext(row["image"])[1].lower()
+                for ending, content in (
+                    (suffix, _image(row)),
+                    (".txt", _said(row).encode()),
+                    (".json", record.encode()),
+                ):
+                    member = tarfile.TarInfo(f"{i:09d}{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def _image(row: Row) -> bytes:
+    """The bytes of the image that was captioned."""
+    path, start, size = row["at"]
+    try:
+        content = Item(row["image"], path, start, size).read()
+    except ImageError as error:
+        raise BulkError(f"{error}, and its shard is still to be written; put it back and {GO_ON}") from error
+    if hashlib.sha256(content).hexdigest() != row["hash"]:
+        raise BulkError(
+            f"{row['image']} has changed since it was captioned, and its shard is still to be written; "
+            f"put it back and {GO_ON}"
+        )
+    return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,12 @@ def _decoding(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def caption(args: argparse.Namespace) -> int:
+    begun = time.perf_counter()  # before torch is loaded
     options = _decoding(args)
     if args.prompt is not None:
         options["prompt"] = args.prompt
     if args.out is not None:
-        return bulk(args, options)
+        return bulk(args, options, begun)
     return _write(args, "caption", options)
 
 

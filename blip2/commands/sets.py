@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from blip2.bulk.run import Engine
 
 
-def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    """Captions of any number of images into a file or folder."""
+def bulk(args: argparse.Namespace, options: dict[str, Any], begun: float) -> int:
+    """Captions of any number of images into a file or folder. begun: the clock when the command was."""
     from pathlib import Path
 
     from blip2.bulk import BulkError, Inputs, Settings, caption_all, estimate
@@ -68,10 +69,6 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
         keep_best=args.keep_best,
     )
     prepare = shrinker(model, match=args.match or args.keep_best)
-    if args.dry_run:
-        count, seconds = estimate(inputs, describe, prepare=prepare, batch_size=args.batch_size)
-        print_line(f"{count:,} inputs, about {_duration(seconds)} on this machine; nothing was written")
-        return DONE
     made_with = options | {
         "model": args.model,
         "weights": fingerprint(model),
@@ -89,7 +86,7 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     # To count the rows of parquet files is to read the images within them.
     countable = not any(source.lower().endswith(".parquet") for source in args.images)
     quiet = contextlib.nullcontext(lambda progress: None)
-    bar = quiet if args.quiet else progress_bar(inputs if countable else None)
+    bar = quiet if args.quiet or args.dry_run else progress_bar(inputs if countable else None)
     try:
         with bar as show, side_by_side(model) as beside:
             settings = Settings(
@@ -101,9 +98,18 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
                 side_by_side=beside,
                 threads=min(8, os.cpu_count() or 1),
             )
+            if args.dry_run:
+                to_begin = time.perf_counter() - begun
+                found = estimate(inputs, settings, describe, prepare=prepare)
+                done_already = f", {found.done:,} of them done already" if found.done else ""
+                lasts = _duration(to_begin + found.seconds)
+                print_line(
+                    f"{found.inputs:,} inputs{done_already}: about {lasts} on this machine; nothing was written"
+                )
+                return DONE
             done = caption_all(inputs, settings, describe, prepare=prepare, progress=show, engine=engine)
     except KeyboardInterrupt:
-        complain(f"stopped; what was done is kept, {GO_ON}")
+        complain("stopped" if args.dry_run else f"stopped; what was done is kept, {GO_ON}")
         return 130
     if not args.quiet:
         total = done.done + done.before
