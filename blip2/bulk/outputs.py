@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO, TextIO
 
 from blip2.bulk.index import key_of
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
-from blip2.bulk.sources import Item
+from blip2.bulk.sources import NO_PYARROW, Item
 from blip2.images import ImageError
 
 FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
@@ -24,14 +26,19 @@ ERRORS = "errors.jsonl"  # beside the journal
 
 
 def format_of(out: Path, asked: str | None) -> str:
-    """The format of a name: that of its suffix, text files beside the images for a folder."""
-    if asked is not None:
-        return asked
-    if out.suffix.lower() in _BY_SUFFIX:
-        return _BY_SUFFIX[out.suffix.lower()]
-    if out.suffix and not out.is_dir():
+    """The format of a name: that of its suffix, text files beside the images for a folder.
+
+    Raises:
+        BulkError: a suffix that names none, or what writes it is not installed.
+    """
+    kind = asked or _BY_SUFFIX.get(out.suffix.lower(), "txt")
+    if kind == "txt" and asked is None and out.suffix and not out.is_dir():
         raise BulkError(f"--out {out}: what format is {out.suffix}? Name it: --format {' or '.join(FORMATS)}")
-    return "txt"
+    if (
+        kind == "parquet" and importlib.util.find_spec("pyarrow") is None
+    ):  # now, and not when all is captioned
+        raise BulkError(f"--out {out}: {NO_PYARROW}")
+    return kind
 
 
 def state_folder(out: Path, kind: str) -> Path:
@@ -55,7 +62,7 @@ def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
     """Write all rows in a format that is one file; until all of it is on the disk the old output stays.
 
     Raises:
-        BulkError: the disk refuses, or pyarrow is missing.
+        BulkError: the disk refuses.
     """
     try:
         if kind == "parquet":
@@ -164,6 +171,13 @@ def _csv(rows: Iterable[Row], file: TextIO) -> None:
         table.writerow(_valid(row))
 
 
+def _coco_id(row: Row) -> int | str:
+    """The number an image has in COCO: it came with the input, or is in the file's name; of others the name."""
+    named = re.fullmatch(r"(?:COCO_.+_)?(\d{12})", Path(row["image"]).stem)
+    found: int | str = row.get("id", int(named[1]) if named else row["image"])
+    return found
+
+
 def _coco(rows: Iterable[Row], file: TextIO) -> None:
     """COCO's results file: [{"image_id", "caption"}, ...]; failed images are not in it."""
     file.write("[")
@@ -171,7 +185,7 @@ def _coco(rows: Iterable[Row], file: TextIO) -> None:
     for row in rows:
         for text in row.get("texts", ())[:1]:
             said = {
-                "image_id": row.get("id", row["image"]),
+                "image_id": _coco_id(row),
                 "caption": text.get("caption", text.get("answer")),
             }
             file.write(comma + _line(said))
@@ -180,11 +194,9 @@ def _coco(rows: Iterable[Row], file: TextIO) -> None:
 
 
 def _parquet(rows: Iterable[Row], out: Path) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise BulkError("parquet needs pyarrow; pip install 'blip2[bulk]'") from None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     numbers = ("score", "logprob", "match")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
     with _replacing(out) as file, pq.ParquetWriter(file, schema) as writer:

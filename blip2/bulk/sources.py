@@ -25,6 +25,7 @@ from blip2.inputs import SUFFIXES
 LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
 PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
 BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "png")
+NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
 MAX_BYTES = 512 * 2**20  # of one image file
 
 
@@ -205,6 +206,8 @@ def _row(row: Any, source: str, place: int) -> Item:
     root = os.path.dirname(source)
     path = os.path.join(root, value)
     number = row.get("id", row.get("image_id"))
+    if isinstance(number, str) and number.isdecimal():  # in CSV everything is text; COCO's ids are numbers
+        number = int(number)
     return Item(path, path, id=number if isinstance(number, int | str) else None, root=root)
 
 
@@ -229,7 +232,7 @@ def _parquet(source: str) -> Iterator[Item]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise BulkError(f"{source}: parquet needs pyarrow; pip install 'blip2[bulk]'") from None
+        raise BulkError(f"{source}: {NO_PYARROW}") from None
     root = os.path.dirname(source)
     try:
         with pyarrow.parquet.ParquetFile(source) as file:

@@ -81,6 +81,7 @@ def bulk(args: argparse.Namespace, options: dict[str, Any], begun: float) -> int
         "match": args.match,
         "keep_best": args.keep_best,
         "format": kind,
+        "existing": args.existing if args.existing in ("append", "prepend") else None,
         "shard": args.shard,
     }
     # To count the rows of parquet files is to read the images within them.

@@ -305,6 +305,8 @@ def test_the_command(
     assert json.loads((tmp_path / ".c.jsonl.blip2" / "errors.jsonl").read_text()) == rows[-1]
     assert main([*command, "--beams", "2"]) == 2
     assert "beams was 5, now 2" in capsys.readouterr().err
+    assert main([*command, "--existing", "append"]) == 2
+    assert "existing was None, now 'append'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command, "--engine", "ray"]) == 2 and "pip install 'blip2[ray]'" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,27 @@ def test_files(kind: str, tmp_path: Path) -> None:
             assert len(archive.getnames()) == 27
             assert archive.extractfile("000000000.png").read() == png(0)  # type: ignore[union-attr]
             assert archive.extractfile("000000003.txt").read().decode() == rows[3]["caption"]  # type: ignore[union-attr]
+
+
+def test_coco_knows_its_images_by_their_numbers(tmp_path: Path) -> None:
+    names = ["COCO_val2014_000000000042.png", "000000000139.png", "x12.png", "a.png"]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(png(i))
+    (tmp_path / "t.csv").write_text("id,image\n07,a.png\n")
+    out = tmp_path / "out.json"
+    sources = [*(str(tmp_path / name) for name in names[:3]), str(tmp_path / "t.csv")]
+    caption_all(list_items(sources), settings(out, kind="coco"), say)
+    assert [row["image_id"] for row in json.loads(out.read_text())] == [42, 139, sources[2], 7]
+
+
+def test_what_writes_the_output_is_there_at_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for out, asked in (("x.parquet", None), ("x", "parquet")):
+        with pytest.raises(BulkError, match=r"pip install 'blip2\[bulk\]'"):
+            outputs.format_of(Path(out), asked)
+    assert outputs.format_of(Path("x.parquet"), "csv") == "csv"
+    with pytest.raises(BulkError, match=r"what format is \.xyz"):
+        outputs.format_of(Path("x.xyz"), None)
 
 
 @pytest.mark.parametrize(
