@@ -171,11 +171,10 @@ def _csv(rows: Iterable[Row], file: TextIO) -> None:
         table.writerow(_valid(row))
 
 
-def _coco_id(row: Row) -> int | str:
-    """The number an image has in COCO: it came with the input, or is in the file's name; of others the name."""
-    named = re.fullmatch(r"(?:COCO_.+_)?(\d{12})", Path(row["image"]).stem)
-    found: int | str = row.get("id", int(named[1]) if named else row["image"])
-    return found
+def _coco_id(name: str) -> int | str:
+    """The number that COCO's own file names hold; of other images the name."""
+    found = re.fullmatch(r"(?:COCO_.+_)?(\d{12})", Path(name).stem)
+    return int(found[1]) if found else name
 
 
 def _coco(rows: Iterable[Row], file: TextIO) -> None:
@@ -185,7 +184,7 @@ def _coco(rows: Iterable[Row], file: TextIO) -> None:
     for row in rows:
         for text in row.get("texts", ())[:1]:
             said = {
-                "image_id": _coco_id(row),
+                "image_id": row.get("id", _coco_id(row["image"])),
                 "caption": text.get("caption", text.get("answer")),
             }
             file.write(comma + _line(said))

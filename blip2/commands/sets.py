@@ -41,10 +41,9 @@ def bulk(args: argparse.Namespace, options: dict[str, Any], begun: float) -> int
     kind = format_of(out, args.format)
     questions: list[str] = []
     if args.questions is not None:
-        questions = [line.strip() for line in Path(args.questions).read_text("utf-8").splitlines()]
-        questions = [line for line in questions if line]
-        if not questions or "prompt" in options:
-            raise ValueError("--questions needs a file with a question a line, and goes without --prompt")
+        if "prompt" in options:
+            raise ValueError("--questions goes without --prompt")
+        questions = _lines("--questions", args.questions)
     if options["do_sample"] and options["seed"] is None:
         raise BulkError("sampling into a file needs --seed: else no run could be repeated or gone on with")
 
@@ -119,6 +118,19 @@ def bulk(args: argparse.Namespace, options: dict[str, Any], begun: float) -> int
     return SOME_FAILED if done.failed else DONE
 
 
+def _lines(option: str, name: str) -> list[str]:
+    """The lines of an option's file. Raises ValueError where there are none."""
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            lines = [line for line in map(str.strip, file) if line]
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "no UTF-8"
+        raise ValueError(f"{option} {name}: cannot be read ({told})") from error
+    if not lines:
+        raise ValueError(f"{option} {name}: the file holds none; write one a line")
+    return lines
+
+
 def _ray() -> Engine:
     """The engine of a cluster. Raises BulkError where Ray is missing."""
     try:
@@ -143,7 +155,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     if args.abstain and not args.answers:
         raise ValueError("--abstain is about answers that are ranked: give them with --answers FILE")
-    answers = Path(args.answers).read_text(encoding="utf-8").splitlines() if args.answers else []
+    answers = _lines("--answers", args.answers) if args.answers else []
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: this is a file; name a folder")
     data, images, annotations = (
         None if path is None else Path(path) for path in (args.data, args.images, args.annotations)
     )
@@ -153,7 +167,7 @@ def evaluate(args: argparse.Namespace) -> int:
             protocol=args.protocol,
             limit=args.limit,
             batch_size=args.batch_size,
-            answers=tuple(answer.strip() for answer in answers if answer.strip()),
+            answers=tuple(answers),
             abstain=args.abstain,
             images=images,
             annotations=annotations,
