@@ -29,14 +29,15 @@ def format_of(out: Path, asked: str | None) -> str:
     """The format of a name: that of its suffix, text files beside the images for a folder.
 
     Raises:
-        BulkError: a suffix that names none, or what writes it is not installed.
+        BulkError: a suffix that names none, a folder where a file is to be, or what writes it is not installed.
     """
     kind = asked or _BY_SUFFIX.get(out.suffix.lower(), "txt")
     if kind == "txt" and asked is None and out.suffix and not out.is_dir():
         raise BulkError(f"--out {out}: what format is {out.suffix}? Name it: --format {' or '.join(FORMATS)}")
-    if (
-        kind == "parquet" and importlib.util.find_spec("pyarrow") is None
-    ):  # now, and not when all is captioned
+    if kind != "txt" and out.is_dir():
+        raise BulkError(f"--out {out}: there is a folder of this name; name a file")
+    # Missed now, and not when all is captioned.
+    if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise BulkError(f"--out {out}: {NO_PYARROW}")
     return kind
 

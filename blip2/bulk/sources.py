@@ -22,6 +22,7 @@ from blip2.bulk.journal import BulkError
 from blip2.images import ImageError
 from blip2.inputs import SUFFIXES
 
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
 PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
 BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "png")
@@ -131,6 +132,8 @@ def list_items(
 def _file(source: str) -> Iterator[Item]:
     path = Path(source)
     suffix = path.suffix.lower()
+    if suffix in PACKED:
+        raise BulkError(f"{source}: in a compressed archive no image has a place to be read from; unpack it")
     if suffix in SUFFIXES or suffix not in (*LISTS, *TABLES, ".tar", ".json", ".jsonl"):
         yield Item(source, source, root=os.path.dirname(source))
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import blip2
-from blip2.commands.sets import bulk
+from blip2.commands.sets import bulk, need_out
 from blip2.commands.terminal import (
     DONE,
     SOME_FAILED,
@@ -63,6 +63,7 @@ def caption(args: argparse.Namespace) -> int:
         options["prompt"] = args.prompt
     if args.out is not None:
         return bulk(args, options, begun)
+    need_out(args)
     return _write(args, "caption", options)
 
 

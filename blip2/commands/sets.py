@@ -24,6 +24,34 @@ if TYPE_CHECKING:
     from blip2.bulk.run import Engine
 
 
+# Options of `caption` that mean nothing without --out, and what they are where they were not given.
+WITH_OUT: dict[str, Any] = {
+    "format": None,
+    "include": [],
+    "exclude": [],
+    "existing": "skip",
+    "prefix": "",
+    "suffix": "",
+    "questions": None,
+    "score": False,
+    "match": False,
+    "keep_best": False,
+    "limit": None,
+    "shard": "1/1",
+    "engine": "local",
+    "dry_run": False,
+}
+
+
+def need_out(args: argparse.Namespace) -> None:
+    """Raises ValueError where options were given that would do nothing without --out."""
+    given = [
+        f"--{name.replace('_', '-')}" for name, unset in WITH_OUT.items() if getattr(args, name) != unset
+    ]
+    if given:
+        raise ValueError(f"{', '.join(given)}: only with --out PATH")
+
+
 def bulk(args: argparse.Namespace, options: dict[str, Any], begun: float) -> int:
     """Captions of any number of images into a file or folder. begun: the clock when the command was."""
     from pathlib import Path

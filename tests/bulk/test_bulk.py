@@ -29,7 +29,8 @@ from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.progress import progress_bar
 from blip2.bulk.run import Progress
-from blip2.cli import main
+from blip2.cli import build_parser, main
+from blip2.commands.sets import WITH_OUT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
@@ -319,6 +320,22 @@ def test_the_command(
     assert all(row["logprob"] < 0 for row in rows)
     assert main(["caption", str(pictures[0]), "--out", str(tmp_path / "d.jsonl"), *common, "--dry-run"]) == 0
     assert "1 inputs" in capsys.readouterr().out and not (tmp_path / "d.jsonl").exists()
+
+
+def test_options_of_bulk_runs_need_an_output(capsys: Any) -> None:
+    begun = build_parser().parse_args(["caption", "x.png"])
+    assert {name: getattr(begun, name) for name in WITH_OUT} == WITH_OUT
+    (group,) = (
+        group
+        for action in build_parser()._actions
+        if isinstance(action.choices, dict)
+        for group in action.choices["caption"]._action_groups
+        if group.title is not None and "many images" in group.title
+    )
+    others = {"out", "num_return_sequences"}
+    assert {action.dest for action in group._group_actions} == {*WITH_OUT, *others}
+    assert main(["caption", "x.png", "--dry-run", "--limit", "3"]) == 2
+    assert "--limit, --dry-run: only with --out" in capsys.readouterr().err
 
 
 def test_the_time_left_is_shown_where_inputs_can_be_counted(capfd: Any) -> None:

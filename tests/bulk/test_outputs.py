@@ -56,7 +56,13 @@ def test_every_source(tmp_path: Path) -> None:
         ("b.parquet#1", png(5)),
         ("in/00002.png", images["00002.png"]),
     ]
-    for name, content in (("x.csv", "a,b\n1,2\n"), ("x.json", "{"), ("x.parquet", "no"), ("x.tar", "no")):
+    for name, content in (
+        ("x.tar.gz", "a"),
+        ("x.csv", "a,b\n1,2\n"),
+        ("x.json", "{"),
+        ("x.parquet", "no"),
+        ("x.tar", "no"),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(BulkError, match=name):
             found(name)
@@ -123,12 +129,18 @@ def test_coco_knows_its_images_by_their_numbers(tmp_path: Path) -> None:
     assert [row["image_id"] for row in json.loads(out.read_text())] == [42, 139, sources[2], 7]
 
 
-def test_what_writes_the_output_is_there_at_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stands_against_an_output_is_told_at_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for out, asked in (("x.parquet", None), ("x", "parquet")):
         with pytest.raises(BulkError, match=r"pip install 'blip2\[bulk\]'"):
             outputs.format_of(Path(out), asked)
     assert outputs.format_of(Path("x.parquet"), "csv") == "csv"
+    (tmp_path / "x.jsonl").mkdir()
+    with pytest.raises(BulkError, match="there is a folder of this name"):
+        outputs.format_of(tmp_path / "x.jsonl", None)
+    assert outputs.format_of(tmp_path / "x.jsonl", "txt") == "txt"
     with pytest.raises(BulkError, match=r"what format is \.xyz"):
         outputs.format_of(Path("x.xyz"), None)
 
