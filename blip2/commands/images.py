@@ -57,7 +57,7 @@ def _decoding(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def caption(args: argparse.Namespace) -> int:
-    begun = time.perf_counter()  # before torch is loaded
+    begun = time.perf_counter() - time.process_time()  # when Python was started, about
     options = _decoding(args)
     if args.prompt is not None:
         options["prompt"] = args.prompt
