@@ -15,10 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from PIL import Image
+
 from blip2.bulk.index import key_of
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
-from blip2.bulk.sources import NO_PYARROW, Item
+from blip2.bulk.sources import IN_TABLE, NO_PYARROW, Item, parquet_items
 from blip2.images import ImageError
+from blip2.inputs import SUFFIXES
 
 FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
@@ -223,11 +226,11 @@ def write_shard(journal: Journal, out: Path, number: int) -> None:
     path = shard(out, number)
     try:
         with _replacing(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-            for i, row in enumerate(journal.sound_rows(number), number * journal.MANY):
+            rows = journal.sound_rows(number)
+            for i, (row, image) in enumerate(_with_images(rows), number * journal.MANY):
                 record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
-                suffix = os.path.splitext(row["image"])[1].lower()
                 for ending, content in (
-                    (suffix, _image(row)),
+                    (_ending(row["image"], image), image),
                     (".txt", _said(row).encode()),
                     (".json", record.encode()),
                 ):
@@ -238,16 +241,35 @@ def write_shard(journal: Journal, out: Path, number: int) -> None:
         raise disk_error(path, error) from error
 
 
-def _image(row: Row) -> bytes:
-    """The bytes of the image that was captioned."""
-    path, start, size = row["at"]
-    try:
-        content = Item(row["image"], path, start, size).read()
-    except ImageError as error:
-        raise BulkError(f"{error}, and its shard is still to be written; put it back and {GO_ON}") from error
-    if hashlib.sha256(content).hexdigest() != row["hash"]:
-        raise BulkError(
-            f"{row['image']} has changed since it was captioned, and its shard is still to be written; "
-            f"put it back and {GO_ON}"
-        )
-    return content
+def _with_images(rows: Iterable[Row]) -> Iterator[tuple[Row, bytes]]:
+    """Rows in the order of the inputs, each with the bytes of the image that was captioned."""
+    table: Iterator[Item] = iter(())
+    opened = ""
+    for row in rows:
+        path, start, size = row["at"]
+        try:
+            if size != IN_TABLE:
+                content = Item(row["image"], path, start, size).read()
+            else:  # a table is read once, for all of its rows
+                if path != opened:
+                    table, opened = parquet_items(path, start), path
+                content = next((item.content for item in table if item.start == start), None) or b""
+        except (ImageError, OSError) as error:
+            raise BulkError(
+                f"{error}, and its shard is still to be written; put it back and {GO_ON}"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != row["hash"]:
+            raise BulkError(
+                f"{row['image']} has changed since it was captioned, and its shard is still to be written; "
+                f"put it back and {GO_ON}"
+            )
+        yield row, content
+
+
+def _ending(name: str, content: bytes) -> str:
+    """Of the file in a shard: that of the image's name, else what its content is."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending in SUFFIXES:
+        return ending
+    with Image.open(io.BytesIO(content)) as image:  # it was decoded before
+        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())

@@ -227,8 +227,6 @@ def decode(item: Item, settings: Settings, prepare: Prepare) -> Decoded:
         content = item.read()
         row["hash"] = hashlib.sha256(content).hexdigest()
         if settings.kind == "webdataset":
-            if item.content is not None:
-                raise ImageError(f"{item.name}: images within parquet files cannot be put into shards")
             row["at"] = [item.path, item.start, item.size]
         return Decoded(row, prepare(load_image(content)))
     except (ImageError, OSError) as error:

@@ -27,6 +27,7 @@ LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
 PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
 BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "png")
 NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
+IN_TABLE = -2
 MAX_BYTES = 512 * 2**20  # of one image file
 
 
@@ -35,7 +36,7 @@ class Item(NamedTuple):
 
     name: what its rows are called; two items of one name are the same input.
     path: the file that holds it, and of that file `size` bytes from `start`; size -1: all of it.
-    content: the bytes themselves, where a table brought them.
+    content: the bytes themselves, where a table brought them; then `start` is its row, from 1, and size IN_TABLE.
     id: the number that COCO's files give it.
     root: the folder its name is kept relative to in a mirror folder.
     problem: why it is not to be read at all.
@@ -174,7 +175,7 @@ def _inside(source: str, suffix: str) -> Iterator[Item]:
     elif suffix == ".tar":
         yield from _tar(source)
     elif suffix == ".parquet":
-        yield from _parquet(source)
+        yield from parquet_items(source)
     elif suffix in (".csv", ".tsv"):
         with open(source, encoding="utf-8-sig", newline="") as file:
             rows: Any = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
@@ -230,7 +231,8 @@ def _tar(source: str) -> Iterator[Item]:
                 yield Item(name, source, member.offset_data, member.size, root=root)
 
 
-def _parquet(source: str) -> Iterator[Item]:
+def parquet_items(source: str, start: int = 1) -> Iterator[Item]:
+    """The images of a table, from its row `start` on."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -240,16 +242,23 @@ def _parquet(source: str) -> Iterator[Item]:
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             column = _column(source, file.schema_arrow.names, PATH_COLUMNS + BYTES_COLUMNS)
-            place = 0
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
+            group = place = 0
+            while group < file.num_row_groups and place + file.metadata.row_group(group).num_rows < start:
+                place += file.metadata.row_group(group).num_rows
+                group += 1
+            groups = list(range(group, file.num_row_groups))
+            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     place += 1
+                    if place < start:
+                        continue
                     # Hugging Face's image columns hold {"bytes": ..., "path": ...}
                     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
                     if isinstance(content, str):
                         path = os.path.join(root, content)
                         yield Item(path, path, root=root)
                     else:
-                        yield Item(f"{source}#{place}", source, content=content or b"", root=root)
+                        name = f"{source}#{place}"
+                        yield Item(name, source, place, IN_TABLE, content=content or b"", root=root)
     except pyarrow.ArrowException as error:
         raise BulkError(f"{source}: no parquet file that can be read ({error})") from error

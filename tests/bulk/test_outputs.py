@@ -16,6 +16,7 @@ from small_runs import make_folder, png, run, say, settings
 from blip2.bulk import BulkError, Inputs, caption_all, list_items, outputs
 from blip2.bulk.journal import Journal
 from blip2.bulk.run import Progress
+from blip2.bulk.sources import parquet_items
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
@@ -277,6 +278,25 @@ def test_shards_appear_as_they_are_full(
     assert first.read_bytes() == b"mine now" and shards(out)[1:6] == expected[1:6]
     with tarfile.open(sorted(out.parent.glob("*.tar"))[-1]) as archive:
         assert len(archive.getnames()) == 9
+
+
+def test_shards_of_images_within_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(Journal, "MANY", 3)
+    contents = [png(i) for i in range(10)]
+    contents[4] = b"no image"
+    table = pa.table({"image": [{"bytes": content, "path": None} for content in contents]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
+    folder, out = make_folder(tmp_path / "in", 2), tmp_path / "out.tar"
+    items = list_items([str(tmp_path / "t.parquet"), str(folder)])
+    caption_all(items, settings(out, kind="webdataset"), say)
+    found: list[bytes] = []
+    for path in sorted(tmp_path.glob("out-*.tar")):
+        with tarfile.open(path) as archive:
+            names = [name for name in archive.getnames() if name.endswith(".png")]
+            found += [archive.extractfile(name).read() for name in names]  # type: ignore[union-attr]
+    assert found == contents[:4] + contents[5:] + [png(0), png(1)]
+    assert [item.content for item in parquet_items(str(tmp_path / "t.parquet"), 7)] == contents[6:]
 
 
 def test_a_shard_holds_the_images_that_were_captioned(tmp_path: Path) -> None:
