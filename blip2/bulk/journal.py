@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from blip2.bulk.index import Index, IndexFile, content_key, key_of
 from blip2.lock import lock
@@ -37,6 +40,8 @@ class Journal:
     Raises:
         BulkError: another run has it, it was begun with other settings, or the folder cannot be written.
     """
+
+    MANY = 10_000  # sound rows that are found together: the images of a webdataset shard
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, anew: bool = False) -> None:
         """`anew`: begin again where the last run came to its end, instead of adding to it."""
@@ -83,6 +88,11 @@ class Journal:
         has = entries["file"] != 0
         self.files = Index(entries["file"][has], entries["start"][has])
         self.before, self.failed = len(entries), int(entries["failed"].sum())
+        # Of each MANY sound rows: where the first one's record begins, and how many sound rows precede it there.
+        starts = entries["start"][~entries["failed"]]
+        firsts = starts[:: self.MANY]
+        skipped = np.arange(len(firsts)) * self.MANY - np.searchsorted(starts, firsts)
+        self._firsts = list(zip(firsts.tolist(), skipped.tolist(), strict=True))
         self._last = int(entries["start"][-1]) if len(entries) else None
         self._index.entries = entries[:0].copy()  # a view would keep all of it
         start = self._index.covered
@@ -90,8 +100,14 @@ class Journal:
             self._note(record, line, start)
             start += len(line)
 
+    @property
+    def sound(self) -> int:
+        """How many inputs did not fail."""
+        return self.before - self.failed
+
     def _note(self, record: Any, line: bytes, start: int) -> None:
-        entries = []
+        entries: list[tuple[int, int, int, int, bool]] = []
+        sound = 0
         for row in record if isinstance(record, list) else ():
             name, content = key_of(row["image"]), content_key(row.get("hash", "0"))
             file = key_of(row["sidecar"]) if "sidecar" in row else 0
@@ -102,6 +118,10 @@ class Journal:
                 self.files.set(file, start)
             entries.append((name, content, file, start, "error" in row))
             self._last = start
+            if "error" not in row:
+                if (self.sound + sound) % self.MANY == 0:
+                    self._firsts.append((start, sound))
+                sound += 1
         self.before += len(entries)
         self.failed += sum(entry[-1] for entry in entries)
         self._index.add(line, entries, start + len(line))
@@ -130,6 +150,15 @@ class Journal:
         for _, record in self._records(0):
             if isinstance(record, list):
                 yield from record
+
+    def sound_rows(self, number: int) -> list[Row]:
+        """The rows that did not fail, the MANY from MANY * number on; fewer where there are no more."""
+        if number >= len(self._firsts):
+            return []
+        start, skip = self._firsts[number]
+        records = (record for _, record in self._records(start) if isinstance(record, list))
+        sound = (row for record in records for row in record if "error" not in row)
+        return list(itertools.islice(sound, skip, skip + self.MANY))
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append a batch's rows; they count from here on.

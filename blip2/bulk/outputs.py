@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import importlib.util
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from PIL import Image
+
 from blip2.bulk.index import key_of
-from blip2.bulk.journal import BulkError, Row, disk_error
-from blip2.bulk.sources import Item
+from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
+from blip2.bulk.sources import IN_TABLE, NO_PYARROW, Item, parquet_items
+from blip2.images import ImageError
+from blip2.inputs import SUFFIXES
 
 FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 ERRORS = "errors.jsonl"  # beside the journal
-SHARD = 10_000  # images in a webdataset shard
 
 
 def format_of(out: Path, asked: str | None) -> str:
-    """The format of a name: that of its suffix, text files beside the images for a folder."""
-    if asked is not None:
-        return asked
-    if out.suffix.lower() in _BY_SUFFIX:
-        return _BY_SUFFIX[out.suffix.lower()]
-    if out.suffix and not out.is_dir():
+    """The format of a name: that of its suffix, text files beside the images for a folder.
+
+    Raises:
+        BulkError: a suffix that names none, a folder where a file is to be, or what writes it is not installed.
+    """
+    kind = asked or _BY_SUFFIX.get(out.suffix.lower(), "txt")
+    if kind == "txt" and asked is None and out.suffix and not out.is_dir():
         raise BulkError(f"--out {out}: what format is {out.suffix}? Name it: --format {' or '.join(FORMATS)}")
-    return "txt"
+    if kind != "txt" and out.is_dir():
+        raise BulkError(f"--out {out}: there is a folder of this name; name a file")
+    # Missed now, and not when all is captioned.
+    if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise BulkError(f"--out {out}: {NO_PYARROW}")
+    return kind
 
 
 def state_folder(out: Path, kind: str) -> Path:
@@ -51,17 +63,15 @@ def sidecar(item: Item, out: Path) -> str:
 
 
 def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
-    """Write all rows in a format of `FORMATS` but txt; until all of it is on the disk the old output stays.
+    """Write all rows in a format that is one file; until all of it is on the disk the old output stays.
 
     Raises:
-        BulkError: the disk refuses, or pyarrow is missing.
+        BulkError: the disk refuses.
     """
     try:
-        if kind == "webdataset":
-            _webdataset(rows, out)
-        elif kind == "parquet":
+        if kind == "parquet":
             _parquet(rows, out)
-        elif kind != "txt":
+        else:
             with _replacing_text(out) as text:
                 {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
     except OSError as error:
@@ -165,6 +175,12 @@ def _csv(rows: Iterable[Row], file: TextIO) -> None:
         table.writerow(_valid(row))
 
 
+def _coco_id(name: str) -> int | str:
+    """The number that COCO's own file names hold; of other images the name."""
+    found = re.fullmatch(r"(?:COCO_.+_)?(\d{12})", Path(name).stem)
+    return int(found[1]) if found else name
+
+
 def _coco(rows: Iterable[Row], file: TextIO) -> None:
     """COCO's results file: [{"image_id", "caption"}, ...]; failed images are not in it."""
     file.write("[")
@@ -172,7 +188,7 @@ def _coco(rows: Iterable[Row], file: TextIO) -> None:
     for row in rows:
         for text in row.get("texts", ())[:1]:
             said = {
-                "image_id": row.get("id", row["image"]),
+                "image_id": row.get("id", _coco_id(row["image"])),
                 "caption": text.get("caption", text.get("answer")),
             }
             file.write(comma + _line(said))
@@ -181,11 +197,9 @@ def _coco(rows: Iterable[Row], file: TextIO) -> None:
 
 
 def _parquet(rows: Iterable[Row], out: Path) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise BulkError("parquet needs pyarrow; pip install 'blip2[bulk]'") from None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     numbers = ("score", "logprob", "match")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
     with _replacing(out) as file, pq.ParquetWriter(file, schema) as writer:
@@ -198,35 +212,64 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
         writer.write_table(pa.Table.from_pylist(block, schema))
 
 
-def _webdataset(rows: Iterable[Row], out: Path) -> None:
-    """Shards OUT-000000.tar ...: each image as it was, its captions as .txt and its row as .json."""
-    some: list[Row] = []
-    number = 0
+def shard(out: Path, number: int) -> Path:
+    """The name of a webdataset shard: OUT-000000.tar, ..."""
+    return out.with_name(f"{out.stem}-{number:06d}.tar")
+
+
+def write_shard(journal: Journal, out: Path, number: int) -> None:
+    """Write a webdataset shard of a journal's sound rows: images as they were, captions as .txt, rows as .json.
+
+    Raises:
+        BulkError: the disk refuses, or an image is no longer what was captioned.
+    """
+    path = shard(out, number)
+    try:
+        with _replacing(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+            rows = journal.sound_rows(number)
+            for i, (row, image) in enumerate(_with_images(rows), number * journal.MANY):
+                record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
+                for ending, content in (
+                    (_ending(row["image"], image), image),
+                    (".txt", _said(row).encode()),
+                    (".json", record.encode()),
+                ):
+                    member = tarfile.TarInfo(f"{i:09d}{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def _with_images(rows: Iterable[Row]) -> Iterator[tuple[Row, bytes]]:
+    """Rows in the order of the inputs, each with the bytes of the image that was captioned."""
+    table: Iterator[Item] = iter(())
+    opened = ""
     for row in rows:
-        if "texts" in row:
-            some.append(row)
-        if len(some) == SHARD:
-            _shard(some, out, number)
-            some, number = [], number + 1
-    if some or not number:
-        _shard(some, out, number)
+        path, start, size = row["at"]
+        try:
+            if size != IN_TABLE:
+                content = Item(row["image"], path, start, size).read()
+            else:  # a table is read once, for all of its rows
+                if path != opened:
+                    table, opened = parquet_items(path, start), path
+                content = next((item.content for item in table if item.start == start), None) or b""
+        except (ImageError, OSError) as error:
+            raise BulkError(
+                f"{error}, and its shard is still to be written; put it back and {GO_ON}"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != row["hash"]:
+            raise BulkError(
+                f"{row['image']} has changed since it was captioned, and its shard is still to be written; "
+                f"put it back and {GO_ON}"
+            )
+        yield row, content
 
 
-def _shard(rows: list[Row], out: Path, number: int) -> None:
-    part = out.with_name(f"{out.stem}-{number:06d}.tar")
-    with _replacing(part) as file, tarfile.open(fileobj=file, mode="w") as archive:
-        for i, row in enumerate(rows, number * SHARD):
-            path, start, size = row["at"]
-            with open(path, "rb") as source:
-                source.seek(start)
-                image = source.read(size)
-            record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
-            suffix = os.path.splitext(row["image"])[1].lower()
-            for ending, content in (
-                (suffix, image),
-                (".txt", _said(row).encode()),
-                (".json", record.encode()),
-            ):
-                member = tarfile.TarInfo(f"{i:09d}{ending}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+def _ending(name: str, content: bytes) -> str:
+    """Of the file in a shard: that of the image's name, else what its content is."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending in SUFFIXES:
+        return ending
+    with Image.open(io.BytesIO(content)) as image:  # it was decoded before
+        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())

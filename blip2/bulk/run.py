@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import os
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,15 @@ from PIL import Image
 
 from blip2.bulk.index import Index, key_of
 from blip2.bulk.journal import Journal, Row
-from blip2.bulk.outputs import publish, sidecar, state_folder, write_errors, write_sidecars
+from blip2.bulk.outputs import (
+    publish,
+    shard,
+    sidecar,
+    state_folder,
+    write_errors,
+    write_shard,
+    write_sidecars,
+)
 from blip2.bulk.sources import Item
 from blip2.images import ImageError, load_image
 
@@ -72,7 +79,7 @@ def caption_all(
     progress: Callable[[Progress], None] = lambda progress: None,
     engine: Engine | None = None,
 ) -> Progress:
-    """Caption all items that the output does not have yet, then publish it; text files are written at once.
+    """Caption all items that the output does not have yet, then publish it; text files and shards as they are done.
 
     Args:
         describe: images to texts. It is called with images of different content only, in several threads at once where
@@ -89,21 +96,42 @@ def caption_all(
     try:
         done, before = 0, journal.before
         progress(Progress(0, before, journal.failed))
-        if not journal.finished:  # the last batch may have been killed between the journal and its text files
-            write_sidecars(journal.last(), settings.out)
+        if not journal.finished:  # the last batch may have been killed between the journal and its files
+            _write_done(journal, journal.last(), settings)
         for rows in (engine or on_this_machine)(items, journal, settings, describe, prepare):
             journal.add(rows)
-            write_sidecars(rows, settings.out)
+            _write_done(journal, rows, settings)
             done += len(rows)
             progress(Progress(done, before, journal.failed))
         if done or not journal.finished:
-            publish(journal.rows(), settings.out, settings.kind)
+            if settings.kind == "webdataset":
+                _write_other_shards(journal, settings.out)
+            elif settings.kind != "txt":
+                publish(journal.rows(), settings.out, settings.kind)
             if journal.failed:
                 write_errors(journal.rows(), journal.path.parent)
             journal.finish()
         return Progress(done, before, journal.failed)
     finally:
         journal.close()
+
+
+def _write_done(journal: Journal, rows: Sequence[Row], settings: Settings) -> None:
+    """The text files of the journal's last rows, or the shards that these have made full."""
+    if settings.kind == "txt":
+        write_sidecars(rows, settings.out)
+    elif settings.kind == "webdataset":
+        earlier = journal.sound - sum("error" not in row for row in rows)
+        for number in range(earlier // journal.MANY, journal.sound // journal.MANY):
+            write_shard(journal, settings.out, number)
+
+
+def _write_other_shards(journal: Journal, out: Path) -> None:
+    """The shard that is not full, where there is one or no other, and those that are missing."""
+    full, others = divmod(journal.sound, journal.MANY)
+    for number in range(max(1, full + bool(others))):
+        if number == full or not shard(out, number).exists():
+            write_shard(journal, out, number)
 
 
 def on_this_machine(
@@ -199,8 +227,6 @@ def decode(item: Item, settings: Settings, prepare: Prepare) -> Decoded:
         content = item.read()
         row["hash"] = hashlib.sha256(content).hexdigest()
         if settings.kind == "webdataset":
-            if item.content is not None:
-                raise ImageError(f"{item.name}: images within parquet files cannot be put into shards")
             row["at"] = [item.path, item.start, item.size]
         return Decoded(row, prepare(load_image(content)))
     except (ImageError, OSError) as error:
@@ -250,23 +276,3 @@ def finished_rows(
         else each.row | {"texts": told(each.row["hash"]) or texts[each.row["hash"]]}
         for each in read
     ]
-
-
-def estimate(
-    items: Iterable[Item], describe: Describe, *, prepare: Prepare, batch_size: int = 8, sample: int = 16
-) -> tuple[int, float]:
-    """How many items there are, and the seconds they would take by the pace of the first ones (nothing is written)."""
-    stream = iter(items)
-    first = list(itertools.islice(stream, sample))
-    images = []
-    start = time.perf_counter()
-    for item in first:
-        try:
-            images.append(prepare(load_image(item.read())))
-        except ImageError:
-            continue
-    for place in range(0, len(images), batch_size):
-        describe(images[place : place + batch_size])
-    spent = time.perf_counter() - start
-    count = len(first) + sum(1 for _ in stream)
-    return count, spent * count / max(1, len(first))

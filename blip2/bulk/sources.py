@@ -22,9 +22,12 @@ from blip2.bulk.journal import BulkError
 from blip2.images import ImageError
 from blip2.inputs import SUFFIXES
 
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
 PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
 BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "png")
+NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
+IN_TABLE = -2
 MAX_BYTES = 512 * 2**20  # of one image file
 
 
@@ -33,7 +36,7 @@ class Item(NamedTuple):
 
     name: what its rows are called; two items of one name are the same input.
     path: the file that holds it, and of that file `size` bytes from `start`; size -1: all of it.
-    content: the bytes themselves, where a table brought them.
+    content: the bytes themselves, where a table brought them; then `start` is its row, from 1, and size IN_TABLE.
     id: the number that COCO's files give it.
     root: the folder its name is kept relative to in a mirror folder.
     problem: why it is not to be read at all.
@@ -130,6 +133,8 @@ def list_items(
 def _file(source: str) -> Iterator[Item]:
     path = Path(source)
     suffix = path.suffix.lower()
+    if suffix in PACKED:
+        raise BulkError(f"{source}: in a compressed archive no image has a place to be read from; unpack it")
     if suffix in SUFFIXES or suffix not in (*LISTS, *TABLES, ".tar", ".json", ".jsonl"):
         yield Item(source, source, root=os.path.dirname(source))
     else:
@@ -170,7 +175,7 @@ def _inside(source: str, suffix: str) -> Iterator[Item]:
     elif suffix == ".tar":
         yield from _tar(source)
     elif suffix == ".parquet":
-        yield from _parquet(source)
+        yield from parquet_items(source)
     elif suffix in (".csv", ".tsv"):
         with open(source, encoding="utf-8-sig", newline="") as file:
             rows: Any = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
@@ -205,6 +210,8 @@ def _row(row: Any, source: str, place: int) -> Item:
     root = os.path.dirname(source)
     path = os.path.join(root, value)
     number = row.get("id", row.get("image_id"))
+    if isinstance(number, str) and number.isdecimal():  # in CSV everything is text; COCO's ids are numbers
+        number = int(number)
     return Item(path, path, id=number if isinstance(number, int | str) else None, root=root)
 
 
@@ -224,26 +231,34 @@ def _tar(source: str) -> Iterator[Item]:
                 yield Item(name, source, member.offset_data, member.size, root=root)
 
 
-def _parquet(source: str) -> Iterator[Item]:
+def parquet_items(source: str, start: int = 1) -> Iterator[Item]:
+    """The images of a table, from its row `start` on."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise BulkError(f"{source}: parquet needs pyarrow; pip install 'blip2[bulk]'") from None
+        raise BulkError(f"{source}: {NO_PYARROW}") from None
     root = os.path.dirname(source)
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             column = _column(source, file.schema_arrow.names, PATH_COLUMNS + BYTES_COLUMNS)
-            place = 0
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
+            group = place = 0
+            while group < file.num_row_groups and place + file.metadata.row_group(group).num_rows < start:
+                place += file.metadata.row_group(group).num_rows
+                group += 1
+            groups = list(range(group, file.num_row_groups))
+            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     place += 1
+                    if place < start:
+                        continue
                     # Hugging Face's image columns hold {"bytes": ..., "path": ...}
                     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
                     if isinstance(content, str):
                         path = os.path.join(root, content)
                         yield Item(path, path, root=root)
                     else:
-                        yield Item(f"{source}#{place}", source, content=content or b"", root=root)
+                        name = f"{source}#{place}"
+                        yield Item(name, source, place, IN_TABLE, content=content or b"", root=root)
     except pyarrow.ArrowException as error:
         raise BulkError(f"{source}: no parquet file that can be read ({error})") from error

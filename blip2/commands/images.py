@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import blip2
-from blip2.commands.sets import bulk
+from blip2.commands.sets import bulk, need_out
 from blip2.commands.terminal import (
     DONE,
     SOME_FAILED,
@@ -56,11 +57,13 @@ def _decoding(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def caption(args: argparse.Namespace) -> int:
+    begun = time.perf_counter() - time.process_time()  # when Python was started, about
     options = _decoding(args)
     if args.prompt is not None:
         options["prompt"] = args.prompt
     if args.out is not None:
-        return bulk(args, options)
+        return bulk(args, options, begun)
+    need_out(args)
     return _write(args, "caption", options)
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,36 @@ if TYPE_CHECKING:
     from blip2.bulk.run import Engine
 
 
-def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    """Captions of any number of images into a file or folder."""
+# Options of `caption` that mean nothing without --out, and what they are where they were not given.
+WITH_OUT: dict[str, Any] = {
+    "format": None,
+    "include": [],
+    "exclude": [],
+    "existing": "skip",
+    "prefix": "",
+    "suffix": "",
+    "questions": None,
+    "score": False,
+    "match": False,
+    "keep_best": False,
+    "limit": None,
+    "shard": "1/1",
+    "engine": "local",
+    "dry_run": False,
+}
+
+
+def need_out(args: argparse.Namespace) -> None:
+    """Raises ValueError where options were given that would do nothing without --out."""
+    given = [
+        f"--{name.replace('_', '-')}" for name, unset in WITH_OUT.items() if getattr(args, name) != unset
+    ]
+    if given:
+        raise ValueError(f"{', '.join(given)}: only with --out PATH")
+
+
+def bulk(args: argparse.Namespace, options: dict[str, Any], begun: float) -> int:
+    """Captions of any number of images into a file or folder. begun: the clock when the command was."""
     from pathlib import Path
 
     from blip2.bulk import BulkError, Inputs, Settings, caption_all, estimate
@@ -40,10 +69,9 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
     kind = format_of(out, args.format)
     questions: list[str] = []
     if args.questions is not None:
-        questions = [line.strip() for line in Path(args.questions).read_text("utf-8").splitlines()]
-        questions = [line for line in questions if line]
-        if not questions or "prompt" in options:
-            raise ValueError("--questions needs a file with a question a line, and goes without --prompt")
+        if "prompt" in options:
+            raise ValueError("--questions goes without --prompt")
+        questions = _lines("--questions", args.questions)
     if options["do_sample"] and options["seed"] is None:
         raise BulkError("sampling into a file needs --seed: else no run could be repeated or gone on with")
 
@@ -68,10 +96,6 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
         keep_best=args.keep_best,
     )
     prepare = shrinker(model, match=args.match or args.keep_best)
-    if args.dry_run:
-        count, seconds = estimate(inputs, describe, prepare=prepare, batch_size=args.batch_size)
-        print_line(f"{count:,} inputs, about {_duration(seconds)} on this machine; nothing was written")
-        return DONE
     made_with = options | {
         "model": args.model,
         "weights": fingerprint(model),
@@ -84,12 +108,13 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
         "match": args.match,
         "keep_best": args.keep_best,
         "format": kind,
+        "existing": args.existing if args.existing in ("append", "prepend") else None,
         "shard": args.shard,
     }
     # To count the rows of parquet files is to read the images within them.
     countable = not any(source.lower().endswith(".parquet") for source in args.images)
     quiet = contextlib.nullcontext(lambda progress: None)
-    bar = quiet if args.quiet else progress_bar(inputs if countable else None)
+    bar = quiet if args.quiet or args.dry_run else progress_bar(inputs if countable else None)
     try:
         with bar as show, side_by_side(model) as beside:
             settings = Settings(
@@ -101,15 +126,37 @@ def bulk(args: argparse.Namespace, options: dict[str, Any]) -> int:
                 side_by_side=beside,
                 threads=min(8, os.cpu_count() or 1),
             )
+            if args.dry_run:
+                to_begin = time.perf_counter() - begun
+                found = estimate(inputs, settings, describe, prepare=prepare)
+                done_already = f", {found.done:,} of them done already" if found.done else ""
+                lasts = _duration(to_begin + found.seconds)
+                print_line(
+                    f"{found.inputs:,} inputs{done_already}: about {lasts} on this machine; nothing was written"
+                )
+                return DONE
             done = caption_all(inputs, settings, describe, prepare=prepare, progress=show, engine=engine)
     except KeyboardInterrupt:
-        complain(f"stopped; what was done is kept, {GO_ON}")
+        complain("stopped" if args.dry_run else f"stopped; what was done is kept, {GO_ON}")
         return 130
     if not args.quiet:
         total = done.done + done.before
         which = f": {state_folder(out, kind) / ERRORS}" if done.failed else ""
         print(f"{out}: {total:,} inputs, {done.failed:,} of them failed{which}", file=sys.stderr)
     return SOME_FAILED if done.failed else DONE
+
+
+def _lines(option: str, name: str) -> list[str]:
+    """The lines of an option's file. Raises ValueError where there are none."""
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            lines = [line for line in map(str.strip, file) if line]
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "no UTF-8"
+        raise ValueError(f"{option} {name}: cannot be read ({told})") from error
+    if not lines:
+        raise ValueError(f"{option} {name}: the file holds none; write one a line")
+    return lines
 
 
 def _ray() -> Engine:
@@ -136,7 +183,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     if args.abstain and not args.answers:
         raise ValueError("--abstain is about answers that are ranked: give them with --answers FILE")
-    answers = Path(args.answers).read_text(encoding="utf-8").splitlines() if args.answers else []
+    answers = _lines("--answers", args.answers) if args.answers else []
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: this is a file; name a folder")
     data, images, annotations = (
         None if path is None else Path(path) for path in (args.data, args.images, args.annotations)
     )
@@ -146,7 +195,7 @@ def evaluate(args: argparse.Namespace) -> int:
             protocol=args.protocol,
             limit=args.limit,
             batch_size=args.batch_size,
-            answers=tuple(answer.strip() for answer in answers if answer.strip()),
+            answers=tuple(answers),
             abstain=args.abstain,
             images=images,
             annotations=annotations,

@@ -83,21 +83,17 @@ def evaluate(
         DataError: data are missing; the message says which, and where they belong.
         ValueError: a protocol the task does not have, or a model that cannot do it.
     """
-    if settings.limit is not None and settings.limit < 1:
-        raise ValueError(f"limit must be 1 or more, got {settings.limit}")
+    for what, number in (("limit", settings.limit), ("batch size", settings.batch_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"the {what} must be 1 or more, got {number}")
     parts = ("easyvqa", "scenes") if name == "default" else (name,)
     for part in parts:
         if settings.protocol == "paper" and part not in PAPER_TASKS:
             raise ValueError(f"protocol paper is that of {', '.join(PAPER_TASKS)}; there is none for {part}")
-    read = [
-        read_scenes(data).first(settings.limit)
-        if part == "scenes"
-        else read_task(part, data, images=settings.images, annotations=settings.annotations).first(
-            settings.limit
-        )
-        for part in parts
-    ]
+    read = [_read(part, data, settings) for part in parts]
     for each in read:
+        if settings.answers and (isinstance(each, Scenes) or each.kind != "questions"):
+            raise ValueError("--answers is for tasks that are questions alone, such as easyvqa and vqav2")
         _need_images(
             [item for part in each.sets for item in part] if isinstance(each, Scenes) else each.items
         )
@@ -108,6 +104,20 @@ def evaluate(
         else task_report(model, each, settings, called=called)
         for each in read
     ]
+
+
+def _read(name: str, data: Path | None, settings: Settings) -> Task | Scenes:
+    """The first items of a part; raises DataError, also where a file is not of the published form."""
+    try:
+        if name == "scenes":
+            return read_scenes(data).first(settings.limit)
+        task = read_task(name, data, images=settings.images, annotations=settings.annotations)
+        return task.first(settings.limit)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(
+            f"eval {name}: a file of {data} has not the form it was published in ({told})"
+        ) from error
 
 
 def _need_images(items: Sequence[Item]) -> None:
@@ -209,12 +219,14 @@ def _questions(
             score = RULES[task.rule](text, item.answers)
             scores = {"accuracy": score} | ({"probability": each[0].probability} if each else {})
             outcomes.append(Outcome(item, text, scores, score, each[:5]))
+    notes = [f"each answer is chosen among {len(settings.answers)}"] if settings.answers else []
     metrics = _by_kind("accuracy", [(o.item.kind, o.scores["accuracy"]) for o in outcomes])
     if settings.answers and settings.abstain > 0:
         given = [o.scores["accuracy"] for o in outcomes if o.said]
         metrics["answered"] = len(given) / len(outcomes)
         metrics["accuracy where answered"] = _mean(given)
-    return metrics, outcomes, []
+        notes.append(f"no answer below a probability of {settings.abstain}")
+    return metrics, outcomes, notes
 
 
 def ask(model: Predictor, images: Sequence[Any], questions: Sequence[str], protocol: Protocol) -> list[str]:

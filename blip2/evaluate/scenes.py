@@ -7,7 +7,6 @@ A folder `scenes/` holds images and scenes.json: {"nouns": {singular: plural}, "
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from blip2.data import DataError
-from blip2.evaluate.tasks import Item, needed
+from blip2.evaluate.tasks import Item, load_json, needed
 
 COLOURS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray",
@@ -49,7 +48,7 @@ def read_scenes(data: Path | None) -> Scenes:
     path = (Path("DIR") if data is None else data) / "scenes/scenes.json"
     if data is None or not path.is_file():
         raise DataError(needed("scenes", Path("DIR") if data is None else data))
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = load_json(path)
     sets = {
         name: [
             Item(

@@ -129,7 +129,7 @@ def read_task(
             name, "captions" if name == "flickr30k" else "retrieval", items, about="Flickr30k's test split"
         )
     if name == "nocaps":
-        items = list(_coco(_load(data / NEEDS[name][0][0]), images or data / "images"))
+        items = list(_coco(load_json(data / NEEDS[name][0][0]), images or data / "images"))
         return Task(name, "captions", items, about="NoCaps' validation set")
     if name == "gqa":
         return Task(
@@ -151,7 +151,8 @@ def needed(name: str, data: Path) -> str:
     return "; ".join(lines) if data != Path("DIR") else "; ".join([*lines, "name the folder with --data DIR"])
 
 
-def _load(path: Path) -> Any:
+def load_json(path: Path) -> Any:
+    """What a JSON file holds. DataError: it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -161,7 +162,7 @@ def _load(path: Path) -> Any:
 
 
 def _karpathy(path: Path, images: Path) -> Iterator[Item]:
-    for row in _load(path)["images"]:
+    for row in load_json(path)["images"]:
         if row["split"] == "test":
             file = images / row.get("filepath", "") / row["filename"]
             if not file.exists() and (images / row["filename"]).exists():
@@ -182,9 +183,9 @@ def _coco(content: Mapping[str, Any], images: Path) -> Iterator[Item]:
 
 
 def _vqa(questions: Path, annotations: Path, images: Path) -> Iterator[Item]:
-    asked = _load(questions)
+    asked = load_json(questions)
     subtype = asked.get("data_subtype", "val2014")
-    answered = {row["question_id"]: row for row in _load(annotations)["annotations"]}
+    answered = {row["question_id"]: row for row in load_json(annotations)["annotations"]}
     for row in asked["questions"]:
         found = answered.get(row["question_id"])
         if found is None:
@@ -200,7 +201,7 @@ def _vqa(questions: Path, annotations: Path, images: Path) -> Iterator[Item]:
 
 
 def _gqa(data: Path, images: Path) -> Iterator[Item]:
-    for identity, row in _load(data / NEEDS["gqa"][0][0]).items():
+    for identity, row in load_json(data / NEEDS["gqa"][0][0]).items():
         yield Item(
             identity, images / f"{row['imageId']}.jpg", question=row["question"], answers=(row["answer"],)
         )
@@ -217,14 +218,14 @@ def _easy_vqa(data: Path | None) -> Task:
     test = root / "data/test"
     items = [
         Item(i, test / "images" / f"{image}.png", question=question, answers=(answer,))
-        for i, (question, answer, image) in enumerate(_load(test / "questions.json"))
+        for i, (question, answer, image) in enumerate(load_json(test / "questions.json"))
     ]
     items.sort(key=lambda item: int(Path(str(item.image)).stem))
     return Task("easyvqa", "questions", items, about="easy-VQA's test split")
 
 
 def _common(name: str, data: Path, images: Path | None, annotations: Path | None) -> Task:
-    content = _load(data) if data.suffix == ".json" else None
+    content = load_json(data) if data.suffix == ".json" else None
     root = images or data.parent
     if isinstance(content, Mapping) and "questions" in content:
         if annotations is None:

@@ -11,62 +11,28 @@ import resource
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import make_folder, png, run, say, settings
 
 import blip2
-from blip2.bulk import BulkError, Inputs, Item, Settings, caption_all, list_items, outputs
+from blip2.bulk import BulkError, Item, caption_all, list_items
 from blip2.bulk.describe import describer, shrinker, side_by_side
 from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.progress import progress_bar
 from blip2.bulk.run import Progress
-from blip2.cli import main
+from blip2.cli import build_parser, main
+from blip2.commands.sets import WITH_OUT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
-
-
-def png(seed: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def make_folder(folder: Path, count: int) -> Path:
-    """Images of which every tenth is damaged and every seventh the first one again."""
-    folder.mkdir()
-    for i in range(count):
-        content = b"\x89PNG damaged" if i % 10 == 9 else png(0 if i % 7 == 6 else i)
-        (folder / f"{i:05}.png").write_bytes(content)
-    return folder
-
-
-def say(images: Sequence[Image.Image]) -> list[list[Row]]:
-    """A caption that depends on the image, and a score that depends on all images in the batch."""
-    digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-    together = int(hashlib.sha256("".join(digests).encode()).hexdigest()[:8], 16)
-    time.sleep(0.001)
-    return [[{"caption": digest[:8], "score": float(together)}] for digest in digests]
-
-
-def settings(out: Path, **changes: Any) -> Settings:
-    fixed = {"kind": "jsonl", "made_with": {"model": "m"}, "batch_size": 4, "side_by_side": 2}
-    return Settings(**{"out": out, **fixed, **changes})
-
-
-def run(folder: Path, out: Path, **changes: Any) -> list[Row]:
-    caption_all(list_items([str(folder)]), settings(out, **changes), say)
-    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 # --- survival ---
@@ -296,245 +262,6 @@ caption_all(list_items([{str(rows)!r}]), settings, first)
     assert images == "1" and int(peak) < 2 * 10**9 / 1024
 
 
-# --- sources and outputs ---
-
-
-def test_every_source(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    folder = make_folder(tmp_path / "in", 4)
-    (folder / "deep").mkdir()
-    (folder / "deep" / "x.JPG").write_bytes(png(8))
-    with tarfile.open(tmp_path / "s.tar", "w") as archive:
-        archive.add(folder / "00001.png", "00001.png")
-        archive.add(tmp_path / "in" / "deep" / "x.JPG", "notes.txt")
-    (tmp_path / "l.txt").write_text("in/00000.png\nin/00003.png\n")
-    (tmp_path / "t.csv").write_text("id,image\n7,in/00002.png\n")
-    (tmp_path / "c.json").write_text(json.dumps({"images": [{"id": 3, "file_name": "in/00001.png"}]}))
-    pq.write_table(pa.table({"image": [{"bytes": png(5)}]}), tmp_path / "b.parquet")
-    pq.write_table(pa.table({"path": ["in/00002.png"]}), tmp_path / "p.parquet")
-
-    def found(*sources: str, **patterns: Any) -> list[tuple[str, bytes]]:
-        items = list_items([str(tmp_path / source) for source in sources], **patterns)
-        return [(os.path.relpath(item.name, tmp_path), item.read()) for item in items]
-
-    images = {
-        name: (folder / name).read_bytes() for name in ("00000.png", "00001.png", "00002.png", "00003.png")
-    }
-    assert [name for name, _ in found("in")] == [*(f"in/{name}" for name in images), "in/deep/x.JPG"]
-    assert [name for name, _ in found("in", exclude=["deep/*", "*2.png"])] == [
-        "in/00000.png", "in/00001.png", "in/00003.png"]  # fmt: skip
-    assert [name for name, _ in found("in", include=["*.JPG"])] == ["in/deep/x.JPG"]
-    assert found("s.tar", "l.txt", "t.csv", "c.json", "b.parquet", "p.parquet") == [
-        ("s.tar/00001.png", images["00001.png"]),
-        ("in/00000.png", images["00000.png"]),
-        ("in/00003.png", images["00003.png"]),
-        ("in/00002.png", images["00002.png"]),
-        ("in/00001.png", images["00001.png"]),
-        ("b.parquet#1", png(5)),
-        ("in/00002.png", images["00002.png"]),
-    ]
-    for name, content in (("x.csv", "a,b\n1,2\n"), ("x.json", "{"), ("x.parquet", "no"), ("x.tar", "no")):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(BulkError, match=name):
-            found(name)
-
-
-def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
-    (tmp_path / "gone.png").symlink_to("nowhere")
-    (tmp_path / "deep.png").mkdir()
-    (tmp_path / "list.txt").write_text("gone.png\ndeep.png\na\0b.png\n")
-    rows = run(tmp_path / "list.txt", tmp_path / "o.jsonl")
-    assert [row["error"].removeprefix(f"{tmp_path}/") for row in rows] == [
-        "gone.png: no such file",
-        "deep.png: no such file (a folder?)",
-        "a\0b.png: no such file",
-    ]
-    assert [json.loads(line) for line in (tmp_path / ".o.jsonl.blip2" / "errors.jsonl").open()] == rows
-
-
-def test_shards_are_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(make_folder(tmp_path / "in", 10))
-    names = sorted(os.listdir())
-    parts = [[item.name for item in Inputs(sources=names, shard=f"{i}/3")] for i in (1, 2, 3)]
-    assert sorted(name for part in parts for name in part) == names
-    assert [item.name for item in Inputs(sources=names, limit=5, shard="2/2")] == [names[1], names[3]]
-    for wrong in ("0/3", "4/3", "x"):
-        with pytest.raises(ValueError, match="--shard"):
-            Inputs(sources=names, shard=wrong)
-
-
-@pytest.mark.parametrize("kind", ["csv", "parquet", "coco", "webdataset"])
-def test_files(kind: str, tmp_path: Path) -> None:
-    folder, out = make_folder(tmp_path / "in", 10), tmp_path / "out.x"
-    rows = run(folder, tmp_path / "o.jsonl")
-    caption_all(list_items([str(folder)]), settings(out, kind=kind), say)
-    if kind == "csv":
-        import csv
-
-        table = list(csv.DictReader(out.open()))
-        assert [row["caption"] for row in table[:9]] == [row["caption"] for row in rows[:9]]
-        assert "damaged" in table[9]["error"] or table[9]["error"]
-    elif kind == "parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
-        table = parquet.read_table(out).to_pylist()
-        assert [row["caption"] for row in table] == [row.get("caption") for row in rows]
-    elif kind == "coco":
-        assert json.loads(out.read_text()) == [
-            {"image_id": row["image"], "caption": row["caption"]} for row in rows[:9]
-        ]
-    else:
-        with tarfile.open(tmp_path / "out-000000.tar") as archive:
-            assert len(archive.getnames()) == 27
-            assert archive.extractfile("000000000.png").read() == png(0)  # type: ignore[union-attr]
-            assert archive.extractfile("000000003.txt").read().decode() == rows[3]["caption"]  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("existing", "expected"),
-    [("skip", "old"), ("overwrite", "{}"), ("append", "old {}"), ("prepend", "{} old")],
-)
-def test_text_files_beside_the_images(existing: str, expected: str, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "in", 3)
-    rows = run(folder, tmp_path / "o.jsonl")
-    (folder / "00001.txt").write_text("old\n")
-    for _ in range(1 if existing == "overwrite" else 2):  # a second run adds nothing
-        done = caption_all(list_items([str(folder)]), settings(folder, kind="txt", existing=existing), say)
-        assert done.failed == 0
-        texts = [(folder / f"0000{i}.txt").read_text() for i in range(3)]
-        caption = expected.format(rows[1]["caption"])
-        assert texts == [rows[0]["caption"] + "\n", caption + "\n", rows[2]["caption"] + "\n"]
-
-
-def test_text_files_in_a_mirror_folder(tmp_path: Path) -> None:
-    folder, out = make_folder(tmp_path / "in", 2), tmp_path / "texts"
-    (folder / "deep" / "er").mkdir(parents=True)
-    (folder / "deep" / "er" / "x.JPG").write_bytes(png(8))
-    other = make_folder(tmp_path / "other", 1)
-    items = [*list_items([str(folder)]), *list_items([str(other / "00000.png")])]
-    caption_all([item._replace(root=str(tmp_path)) for item in items], settings(out, kind="txt"), say)
-    found = sorted(str(path.relative_to(out)) for path in out.rglob("*.txt"))
-    assert found == ["in/00000.txt", "in/00001.txt", "in/deep/er/x.txt", "other/00000.txt"]
-    texts = {row["image"]: row["caption"] for row in run(folder, tmp_path / "o.jsonl")}
-    for name in ("00000.png", "deep/er/x.JPG"):
-        beside = (out / "in" / name).with_suffix(".txt")
-        assert beside.read_text() == texts[str(folder / name)] + "\n"
-    assert not [*folder.rglob("*.txt")]
-
-
-def test_text_files_appear_as_captions_are_done(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "in", 9)
-    texts = {Path(row["image"]).stem: row.get("caption") for row in run(folder, tmp_path / "o.jsonl")}
-
-    def stop(progress: Progress) -> None:
-        found = {path.stem: path.read_text().strip() for path in folder.glob("*.txt")}
-        assert found == {name: texts[name] for name in list(texts)[: progress.done]}
-        if progress.done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say, progress=stop)
-    (folder / "00002.txt").unlink()  # as where it was killed before this file was written
-    caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say)
-    assert {path.stem: path.read_text().strip() for path in folder.glob("*.txt")} == texts
-    (folder / "00002.txt").write_text("better")  # once all is done, what was written is the user's
-    (folder / "00009.png").write_bytes(png(9))
-    assert caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say).done == 1
-    assert (folder / "00002.txt").read_text() == "better"
-
-
-def test_every_image_has_a_text_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.chdir(tmp_path)
-    z = "z" * 251  # a name as long as may be
-    names = ["a/x.jpg", "a/x.png", "a/y..png", "b/x.jpg", "b/deep/x.jpg", f"c/{z}.png"]
-    for i, name in enumerate(names):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(png(i))
-    with tarfile.open("s.tar", "w") as archive:
-        archive.add("a/x.jpg", "deep/x.jpg")
-    pq.write_table(pa.table({"bytes": [png(10), png(11)]}), "t.parquet")
-
-    def texts(out: str, *sources: str) -> list[str]:
-        failed: list[int] = []
-        caption_all(
-            list_items(sources),
-            settings(Path(out), kind="txt"),
-            say,
-            progress=lambda progress: failed.append(progress.failed),
-        )
-        return [str(failed[-1]), *sorted(str(path) for path in Path(out).rglob("*.txt"))]
-
-    mirror = ["o/a/x.txt", "o/a/y..txt", "o/b/deep/x.txt", "o/b/x.txt", "o/s/deep/x.txt"]
-    assert texts("o", "a", "b", "s.tar", "t.parquet") == [
-        "1", *mirror, "o/t.parquet#1.txt", "o/t.parquet#2.txt"]  # fmt: skip
-    journal = [json.loads(line[9:]) for line in Path("o/.blip2/journal").read_text().splitlines()]
-    refused = next(row for record in journal[1:-1] for row in record if "error" in row)
-    assert refused["error"].startswith("a/x.png: a/x.txt is the text file of another image")
-    assert texts("p", f"c/{z}.png", "a/../c/../b") == ["0", "p/b/deep/x.txt", "p/b/x.txt", f"p/{z}.txt"]
-    assert {*texts(".", "b/x.jpg", "c")} >= {"b/x.txt", f"c/{z}.txt"}
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("q/b"))
-    Path("q/b").mkdir(parents=True)
-    assert texts("q", "a/x.jpg", "b") == ["1", "q/b/deep/x.txt", "q/x.txt"]
-
-
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "webdataset"])
-def test_kills_during_publishing_change_nothing(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed before and after each file takes its place, and with half a file written beside it."""
-    if kind == "parquet":
-        pytest.importorskip("pyarrow")
-    monkeypatch.setattr(outputs, "SHARD", 3)
-    folder = make_folder(tmp_path / "in", 8)
-    name = "texts" if kind == "txt" else "out.x"
-
-    def go(place: Path) -> None:
-        (place / "texts" / "in").mkdir(parents=True, exist_ok=True)
-        for i in (0, 1) if not (place / "begun").exists() else ():
-            (place / "texts" / "in" / f"{i:05}.txt").write_text("old")
-        (place / "begun").touch()
-        items = [item._replace(root=str(tmp_path)) for item in list_items([str(folder)])]
-        caption_all(items, settings(place / name, kind=kind, existing="append"), say)
-
-    def files(place: Path) -> dict[str, bytes]:
-        paths = [path for path in place.rglob("*") if path.is_file() and ".blip2" not in str(path)]
-        return {str(path.relative_to(place)): path.read_bytes() for path in paths}
-
-    go(tmp_path / "straight")
-    expected = files(tmp_path / "straight")
-    count = {"txt": 8, "webdataset": 3}.get(kind, 1)
-    for kill in range(2 * count + 1):
-        place = tmp_path / f"killed{kill}"
-        child = os.fork()
-        if child == 0:
-            _kill_at(kill, half=kill == 2 * count)
-            go(place)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        assert files(place) != expected or kill == 2 * count - 1
-        go(place)
-        assert files(place) == expected
-
-
-def _kill_at(place: int, *, half: bool) -> None:
-    """End this process before (even places) or after (odd ones) a file is renamed, or with half of it written."""
-    rename, done = os.replace, [0]
-
-    def replace(old: Any, new: Any) -> None:
-        if half:
-            os.truncate(old, os.path.getsize(old) // 2)
-        if half or done[0] == place:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(old, new)
-        if done[0] + 1 == place:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done[0] += 2
-
-    outputs.os.replace = replace  # type: ignore[attr-defined]
-
-
 # --- the command ---
 
 
@@ -579,6 +306,8 @@ def test_the_command(
     assert json.loads((tmp_path / ".c.jsonl.blip2" / "errors.jsonl").read_text()) == rows[-1]
     assert main([*command, "--beams", "2"]) == 2
     assert "beams was 5, now 2" in capsys.readouterr().err
+    assert main([*command, "--existing", "append"]) == 2
+    assert "existing was None, now 'append'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command, "--engine", "ray"]) == 2 and "pip install 'blip2[ray]'" in capsys.readouterr().err
 
@@ -591,6 +320,22 @@ def test_the_command(
     assert all(row["logprob"] < 0 for row in rows)
     assert main(["caption", str(pictures[0]), "--out", str(tmp_path / "d.jsonl"), *common, "--dry-run"]) == 0
     assert "1 inputs" in capsys.readouterr().out and not (tmp_path / "d.jsonl").exists()
+
+
+def test_options_of_bulk_runs_need_an_output(capsys: Any) -> None:
+    begun = build_parser().parse_args(["caption", "x.png"])
+    assert {name: getattr(begun, name) for name in WITH_OUT} == WITH_OUT
+    (group,) = (
+        group
+        for action in build_parser()._actions
+        if isinstance(action.choices, dict)
+        for group in action.choices["caption"]._action_groups
+        if group.title is not None and "many images" in group.title
+    )
+    others = {"out", "num_return_sequences"}
+    assert {action.dest for action in group._group_actions} == {*WITH_OUT, *others}
+    assert main(["caption", "x.png", "--dry-run", "--limit", "3"]) == 2
+    assert "--limit, --dry-run: only with --out" in capsys.readouterr().err
 
 
 def test_the_time_left_is_shown_where_inputs_can_be_counted(capfd: Any) -> None:

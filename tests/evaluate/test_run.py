@@ -135,6 +135,7 @@ def test_ranked_answers_and_abstention(data: Path, generator_folder: Path) -> No
         lambda: model, "vqav2", data, Settings(answers=("cat", "dog"), abstain=1.0), called="x"
     )
     assert report.metrics["answered"] < 1 and report.metrics["accuracy"] >= 0
+    assert report.notes == ["each answer is chosen among 2", "no answer below a probability of 1.0"]
 
 
 def test_the_page_needs_nothing_else(data: Path, generator_folder: Path, tmp_path: Path) -> None:
@@ -184,6 +185,39 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "none for scenes" in capsys.readouterr().err
     assert main(["eval", "easyvqa", "--abstain", "0.5"]) == 2
     assert "--answers" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none.txt").write_text("\n \n")
+    (tmp_path / "some.txt").write_text("cat\n")
+    common = ["--data", str(data)]
+    for arguments, told in (
+        (["vqav2", *common, "--answers", str(tmp_path / "none.txt")], "none.txt: the file holds none"),
+        (
+            ["vqav2", *common, "--answers", str(tmp_path / "gone.txt")],
+            "gone.txt: cannot be read (No such file",
+        ),
+        (
+            ["coco", *common, "--answers", str(tmp_path / "some.txt")],
+            "--answers is for tasks that are questions",
+        ),
+        (["scenes", *common, "--answers", str(tmp_path / "some.txt")], "--answers is for tasks that"),
+        (["coco", *common, "--batch-size", "0"], "batch size must be 1 or more"),
+        (["coco", *common, "--out", str(tmp_path / "some.txt")], "this is a file; name a folder"),
+    ):
+        assert main(["eval", *arguments]) == 2
+        assert told in capsys.readouterr().err
+    for task, file, told in (
+        ("coco", "dataset_coco.json", "no 'images'"),
+        ("gqa", "testdev_balanced_questions.json", "eval gqa: a file of"),
+        ("scenes", "scenes/scenes.json", "no 'singles'"),
+    ):
+        (data / file).write_text('{"x": 1}')
+        assert main(["eval", task, *common]) == 2
+        assert told in capsys.readouterr().err
+    (data / "scenes/scenes.json").write_text("{")
+    assert main(["eval", "scenes", *common]) == 2
+    assert "scenes.json: no valid JSON" in capsys.readouterr().err
 
 
 def test_missing_images_are_told_before_a_model_is_loaded(data: Path) -> None:
