@@ -140,8 +140,10 @@ class House:
         if _content_type(request) == "multipart/form-data":
             return await self._form(request, model, images)
         asked = await self.json(request, model)
-        urls = getattr(asked, images)
-        return asked, [await self.image_at(url) for url in ([urls] if isinstance(urls, str) else urls)]
+        given = getattr(asked, images)
+        urls = [given] if isinstance(given, str) else given
+        self.check_count(images, len(urls), self.limits.images)  # before any of them is fetched
+        return asked, [await self.image_at(request, url) for url in urls]
 
     async def _form(self, request: Request, model: type[Asked], images: str) -> tuple[Asked, list[bytes]]:
         body = await self.body(request)
@@ -196,7 +198,7 @@ class House:
         except ValidationError as error:
             raise _told(error) from None
 
-    async def image_at(self, url: str) -> bytes:
+    async def image_at(self, request: Request, url: str) -> bytes:
         """The file that an image's URL holds or, where switched on, names."""
         if url[:5].lower() == "data:":
             head, comma, data = url.partition(",")
@@ -213,11 +215,13 @@ class House:
             raise ApiError(
                 400, "this server fetches no images; send the image itself as a data: URL", param="image"
             )
-        return await self.fetcher.fetch(url)
+        content = await self.fetcher.fetch(url)
+        request.state.hold(len(content))
+        return content
 
-    async def picture(self, content: bytes) -> Picture:
-        """A file's image, ready for the model."""
-        return await self.in_thread(lambda: self.engine.read(content))
+    async def picture(self, content: bytes, *, pixels: bool = False) -> Picture:
+        """A file's image, ready for the model; `pixels` as for `Engine.read`."""
+        return await self.in_thread(lambda: self.engine.read(content, pixels=pixels))
 
     def open(self, content: bytes) -> Image.Image:
         """A file's image. Takes a while: not for a loop."""
