@@ -224,6 +224,7 @@ def router(house: House) -> APIRouter:
 
         if asked.stream:
             head = {"id": id, "object": "chat.completion.chunk", "created": at, "model": house.model}
+            head |= {"warnings": warnings} if warnings else {}
             choices, steps = await run(request, writing, asked.stops())
 
             def chunk(

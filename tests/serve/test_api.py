@@ -248,6 +248,8 @@ def test_openai_captions_asks_and_chats(
     messages = [{"role": "system", "content": "Be brief."}, about(images[1], "what is it?")]
     warned = client.chat.completions.create(model="default", messages=messages)
     assert warned.choices[0].message.content == first and "system" in str(warned.model_extra)
+    chunks = client.chat.completions.create(model="default", messages=messages, stream=True)
+    assert all("system" in str(chunk.model_extra) for chunk in chunks)
 
 
 def test_openai_streams_with_usage_and_logprobs(
