@@ -507,7 +507,9 @@ class Engine:
             return
         log.error("the model failed", exc_info=error)
         for job in jobs:
-            job.fail(EngineError("the model failed"))
+            failure = EngineError("the model failed")
+            failure.__cause__ = error  # for whoever writes it down beside the request's id
+            job.fail(failure)
 
 
 _PARTS = ("ids", "scores", "token_logprobs", "finished")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, Pictur
 from blip2.serve.fetch import Fetcher, FetchError
 from blip2.serve.limits import Limits
 from blip2.serve.schemas import Strict
+
+log = logging.getLogger("blip2.serve")
 
 Asked = TypeVar("Asked", bound=Strict)
 Result = TypeVar("Result")
@@ -84,6 +87,14 @@ def as_api_error(error: BaseException) -> ApiError:
         case ValueError():
             return ApiError(400, str(error))
     return ApiError(500, "something went wrong; the server's log has the details under this request's id")
+
+
+def told(request: Request, error: BaseException) -> ApiError:
+    """As `as_api_error`; what was our fault goes to the log."""
+    found = as_api_error(error)
+    if found.status == 500:
+        log.error("request %s failed", request.state.id, exc_info=error)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

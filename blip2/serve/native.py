@@ -19,7 +19,7 @@ from blip2.results import Match, Pieces, Written, token_text
 from blip2.serve import schemas
 from blip2.serve.engine import Picture, Text, Writing
 from blip2.serve.events import EventStream
-from blip2.serve.house import ApiError, House, as_api_error
+from blip2.serve.house import ApiError, House, told
 from blip2.text import CAPTION_PROMPT
 
 SLICE = 4  # texts matched or embedded between two steps of those that are being written
@@ -276,9 +276,10 @@ async def _stream(house: House, request: Request, writing: Writing, kind: str) -
                         yield json.dumps({"delta": piece})
                     if ended:
                         text = house.engine.text_of(row)
+                        house.log_content(request, {kind: [text.written]})
                         yield json.dumps(_result(house, writing, [text], kind))
         except Exception as error:
-            yield json.dumps(as_api_error(error).body())
+            yield json.dumps(told(request, error).body())
             return
         yield "[DONE]"
 

@@ -24,7 +24,7 @@ from blip2.results import Pieces, token_text
 from blip2.serve import schemas
 from blip2.serve.engine import Writing
 from blip2.serve.events import EventStream
-from blip2.serve.house import ApiError, House, as_api_error
+from blip2.serve.house import ApiError, House, told
 from blip2.serve.native import answers, body_of, usage
 from blip2.text import CAPTION_PROMPT
 
@@ -47,12 +47,14 @@ class Choice:
     def take(self, row: Row, place: int) -> str:
         """What a token adds to what may be shown."""
         self.count += 1
-        last = place == len(row.ids) - 1
+        last = (
+            row.done and place == len(row.ids) - 1
+        )  # in this order: until it is done the row may grow at any moment
         ended = last and row.finished
         piece = "" if ended else self.pieces.add(row.ids[place])
         if not ended:
             self.tokens.append((row.ids[place], row.logprobs[place], row.tops[place] if row.tops else []))
-        if last and row.done:
+        if last:
             piece += self.pieces.end()
             self.reason = "stop" if row.finished else "length"
         return self._show(piece)
@@ -153,6 +155,9 @@ def router(house: House) -> APIRouter:
                 pass
         return choices
 
+    def note(request: Request, choices: list[Choice]) -> None:
+        house.log_content(request, {"answers": [choice.text for choice in choices]})
+
     def prompt_of(asked: schemas.ChatRequest, new: int) -> tuple[str, str, list[str]]:
         """The image's URL, the prompt, and warnings."""
         if len(asked.messages) > house.limits.turns:
@@ -247,8 +252,9 @@ def router(house: House) -> APIRouter:
                                 logprobs(choices[i], given[i]) if given[i] < len(choices[i].tokens) else None
                             )
                             yield [chunk(i, {}, rest, choices[i].reason)]
+                note(request, choices)
 
-            return _chunks(house, asked, head, bodies(), lambda: _usage(house, writing, choices))
+            return _chunks(request, asked, head, bodies(), lambda: _usage(house, writing, choices))
         choices = await fill(request, writing, asked.stops())
         result = {
             "id": id,
@@ -267,7 +273,7 @@ def router(house: House) -> APIRouter:
             "usage": _usage(house, writing, choices),
             "warnings": warnings or None,
         }
-        house.log_content(request, {"answers": [choice.text for choice in choices]})
+        note(request, choices)
         return JSONResponse(result)
 
     @routes.post(
@@ -327,11 +333,12 @@ def router(house: House) -> APIRouter:
                         reason = choices[i].reason
                         if shown or reason:
                             yield [shape(i, shown, logprobs(choices[i]) if reason else None, reason)]
+                note(request, choices)
 
-            return _chunks(house, asked, head, bodies(), lambda: _usage(house, writing, choices))
+            return _chunks(request, asked, head, bodies(), lambda: _usage(house, writing, choices))
         choices = await fill(request, writing, asked.stops())
         shapes = [shape(i, choice.text, logprobs(choice), choice.reason) for i, choice in enumerate(choices)]
-        house.log_content(request, {"answers": [choice.text for choice in choices]})
+        note(request, choices)
         return JSONResponse(head | {"choices": shapes, "usage": _usage(house, writing, choices)})
 
     def entry() -> dict[str, Any]:
@@ -372,7 +379,7 @@ def _usage(house: House, writing: Writing, choices: list[Choice]) -> dict[str, i
 
 
 def _chunks(
-    house: House, asked: schemas.Sampling, head: dict[str, Any], bodies: AsyncIterator[Any], used: Any
+    request: Request, asked: schemas.Sampling, head: dict[str, Any], bodies: AsyncIterator[Any], used: Any
 ) -> Response:
     """Choices as they come -> the events of a stream; with include_usage a last one that counts."""
     counted = asked.stream_options is not None and asked.stream_options.include_usage
@@ -384,7 +391,7 @@ def _chunks(
                 async for choices in bodies:
                     yield json.dumps(head | {"choices": choices} | extra)
         except Exception as error:
-            yield json.dumps(as_api_error(error).body())
+            yield json.dumps(told(request, error).body())
             return
         if counted:
             yield json.dumps(head | {"choices": [], "usage": used()})

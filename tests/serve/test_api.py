@@ -14,7 +14,10 @@ from PIL import Image
 from serving import Running, data_url
 
 import blip2
-from blip2.results import token_text
+from blip2.continuous import Row
+from blip2.generate import GenerationOptions
+from blip2.results import Pieces, token_text
+from blip2.serve.openai_api import Choice
 
 
 def events(text: str) -> list[Any]:
@@ -213,6 +216,30 @@ def test_other_wrong_requests(server: Running, images: list[bytes]) -> None:
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+class Grows(list[int]):
+    """A row's ids to which the engine, on its own thread, adds the next one just after they were counted."""
+
+    def __init__(self, now: list[int], soon: list[int]) -> None:
+        super().__init__(now)
+        self._soon = soon
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        if self._soon:
+            self.append(self._soon.pop())
+        return length
+
+
+def test_a_token_is_not_taken_for_the_end_that_comes_after_it(predictor: blip2.Predictor) -> None:
+    tokenizer = predictor.generator.tokenizer
+    (word,), end = tokenizer.encode(" rose", frame=False), 2
+    row = Row(GenerationOptions(), [], None, (end,), ids=Grows([word], [end]), logprobs=[-1.0, -2.0])
+    choice = Choice(Pieces(tokenizer.decode), [])
+    assert choice.take(row, 0) == "rose" and choice.reason is None
+    assert choice.take(row, 1) == "" and choice.reason == "stop"
+    assert (choice.text, choice.count, len(choice.tokens)) == ("rose", 2, 1)
 
 
 # --- the openai client ---------------------------------------------------------------------------------------------
