@@ -131,19 +131,23 @@ class Rows:
         *,
         tops: Sequence[int],
         context: Context | None = None,
-    ) -> list[list[Row | Beams]]:
+    ) -> tuple[list[list[Row | Beams]], list[Context | None]]:
         """Begin texts for B prompts; arguments as for `generate`, options and tops for each prompt.
 
         All prompts must have the same max_new_tokens: positions are counted for the longest prompt with that many.
 
         Returns:
-            for each prompt its `num_return_sequences` rows, or its one search.
+            for each prompt its `num_return_sequences` rows, or its one search; and the context of each prefix, good
+            for other prompts after it: None where one was given, and with T5, which has none.
 
         Raises:
             ValueError: more positions than the language model has; nothing has joined then.
         """
         (limit,) = {each.max_new_tokens for each in options}
         decoding = self._model.start(prefix, input_ids, attention_mask, max_new_tokens=limit, context=context)
+        read: list[Context | None] = [None] * len(prefix)
+        if context is None:
+            read = decoding.prefixes(prefix.shape[1])
         said = said_before(self._model, prefix, input_ids, attention_mask)
         made: list[list[Row | Beams]] = []
         for i, (each, top) in enumerate(zip(options, tops, strict=True)):
@@ -166,7 +170,7 @@ class Rows:
             self._decoding.join(decoding)
             self._logits = torch.cat([self._logits, logits])
         self._texts += [text for texts in made for text in texts]
-        return made
+        return made, read
 
     def _placed(self) -> Iterator[tuple[int, Row | Beams]]:
         """Each text and its first row."""

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from blip2.config import T5Config
-from blip2.images import ImageProcessing, to_pixels
 from blip2.layers import split_heads
 from blip2.model import Blip2
 from blip2.qformer import Attention
@@ -51,6 +51,14 @@ class Word:
     text: str
     heat: NDArray[np.float32]
     logprob: float
+
+
+class Explained(NamedTuple):
+    """What is computed of an `Explanation`."""
+
+    text: str
+    words: tuple[Word, ...]
+    attention: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +108,12 @@ class Explanation:
 
 
 def explain(
-    model: Blip2,
-    processing: ImageProcessing,
-    tokenizer: Tokenizer,
-    picture: Image.Image,
-    prompt: str,
-    text: str,
-) -> Generator[None, None, Explanation]:
+    model: Blip2, tokenizer: Tokenizer, pixels: Tensor, prompt: str, text: str
+) -> Generator[None, None, Explained]:
     """Explain why `text` follows `prompt` for a picture: in slices, between which the model may do other things.
+
+    Args:
+        pixels: the picture, float32 [1, 3, S, S].
 
     Raises:
         ValueError: no words, more than the language model reads, or a model with rounded weights, through which there
@@ -122,10 +128,9 @@ def explain(
     room = model.prompt_room(len(tokens))
     if len(asked) > room:
         raise ValueError(f"the text is too long: question and text may have {room + len(tokens)} tokens")
-    pixels = to_pixels([picture], processing).to(next(model.parameters()).device)  # [1, 3, S, S]
     encoder, grid = model.vision, model.vision.config.grid
     with torch.no_grad(), _mixing(encoder) as mixed:
-        features = encoder(pixels)  # [1, N, W]
+        features = encoder(pixels.to(next(model.parameters()).device))  # [1, N, W]
     yield
     attention: list[Tensor] = []
     with torch.enable_grad(), _cross_attention(model.qformer, attention):
@@ -142,7 +147,7 @@ def explain(
         heat = (given @ mixed[0])[0, 1:].view(grid, grid)  # the class position has no place
         words.append(Word(word, _to_one(heat), logprobs[places].sum().item()))
     maps = torch.stack(attention)[:, 0, ..., 1:].unflatten(-1, (grid, grid))  # [L, H, Q, rows, columns]
-    return Explanation(tokenizer.decode(tokens).strip(), tuple(words), maps.cpu().numpy(), picture)
+    return Explained(tokenizer.decode(tokens).strip(), tuple(words), maps.cpu().numpy())
 
 
 def _tokens(model: Blip2, tokenizer: Tokenizer, text: str) -> list[int]:

@@ -173,6 +173,21 @@ class Decoding:
         """Append ids int64 [B * n]; logits float32 [B * n, V] for the token after them."""
         return self._language.step(ids, self._context, self._tail)
 
+    def prefixes(self, queries: int) -> list[Context | None]:
+        """Each prompt's prefix of so many queries, as `Blip2.read_prefix` gives it: it was read before the prompt."""
+        if isinstance(self._language, T5):
+            return [None] * len(self._context.mask)
+        layers, mask = self._context.layers, self._context.mask[:, :queries]
+        return [  # copied, so that nobody holds the prompts as well
+            Context(
+                tuple(
+                    (k[i : i + 1, :, :queries].clone(), v[i : i + 1, :, :queries].clone()) for k, v in layers
+                ),
+                mask[i : i + 1].clone(),
+            )
+            for i in range(len(mask))
+        ]
+
     def reorder(self, parents: Tensor) -> None:
         """Row i goes on from what row parents[i] (int64 [B * n], of the same prompt) has written."""
         self._tail.select(parents)

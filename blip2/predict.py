@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from blip2.config import T5Config
-from blip2.explain import Explanation, explain
+from blip2.explain import Explained, Explanation, explain
 from blip2.generate import GenerationOptions, generate, stream
 from blip2.images import ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
@@ -159,11 +158,6 @@ class Predictor:
             prefix, _, sizes = self._read(batch, start)
             encoded += self._encoded(prefix, sizes)
         return encoded if many else encoded[0]
-
-    @torch.inference_mode()
-    def read_pixels(self, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Encoded]:
-        """As `encode`, for images prepared already: pixels [B, 3, S, S], and each image's width and height."""
-        return self._encoded(self.model.embed_image(pixels.to(self.device)), sizes)
 
     def _encoded(self, prefix: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Encoded]:
         """What there is to keep of images whose prefix is [B, Q, W]."""
@@ -371,20 +365,17 @@ class Predictor:
             prompt = self.asking_prompt(question, turns, answer)
             options = GenerationOptions(beams=5, length_penalty=-1.0)
             given = self._write(Answer, [picture], [prompt], options, 1)[0] if answer is None else answer
-        slices = self.explain_in_slices(picture, prompt, given)
+        slices = self.explain_in_slices(to_pixels([picture], self.generator.processing), prompt, given)
         try:
             while True:
                 next(slices)
         except StopIteration as end:
-            found: Explanation = end.value
-            return found
+            found: Explained = end.value
+            return Explanation(found.text, found.words, found.attention, picture)
 
-    def explain_in_slices(
-        self, picture: Image.Image, prompt: str, text: str
-    ) -> Generator[None, None, Explanation]:
-        """Why `text` follows `prompt`: stops wherever the model may do something else, and ends with the result."""
-        part = self.generator
-        return explain(self.model, part.processing, part.tokenizer, picture, prompt, text)
+    def explain_in_slices(self, pixels: Tensor, prompt: str, text: str) -> Generator[None, None, Explained]:
+        """Why `text` follows `prompt` for pixels [1, 3, S, S]: stops wherever the model may do something else."""
+        return explain(self.model, self.generator.tokenizer, pixels, prompt, text)
 
     def _read(
         self, pictures: Sequence[Picture], start: int = 0

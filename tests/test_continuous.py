@@ -53,7 +53,7 @@ def test_joining_and_leaving_changes_no_text(
                 image, prompt, way = todo.pop()
                 options = GenerationOptions(**({"max_new_tokens": 9} | way))
                 ids, mask = tokenizer.encode_batch([prompt])
-                (made,) = rows.join(image.prefix, ids, mask, [options], tops=[0], context=image.context)
+                (made,), _ = rows.join(image.prefix, ids, mask, [options], tops=[0], context=image.context)
                 begun.append(((image, ids, mask, options), made))
         if len(rows):
             rows.choose()
@@ -86,7 +86,7 @@ def test_prompts_join_together_and_may_be_dropped(variants: dict[str, Path], pic
     ids, mask = tokenizer.encode_batch(PROMPTS[:3])
     options = [GenerationOptions(eos_token_id=(), max_new_tokens=6, beams=beams) for beams in (4, 1, 1)]
     rows = Rows(model)
-    (search,), (noted,), (other,) = rows.join(prefix, ids, mask, options, tops=[0, 2, 0])
+    ((search,), (noted,), (other,)), _ = rows.join(prefix, ids, mask, options, tops=[0, 2, 0])
     for step in range(6):
         assert len(rows) == (6 if step < 2 else 2)
         rows.choose()

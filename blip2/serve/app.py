@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,12 +20,10 @@ from blip2.serve import native, openai_api, schemas
 from blip2.serve.engine import BusyError, Engine
 from blip2.serve.fetch import Fetcher
 from blip2.serve.guard import Guard, log_content
-from blip2.serve.house import ApiError, House, as_api_error
+from blip2.serve.house import ApiError, House, told
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
-
-log = logging.getLogger("blip2.serve")
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]", "testserver"))
@@ -112,18 +109,14 @@ def build(
     async def tell(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             raise error
-        told = as_api_error(error)
-        if told.status == 500:
-            log.error("request %s failed", request.state.id, exc_info=error)
-        return told.response()
+        return told(request, error).response()
 
     async def tell_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         said = {404: "there is no such page here", 405: "this page is not asked for in that way"}
-        told = ApiError(
+        return ApiError(
             error.status_code, said.get(error.status_code, error.detail), headers=dict(error.headers or {})
-        )
-        return told.response()
+        ).response()
 
     for kind in (ApiError, BusyError, ValueError, RuntimeError, OSError, Exception):
         app.add_exception_handler(kind, tell)

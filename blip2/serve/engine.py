@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,15 +68,19 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Writing:
-    """Texts asked for: `options.num_return_sequences` that go on from `prompt`.
+    """Texts asked for: for each prompt, in this order, `options.num_return_sequences` that go on from it.
 
     top_logprobs: likeliest tokens to note at each place; greedy and sampled texts only.
     """
 
     picture: Picture
-    prompt: str
+    prompts: tuple[str, ...]
     options: GenerationOptions
     top_logprobs: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompts) * width(self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +119,27 @@ class Job:
 
 
 class Place:
-    """A request's place among those that wait for the model, before it has asked; to be left in any case."""
+    """A request's place in the engine: first among those that wait for the model, then with what it asked.
+
+    To be left in any case.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
+        self._job: Job | None = None
+
+    def give(self, job: Job) -> None:
+        """To what the request asks; the place among those that have not asked yet is given back."""
+        self._job = job
+        self._give_back()
 
     def leave(self) -> None:
-        """Give the place back, where that has not been done."""
+        """Give back whatever is held: nobody waits for it any more."""
+        self._give_back()
+        if self._job is not None:
+            self._job.result.cancel()
+
+    def _give_back(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine._give_back()
@@ -155,11 +173,12 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; whoever still waits gets an error."""
+        """End the thread; whoever still waits gets an error. A model that is still being loaded is not waited for."""
         with self._lock:
             self._closed = True
             self._lock.notify()
-        self._thread.join()
+        if self.loaded.is_set() or self.failure is not None:
+            self._thread.join()
 
     @property
     def predictor(self) -> Predictor:
@@ -204,18 +223,21 @@ class Engine:
         with self._lock:
             self._promised -= 1
 
-    def read(self, content: bytes) -> Picture:
+    def read(self, content: bytes, *, pixels: bool = False) -> Picture:
         """A file's image, ready for the model; from the cache where it was seen before. Takes a while: not for a loop.
+
+        Args:
+            pixels: they are needed even where the cache has the image.
 
         Raises:
             ImageError: no image.
         """
         key = hashlib.sha256(content).digest()
         encoded = self.cache.get(key)
-        if encoded is not None:
+        if encoded is not None and not pixels:
             return Picture(key, encoded.size, None, encoded)
         image = load_image(content, max_pixels=self.limits.pixels)
-        return Picture(key, image.size, to_pixels([image], self.predictor.generator.processing), None)
+        return Picture(key, image.size, to_pixels([image], self.predictor.generator.processing), encoded)
 
     def submit(
         self,
@@ -244,16 +266,29 @@ class Engine:
         with self._lock:
             if place is None or self._closed:
                 self.check_room()
-            else:
-                place.leave()
+            if place is not None:
+                place.give(job)
             self._waiting.setdefault(client, deque()).append(job)
             self._count += 1
             self._lock.notify()
+        job.result.add_done_callback(lambda result: self._remove(job) if result.cancelled() else None)
         return job
 
+    def _remove(self, job: Job) -> None:
+        """Out of the queue, where it is there."""
+        with self._lock:
+            queue = self._waiting.get(job.client, ())
+            if job not in queue:
+                return
+            self._waiting[job.client].remove(job)
+            self._count -= 1
+            if not queue:
+                del self._waiting[job.client]
+
     def _check(self, asked: Writing) -> None:
-        model, new = self.predictor.model, asked.options.max_new_tokens
-        length, room = len(self.predictor.generator.tokenizer.encode(asked.prompt)), model.prompt_room(new)
+        encode, new = self.predictor.generator.tokenizer.encode, asked.options.max_new_tokens
+        length = max(len(encode(prompt)) for prompt in asked.prompts)
+        room = self.predictor.model.prompt_room(new)
         if length > room:
             raise ValueError(
                 f"the prompt has {length} tokens, and beside the image and {new} new ones there is room for "
@@ -303,31 +338,28 @@ class Engine:
     def _take(self) -> list[Job]:
         """What begins now: from each client in turn its oldest, as long as they fit. What is next and does not fit is
         waited for: others of its kind do not slip past it."""
+        for job in [job for queue in self._waiting.values() for job in queue]:
+            if self._gone(job):
+                self._remove(job)
         taken: list[Job] = []
         rows, calling = self.running, self._call is not None
         full: set[bool] = set()  # texts (True), calls (False): one that waits for room was met
         most = BESIDE if self._writing else AT_ONCE
         while True:
-            before = self._count
+            before = len(taken)
             for client in list(self._waiting):
-                queue = self._waiting[client]
-                job = queue[0]
-                if not self._gone(job):
-                    text = isinstance(job.asked, Writing)
-                    wanted = width(job.asked.options) if isinstance(job.asked, Writing) else 0
-                    if calling if not text else rows and rows + wanted > self.limits.rows:
-                        full.add(text)
-                    if text in full or len(taken) == most:
-                        continue
-                    rows, calling = rows + wanted, calling or not text
-                    taken.append(job)
-                queue.popleft()
-                self._count -= 1
-                if queue:
+                job = self._waiting[client][0]
+                text, wanted = (True, job.asked.rows) if isinstance(job.asked, Writing) else (False, 0)
+                if calling if not text else rows and rows + wanted > self.limits.rows:
+                    full.add(text)
+                if text in full or len(taken) == most:
+                    continue
+                rows, calling = rows + wanted, calling or not text
+                taken.append(job)
+                self._remove(job)
+                if client in self._waiting:
                     self._waiting.move_to_end(client)
-                else:
-                    del self._waiting[client]
-            if self._count == before:
+            if len(taken) == before:
                 return taken
 
     @staticmethod
@@ -354,10 +386,11 @@ class Engine:
         except Exception as error:
             self._failed(writings, error)
             return
-        groups: dict[int, list[Job]] = {}
+        groups: dict[tuple[int, bool], list[Job]] = {}
         for job in writings:
             assert isinstance(job.asked, Writing)
-            groups.setdefault(job.asked.options.max_new_tokens, []).append(job)
+            kind = job.asked.options.max_new_tokens, encoded[job.asked.picture.key].context is None
+            groups.setdefault(kind, []).append(job)
         for group in groups.values():
             try:
                 self._start(group, encoded)
@@ -366,7 +399,7 @@ class Engine:
 
     @torch.inference_mode()
     def _encode(self, jobs: list[Job]) -> dict[bytes, Encoded]:
-        """Every job's image as the language model reads it; each is encoded once."""
+        """Every job's image for the language model; each is encoded once. One that is new has no context yet."""
         found: dict[bytes, Encoded] = {}
         fresh: dict[bytes, Picture] = {}
         for job in jobs:
@@ -379,26 +412,35 @@ class Engine:
                 fresh[picture.key] = picture
         if fresh:
             pixels = torch.cat([picture.pixels for picture in fresh.values() if picture.pixels is not None])
-            sizes = [picture.size for picture in fresh.values()]
-            for key, encoded in zip(fresh, self.predictor.read_pixels(pixels, sizes), strict=True):
-                self.cache.put(key, encoded)
-                found[key] = encoded
+            prefixes = self.predictor.model.embed_image(pixels.to(self.predictor.device)).split(1)
+            for (key, picture), prefix in zip(fresh.items(), prefixes, strict=True):
+                found[key] = Encoded(prefix.clone(), None, picture.size)
         return found
 
     def _start(self, jobs: list[Job], encoded: dict[bytes, Encoded]) -> None:
-        """Read the prompts of jobs with the same max_new_tokens."""
+        """Read the prompts of jobs with the same max_new_tokens, whose images all have a context or all have none."""
         assert self._rows is not None
-        asked = [job.asked for job in jobs if isinstance(job.asked, Writing)]
-        images = [encoded[each.picture.key] for each in asked]
+        asked = [
+            (job.asked, prompt)
+            for job in jobs
+            if isinstance(job.asked, Writing)
+            for prompt in job.asked.prompts
+        ]
+        keys = [each.picture.key for each, _ in asked]
+        images = [encoded[key] for key in keys]
         prefix = torch.cat([image.prefix for image in images])
         contexts = [image.context for image in images if image.context is not None]
         context = join_contexts(contexts) if contexts else None
-        ids, mask = self.predictor.generator.tokenizer.encode_batch([each.prompt for each in asked])
+        ids, mask = self.predictor.generator.tokenizer.encode_batch([prompt for _, prompt in asked])
         ids, mask = ids.to(prefix.device), mask.to(prefix.device)
-        options, tops = [each.options for each in asked], [each.top_logprobs for each in asked]
-        made = self._rows.join(prefix, ids, mask, options, tops=tops, context=context)
-        for job, texts in zip(jobs, made, strict=True):
-            job.texts = texts
+        options, tops = [each.options for each, _ in asked], [each.top_logprobs for each, _ in asked]
+        made, read = self._rows.join(prefix, ids, mask, options, tops=tops, context=context)
+        for key, image, context in zip(keys, images, read, strict=True):
+            self.cache.put(key, replace(image, context=context) if image.context is None else image)
+        texts = iter(made)
+        for job in jobs:
+            assert isinstance(job.asked, Writing)
+            job.texts = [text for _ in job.asked.prompts for text in next(texts)]
         self._writing += jobs
 
     def _step_rows(self) -> None:
@@ -465,7 +507,9 @@ class Engine:
             return
         log.error("the model failed", exc_info=error)
         for job in jobs:
-            job.fail(EngineError("the model failed"))
+            failure = EngineError("the model failed")
+            failure.__cause__ = error  # for whoever writes it down beside the request's id
+            job.fail(failure)
 
 
 _PARTS = ("ids", "scores", "token_logprobs", "finished")

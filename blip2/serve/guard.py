@@ -46,7 +46,7 @@ class Guard:
     ) -> None:
         self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
         self._inside = 0
-        self._bytes = 0  # of the bodies of all requests inside
+        self._bytes = 0  # of the bodies of all requests inside, and of the images fetched for them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,14 +65,19 @@ class Guard:
         }
         status = held = 0
 
-        async def take() -> Message:
+        def hold(size: int) -> None:
+            """Count what arrived for this request. Raises BusyError where all requests hold too much."""
             nonlocal held
-            message = await receive()
-            size = len(message.get("body", b""))
             held += size
             self._bytes += size
             if self._bytes > self._limits.bodies_bytes:
                 raise BusyError("the requests at work hold as much as this server has room for", 1)
+
+        state["hold"] = hold
+
+        async def take() -> Message:
+            message = await receive()
+            hold(len(message.get("body", b"")))
             return message
 
         async def answer(message: Message) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, Pictur
 from blip2.serve.fetch import Fetcher, FetchError
 from blip2.serve.limits import Limits
 from blip2.serve.schemas import Strict
+
+log = logging.getLogger("blip2.serve")
 
 Asked = TypeVar("Asked", bound=Strict)
 Result = TypeVar("Result")
@@ -86,6 +89,14 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "something went wrong; the server's log has the details under this request's id")
 
 
+def told(request: Request, error: BaseException) -> ApiError:
+    """As `as_api_error`; what was our fault goes to the log."""
+    found = as_api_error(error)
+    if found.status == 500:
+        log.error("request %s failed", request.state.id, exc_info=error)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class House:
     """What the routes stand on. `model`: the name clients use. `fetcher`: None where image URLs are off."""
@@ -140,8 +151,10 @@ class House:
         if _content_type(request) == "multipart/form-data":
             return await self._form(request, model, images)
         asked = await self.json(request, model)
-        urls = getattr(asked, images)
-        return asked, [await self.image_at(url) for url in ([urls] if isinstance(urls, str) else urls)]
+        given = getattr(asked, images)
+        urls = [given] if isinstance(given, str) else given
+        self.check_count(images, len(urls), self.limits.images)  # before any of them is fetched
+        return asked, [await self.image_at(request, url) for url in urls]
 
     async def _form(self, request: Request, model: type[Asked], images: str) -> tuple[Asked, list[bytes]]:
         body = await self.body(request)
@@ -196,7 +209,7 @@ class House:
         except ValidationError as error:
             raise _told(error) from None
 
-    async def image_at(self, url: str) -> bytes:
+    async def image_at(self, request: Request, url: str) -> bytes:
         """The file that an image's URL holds or, where switched on, names."""
         if url[:5].lower() == "data:":
             head, comma, data = url.partition(",")
@@ -213,11 +226,13 @@ class House:
             raise ApiError(
                 400, "this server fetches no images; send the image itself as a data: URL", param="image"
             )
-        return await self.fetcher.fetch(url)
+        content = await self.fetcher.fetch(url)
+        request.state.hold(len(content))
+        return content
 
-    async def picture(self, content: bytes) -> Picture:
-        """A file's image, ready for the model."""
-        return await self.in_thread(lambda: self.engine.read(content))
+    async def picture(self, content: bytes, *, pixels: bool = False) -> Picture:
+        """A file's image, ready for the model; `pixels` as for `Engine.read`."""
+        return await self.in_thread(lambda: self.engine.read(content, pixels=pixels))
 
     def open(self, content: bytes) -> Image.Image:
         """A file's image. Takes a while: not for a loop."""

@@ -15,7 +15,7 @@ class Limits:
     requests: int = 256  # requests in the house, bodies still arriving included; beyond: 503
     connections: int = 1024
     body_bytes: int = 20_000_000  # of one request
-    bodies_bytes: int = 200_000_000  # of all requests in the house; beyond: 503
+    bodies_bytes: int = 200_000_000  # of all requests in the house, images fetched included; beyond: 503
     pixels: int = 50_000_000  # of one image
     images: int = 8  # in one request
     texts: int = 64  # in one request

@@ -17,9 +17,9 @@ from blip2.inputs import in_batches
 from blip2.predict import Predictor
 from blip2.results import Match, Pieces, Written, token_text
 from blip2.serve import schemas
-from blip2.serve.engine import Text, Writing
+from blip2.serve.engine import Picture, Text, Writing
 from blip2.serve.events import EventStream
-from blip2.serve.house import ApiError, House, as_api_error
+from blip2.serve.house import ApiError, House, told
 from blip2.text import CAPTION_PROMPT
 
 SLICE = 4  # texts matched or embedded between two steps of those that are being written
@@ -82,12 +82,12 @@ def router(house: House) -> APIRouter:
         check(asked)
         house.check_texts(prompt)
         options = asked.options()
-        writing = Writing(await house.picture(image), prompt, options)
+        writing = Writing(await house.picture(image), (prompt,), options)
         house.log_content(request, {"prompt": prompt})
         if asked.stream:
             return await _stream(house, request, writing, kind)
         texts = await house.result(request, writing)
-        result = _result(house, prompt, texts, kind)
+        result = _result(house, writing, texts, kind)
         house.log_content(request, {kind: [text.written for text in texts]})
         return JSONResponse(result)
 
@@ -96,10 +96,10 @@ def router(house: House) -> APIRouter:
         matcher = house.engine.predictor.matcher
         return await house.in_thread(lambda: matcher.prepare([house.open(image)]))
 
-    async def own(request: Request, image: bytes, prompt: str, length_penalty: float) -> Written:
+    async def own(request: Request, picture: Picture, prompt: str, length_penalty: float) -> Written:
         """What the model says by itself, as in Python."""
         options = GenerationOptions(beams=5, length_penalty=length_penalty)
-        (text,) = await house.result(request, Writing(await house.picture(image), prompt, options))
+        (text,) = await house.result(request, Writing(picture, (prompt,), options))
         written: Written = text.written
         return written
 
@@ -200,11 +200,13 @@ def router(house: House) -> APIRouter:
         if asked.question is not None:
             prompt = house.engine.predictor.asking_prompt(asked.question, turns, asked.answer)
             given, penalty = asked.answer, -1.0
-        opened = await house.in_thread(lambda: house.open(image))
-        text = await own(request, image, prompt, penalty) if given is None else given
+        picture = await house.picture(image, pixels=True)
+        pixels = picture.pixels
+        assert pixels is not None
+        text = await own(request, picture, prompt, penalty) if given is None else given
 
         def compute(model: Predictor) -> Generator[None, None, dict[str, Any]]:
-            found = yield from model.explain_in_slices(opened, prompt, text)
+            found = yield from model.explain_in_slices(pixels, prompt, text)
             attention = None
             if asked.layer is not None:
                 if any(i is not None and i >= n for i, n in zip(place, found.attention.shape)):
@@ -220,8 +222,8 @@ def router(house: House) -> APIRouter:
                     {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()}
                     for word in found.words
                 ],
-                "width": opened.width,
-                "height": opened.height,
+                "width": picture.size[0],
+                "height": picture.size[1],
                 "attention_shape": list(found.attention.shape[:3]),
                 "attention": attention,
             }
@@ -231,10 +233,11 @@ def router(house: House) -> APIRouter:
     return routes
 
 
-def usage(house: House, prompt: str, completion_tokens: int) -> dict[str, int]:
-    """Token counts; the image counts as the queries that the language model reads of it."""
+def usage(house: House, writing: Writing, completion_tokens: int) -> dict[str, int]:
+    """Token counts; the image counts, with each prompt, as the queries that the language model reads of it."""
     predictor = house.engine.predictor
-    read = len(predictor.generator.tokenizer.encode(prompt)) + predictor.model.config.num_query_tokens
+    encode, queries = predictor.generator.tokenizer.encode, predictor.model.config.num_query_tokens
+    read = sum(queries + len(encode(prompt)) for prompt in writing.prompts)
     return {
         "prompt_tokens": read,
         "completion_tokens": completion_tokens,
@@ -242,7 +245,7 @@ def usage(house: House, prompt: str, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def _result(house: House, prompt: str, texts: list[Text], kind: str) -> dict[str, Any]:
+def _result(house: House, writing: Writing, texts: list[Text], kind: str) -> dict[str, Any]:
     decode = house.engine.predictor.generator.tokenizer.decode
     shown = []
     for text in texts:
@@ -253,7 +256,7 @@ def _result(house: House, prompt: str, texts: list[Text], kind: str) -> dict[str
         ]
         shown.append({"text": str(text.written), "score": text.written.score, "tokens": tokens})
     written = sum(len(text.written.tokens) for text in texts)
-    return {"model": house.model, kind: shown, "usage": usage(house, prompt, written)}
+    return {"model": house.model, kind: shown, "usage": usage(house, writing, written)}
 
 
 async def _stream(house: House, request: Request, writing: Writing, kind: str) -> Response:
@@ -273,9 +276,10 @@ async def _stream(house: House, request: Request, writing: Writing, kind: str) -
                         yield json.dumps({"delta": piece})
                     if ended:
                         text = house.engine.text_of(row)
-                        yield json.dumps(_result(house, writing.prompt, [text], kind))
+                        house.log_content(request, {kind: [text.written]})
+                        yield json.dumps(_result(house, writing, [text], kind))
         except Exception as error:
-            yield json.dumps(as_api_error(error).body())
+            yield json.dumps(told(request, error).body())
             return
         yield "[DONE]"
 

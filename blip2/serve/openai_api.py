@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from blip2.results import Pieces, token_text
 from blip2.serve import schemas
 from blip2.serve.engine import Writing
 from blip2.serve.events import EventStream
-from blip2.serve.house import ApiError, House, as_api_error
+from blip2.serve.house import ApiError, House, told
 from blip2.serve.native import answers, body_of, usage
 from blip2.text import CAPTION_PROMPT
 
@@ -47,12 +47,14 @@ class Choice:
     def take(self, row: Row, place: int) -> str:
         """What a token adds to what may be shown."""
         self.count += 1
-        last = place == len(row.ids) - 1
+        last = (
+            row.done and place == len(row.ids) - 1
+        )  # in this order: until it is done the row may grow at any moment
         ended = last and row.finished
         piece = "" if ended else self.pieces.add(row.ids[place])
         if not ended:
             self.tokens.append((row.ids[place], row.logprobs[place], row.tops[place] if row.tops else []))
-        if last and row.done:
+        if last:
             piece += self.pieces.end()
             self.reason = "stop" if row.finished else "length"
         return self._show(piece)
@@ -94,22 +96,31 @@ def router(house: House) -> APIRouter:
         if asked.stream_options is not None and not asked.stream:
             raise ApiError(400, "stream_options are for stream: true", param="stream_options")
 
-    def new_tokens(asked: int | None, prompt: str | None = None) -> int:
-        """As many as asked for, the server allows, and fit beside the prompt."""
+    def new_tokens(asked: int | None, prompts: Sequence[str] = ()) -> int:
+        """As many as asked for, the server allows, and fit beside the longest prompt."""
         wanted = min(asked or USUAL_NEW_TOKENS, house.limits.new_tokens)
-        predictor = house.engine.predictor
-        if prompt is None:
-            room = predictor.model.prompt_room(0) // 2  # a conversation keeps at least half of it
+        room, encode = (
+            house.engine.predictor.model.prompt_room(0),
+            house.engine.predictor.generator.tokenizer.encode,
+        )
+        if prompts:
+            room -= max(len(encode(prompt)) for prompt in prompts)
         else:
-            room = predictor.model.prompt_room(0) - len(predictor.generator.tokenizer.encode(prompt))
+            room //= 2  # a conversation keeps at least half of it
         return max(1, min(wanted, room))
+
+    async def about(
+        request: Request, url: str, prompts: tuple[str, ...], options: GenerationOptions, tops: int
+    ) -> Writing:
+        picture = await house.picture(await house.image_at(request, url))
+        return Writing(picture, prompts, options, tops)
 
     async def run(
         request: Request, writing: Writing, stops: list[str]
     ) -> tuple[list[Choice], AsyncIterator[tuple[int, str, Row, int]]]:
         """The choices, and an iterator that fills them: (choice, what to show, row, place)."""
         decode = house.engine.predictor.generator.tokenizer.decode
-        choices = [Choice(Pieces(decode), stops) for _ in range(writing.options.num_return_sequences)]
+        choices = [Choice(Pieces(decode), stops) for _ in range(writing.rows)]
         steps = await house.steps(request, writing)
 
         async def follow() -> AsyncIterator[tuple[int, str, Row, int]]:
@@ -143,6 +154,9 @@ def router(house: House) -> APIRouter:
             async for _ in steps:
                 pass
         return choices
+
+    def note(request: Request, choices: list[Choice]) -> None:
+        house.log_content(request, {"answers": [choice.text for choice in choices]})
 
     def prompt_of(asked: schemas.ChatRequest, new: int) -> tuple[str, str, list[str]]:
         """The image's URL, the prompt, and warnings."""
@@ -197,7 +211,7 @@ def router(house: House) -> APIRouter:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         new = new_tokens(asked.max_completion_tokens or asked.max_tokens)
         url, prompt, warnings = prompt_of(asked, new)
-        writing = await _writing(house, url, prompt, asked.options(new), asked.top_logprobs or 0)
+        writing = await about(request, url, (prompt,), asked.options(new), asked.top_logprobs or 0)
         house.log_content(request, {"prompt": prompt})
         id, at = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         whole = partial(house.engine.predictor.generator.tokenizer.decode, skip_special=False)
@@ -215,6 +229,7 @@ def router(house: House) -> APIRouter:
 
         if asked.stream:
             head = {"id": id, "object": "chat.completion.chunk", "created": at, "model": house.model}
+            head |= {"warnings": warnings} if warnings else {}
             choices, steps = await run(request, writing, asked.stops())
 
             def chunk(
@@ -233,9 +248,13 @@ def router(house: House) -> APIRouter:
                         if shown:
                             yield [chunk(i, {"content": shown}, fresh)]
                         if choices[i].reason:
-                            yield [chunk(i, {}, None, choices[i].reason)]
+                            rest = (
+                                logprobs(choices[i], given[i]) if given[i] < len(choices[i].tokens) else None
+                            )
+                            yield [chunk(i, {}, rest, choices[i].reason)]
+                note(request, choices)
 
-            return _chunks(house, asked, head, bodies(), lambda: _usage(house, prompt, choices))
+            return _chunks(request, asked, head, bodies(), lambda: _usage(house, writing, choices))
         choices = await fill(request, writing, asked.stops())
         result = {
             "id": id,
@@ -251,10 +270,10 @@ def router(house: House) -> APIRouter:
                 }
                 for i, choice in enumerate(choices)
             ],
-            "usage": _usage(house, prompt, choices),
+            "usage": _usage(house, writing, choices),
             "warnings": warnings or None,
         }
-        house.log_content(request, {"answers": [choice.text for choice in choices]})
+        note(request, choices)
         return JSONResponse(result)
 
     @routes.post(
@@ -263,7 +282,7 @@ def router(house: House) -> APIRouter:
         openapi_extra=body_of(schemas.CompletionRequest),
     )
     async def completions(request: Request) -> Response:
-        """Go on from a prompt, about the image in the extra field `image`."""
+        """Go on from a prompt, or from each of several, about the image in the extra field `image`."""
         asked = await house.json(request, schemas.CompletionRequest)
         check(asked)
         if asked.image is None:
@@ -274,11 +293,14 @@ def router(house: House) -> APIRouter:
                 param="image",
                 code="image_required",
             )
-        prompt = asked.text()
-        house.check_texts(prompt)
-        options = asked.options(new_tokens(asked.max_tokens, prompt))
-        writing = await _writing(house, asked.image, prompt, options, asked.logprobs or 0)
-        house.log_content(request, {"prompt": prompt})
+        prompts = asked.prompts()
+        house.check_count(
+            "the number of prompts times n", len(prompts) * (asked.n or 1), house.limits.sequences
+        )
+        house.check_texts(*prompts)
+        options = asked.options(new_tokens(asked.max_tokens, prompts))
+        writing = await about(request, asked.image, prompts, options, asked.logprobs or 0)
+        house.log_content(request, {"prompts": prompts})
         id, at = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         head = {"id": id, "object": "text_completion", "created": at, "model": house.model}
         decode = house.engine.predictor.generator.tokenizer.decode
@@ -311,12 +333,13 @@ def router(house: House) -> APIRouter:
                         reason = choices[i].reason
                         if shown or reason:
                             yield [shape(i, shown, logprobs(choices[i]) if reason else None, reason)]
+                note(request, choices)
 
-            return _chunks(house, asked, head, bodies(), lambda: _usage(house, prompt, choices))
+            return _chunks(request, asked, head, bodies(), lambda: _usage(house, writing, choices))
         choices = await fill(request, writing, asked.stops())
         shapes = [shape(i, choice.text, logprobs(choice), choice.reason) for i, choice in enumerate(choices)]
-        house.log_content(request, {"answers": [choice.text for choice in choices]})
-        return JSONResponse(head | {"choices": shapes, "usage": _usage(house, prompt, choices)})
+        note(request, choices)
+        return JSONResponse(head | {"choices": shapes, "usage": _usage(house, writing, choices)})
 
     def entry() -> dict[str, Any]:
         return {"id": house.model, "object": "model", "created": created, "owned_by": "blip2"}
@@ -345,22 +368,18 @@ def _content(message: schemas.Message) -> tuple[str, list[str]]:
     return " ".join(texts), images
 
 
-async def _writing(house: House, url: str, prompt: str, options: GenerationOptions, tops: int) -> Writing:
-    return Writing(await house.picture(await house.image_at(url)), prompt, options, tops)
-
-
 def _token(decode: Any, token: int, before: int | None, logprob: float) -> dict[str, Any]:
     text = token_text(decode, token, before)
     raw = None if "\ufffd" in text else list(text.encode())
     return {"token": text, "logprob": max(logprob, -9999.0), "bytes": raw}
 
 
-def _usage(house: House, prompt: str, choices: list[Choice]) -> dict[str, int]:
-    return usage(house, prompt, sum(choice.count for choice in choices))
+def _usage(house: House, writing: Writing, choices: list[Choice]) -> dict[str, int]:
+    return usage(house, writing, sum(choice.count for choice in choices))
 
 
 def _chunks(
-    house: House, asked: schemas.Sampling, head: dict[str, Any], bodies: AsyncIterator[Any], used: Any
+    request: Request, asked: schemas.Sampling, head: dict[str, Any], bodies: AsyncIterator[Any], used: Any
 ) -> Response:
     """Choices as they come -> the events of a stream; with include_usage a last one that counts."""
     counted = asked.stream_options is not None and asked.stream_options.include_usage
@@ -372,7 +391,7 @@ def _chunks(
                 async for choices in bodies:
                     yield json.dumps(head | {"choices": choices} | extra)
         except Exception as error:
-            yield json.dumps(as_api_error(error).body())
+            yield json.dumps(told(request, error).body())
             return
         if counted:
             yield json.dumps(head | {"choices": [], "usage": used()})

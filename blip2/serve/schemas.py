@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
 
 from blip2.generate import GenerationOptions
 from blip2.text import CAPTION_PROMPT
@@ -265,14 +266,22 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: str | Annotated[list[str], Field(min_length=1)]
     image: str | None = Field(None, description="the picture (the client's extra_body): " + IMAGE)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
 
-    def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _is_text(cls, prompt: Any) -> Any:
+        """Say it plainly where token ids arrive in place of text, as OpenAI's API takes them too."""
+        if isinstance(prompt, list) and any(isinstance(each, int | list) for each in prompt):
+            raise PydanticCustomError("token_ids", "token ids are not read here; send the prompt as text")
+        return prompt
+
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
 
 class TopLogprob(BaseModel):

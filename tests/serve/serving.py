@@ -52,10 +52,18 @@ def run_server(
     keys: tuple[str, ...] = (),
     *,
     fetch_urls: bool = False,
+    log_contents: bool = False,
 ) -> Iterator[Running]:
     bounds = limits or Limits()
     engine = Engine(lambda: predictor, bounds)
-    app = build(engine, model="default", limits=bounds, keys=Keys(keys), fetch_urls=fetch_urls)
+    app = build(
+        engine,
+        model="default",
+        limits=bounds,
+        keys=Keys(keys),
+        fetch_urls=fetch_urls,
+        log_contents=log_contents,
+    )
     server = listener(app, host="127.0.0.1", port=0, limits=bounds)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 from serving import Running, data_url
 
 import blip2
-from blip2.results import token_text
+from blip2.continuous import Row
+from blip2.generate import GenerationOptions
+from blip2.results import Pieces, token_text
+from blip2.serve.openai_api import Choice
 
 
 def events(text: str) -> list[Any]:
@@ -30,6 +37,9 @@ def test_caption_and_ask_as_form_and_as_json(
     question = "what is it?"
     answer = predictor.ask(images[1], question)
     with server.client() as client:
+        client.post(
+            "/caption", files={"image": images[0]}
+        )  # read apart from its prompt from now on: to the last bit
         form = client.post(
             "/caption", files={"image": images[0]}, data={k: str(v) for k, v in options.items()}
         )
@@ -110,6 +120,34 @@ def test_an_answer_in_a_conversation_is_explained_with_what_was_said_before(
     assert wrong.status_code == form.status_code == 400
 
 
+def test_a_stream_goes_on_while_a_large_picture_is_made_small_for_explain(
+    server: Running, images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (3000, 2000), "navy").save(file, "PNG")
+    entered, opened = threading.Event(), threading.Event()
+    resize = Image.Image.resize
+
+    def slow(self: Image.Image, *args: Any, **named: Any) -> Image.Image:
+        if self.size == (3000, 2000):
+            entered.set()
+            assert opened.wait(60)
+        return resize(self, *args, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", slow)
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        asked = {"files": {"image": file.getvalue()}, "data": {"text": "a blue square"}}
+        explaining = pool.submit(client.post, "/explain", **asked)  # type: ignore[arg-type]
+        assert entered.wait(60)
+        try:
+            got = events(client.post("/caption", files={"image": images[2]}, data={"stream": "true"}).text)
+            assert len(got) > 2 and not explaining.done()
+        finally:
+            opened.set()
+        found = explaining.result(60).json()
+    assert (found["width"], found["height"]) == (3000, 2000) and len(found["words"]) == 3
+
+
 @pytest.mark.parametrize("folder", ["generator_folder", "t5_folder"])
 def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest) -> None:
     tokenizer = blip2.load(request.getfixturevalue(folder), device="cpu").generator.tokenizer
@@ -180,6 +218,30 @@ def test_other_wrong_requests(server: Running, images: list[bytes]) -> None:
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
 
 
+class Grows(list[int]):
+    """A row's ids to which the engine, on its own thread, adds the next one just after they were counted."""
+
+    def __init__(self, now: list[int], soon: list[int]) -> None:
+        super().__init__(now)
+        self._soon = soon
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        if self._soon:
+            self.append(self._soon.pop())
+        return length
+
+
+def test_a_token_is_not_taken_for_the_end_that_comes_after_it(predictor: blip2.Predictor) -> None:
+    tokenizer = predictor.generator.tokenizer
+    (word,), end = tokenizer.encode(" rose", frame=False), 2
+    row = Row(GenerationOptions(), [], None, (end,), ids=Grows([word], [end]), logprobs=[-1.0, -2.0])
+    choice = Choice(Pieces(tokenizer.decode), [])
+    assert choice.take(row, 0) == "rose" and choice.reason is None
+    assert choice.take(row, 1) == "" and choice.reason == "stop"
+    assert (choice.text, choice.count, len(choice.tokens)) == ("rose", 2, 1)
+
+
 # --- the openai client ---------------------------------------------------------------------------------------------
 
 
@@ -213,6 +275,8 @@ def test_openai_captions_asks_and_chats(
     messages = [{"role": "system", "content": "Be brief."}, about(images[1], "what is it?")]
     warned = client.chat.completions.create(model="default", messages=messages)
     assert warned.choices[0].message.content == first and "system" in str(warned.model_extra)
+    chunks = client.chat.completions.create(model="default", messages=messages, stream=True)
+    assert all("system" in str(chunk.model_extra) for chunk in chunks)
 
 
 def test_openai_streams_with_usage_and_logprobs(
@@ -267,8 +331,11 @@ def test_openai_sampling_stop_and_length(
         cut.choices[0].message.content == whole[: whole.index(stop)]
         and cut.choices[0].finish_reason == "stop"
     )
-    streamed = client.chat.completions.create(**kind, stop=stop, stream=True)
+    streamed = list(client.chat.completions.create(**kind, stop=stop, stream=True, logprobs=True))
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == whole[: whole.index(stop)]
+    cut = client.chat.completions.create(**kind, stop=stop, logprobs=True)
+    noted = [token for c in streamed if (part := c.choices[0].logprobs) for token in part.content or []]
+    assert cut.choices[0].logprobs and noted == cut.choices[0].logprobs.content  # what was not shown included
 
 
 def test_openai_completions(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
@@ -283,6 +350,63 @@ def test_openai_completions(server: Running, predictor: blip2.Predictor, images:
         assert expected[offset:].startswith(word if offset else word.lstrip())
     pieces = client.completions.create(model="default", prompt="a photo of a", stream=True, extra_body=image)
     assert "".join(chunk.choices[0].text for chunk in pieces if chunk.choices) == expected
+
+
+def test_openai_completions_of_several_prompts(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    """A choice for each prompt and each of its n, numbered as OpenAI does: all of the first prompt's come first."""
+    client = server.openai()
+    image = {"image": data_url(images[0])}
+    prompts = ["a photo of", "a photo of a red", ""]
+    alone = [
+        client.completions.create(model="default", prompt=each, logprobs=0, extra_body=image)
+        for each in prompts
+    ]
+    made = client.completions.create(model="default", prompt=prompts, logprobs=0, extra_body=image)
+    assert [choice.index for choice in made.choices] == [0, 1, 2]
+    for choice, one, prompt in zip(made.choices, alone, prompts, strict=True):
+        assert choice.text == one.choices[0].text == predictor.caption(images[0], beams=1, prompt=prompt)
+        assert choice.finish_reason == one.choices[0].finish_reason
+        assert choice.logprobs and one.choices[0].logprobs
+        assert choice.logprobs.tokens == one.choices[0].logprobs.tokens
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(made.usage, name) == sum(getattr(one.usage, name) for one in alone)
+
+    sampled: Any = {"n": 2, "temperature": 0.9, "seed": 4, "max_tokens": 9, "extra_body": image}
+    drawn = client.completions.create(model="default", prompt=prompts, **sampled)
+    expected = [
+        text
+        for prompt in prompts
+        for text in predictor.caption(
+            images[0],
+            prompt=prompt,
+            do_sample=True,
+            num_return_sequences=2,
+            temperature=0.9,
+            seed=4,
+            max_new_tokens=9,
+        )
+    ]
+    assert [(choice.index, choice.text) for choice in drawn.choices] == list(enumerate(expected))
+    streamed = [""] * 6
+    for chunk in client.completions.create(model="default", prompt=prompts, stream=True, **sampled):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == expected
+    stopped = client.completions.create(model="default", prompt=prompts, stop=" ", extra_body=image)
+    assert [choice.text for choice in stopped.choices] == [one.choices[0].text.split(" ")[0] for one in alone]
+
+    wrong: list[tuple[Any, str]] = [
+        ([1, 2, 3], "send the prompt as text"),
+        ([[1, 2], [3]], "send the prompt as text"),
+        ([], "at least 1"),
+        (["a photo of"] * 9, "allows 8"),
+        (["a photo of", "word " * 600], "room"),
+    ]
+    for prompt, said in wrong:
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.completions.create(model="default", prompt=prompt, extra_body=image)
 
 
 def test_openai_errors(server: Running, images: list[bytes]) -> None:

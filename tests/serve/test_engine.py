@@ -38,7 +38,7 @@ def engine(predictor: blip2.Predictor) -> Iterator[Engine]:
 
 
 def greedy(engine: Engine, image: bytes, **options: Any) -> Writing:
-    return Writing(engine.read(image), "a photo of", GenerationOptions(**options))
+    return Writing(engine.read(image), ("a photo of",), GenerationOptions(**options))
 
 
 def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
@@ -50,7 +50,7 @@ def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
         prompt = ["a photo of", "", predictor.question_prompt("what is it?")][i % 3]
         cases.append((image, way, prompt))
         jobs.append(
-            engine.submit(Writing(engine.read(image), prompt, GenerationOptions(**way)), client=str(i % 4))
+            engine.submit(Writing(engine.read(image), (prompt,), GenerationOptions(**way)), client=str(i % 4))
         )
     for (image, way, prompt), job in zip(cases, jobs, strict=True):
         expected = predictor.caption(image, prompt=prompt, **({"beams": 1} | way))
@@ -158,6 +158,65 @@ def test_a_place_is_kept_for_a_request_that_is_still_read(
     engine.close()
     with pytest.raises(BusyError):
         engine.submit(call(lambda: "done"), place=places[1])
+
+
+def test_who_is_cancelled_leaves_the_queue_at_once(predictor: blip2.Predictor) -> None:
+    engine = Engine(lambda: predictor, Limits(queue=2))
+    engine.start()
+    assert engine.loaded.wait(60)
+    gate = Gate()
+    first = engine.submit(gate)
+    assert gate.entered.wait(60)
+    place = engine.enter()
+    waiting = [engine.submit(call(lambda: "done"), place=place), engine.submit(call(lambda: "done"))]
+    with pytest.raises(BusyError):
+        engine.enter()
+    place.leave()  # and so does what was asked from a place
+    assert waiting[0].result.cancelled() and engine.waiting == 1
+    engine.enter().leave()
+    assert waiting[1].result.cancel() and engine.waiting == 0
+    waiting = [engine.submit(call(lambda: "done")) for _ in range(2)]  # the model is still held up
+    with pytest.raises(BusyError):
+        engine.enter()
+    gate.open.set()
+    assert [job.result.result(60) for job in (first, *waiting)] == ["through", "done", "done"]
+    assert engine.waiting == 0
+    engine.close()
+
+
+def test_who_is_late_is_told_before_the_others_have_had_their_turn(engine: Engine) -> None:
+    through = threading.Event()
+
+    def slices(_: blip2.Predictor) -> Generator[None, None, str]:
+        while not through.is_set():
+            time.sleep(0.001)
+            yield
+        return "through"
+
+    first, second = engine.submit(slices), engine.submit(call(lambda: "done"))
+    late = engine.submit(call(lambda: "done"), deadline=time.monotonic() + 0.01)
+    with pytest.raises(TooLateError):
+        late.result.result(60)
+    assert engine.waiting == 1 and not second.result.done()
+    through.set()
+    assert (first.result.result(60), second.result.result(60)) == ("through", "done")
+
+
+def test_several_prompts_about_one_image(
+    engine: Engine, images: list[bytes], predictor: blip2.Predictor
+) -> None:
+    prompts = ("a photo of", "", "a photo of a red")
+    options: dict[str, Any] = {"do_sample": True, "seed": 5, "num_return_sequences": 2, "max_new_tokens": 8}
+    for way in ({"max_new_tokens": 8}, options, {"beams": 3, "num_return_sequences": 2}):
+        for _ in range(2):  # the second time from the cache
+            asked = Writing(engine.read(images[0]), prompts, GenerationOptions(**way))
+            made = [text.written for text in engine.submit(asked).result.result(60)]
+            expected = []
+            for prompt in prompts:
+                found = predictor.caption(images[0], prompt=prompt, **({"beams": 1} | way))
+                expected += found if isinstance(found, list) else [found]
+            assert made == expected
+    assert engine.cache.misses == 1
 
 
 def test_other_calls_are_computed_in_slices_between_steps(engine: Engine, images: list[bytes]) -> None:
@@ -275,7 +334,7 @@ def test_what_fails_fails_alone(
         engine.submit(call(broken)).result.result(60)
     assert "secret" not in str(told.value)
     with pytest.raises(ValueError, match="room"):
-        engine.submit(Writing(engine.read(images[0]), "word " * 400, GenerationOptions()))
+        engine.submit(Writing(engine.read(images[0]), ("word " * 400,), GenerationOptions()))
     with monkeypatch.context() as patch:
         patch.setattr(predictor.model.language, "step", lambda *_: broken())
         with pytest.raises(EngineError):
@@ -320,6 +379,23 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(
     with pytest.raises(BusyError):
         engine.enter()
     engine.close()
+
+
+def test_closing_does_not_wait_for_a_model_that_is_still_loaded(predictor: blip2.Predictor) -> None:
+    here = threading.Event()
+
+    def load() -> blip2.Predictor:
+        assert here.wait(60)
+        return predictor
+
+    engine = Engine(load, Limits())
+    engine.start()
+    engine.close()
+    assert engine.alive
+    here.set()
+    assert engine.loaded.wait(60)
+    with pytest.raises(BusyError):
+        engine.submit(call(lambda: "done"))
 
 
 def test_closing_leaves_nobody_waiting(predictor: blip2.Predictor, images: list[bytes]) -> None:

@@ -18,6 +18,7 @@ from serving import run_server
 import blip2
 from blip2.serve import fetch
 from blip2.serve.fetch import Fetcher, FetchError, check_url, is_public
+from blip2.serve.limits import Limits
 
 Result = TypeVar("Result")
 
@@ -293,3 +294,26 @@ def test_the_server_fetches_only_where_told_to(
         inside = client.post("/caption", json=asked | {"image": "http://127.0.0.1/a.jpg"})
         assert inside.status_code == 400 and "no public host" in inside.json()["error"]["message"]
     assert world.connected == ["8.8.8.8"]
+
+
+def test_images_that_are_fetched_are_counted_first_and_held_within_the_budget(
+    predictor: blip2.Predictor, images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = list[str]()
+
+    async def give(_: Fetcher, url: str) -> bytes:
+        fetched.append(url)
+        return images[0]
+
+    monkeypatch.setattr(Fetcher, "fetch", give)
+    limits = Limits(images=3, bodies_bytes=2 * len(images[0]) + 10_000)
+    with run_server(predictor, limits, fetch_urls=True) as running, running.client() as client:
+
+        def embed(count: int) -> int:
+            urls = [f"https://example.org/{i}.jpg" for i in range(count)]
+            return client.post("/embed", json={"images": urls}).status_code
+
+        assert embed(2) == 200 and len(fetched) == 2
+        assert embed(1000) == 400 and len(fetched) == 2
+        assert embed(3) == 503
+        assert embed(2) == 200  # what was held is given back

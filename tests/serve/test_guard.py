@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -202,3 +203,49 @@ def test_errors_tell_nothing_of_the_inside(
                 answer = client.post(path, json={"image": data_url(images[0])} | more)
             assert answer.status_code == 500 and "secret" not in answer.text and "0x" not in answer.text
         assert client.post("/caption", json={"image": data_url(images[0])}).status_code == 200
+
+
+def test_what_breaks_in_a_stream_is_in_the_log_under_the_requests_id(
+    predictor: blip2.Predictor,
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(predictor.model.language, "step", broken)
+    with run_server(predictor) as running, running.client() as client:
+        for path, body in (
+            ("/caption", {"image": data_url(images[0])}),
+            ("/v1/completions", {"image": data_url(images[0]), "prompt": "a photo of", "model": "default"}),
+        ):
+            caplog.clear()
+            answer = client.post(path, json=body | {"stream": True}, headers={"x-request-id": "the-one"})
+            *_, last = [line for line in answer.text.split("\n\n") if line]
+            assert answer.status_code == 200 and "secret" not in answer.text
+            assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+            (record,) = [each for each in caplog.records if "the-one failed" in each.getMessage()]
+            assert record.exc_info and "/secret/path" in logging.Formatter().formatException(record.exc_info)
+
+
+def test_content_is_in_the_log_where_it_is_asked_for(
+    predictor: blip2.Predictor, images: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blip2.serve")
+    said = predictor.caption(images[0], beams=1)
+    image = data_url(images[0])
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
+    with run_server(predictor, log_contents=True) as running, running.client() as client:
+        for path, body in (
+            ("/caption", {"image": image, "beams": 1}),
+            ("/v1/completions", {"image": image, "prompt": "a photo of", "model": "default"}),
+            ("/v1/chat/completions", {"messages": chat, "model": "default"}),
+        ):
+            for stream in False, True:
+                caplog.clear()
+                assert client.post(path, json=body | {"stream": stream}).status_code == 200
+                entries = [json.loads(record.getMessage()) for record in caplog.records]
+                content = [each for each in entries if each["event"] == "content"]
+                assert len(content) == 2 and "a photo of" in str(content[0])
+                assert [said] in content[1].values()

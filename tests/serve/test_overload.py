@@ -3,6 +3,7 @@ the bounds that the server promises."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -23,6 +25,7 @@ from serving import EXAMPLES, NAMES, Running, data_url, run_server
 from starlette.requests import Request
 
 import blip2
+from blip2.serve.app import build
 from blip2.serve.house import ApiError, House
 from blip2.serve.limits import Limits
 
@@ -101,6 +104,54 @@ def test_too_many_are_told_at_once(full_house: Running, images: list[bytes]) -> 
     assert b" 503 " in said and b"retry-after: 1" in said
     for sock in (early, late, third):
         sock.close()
+
+
+def test_who_leaves_while_waiting_makes_room_at_once(full_house: Running, images: list[bytes]) -> None:
+    """The model is held up all the while."""
+    body = json.dumps({"image": data_url(images[0])}).encode()
+    until = time.monotonic() + 30
+
+    def wait_for(waiting: int) -> None:
+        while full_house.engine.waiting != waiting and time.monotonic() < until:
+            time.sleep(0.01)
+        assert full_house.engine.waiting == waiting
+
+    for _ in range(3):
+        sock = begin(full_house, body, len(body))
+        wait_for(1)
+        sock.close()
+        wait_for(0)
+
+
+def test_who_leaves_before_the_stream_begins_makes_room(full_house: Running, images: list[bytes]) -> None:
+    """A stream whose first piece was never asked for frees its place too."""
+    engine, limits = full_house.engine, full_house.engine.limits
+    body = json.dumps({"image": data_url(images[0]), "stream": True}).encode()
+    arriving: list[dict[str, Any]] = [
+        {"type": "http.request", "body": body, "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Any:
+        return arriving.pop(0) if len(arriving) > 1 else arriving[0]
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(60)  # nothing is read
+
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/caption",
+        "raw_path": b"/caption",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    asyncio.run(build(engine, model="default", limits=limits)(scope, receive, send))
+    assert engine.waiting == 0 and len(arriving) == 1
 
 
 def test_bodies_have_a_budget_together(predictor: blip2.Predictor) -> None:
