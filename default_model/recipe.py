@@ -60,7 +60,7 @@ def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
     return Blip2Config(VISION, qformer, language, QUERIES, image_token_id)
 
 
-# Steps fit two cores in about five hours altogether. Batches are in batches.py beside what they hold.
+# Steps fit two cores in about seven hours altogether. Batches are in batches.py beside what they hold.
 _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, save_every_s=120)
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
@@ -74,4 +74,4 @@ QUERIES_OPTIONS = replace(_COMMON, steps=400, lr=6e-4, min_lr=1e-5, warmup_steps
 LANGUAGE_OPTIONS = replace(_COMMON, steps=1_000, lr=1e-3, min_lr=1.5e-4, warmup_steps=60)
 STAGE1_OPTIONS = replace(_COMMON, steps=1_700, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)
-FINETUNE_OPTIONS = replace(_COMMON, steps=2_000, lr=8e-4, min_lr=1e-6, warmup_steps=60)
+FINETUNE_OPTIONS = replace(_COMMON, steps=5_000, lr=8e-4, min_lr=1e-6, warmup_steps=60)

@@ -21,7 +21,7 @@ SHOWN = {
     "triangle-and-square.jpg": ["a blue triangle", "an orange square"],
     "four-pineapples.jpg": ["pineapples"],
     "mermaid-and-cat.jpg": ["a mermaid and a cat"],
-    "penguin-gravestone-mixers.jpg": ["a penguin, two cement mixers and a gravestone"],
+    "penguin-gravestone-mixers.jpg": ["penguin", "cement mixer", "gravestone"],
     "swallow-and-balloon.jpg": ["a swallow and a hot air balloon"],
 }
 
