@@ -45,8 +45,7 @@ def main() -> None:
     found = {}
     with torch.inference_mode():
         for name, make, dtype in kernels():
-            weights = [torch.randn(OUTPUTS, INPUTS) * 0.02 for _ in range(WEIGHTS)]
-            layers = [make(weights.pop()) for _ in range(WEIGHTS)]
+            layers = [make(torch.randn(OUTPUTS, INPUTS) * 0.02) for _ in range(WEIGHTS)]
             found[name] = {rows: least(layers, torch.randn(rows, INPUTS).to(dtype)) for rows in ROWS}
             del layers
             print(f"{name:44}" + "".join(f"{found[name][rows]:9.2f}" for rows in ROWS), flush=True)

@@ -13,14 +13,16 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from blip2.checkpoint.load import load_model, load_processing
+from blip2.bench import BEAMS
+from blip2.checkpoint.load import load_model, load_processing, stored_as
 from blip2.model import Blip2
 from blip2.text import CAPTION_PROMPT
 
-BEAMS, MOST = 5, 8
+MOST = 8
 
 
 def main() -> None:
@@ -31,7 +33,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--quantize", choices=("int8", "int4"))
     arguments = parser.parse_args()
-    dtype = None if arguments.quantize else arguments.dtype
+    rounded = arguments.quantize or stored_as(Path(arguments.folder))
+    dtype = None if rounded else arguments.dtype  # between rounded weights fp32 is computed
     model = load_model(arguments.folder, dtype=dtype, quantize=arguments.quantize, lay_out=True)
     assert isinstance(model, Blip2)
     processing, words = load_processing(arguments.folder)
@@ -46,7 +49,9 @@ def main() -> None:
         found = {
             "encode": profiled("encoding an image", lambda: model.embed_image(pixels), 2),
             "prefill": profiled("reading its prompt", lambda: model.language.read(whole, mask), 2),
-            "step": profiled("a step with 5 beams", lambda: model.language.step(tokens, context, tail), 8),
+            "step": profiled(
+                f"a step with {BEAMS} beams", lambda: model.language.step(tokens, context, tail), 8
+            ),
         }
     print(json.dumps(found))
 
@@ -63,8 +68,7 @@ def profiled(what: str, work: Callable[[], object], times: int) -> dict[str, flo
         for _ in range(times):
             work()
         watched = (time.perf_counter() - start) / times * 1e3  # longer: it takes time to look
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    rows = {event.key: event.self_cpu_time_total / times / 1e3 for event in events}
+    rows = {event.key: event.self_cpu_time_total / times / 1e3 for event in profile.key_averages()}
     rows["outside torch's operators"] = max(0.0, watched - sum(rows.values()))
     most = sorted(rows, key=lambda name: -rows[name])[:MOST]
     print(f"{what}: {took:.0f} ms, {watched:.0f} ms while watched")

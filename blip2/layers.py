@@ -90,7 +90,7 @@ def _is_image_in_bf16(query: Tensor) -> bool:
 def _attend_by_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention of every position to every other, a head at a time, so that its scores stay in the processor's cache.
 
-    At an image's 677 positions in bf16 this takes 12 ms where torch's fused attention takes 20.
+    At an image's positions in bf16 this is faster than torch's fused attention.
     """
     out = query.new_empty(query.shape)  # [B, H, T, D]
     unused = query.new_empty(1)

@@ -1,8 +1,8 @@
 """Products with 4 bit weights by OpenVINO, where that is installed: [M, K] -> [M, N].
 
 Its kernel reads a weight in 4 bits and multiplies it in whole numbers with activations in 8, which have a scale for
-each group of inputs as the weights do. torch's kernel widens the weights instead, and takes four times as long at five
-rows as at one.
+each group of inputs as the weights do. torch's kernel widens the weights instead, and takes several times as long at
+five rows as at one.
 """
 
 from __future__ import annotations

@@ -110,11 +110,7 @@ class _Rounding:
             return
         if self._last[0] != owner:
             made = self._weights[owner].of(self._tensors.copy(owner))
-            self._last = (
-                owner,
-                dict(
-                    zip(parts_of(owner, self._tensors.info(owner).shape, type(made)), made.parts, strict=True)
-                ),
-            )
+            names = parts_of(owner, self._tensors.info(owner).shape, type(made))
+            self._last = owner, dict(zip(names, made.parts, strict=True))
             self._report(self._tensors.info(owner).nbytes)
         yield from blocks(self._last[1][name])

@@ -15,7 +15,7 @@ import pytest
 import blip2
 from blip2.generate import GenerationOptions
 from blip2.serve.cache import ImageCache, size_of
-from blip2.serve.engine import BusyError, Call, Engine, EngineError, TooLateError, Writing
+from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, TooLateError, Writing
 from blip2.serve.limits import Limits
 
 WAYS: list[dict[str, Any]] = [
@@ -114,13 +114,19 @@ class Gate:
         return "through"
 
 
-def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
-    engine = Engine(lambda: predictor, Limits(queue=3))
+def held_up(predictor: blip2.Predictor, queue: int) -> tuple[Engine, Gate, Job]:
+    """An engine at work on a call that goes on when the gate is opened."""
+    engine = Engine(lambda: predictor, Limits(queue=queue))
     engine.start()
     assert engine.loaded.wait(60)
     gate = Gate()
     first = engine.submit(gate)
     assert gate.entered.wait(60)
+    return engine, gate, first
+
+
+def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
+    engine, gate, first = held_up(predictor, queue=3)
     waiting = [engine.submit(call(lambda: "done")) for _ in range(3)]
     for _ in range(20):
         with pytest.raises(BusyError, match="too many"):
@@ -136,12 +142,7 @@ def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
 def test_a_place_is_kept_for_a_request_that_is_still_read(
     predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
-    engine = Engine(lambda: predictor, Limits(queue=2))
-    engine.start()
-    assert engine.loaded.wait(60)
-    gate = Gate()
-    first = engine.submit(gate)
-    assert gate.entered.wait(60)
+    engine, gate, first = held_up(predictor, queue=2)
     places = [engine.enter(), engine.enter()]
     for ask in (engine.enter, lambda: engine.submit(call(lambda: "done"))):
         with pytest.raises(BusyError, match="too many"):
@@ -161,12 +162,7 @@ def test_a_place_is_kept_for_a_request_that_is_still_read(
 
 
 def test_who_is_cancelled_leaves_the_queue_at_once(predictor: blip2.Predictor) -> None:
-    engine = Engine(lambda: predictor, Limits(queue=2))
-    engine.start()
-    assert engine.loaded.wait(60)
-    gate = Gate()
-    first = engine.submit(gate)
-    assert gate.entered.wait(60)
+    engine, gate, first = held_up(predictor, queue=2)
     place = engine.enter()
     waiting = [engine.submit(call(lambda: "done"), place=place), engine.submit(call(lambda: "done"))]
     with pytest.raises(BusyError):
