@@ -226,22 +226,24 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         if (laid_out := self._laid_out) is not None:
+            narrow = x.to(laid_out.dtype)  # in a model with rounded weights what comes is fp32
+            bias = None if self.bias is None else self.bias.to(laid_out.dtype)
             if torch.is_grad_enabled():
-                product: Tensor = _Through.apply(x, laid_out)  # type: ignore[no-untyped-call]
-                return product if self.bias is None else product + self.bias
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, self.bias, "none", [], None)
-            return out
+                product: Tensor = _Through.apply(narrow, laid_out)  # type: ignore[no-untyped-call]
+                return (product if bias is None else product + bias).to(x.dtype)
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(narrow, laid_out, bias, "none", [], None)
+            return out.to(x.dtype)
         rows = x.numel() // self.in_features
         if rows < _WIDE_FROM or not slow(self.weight) or torch.is_grad_enabled():
             return super().forward(x)
         flat = x.reshape(rows, self.in_features).float()
         out = x.new_empty(rows, self.out_features)
         widened = flat.new_empty(min(_AT_ONCE, self.out_features), self.in_features)
-        bias = out.new_zeros(self.out_features) if self.bias is None else self.bias
+        added = out.new_zeros(self.out_features) if self.bias is None else self.bias
         for start in range(0, self.out_features, _AT_ONCE):
             these = slice(start, min(start + _AT_ONCE, self.out_features))
             block = widened[: these.stop - start].copy_(self.weight[these])
-            out[:, these] = torch.addmm(bias[these].float(), flat, block.mT)
+            out[:, these] = torch.addmm(added[these].float(), flat, block.mT)
         return out.view(*x.shape[:-1], self.out_features)
 
 

@@ -68,13 +68,15 @@ class KnownModel:
     def _weight_bytes(self, dtype: str) -> int:
         if dtype in BYTES:
             return self.parameters * BYTES[dtype]
+        vision = self.config.vision
+        kept = 2 * vision.hidden_size * vision.intermediate_size  # in bf16, where the processor has it
         if isinstance(self.config, MatcherConfig):
             table = self.config.qformer.vocab_size * self.config.qformer.hidden_size  # stays fp32
-            return self.parameters + 3 * table
+            return self.parameters + kept + 3 * table
         language = self.config.language
         width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
         # the head is laid out for its product: where it is the table's weight it is there twice
-        total = self.parameters + (language.vocab_size * width if language.tie_word_embeddings else 0)
+        total = self.parameters + kept + (language.vocab_size * width if language.tie_word_embeddings else 0)
         return total - (
             0 if dtype == "int8" else int((1 - int4_bytes(language, INT4_MEMORY)) * matrix_values(language))
         )

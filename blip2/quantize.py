@@ -33,11 +33,12 @@ MODES: tuple[Mode, ...] = ("int8", "int4")
 
 GROUP = 128  # weights that share a scale in int4
 WORDS = ("language.embed_tokens", "language.shared")  # OPT's and T5's table of word embeddings
+KEPT = "vision.layers.0.mlp."  # stays as it is, see `layers`
 # Shares of a group's range that are tried: cutting off an extreme may round all the others better.
 _CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 # A token whose largest value is so many times its mean size is written in two terms. Of 4096 normally distributed
 # values the largest is 5 times the mean size, of 16384 after a ReLU 11 times, beside seven outlier channels 100 times.
-_STEEP = 12.0
+STEEP = 12.0
 _NONE = torch.empty(0, dtype=torch.int64)
 _AT_ONCE = 1 << 19  # weights rounded together: what that takes stays small, and in the processor's caches
 
@@ -163,11 +164,11 @@ class Int8Linear(nn.Module):
     the weights are widened for each product, which saves memory, not time.
     """
 
-    def __init__(self, weight: Rounded8, bias: Tensor | None, terms: int) -> None:
-        """bias: [N] in any float. terms: 1 or 2, of the activations."""
+    def __init__(self, weight: Rounded8, bias: Tensor | None, terms: int, steep: float = STEEP) -> None:
+        """bias: [N] in any float. terms: 1 or 2, of the activations. steep: see `STEEP`; 0: every token is."""
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
-        self.terms = terms
+        self.terms, self.steep = terms, steep
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         packs = weight.values.device.type == "cpu" and levels() > 0
         self._packed: Any = _pack(weight) if packs else None
@@ -207,7 +208,7 @@ class Int8Linear(nn.Module):
         if levels() < 127:
             return torch.arange(len(sizes))
         # the order of a sum depends on the batch: in double precision it decides nothing
-        steep = largest > _STEEP * sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
+        steep = largest > self.steep * sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
         return steep.flatten().nonzero().flatten()
 
     def extra_repr(self) -> str:
@@ -406,15 +407,17 @@ def _multiply(rows: Tensor, packed: Any, most: int | None = None) -> Tensor:
 def layers(model: nn.Module, mode: Mode) -> Iterator[tuple[str, nn.Module, type[Rounded8] | type[Rounded4]]]:
     """What a mode rounds: name, layer, and how its weight is rounded; the largest first.
 
-    All linear layers of image encoder, Q-Former and language model, its head included, and its word embeddings. In
-    "int4" the linear layers of the language model are in 4 bits, all others in 8, and so are its head and the first and
-    last layer of each stack: in 4 bits the default model's first layer alone does half of all harm.
+    All linear layers of image encoder, Q-Former and language model, its head included, and its word embeddings, but not
+    the first feed-forward of the image encoder: rounding that does as much harm to the default matcher's image features
+    as rounding all the rest of the encoder. In "int4" the linear layers of the language model are in 4 bits, all others
+    in 8, and so are its head and the first and last layer of each stack: in 4 bits the default model's first layer
+    alone does half of all harm.
     """
     ends = _ends(model)
     found: list[tuple[str, nn.Module, Tensor]] = []
     for name, module in model.named_modules():
         inside = name.split(".", 1)[0] in ("vision", "qformer", "language")
-        if inside and (isinstance(module, nn.Linear) or name in WORDS):
+        if inside and not name.startswith(KEPT) and (isinstance(module, nn.Linear) or name in WORDS):
             assert isinstance(module, nn.Linear | nn.Embedding)
             found.append((name, module, module.weight))
     # what rounding takes besides is largest for the largest, and least is there yet when they come first
@@ -470,4 +473,5 @@ def _layer(name: str, layer: nn.Linear | nn.Embedding, weight: Rounded) -> nn.Mo
         # an image's attention is quicker in bf16, and what eight bits leave of a value fits into it
         narrow = name.endswith(".qkv") and processor_has_bf16()
         return Int8ImageLinear(weight, bias, torch.bfloat16 if narrow else None)
-    return Int8Linear(weight, bias, 2)
+    # the Q-Former is small, and everything that is said of an image goes through it: all its tokens get two terms
+    return Int8Linear(weight, bias, 2, 0 if name.startswith("qformer.") else STEEP)

@@ -24,6 +24,7 @@ from blip2.checkpoint import (
     save_model,
 )
 from blip2.config import T5Config
+from blip2.layers import processor_has_bf16
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantize import (
     GROUP,
@@ -91,10 +92,7 @@ def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
 
 
 @pytest.mark.parametrize("terms", [1, 2])
-def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(
-    terms: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantize, "_STEEP", 0)  # every token in as many terms as it may have
+def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(terms: int) -> None:
     weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
     most = levels() or 127
     largest = x.abs().amax(1, keepdim=True)
@@ -103,7 +101,7 @@ def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(
     second = ((scaled - first) * (2 * most)).round() if terms == 2 else torch.zeros_like(first)
     seen = (first.double() + second.double() / (2 * most)) * largest.double() / most
     expected = seen @ weight.float().double().mT + bias
-    found = Int8Linear(weight, bias, terms)(x)
+    found = Int8Linear(weight, bias, terms, steep=0)(x)  # every token in as many terms as it may have
     if levels():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert found.shape == (7, 20) and found.dtype == torch.float32
@@ -119,7 +117,7 @@ def test_a_second_term_keeps_what_stands_beside_outliers() -> None:
     assert errors[0] > 0.1 and errors[1] < 0.005
 
 
-def test_only_steep_tokens_get_a_second_term(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_steep_tokens_get_a_second_term() -> None:
     if levels() != 127:
         pytest.skip("this processor gives every token two terms, or none")
     weight, x = Rounded8.of(drawn(30, 256)), drawn(9, 256)
@@ -127,8 +125,7 @@ def test_only_steep_tokens_get_a_second_term(monkeypatch: pytest.MonkeyPatch) ->
     plain = [Int8Linear(weight, None, terms)(x) for terms in (1, 2)]
     same = [torch.equal(one, two) for one, two in zip(*plain, strict=True)]
     assert same == [row != 4 for row in range(9)]
-    monkeypatch.setattr(quantize, "_STEEP", 0)
-    assert torch.equal(Int8Linear(weight, None, 2)(x)[4], plain[1][4])
+    assert torch.equal(Int8Linear(weight, None, 2, steep=0)(x)[4], plain[1][4])
 
 
 needs_onednn = pytest.mark.skipif(
@@ -296,7 +293,9 @@ def outputs(model: Blip2 | Blip2Matcher) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_model_can_be_rounded(variants: dict[str, Path], variant: str, mode: Mode) -> None:
     exact, rounded = load_model(variants[variant], dtype="fp32"), load_model(variants[variant], quantize=mode)
-    assert not any(isinstance(part, nn.Linear) for part in rounded.vision.layers.modules())
+    floats = {name for name, part in rounded.vision.layers.named_modules() if isinstance(part, nn.Linear)}
+    assert floats == {"0.mlp.fc1", "0.mlp.fc2"}
+    assert not any(isinstance(part, nn.Linear) for part in rounded.qformer.layers.modules())
     expected, found = outputs(exact), outputs(rounded)
     # models of random weights are rough: every layer doubles what the one before was off
     assert (found - expected).norm() / expected.norm() < 0.3
@@ -335,6 +334,16 @@ def test_the_default_model_says_nearly_the_same_in_eight_bits() -> None:
     same = [(mine, theirs) for mine, theirs in pairs if mine == theirs]
     assert len(same) >= 7  # two captions may be all but equally likely
     assert all(abs(mine.score - theirs.score) < 0.05 for mine, theirs in same)
+
+
+@pytest.mark.skipif(not processor_has_bf16(), reason="weights are laid out where the processor has bf16")
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_not_rounded_is_laid_out_in_bf16_unless_another_dtype_is_asked_for(mode: Mode) -> None:
+    for dtype, held in ((None, torch.bfloat16), ("fp32", torch.float32)):
+        first = blip2.load(quantize=mode, dtype=dtype).model.vision.layers[0]
+        assert {layer.dtype for layer in (first.mlp.fc1, first.mlp.fc2)} == {held}
+        with torch.inference_mode():
+            assert first(drawn(1, 65, 192)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -404,10 +413,11 @@ def test_a_rounded_folder_converts_to_the_floats_it_stands_for(
 ) -> None:
     quantize_checkpoint(variants["opt"], tmp_path / "small", "int8")
     convert(tmp_path / "small", tmp_path / "hf", to="hf")
-    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    rounded, kept = (f"vision_model.encoder.layers.{layer}.mlp.fc1.weight" for layer in (1, 0))
     with open_tensors(tmp_path / "hf") as tensors, open_tensors(variants["opt"]) as before:
         assert set(tensors) == set(before)
-        assert torch.equal(tensors[name], Rounded8.of(before[name]).float())
+        assert torch.equal(tensors[rounded], Rounded8.of(before[rounded]).float())
+        assert torch.equal(tensors[kept].float(), before[kept].float())
 
 
 def test_what_is_rounded_is_not_rounded_again_nor_saved_as_floats(

@@ -214,7 +214,9 @@ def build(
     if lay_out and device.type == "cpu" and processor_has_bf16():
         # a head that is the word embeddings' weight is needed as it is
         plain = {ours: stored for ours, stored in names.items() if not (tied and ours == _HEAD)}
-        done = _lay_out(model, tensors, plain, dtypes)
+        # beside rounded weights, where nothing else is asked for, what is left of the linear layers is bf16 too
+        narrow = dict.fromkeys(dtypes, torch.bfloat16) if quantize is not None and dtype is None else dtypes
+        done = _lay_out(model, tensors, plain, narrow)
         names = {ours: stored for ours, stored in names.items() if ours not in done}
     for ours, stored in names.items():
         if not (tied and ours == _HEAD):
