@@ -21,7 +21,7 @@ import blip2
 from blip2.images import load_image, to_pixels
 from blip2.inputs import SUFFIXES
 from blip2.predict import Predictor
-from blip2.quantize import MODES
+from blip2.quantization.formats import MODES
 from blip2.text import CAPTION_PROMPT, question_prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

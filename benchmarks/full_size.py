@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.conversion import KINDS, World
+from blip2.checkpoint.convert import KINDS, World
 from blip2.checkpoint.dialects import to_paddle
 from blip2.checkpoint.folder import copy_file, new_folder, write_json
+from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE, PADDLENLP
 from blip2.checkpoint.load import parse_dtype
-from blip2.checkpoint.names import to_hugging_face
+from blip2.checkpoint.remap import as_layout, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES, settings, tokenizer_files
-from blip2.checkpoint.tensors import TensorInfo, Tensors
-from blip2.checkpoint.translate import as_layout, read_blocks
-from blip2.checkpoint.writers import write_files
-from blip2.config import Blip2Config
-from blip2.model import Blip2
-from blip2.models import DEFAULT_FOLDER, PUBLISHED
+from blip2.modeling.blip2 import Blip2
+from blip2.modeling.config import Blip2Config
+from blip2.registry import DEFAULT_FOLDER, PUBLISHED
+from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.writers import write_files
 
 SCALE = 0.02  # the standard deviation of every parameter; norms' weights stand around 1
 NORM = re.compile(r"norm\d?\.weight$", re.IGNORECASE)

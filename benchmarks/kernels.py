@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip2 import quantize
-from blip2.layers import Linear, processor_has_bf16
-from blip2.quantize import (
+from blip2.modeling.layers import processor_has_bf16
+from blip2.quantization import linear
+from blip2.quantization.formats import Rounded4, Rounded8
+from blip2.quantization.linear import (
     Int4Linear,
     Int8ImageLinear,
     Int8Linear,
-    Rounded4,
-    Rounded8,
     onednn_multiplies,
     openvino_multiplies,
 )
+from blip2.quantization.packed import Linear
 
 OUTPUTS, INPUTS = 16384, 4096
 ROWS = (1, 5, 36, 677)
@@ -61,12 +61,12 @@ def kernels() -> Iterator[tuple[str, Callable[[Tensor], Kernel], torch.dtype]]:
         return layer
 
     def by_torch(weight: Tensor) -> Kernel:
-        there = quantize.openvino_multiplies
-        quantize.openvino_multiplies = lambda: False
+        there = linear.openvino_multiplies
+        linear.openvino_multiplies = lambda: False
         try:
             return Int4Linear(Rounded4.of(weight), None)
         finally:
-            quantize.openvino_multiplies = there
+            linear.openvino_multiplies = there
 
     def plain(weight: Tensor) -> Kernel:
         narrow = weight.bfloat16()

@@ -19,10 +19,12 @@ import json
 import torch
 from torch import Tensor, nn
 
-from blip2.config import OptConfig
-from blip2.opt import Layer, Opt
-from blip2.quantize import Int8Linear, Mode, layers, quantize
-from blip2.train.pretrain import initialise
+from blip2.modeling.config import OptConfig
+from blip2.modeling.opt import Layer, Opt
+from blip2.quantization.apply import layers, quantize
+from blip2.quantization.formats import Mode
+from blip2.quantization.linear import Int8Linear
+from default_model.pretrain import initialise
 
 CHANNELS = (7, 512, 1023, 1900, 2777, 3333, 4000)
 WAYS: tuple[tuple[str, Mode, int], ...] = (  # terms at most; 0: activations stay as they are

@@ -19,7 +19,7 @@ import torch
 
 from blip2.bench import BEAMS
 from blip2.checkpoint.load import load_model, load_processing, stored_as
-from blip2.model import Blip2
+from blip2.modeling.blip2 import Blip2
 from blip2.text import CAPTION_PROMPT
 
 MOST = 8

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import blip2
-from blip2.config import T5Config
+from blip2.modeling.config import T5Config
 from blip2.predict import Predictor
 
 IMAGE = Path(__file__).parent.parent / "examples/four-pineapples.jpg"

@@ -21,10 +21,10 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 if TYPE_CHECKING:
-    from blip2.config import ConfigError
     from blip2.explain import Explanation
-    from blip2.generate import GenerationOptions
+    from blip2.generation.options import GenerationOptions
     from blip2.images import ImageError
+    from blip2.modeling.config import ConfigError
     from blip2.predict import Chat, Predictor, load
     from blip2.results import Answer, Caption, Encoded, Match, Ranked
 
@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ConfigError": "config",
+    "ConfigError": "modeling.config",
     "Explanation": "explain",
-    "GenerationOptions": "generate",
+    "GenerationOptions": "generation.options",
     "ImageError": "images",
 } | dict.fromkeys(("Answer", "Caption", "Encoded", "Match", "Ranked"), "results")
 

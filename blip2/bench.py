@@ -22,13 +22,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.inspection import stored_model
+from blip2.checkpoint.inspect import stored_model
 from blip2.checkpoint.load import load_model, load_processing, read_config_file
-from blip2.config import Blip2Config, OptConfig
-from blip2.generate import GenerationOptions, generate
-from blip2.model import Blip2
-from blip2.models import BYTES, KnownModel, int4_bytes, matrix_values
-from blip2.quantize import Int8ImageLinear, Int8Linear, Mode, Rounded8, onednn_multiplies
+from blip2.generation.decoding import generate
+from blip2.generation.options import GenerationOptions
+from blip2.modeling.blip2 import Blip2
+from blip2.modeling.config import Blip2Config, OptConfig
+from blip2.quantization.formats import Mode, Rounded8
+from blip2.quantization.linear import Int8ImageLinear, Int8Linear, onednn_multiplies
+from blip2.registry import BYTES, KnownModel, int4_bytes, matrix_values
 from blip2.text import CAPTION_PROMPT
 
 PEERS = ("transformers",)

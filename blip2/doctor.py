@@ -14,8 +14,8 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from blip2.checkpoint.inspection import stored_model
-from blip2.models import (
+from blip2.checkpoint.inspect import stored_model
+from blip2.registry import (
     DEFAULT,
     MODES,
     PRECISIONS,

@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from blip2.config import T5Config
-from blip2.layers import split_heads
-from blip2.model import Blip2
-from blip2.qformer import Attention
-from blip2.quantize import Int4Linear, Int8Linear
+from blip2.modeling.blip2 import Blip2
+from blip2.modeling.config import T5Config
+from blip2.modeling.layers import split_heads
+from blip2.modeling.qformer import Attention
+from blip2.modeling.t5 import T5
+from blip2.modeling.vision import SelfAttention
+from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.results import Written
-from blip2.t5 import T5
 from blip2.text import Tokenizer
-from blip2.vision import SelfAttention
 
 TILE_PX = 320  # longest side of one picture in `Explanation.image`
 # From nothing to most, colours whose lightness rises steadily, so that they can be told apart without seeing colour.

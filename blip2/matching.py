@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip2.images import ImageProcessing, ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
-from blip2.model import Blip2Matcher
+from blip2.modeling.blip2 import Blip2Matcher
 from blip2.results import Encoded, Match
 from blip2.text import Tokenizer
 

@@ -14,23 +14,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from blip2.config import T5Config
 from blip2.explain import Explained, Explanation, explain
-from blip2.generate import GenerationOptions, generate, stream
+from blip2.generation.decoding import generate, stream
+from blip2.generation.options import GenerationOptions
+from blip2.generation.ranking import answer_logprobs
 from blip2.images import ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
-from blip2.layers import Context, join_contexts
+from blip2.loading import Part, device_of, load_part
 from blip2.matching import Matcher
-from blip2.model import Blip2, Blip2Matcher
-from blip2.models import (
-    DEFAULT,
-    DEFAULT_FOLDER,
-    DEFAULT_MATCHER_FOLDER,
-    default_model,
-)
-from blip2.parts import Part, device_of, load_part
-from blip2.quantize import MODES, Mode
-from blip2.ranking import answer_logprobs
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import T5Config
+from blip2.modeling.kv_cache import Context, join_contexts
+from blip2.quantization.formats import MODES, Mode
+from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, default_model
 from blip2.results import Answer, Caption, Encoded, Ranked, in_pieces
 from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
 

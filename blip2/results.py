@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
-from blip2.layers import Context
+from blip2.modeling.kv_cache import Context
 
 
 class Written(str):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from blip2.images import ImageProcessing, to_pixels
 from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
-from blip2.train.queries import UNKNOWN, parts_of
 from default_model import easyvqa, language, recipe
 from default_model.colours import COLOURS
 from default_model.materials import Cutouts, read_table
+from default_model.queries import UNKNOWN, parts_of
 from default_model.scenes import SHAPES, Composer, Scene
 
 IGNORED = -100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
+from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
 from blip2.train.loop import FitOptions
 
 IMAGE_PX = 128

@@ -26,32 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blip2.checkpoint.save import save_model
-from blip2.layers import processor_has_bf16
-from blip2.model import Blip2, Blip2Matcher
-from blip2.opt import Opt
-from blip2.qformer import QFormer
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.layers import processor_has_bf16
+from blip2.modeling.opt import Opt
+from blip2.modeling.qformer import QFormer
+from blip2.modeling.vision import ImageEncoder
 from blip2.train import FitOptions, Task, fit
 from blip2.train.loop import Dataset
-from blip2.train.pretrain import (
-    ContrastivePretrain,
-    ImageTextEncoders,
-    WordBag,
-    initialise,
-    matching,
-    mimetic,
-    qformer_from_matcher,
-)
-from blip2.train.queries import (
-    LanguagePretrain,
-    QueryFinetune,
-    QueryPretrain,
-    QueryReaders,
-    ReadModel,
-    speak,
-    stand,
-)
 from blip2.train.tasks import Stage1, Stage2
-from blip2.vision import ImageEncoder
 from default_model import recipe
 from default_model.batches import (
     CaptionBatches,
@@ -63,6 +45,24 @@ from default_model.batches import (
 )
 from default_model.colours import COLOURS
 from default_model.language import standard
+from default_model.pretrain import (
+    ContrastivePretrain,
+    ImageTextEncoders,
+    WordBag,
+    initialise,
+    matching,
+    mimetic,
+    qformer_from_matcher,
+)
+from default_model.queries import (
+    LanguagePretrain,
+    QueryFinetune,
+    QueryPretrain,
+    QueryReaders,
+    ReadModel,
+    speak,
+    stand,
+)
 
 WEIGHTS = "weights.safetensors"
 

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 
 from blip2.checkpoint import save_model
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, T5Config, VisionConfig
-from blip2.model import Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, T5Config, VisionConfig
 
 PAD, END_OF_TEXT, NEWLINE = 1, 2, "Ċ"
 WORDS = "a photo of the red cat and two dogs . Question: what is it? Answer: yes no"

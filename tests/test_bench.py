@@ -11,7 +11,7 @@ from torch import nn
 from blip2.bench import Bench, Contender, decode_bytes, operations, run
 from blip2.checkpoint import load_model, quantize_checkpoint
 from blip2.cli import main
-from blip2.model import Blip2
+from blip2.modeling.blip2 import Blip2
 
 
 def test_every_side_is_measured_on_the_same_files(

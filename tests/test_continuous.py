@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import blip2
-from blip2.continuous import Beams, Row, Rows
-from blip2.generate import Generated, GenerationOptions, generate
+from blip2.generation.batching import Beams, Row, Rows
+from blip2.generation.decoding import Generated, generate
+from blip2.generation.options import GenerationOptions
 
 WAYS: list[dict[str, Any]] = [
     {},

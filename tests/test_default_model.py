@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
 
 import blip2
-from blip2.models import ASSETS, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER
+from blip2.registry import ASSETS, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What each picture shows, as examples/README.md says it; a good caption holds these words.

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.generate import (
+from blip2.generation.decoding import (
     Generated,
-    GenerationOptions,
     _draw,
     ban_repeated_ngrams,
     generate,
@@ -21,6 +20,7 @@ from blip2.generate import (
     sampling_distribution,
     stream,
 )
+from blip2.generation.options import GenerationOptions
 
 VOCABULARY, END = 6, 5
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip2 import layers
 from blip2.checkpoint import load_model, save_model
-from blip2.layers import Linear
-from blip2.model import Blip2
+from blip2.modeling import layers
+from blip2.modeling.blip2 import Blip2
+from blip2.quantization.packed import Linear
 
 
 @pytest.fixture(params=[True, False], ids=["with", "without"])

@@ -1,4 +1,4 @@
-"""The house as docs/architecture.md shows it: who may import whom, and that the core needs no more than it declares."""
+"""The layout that docs/layout.toml describes: who may import whom; and that the core needs no more than it declares."""
 
 from __future__ import annotations
 
@@ -16,76 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "blip2"
 
-# What a module may import of this package. A folder stands for all of its modules, which may import each other;
-# checkpoint/ is written out because its readers must stay free of everything above them.
-MAY_IMPORT = {
-    "config": "",
-    "lock": "",
-    "layers": "",
-    "openvino_product": "",
-    "quantize": "layers openvino_product",
-    "images": "config",
-    "text": "config",
-    "vision": "config layers",
-    "qformer": "config layers",
-    "opt": "config layers",
-    "t5": "config layers",
-    "model": "config layers vision qformer opt t5",
-    "generate": "config layers model",
-    "checkpoint.tensors": "checkpoint.filebytes",
-    "checkpoint.filebytes": "checkpoint.tensors",
-    "checkpoint.pickles": "checkpoint.filebytes checkpoint.tensors",
-    "checkpoint.zips": "checkpoint.filebytes checkpoint.tensors",
-    "checkpoint.safetensors_files": "checkpoint.filebytes checkpoint.tensors",
-    "checkpoint.torch_files": "checkpoint.filebytes checkpoint.pickles checkpoint.tensors checkpoint.zips",
-    "checkpoint.paddle_files": "checkpoint.filebytes checkpoint.pickles checkpoint.tensors",
-    "checkpoint.files": "checkpoint.filebytes checkpoint.paddle_files checkpoint.safetensors_files checkpoint.tensors "
-    "checkpoint.torch_files",
-    "checkpoint.names": "",
-    "checkpoint.hub": "checkpoint.tensors",
-    "checkpoint.layouts": "",
-    "checkpoint.translate": "checkpoint.layouts checkpoint.tensors",
-    "checkpoint.dialects": "checkpoint.filebytes checkpoint.tensors config",
-    "checkpoint.rounded_files": "checkpoint.tensors quantize",
-    "checkpoint.source": "checkpoint.dialects checkpoint.files checkpoint.layouts checkpoint.rounded_files "
-    "checkpoint.tensors checkpoint.translate config text",
-    "checkpoint.load": "checkpoint.dialects checkpoint.hub checkpoint.names checkpoint.rounded_files "
-    "checkpoint.source checkpoint.tensors checkpoint.translate config images layers model quantize text",
-    "checkpoint.writers": "checkpoint.safetensors_files checkpoint.tensors",
-    "checkpoint.folder": "checkpoint.tensors checkpoint.writers lock",
-    "checkpoint.save": "checkpoint.folder checkpoint.load checkpoint.names checkpoint.tensors checkpoint.translate "
-    "checkpoint.writers config images model text",
-    "checkpoint.verify": "checkpoint.load checkpoint.source checkpoint.tensors checkpoint.translate config model",
-    "checkpoint.conversion": "checkpoint.dialects checkpoint.folder checkpoint.hub checkpoint.layouts checkpoint.load "
-    "checkpoint.names checkpoint.save checkpoint.source checkpoint.tensors checkpoint.translate checkpoint.verify "
-    "checkpoint.writers config images",
-    "checkpoint.quantization": "checkpoint.conversion checkpoint.folder checkpoint.hub checkpoint.load "
-    "checkpoint.names checkpoint.rounded_files checkpoint.save checkpoint.source checkpoint.tensors "
-    "checkpoint.translate checkpoint.writers config model quantize",
-    "checkpoint.inspection": "checkpoint.hub checkpoint.layouts checkpoint.load checkpoint.names checkpoint.source "
-    "checkpoint.tensors config",
-    "checkpoint": "checkpoint.conversion checkpoint.files checkpoint.hub checkpoint.inspection checkpoint.load "
-    "checkpoint.quantization checkpoint.save checkpoint.tensors",
-    "models": "config",
-    "results": "layers",
-    "inputs": "images",
-    "matching": "images inputs model results text",
-    "explain": "config images layers model qformer quantize results t5 text vision",
-    "ranking": "layers model",
-    "parts": "checkpoint images model models quantize text",
-    "predict": "config explain generate images inputs layers matching model models parts quantize ranking results text",
-    "evaluate": "data images inputs matching models predict results text",
-    "doctor": "checkpoint.inspection models",
-    "continuous": "generate layers model",
-    "serve": "continuous generate images inputs layers predict results text",
-    "data": "images text",
-    "bulk": "images inputs lock predict",
-    "train": "config layers vision qformer opt t5 model data checkpoint",
-    "bench": "checkpoint.inspection checkpoint.load config generate model models quantize text",
-    "cli": "commands",
-    "commands": "bench bulk checkpoint doctor evaluate generate images inputs models parts predict serve",
-}
-FOLDERS = {"bulk", "commands", "data", "evaluate", "serve", "train"}
+LAYOUT = tomllib.loads((ROOT / "docs" / "layout.toml").read_text(encoding="utf-8"))
+MAY_IMPORT = {room: set(entry["may_import"].split()) for room, entry in LAYOUT["rooms"].items()}
 # What stands on an extra is imported by the command that needs it.
 NEED_EXTRA = {
     f"serve.{name}"
@@ -93,8 +25,8 @@ NEED_EXTRA = {
         "app",
         "events",
         "fetch",
-        "guard",
-        "house",
+        "middleware",
+        "context",
         "metrics",
         "on_ray",
         "native",
@@ -117,8 +49,8 @@ MODULES = dict(_modules())
 
 
 def _imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports, wherever in the file: 'config', 'checkpoint.files', ..."""
-    found = set()
+    """Modules of this package that a file imports, wherever in the file: 'modeling.config', 'text', ..."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -127,35 +59,67 @@ def _imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in (name.removeprefix("blip2.") for name in names if name.startswith("blip2.")):
-            # "config.VisionConfig" names something in a module, "checkpoint.files" a module
-            known = [
-                ".".join(name.split(".")[:i]) for i in (2, 1) if ".".join(name.split(".")[:i]) in MODULES
-            ]
-            found |= {known[0]} if known else set()
-    return found
+            # "images.ImageError" names something in a module, "modeling.config" a module
+            parts = name.split(".")
+            starts = (".".join(parts[:count]) for count in (3, 2, 1))
+            modules |= {next(start for start in starts if start in MODULES)} if parts[0] in ROOMS else set()
+    return modules
 
 
-def _place(module: str) -> str:
-    folder = module.split(".")[0]
-    return folder if folder in FOLDERS else module
+def _room(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_modules_import_what_the_house_allows(module: str) -> None:
-    place = _place(module)
-    assert place in MAY_IMPORT, f"{module} is new: give it a place in this table and in docs/architecture.md"
-    allowed = {place, *MAY_IMPORT[place].split()}
-    imported = {_place(name) for name in _imports(MODULES[module])}
-    assert imported <= allowed, f"{module} may not import {sorted(imported - allowed)}"
-
-
-def test_the_table_has_no_stale_entries() -> None:
-    assert set(MAY_IMPORT) == {_place(module) for module in MODULES}
+ROOMS = {_room(module) for module in MODULES}
+IMPORTS = {module: _imports(path) - {module} for module, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_files_stay_short(module: str) -> None:
-    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 600
+def test_modules_import_what_the_layout_allows(module: str) -> None:
+    room = _room(module)
+    assert room in MAY_IMPORT, f"{module} is new: give it a place in docs/layout.toml"
+    imported = {_room(name) for name in IMPORTS[module]} - {room}
+    assert imported <= MAY_IMPORT[room], f"{module} may not import {sorted(imported - MAY_IMPORT[room])}"
+    if module in LAYOUT["apart"]:
+        assert not IMPORTS[module] & set(LAYOUT["apart"])
+
+
+def test_the_layout_has_no_stale_entries() -> None:
+    assert set(MAY_IMPORT) == ROOMS
+    arrows = {(_room(module), _room(name)) for module, names in IMPORTS.items() for name in names}
+    arrows = {(one, other) for one, other in arrows if one != other}
+    print(f"{len(arrows)} import arrows between {len(ROOMS)} rooms")
+    assert arrows == {(room, other) for room, others in MAY_IMPORT.items() for other in others}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    left = {module: set(names) for module, names in IMPORTS.items()}
+    while ready := [module for module, names in left.items() if not names & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert not left, f"these import each other in a circle: {sorted(left)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_stay_short(module: str) -> None:
+    source = MODULES[module].read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 600
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 80, f"{node.name} has {lines} lines"
+
+
+def test_a_public_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                command = _room(module) == "commands" and node.name in ("configure", "run")
+                if not node.name.startswith("_") and not command:
+                    places.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
 
 
 def _dependencies() -> list[str]:

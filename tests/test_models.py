@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2 import doctor, models
+from blip2 import doctor, registry
 from blip2.checkpoint import convert
-from blip2.config import Blip2Config
-from blip2.model import Blip2, Blip2Matcher
-from blip2.models import KnownModel, folder_model, known_models, readable, resolve
-from blip2.quantize import KEPT, Mode, Rounded8, layers
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import Blip2Config
+from blip2.quantization.apply import KEPT, layers
+from blip2.quantization.formats import Mode, Rounded8
+from blip2.registry import KnownModel, folder_model, known_models, readable, resolve
 
 
-@pytest.mark.parametrize("known", models.PUBLISHED, ids=lambda known: known.alias)
+@pytest.mark.parametrize("known", registry.PUBLISHED, ids=lambda known: known.alias)
 def test_parameters_are_those_of_the_model(known: KnownModel) -> None:
     with torch.device("meta"):
         built = (
@@ -31,7 +32,7 @@ def test_parameters_are_those_of_the_model(known: KnownModel) -> None:
 
 
 def test_the_6_7b_model_is_as_published() -> None:
-    (known,) = (known for known in models.PUBLISHED if known.name == "Salesforce/blip2-opt-6.7b-coco")
+    (known,) = (known for known in registry.PUBLISHED if known.name == "Salesforce/blip2-opt-6.7b-coco")
 
     assert known.parameters == 7_753_329_664
     assert known.config.vision.num_positions == 677
@@ -40,8 +41,8 @@ def test_the_6_7b_model_is_as_published() -> None:
     assert known.memory_bytes("fp32") > 1.9 * known.memory_bytes("bf16")
 
 
-@pytest.mark.parametrize("known", models.PUBLISHED, ids=lambda known: known.alias)
-@pytest.mark.parametrize("mode", models.MODES)
+@pytest.mark.parametrize("known", registry.PUBLISHED, ids=lambda known: known.alias)
+@pytest.mark.parametrize("mode", registry.MODES)
 def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> None:
     with torch.device("meta"):
         built = Blip2(known.config) if isinstance(known.config, Blip2Config) else Blip2Matcher(known.config)
@@ -49,7 +50,7 @@ def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> Non
     stored = 0.0
     for name, values in built.state_dict().items():
         if (kind := rounded.get(name.removesuffix(".weight"))) is not None:
-            stored += values.numel() * (1 if kind is Rounded8 else models.INT4_MEMORY)
+            stored += values.numel() * (1 if kind is Rounded8 else registry.INT4_MEMORY)
         else:
             stored += values.numel() * (2 if name.startswith(KEPT) and name.endswith("weight") else 4)
     assert known._weight_bytes(mode) == pytest.approx(stored, rel=0.03)
@@ -57,14 +58,14 @@ def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> Non
 
 
 def test_aliases() -> None:
-    aliases = [known.alias for known in models.PUBLISHED]
-    assert len({*aliases, *(known.name for known in models.PUBLISHED)}) == 2 * len(aliases)
+    aliases = [known.alias for known in registry.PUBLISHED]
+    assert len({*aliases, *(known.name for known in registry.PUBLISHED)}) == 2 * len(aliases)
     assert resolve("itm-coco") == "Salesforce/blip2-itm-vit-g-coco"
     assert resolve("someone/else") == "someone/else"
 
 
 def test_names_of_lavis() -> None:
-    assert len({known.lavis for known in models.PUBLISHED}) == len(models.PUBLISHED)
+    assert len({known.lavis for known in registry.PUBLISHED}) == len(registry.PUBLISHED)
     assert resolve("blip2_opt:caption_coco_opt6.7b") == "Salesforce/blip2-opt-6.7b-coco"
     assert resolve("blip2_t5:pretrain_flant5xxl") == "Salesforce/blip2-flan-t5-xxl"
     assert (
@@ -77,9 +78,9 @@ def test_names_of_lavis() -> None:
 
 
 def test_dtype_by_size() -> None:
-    chosen = [models.default_dtype(known.parameters) for known in models.PUBLISHED]
-    assert chosen == ["bf16"] * len(models.PUBLISHED)
-    assert models.default_dtype(40_000_000) == "fp32"
+    chosen = [registry.default_dtype(known.parameters) for known in registry.PUBLISHED]
+    assert chosen == ["bf16"] * len(registry.PUBLISHED)
+    assert registry.default_dtype(40_000_000) == "fp32"
 
 
 def test_a_folder_tells_what_it_holds(generator_folder: Path, matcher_folder: Path, tmp_path: Path) -> None:
@@ -101,14 +102,14 @@ def test_a_folder_tells_what_it_holds(generator_folder: Path, matcher_folder: Pa
 def test_the_default_model_leads_the_list(
     generator_folder: Path, matcher_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(models, "DEFAULT_FOLDER", generator_folder)
-    monkeypatch.setattr(models, "DEFAULT_MATCHER_FOLDER", matcher_folder)
+    monkeypatch.setattr(registry, "DEFAULT_FOLDER", generator_folder)
+    monkeypatch.setattr(registry, "DEFAULT_MATCHER_FOLDER", matcher_folder)
     assert [known.name for known in known_models()] == [
         "default",
-        *(known.name for known in models.PUBLISHED),
+        *(known.name for known in registry.PUBLISHED),
     ]
-    monkeypatch.setattr(models, "DEFAULT_FOLDER", tmp_path / "none")
-    assert known_models() == models.PUBLISHED
+    monkeypatch.setattr(registry, "DEFAULT_FOLDER", tmp_path / "none")
+    assert known_models() == registry.PUBLISHED
 
 
 def test_readable() -> None:

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 import blip2
-from blip2 import models, parts, predict
-from blip2.generate import GenerationOptions, generate
+from blip2 import loading, predict, registry
+from blip2.generation.decoding import generate
+from blip2.generation.options import GenerationOptions
 from blip2.images import load_image, to_pixels
 from blip2.predict import Predictor
 from blip2.results import Written, in_pieces
@@ -428,7 +429,7 @@ def test_the_matcher_wants_the_image_itself(model: Predictor, pictures: list[Pat
 def test_the_default_model_and_its_matcher(
     generator_folder: Path, matcher_folder: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (models, predict):
+    for module in (registry, predict):
         monkeypatch.setattr(module, "DEFAULT_FOLDER", generator_folder)
         monkeypatch.setattr(module, "DEFAULT_MATCHER_FOLDER", matcher_folder)
     for model in (blip2.load(), blip2.load("default")):
@@ -441,7 +442,7 @@ def test_the_default_model_and_its_matcher(
 def test_an_installation_without_the_default_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "DEFAULT_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(registry, "DEFAULT_FOLDER", tmp_path / "none")
     with pytest.raises(ValueError, match="no default model"):
         blip2.load()
 
@@ -452,7 +453,7 @@ def test_dtypes(generator_folder: Path, pictures: list[Path], monkeypatch: pytes
     assert half.model.projection.weight.dtype == torch.bfloat16
     assert half.caption(pictures[:2], max_new_tokens=3)
     assert list(half.chat(pictures[0]).send("what?", max_new_tokens=3, stream=True)) is not None
-    monkeypatch.setattr(parts, "default_dtype", lambda parameters: "bf16" if parameters > 1000 else "fp32")
+    monkeypatch.setattr(loading, "default_dtype", lambda parameters: "bf16" if parameters > 1000 else "fp32")
     assert blip2.load(generator_folder).model.projection.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="int3"):
         blip2.load(generator_folder, dtype="int3")
@@ -473,7 +474,7 @@ def test_an_alias_is_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, revision))
         raise ValueError("not today")
 
-    monkeypatch.setattr(parts, "find_files", find)
+    monkeypatch.setattr(loading, "find_files", find)
     for name in ("opt-6.7b-coco", "Salesforce/blip2-opt-6.7b-coco"):
         with pytest.raises(ValueError, match="not today"):
             blip2.load(name, revision="main")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import blip2
-from blip2 import quantize
 from blip2.checkpoint import (
     CheckpointError,
     convert,
@@ -23,24 +22,21 @@ from blip2.checkpoint import (
     quantize_checkpoint,
     save_model,
 )
-from blip2.config import T5Config
-from blip2.layers import processor_has_bf16
-from blip2.model import Blip2, Blip2Matcher
-from blip2.quantize import (
-    GROUP,
-    MODES,
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import T5Config
+from blip2.modeling.layers import processor_has_bf16
+from blip2.modeling.t5 import T5
+from blip2.quantization import apply, linear
+from blip2.quantization.formats import GROUP, MODES, Mode, Rounded4, Rounded8
+from blip2.quantization.linear import (
     Int4Linear,
     Int8Embedding,
     Int8ImageLinear,
     Int8Linear,
-    Mode,
-    Rounded4,
-    Rounded8,
     levels,
     onednn_multiplies,
     openvino_multiplies,
 )
-from blip2.t5 import T5
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -160,7 +156,7 @@ def test_what_gelu_leaves_is_rounded_twice_as_finely() -> None:
 
 
 def test_four_bits_compute_with_the_weights_they_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "openvino_multiplies", lambda: False)
+    monkeypatch.setattr(linear, "openvino_multiplies", lambda: False)
     weight, bias, x = Rounded4.of(drawn(32, 2 * GROUP)), drawn(32, seed=1), drawn(2, 5, 2 * GROUP, seed=2)
     found = Int4Linear(weight, bias)(x)
     torch.testing.assert_close(found, x.bfloat16().float() @ weight.float().mT + bias, rtol=0.01, atol=0.05)
@@ -220,7 +216,7 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str, monkeypatch
     if kind == "int8 image" and not onednn_multiplies():
         pytest.skip("images are encoded with oneDNN on x86 with VNNI")
     if kind == "int4 by torch":
-        monkeypatch.setattr(quantize, "openvino_multiplies", lambda: False)
+        monkeypatch.setattr(linear, "openvino_multiplies", lambda: False)
     weight, bias = drawn(48, 2 * GROUP), drawn(48, seed=1)
     if kind.startswith("int4"):
         layer: nn.Module = Int4Linear(Rounded4.of(weight), bias)
@@ -246,7 +242,7 @@ def test_elsewhere_weights_are_widened_for_a_product(
     """What runs on GPUs, and on processors that FBGEMM does not know."""
     weight, bias, x = kind.of(drawn(48, 2 * GROUP)), drawn(48, seed=1), drawn(5, 2 * GROUP, seed=2)
     exact = x.double() @ weight.float().double().mT + bias
-    monkeypatch.setattr(quantize, "levels", lambda: 0)
+    monkeypatch.setattr(linear, "levels", lambda: 0)
     if isinstance(weight, Rounded8):
         assert not onednn_multiplies()
         layer: Int8Linear | Int4Linear = Int8Linear(weight, bias, 2)
@@ -315,13 +311,13 @@ def test_four_bits_are_for_the_inner_layers_of_the_language_model(
     )
     with torch.device("meta"):
         model = Blip2(replace(base.config, language=language))
-    fours = {name for name, _, kind in quantize.layers(model, "int4") if kind is Rounded4}
+    fours = {name for name, _, kind in apply.layers(model, "int4") if kind is Rounded4}
     stacks = {".".join(name.split(".")[: 3 if variant == "opt" else 4]) for name in fours}
     inner = {"opt": ["language.layers.1", "language.layers.2"]}.get(
         variant, ["language.encoder.layers.1", "language.encoder.layers.2", "language.decoder.layers.1"]
     )
     assert stacks == set(inner)
-    assert not any(kind is Rounded4 for _, _, kind in quantize.layers(model, "int8"))
+    assert not any(kind is Rounded4 for _, _, kind in apply.layers(model, "int8"))
 
 
 def test_the_default_model_says_nearly_the_same_in_eight_bits() -> None:
@@ -371,7 +367,7 @@ def test_a_model_runs_in_eight_bits_where_no_kernel_for_them_is(
     generator_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = outputs(load_model(generator_folder, dtype="fp32"))
-    monkeypatch.setattr(quantize, "levels", lambda: 0)
+    monkeypatch.setattr(linear, "levels", lambda: 0)
     model = load_model(generator_folder, quantize="int8")
     assert not any(isinstance(part, Int8ImageLinear) for part in model.modules())
     found = outputs(model)
@@ -381,7 +377,7 @@ def test_a_model_runs_in_eight_bits_where_no_kernel_for_them_is(
 def test_a_model_rounded_while_loading_is_the_model_rounded_afterwards(generator_folder: Path) -> None:
     loaded = load_model(generator_folder, quantize="int8")
     later = load_model(generator_folder, dtype="fp32")
-    quantize.quantize(later, "int8")
+    apply.quantize(later, "int8")
     assert torch.equal(outputs(loaded), outputs(later))
 
 

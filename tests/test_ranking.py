@@ -31,7 +31,7 @@ def test_log_probabilities_are_those_of_each_answer_alone(
 
 
 def test_rows_at_a_time_change_nothing(generator_folder: Path, pictures: list[Path]) -> None:
-    from blip2.ranking import answer_logprobs
+    from blip2.generation.ranking import answer_logprobs
 
     model = blip2.load(generator_folder)
     encoded = model.encode(pictures[0])

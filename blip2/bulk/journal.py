@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from blip2.bulk.index import Index, IndexFile, content_key, key_of
-from blip2.lock import lock
+from blip2.storage import lock
 
 NAME, INDEX, LOCK = "journal", "index", "lock"
 GO_ON = "run the same command again to go on"

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.filebytes import FileBytes
-from blip2.checkpoint.tensors import CheckpointError, Tensors, UnsupportedFileError, quoted
-from blip2.config import MAX_LAYERS, MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, T5Config, to_hf
+from blip2.modeling.config import MAX_LAYERS, MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, T5Config, to_hf
+from blip2.tensorfiles.filebytes import FileBytes
+from blip2.tensorfiles.tensors import CheckpointError, Tensors, UnsupportedFileError, quoted
 
 MAX_JSON_BYTES = 64 << 20  # T5's tokenizer.json has 2.4 million
 

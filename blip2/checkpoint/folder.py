@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.tensors import CheckpointError
-from blip2.checkpoint.writers import sync
-from blip2.lock import lock
+from blip2.storage import lock
+from blip2.tensorfiles.tensors import CheckpointError
+from blip2.tensorfiles.writers import sync
 
 _LOCK = ".lock"
 

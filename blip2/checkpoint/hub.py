@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from blip2.checkpoint.tensors import CheckpointError
+from blip2.tensorfiles.tensors import CheckpointError
 
 # Weights that are data alone, and the settings beside them: never code.
 HUB_FILES = (

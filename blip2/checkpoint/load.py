@@ -19,17 +19,19 @@ from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.dialects import read_json_file
 from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.names import from_hugging_face
-from blip2.checkpoint.rounded_files import rounded, stored_mode
+from blip2.checkpoint.key_mapping import from_hugging_face
+from blip2.checkpoint.remap import equal_values, parameters, read_blocks
 from blip2.checkpoint.source import open_checkpoint
-from blip2.checkpoint.tensors import CheckpointError, Tensors
-from blip2.checkpoint.translate import equal_values, parameters, read_blocks
-from blip2.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
 from blip2.images import ImageProcessing
-from blip2.layers import Linear, give_back_memory, processor_has_bf16
-from blip2.model import Blip2, Blip2Matcher
-from blip2.quantize import WORDS, Mode, Rounded, Rounded4, openvino_multiplies
-from blip2.quantize import quantize as round_layers
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
+from blip2.quantization.apply import WORDS
+from blip2.quantization.apply import quantize as round_layers
+from blip2.quantization.formats import Mode, Rounded, Rounded4
+from blip2.quantization.linear import openvino_multiplies
+from blip2.quantization.packed import Linear, give_back_memory, processor_has_bf16
+from blip2.quantization.stored import rounded, stored_mode
+from blip2.tensorfiles.tensors import CheckpointError, Tensors
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {

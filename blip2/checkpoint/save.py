@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.folder import copy_file, new_folder, write_json
+from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.load import Unfilled, parse_dtype
-from blip2.checkpoint.names import to_hugging_face
-from blip2.checkpoint.tensors import CheckpointError, TensorInfo
-from blip2.checkpoint.translate import blocks
-from blip2.checkpoint.writers import SAFETENSORS, write_files
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, to_hf
+from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessing
-from blip2.model import Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, to_hf
+from blip2.tensorfiles.tensors import CheckpointError, TensorInfo
+from blip2.tensorfiles.writers import SAFETENSORS, write_files
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
 SHARD_BYTES = 5_000_000_000

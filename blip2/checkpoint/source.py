@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from blip2.checkpoint.dialects import LANGUAGES, derive, from_paddle, read_json_file
-from blip2.checkpoint.files import open_tensors
 from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
-from blip2.checkpoint.rounded_files import as_floats
-from blip2.checkpoint.tensors import CheckpointError, Tensors
-from blip2.checkpoint.translate import Piece, as_hugging_face, joined, view
-from blip2.config import Blip2Config, ConfigError, MatcherConfig, read_config
+from blip2.checkpoint.remap import Piece, as_hugging_face, joined, view
+from blip2.modeling.config import Blip2Config, ConfigError, MatcherConfig, read_config
+from blip2.quantization.stored import as_floats
+from blip2.tensorfiles.open import open_tensors
+from blip2.tensorfiles.tensors import CheckpointError, Tensors
 from blip2.text import TextError, Tokenizer
 
 _VISION, _LANGUAGE = "vision_model.", "language_model."

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.load import build, our_names
+from blip2.checkpoint.remap import equal_values, parameters, read_blocks, side_by_side
 from blip2.checkpoint.source import Checkpoint
-from blip2.checkpoint.tensors import CheckpointError, Tensors
-from blip2.checkpoint.translate import equal_values, parameters, read_blocks, side_by_side
-from blip2.config import T5Config
-from blip2.model import Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import T5Config
+from blip2.tensorfiles.tensors import CheckpointError, Tensors
 
 _HEAD, _WORDS = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
 _TOLERANCE = 1e-4  # of the largest output: two layouts may be added up in another order

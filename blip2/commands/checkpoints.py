@@ -15,7 +15,7 @@ from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, pri
 
 def inspect(args: argparse.Namespace) -> int:
     from blip2.checkpoint import inspect
-    from blip2.models import readable, resolve
+    from blip2.registry import readable, resolve
 
     found = inspect(resolve(args.path), vision=args.vision, language=args.language)
     if args.json:
@@ -60,7 +60,7 @@ def convert(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from blip2.checkpoint import convert
-    from blip2.models import readable, resolve
+    from blip2.registry import readable, resolve
 
     with _bars(args.quiet) as progress:
         made = convert(
@@ -100,7 +100,7 @@ def quantize(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from blip2.checkpoint import quantize_checkpoint
-    from blip2.models import readable, resolve
+    from blip2.registry import readable, resolve
 
     with _bars(args.quiet) as progress:
         made = quantize_checkpoint(
@@ -123,8 +123,8 @@ def bench(args: argparse.Namespace) -> int:
     from blip2.bench import Contender, run
     from blip2.checkpoint import count_parameters, stored_as
     from blip2.checkpoint import resolve as find_files
-    from blip2.models import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve
-    from blip2.parts import device_of
+    from blip2.loading import device_of
+    from blip2.registry import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve
 
     if min(args.rounds, *args.batches) < 1:
         raise ValueError("--rounds and --batches are at least 1")
@@ -155,7 +155,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    from blip2.models import PRECISIONS, known_models, readable
+    from blip2.registry import PRECISIONS, known_models, readable
 
     known = known_models()
     if args.json:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def _decoding(args: argparse.Namespace) -> dict[str, Any]:
     """The decoding options as keywords of `Predictor.caption`, `.ask` and `Chat.send`."""
-    from blip2.generate import GenerationOptions
+    from blip2.generation.options import GenerationOptions
 
     early: dict[str, bool | str] = {"false": False, "true": True, "never": "never"}
     sample = args.sample or args.temperature != 1 or args.top_k != 0 or args.top_p != 1

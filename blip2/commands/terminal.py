@@ -59,7 +59,7 @@ def load_named(args: argparse.Namespace) -> Predictor:
 
 
 def load_matcher(args: argparse.Namespace) -> Predictor:
-    from blip2.models import DEFAULT, DEFAULT_MATCHER_FOLDER
+    from blip2.registry import DEFAULT, DEFAULT_MATCHER_FOLDER
 
     if args.model == DEFAULT:  # the matcher alone: its generator is not needed here
         return blip2.load(

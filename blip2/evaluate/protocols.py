@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from blip2.models import DEFAULT, resolve
+from blip2.registry import DEFAULT, resolve
 from blip2.text import CAPTION_PROMPT
 
 

@@ -17,13 +17,13 @@ from starlette.staticfiles import StaticFiles
 
 import blip2
 from blip2.serve import native, openai_api, schemas
+from blip2.serve.context import ApiError, House, told
 from blip2.serve.engine import BusyError, Engine
 from blip2.serve.fetch import Fetcher
-from blip2.serve.guard import Guard, log_content
-from blip2.serve.house import ApiError, House, told
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
+from blip2.serve.middleware import Guard, log_content
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]", "testserver"))

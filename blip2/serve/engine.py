@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from blip2.continuous import Beams, Row, Rows, width
-from blip2.generate import GenerationOptions
+from blip2.generation.batching import Beams, Row, Rows, width
+from blip2.generation.options import GenerationOptions
 from blip2.images import load_image, to_pixels
-from blip2.layers import join_contexts
+from blip2.modeling.kv_cache import join_contexts
 from blip2.predict import Predictor
 from blip2.results import Encoded, Written
 from blip2.serve.cache import ImageCache

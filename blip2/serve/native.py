@@ -12,14 +12,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from torch import Tensor
 
-from blip2.generate import GenerationOptions
+from blip2.generation.options import GenerationOptions
 from blip2.inputs import in_batches
 from blip2.predict import Predictor
 from blip2.results import Match, Pieces, Written, token_text
 from blip2.serve import schemas
+from blip2.serve.context import ApiError, House, told
 from blip2.serve.engine import Picture, Text, Writing
 from blip2.serve.events import EventStream
-from blip2.serve.house import ApiError, House, told
 from blip2.text import CAPTION_PROMPT
 
 SLICE = 4  # texts matched or embedded between two steps of those that are being written

@@ -18,13 +18,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from blip2.continuous import Row
-from blip2.generate import GenerationOptions
+from blip2.generation.batching import Row
+from blip2.generation.options import GenerationOptions
 from blip2.results import Pieces, token_text
 from blip2.serve import schemas
+from blip2.serve.context import ApiError, House, told
 from blip2.serve.engine import Writing
 from blip2.serve.events import EventStream
-from blip2.serve.house import ApiError, House, told
 from blip2.serve.native import answers, body_of, usage
 from blip2.text import CAPTION_PROMPT
 

@@ -16,9 +16,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from blip2.predict import Predictor
 from blip2.serve.app import LOOPBACK, build
 from blip2.serve.engine import Engine
-from blip2.serve.guard import Guard
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
+from blip2.serve.middleware import Guard
 
 log = logging.getLogger("blip2.serve")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
-from blip2.generate import GenerationOptions
+from blip2.generation.options import GenerationOptions
 from blip2.text import CAPTION_PROMPT
 
 Words = Annotated[str, StringConstraints(strip_whitespace=False, min_length=1)]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.model import IGNORED, Blip2, Blip2Matcher
-from blip2.t5 import T5
+from blip2.modeling.blip2 import IGNORED, Blip2, Blip2Matcher
+from blip2.modeling.t5 import T5
 from blip2.train import losses
 from blip2.train.loop import Task, decays
 

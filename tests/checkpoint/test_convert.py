@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import blip2.checkpoint.conversion
+import blip2.checkpoint.convert
 from blip2.checkpoint import CheckpointError, convert, inspect, load_model, load_processing, open_tensors
-from blip2.checkpoint.conversion import World
-from blip2.checkpoint.writers import write_pdparams
-from blip2.config import T5Config
-from blip2.model import Blip2, Blip2Matcher
+from blip2.checkpoint.convert import World
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import T5Config
+from blip2.tensorfiles.writers import write_pdparams
 
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
 WORLDS: tuple[World, ...] = ("hf", "paddle", "lavis")
@@ -204,13 +204,13 @@ def test_values_beyond_fp16(variants: dict[str, Path], tmp_path: Path) -> None:
 def test_verify_finds_what_is_wrong(
     variants: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = blip2.checkpoint.conversion._converted
+    real = blip2.checkpoint.convert._converted
 
     def wrong(stored: object, name: str, *rest: object) -> Iterator[Tensor]:
         for block in real(stored, name, *rest):  # type: ignore[arg-type]
             yield block + (name == "qformer.layernorm.bias") * 1e-6
 
-    monkeypatch.setattr(blip2.checkpoint.conversion, "_converted", wrong)
+    monkeypatch.setattr(blip2.checkpoint.convert, "_converted", wrong)
     with pytest.raises(CheckpointError, match=r"qformer\.layernorm\.bias differs"):
         convert(variants["opt"], tmp_path / "new", to="paddle", verify=True)
     assert list(tmp_path.iterdir()) == []
@@ -220,14 +220,14 @@ def test_verify_compares_settings(
     variants: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal tensors with another activation are another model."""
-    real = blip2.checkpoint.conversion.settings
+    real = blip2.checkpoint.convert.settings
 
     def wrong(*given: object) -> dict[str, dict[str, object]]:
         files = real(*given)  # type: ignore[arg-type]
         files["config.json"]["text_config"]["activation_function"] = "gelu"
         return files
 
-    monkeypatch.setattr(blip2.checkpoint.conversion, "settings", wrong)
+    monkeypatch.setattr(blip2.checkpoint.convert, "settings", wrong)
     with pytest.raises(CheckpointError, match="other outputs"):
         convert(variants["opt"], tmp_path / "new", to="hf", verify=True)
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_nothing(
         (path / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blip2.checkpoint.conversion, "write_files", full)
+    monkeypatch.setattr(blip2.checkpoint.convert, "write_files", full)
     with pytest.raises(CheckpointError, match="cannot be written"):
         convert(variants["opt"], tmp_path / "new", to="hf")
     assert list(tmp_path.iterdir()) == []

@@ -23,10 +23,10 @@ from blip2.checkpoint import (
     UnsupportedFileError,
     open_tensors,
 )
-from blip2.checkpoint.files import FOLDER_FILES
-from blip2.checkpoint.safetensors_files import DTYPES
-from blip2.checkpoint.translate import blocks
-from blip2.checkpoint.writers import write_safetensors
+from blip2.checkpoint.remap import blocks
+from blip2.tensorfiles.open import FOLDER_FILES
+from blip2.tensorfiles.safetensors_files import DTYPES
+from blip2.tensorfiles.writers import write_safetensors
 
 INDEX = "model.safetensors.index.json"
 

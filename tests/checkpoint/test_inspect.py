@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blip2.checkpoint import CheckpointError, convert, inspect, load_model, open_tensors
-from blip2.checkpoint.tensors import Tensors
+from blip2.tensorfiles.tensors import Tensors
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blip2.checkpoint import CheckpointError, load_model, load_processing, open_tensors
+from blip2.checkpoint.key_mapping import from_hugging_face, to_hugging_face
 from blip2.checkpoint.load import DROPPED
-from blip2.checkpoint.names import from_hugging_face, to_hugging_face
-from blip2.config import ConfigError
-from blip2.model import Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import ConfigError
 
 
 @pytest.fixture

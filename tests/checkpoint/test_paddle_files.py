@@ -17,7 +17,7 @@ from test_files import bits, equal
 from torch import Tensor
 
 from blip2.checkpoint import UnsafeFileError, UnsupportedFileError, open_tensors
-from blip2.checkpoint.filebytes import FileBytes
+from blip2.tensorfiles.filebytes import FileBytes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

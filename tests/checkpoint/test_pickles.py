@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from blip2.checkpoint.filebytes import FileBytes
-from blip2.checkpoint.pickles import ORDERED_DICT, SHORT, Call, Global, Pickle, Stored, as_dict, read_pickle
-from blip2.checkpoint.tensors import BrokenFileError, UnsafeFileError
+from blip2.tensorfiles.filebytes import FileBytes
+from blip2.tensorfiles.pickles import ORDERED_DICT, SHORT, Call, Global, Pickle, Stored, as_dict, read_pickle
+from blip2.tensorfiles.tensors import BrokenFileError, UnsafeFileError
 
 PROTOCOLS = range(6)
 

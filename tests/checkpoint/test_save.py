@@ -16,7 +16,7 @@ import torch
 import blip2.checkpoint.save
 from blip2.checkpoint import CheckpointError, load_model, load_processing, open_tensors, save_model
 from blip2.images import ImageProcessing
-from blip2.model import Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
 
 
 def equal(first: Blip2 | Blip2Matcher, second: Blip2 | Blip2Matcher) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from blip2.checkpoint import CheckpointError, convert, load_model, open_tensors
-from blip2.config import ConfigError
+from blip2.modeling.config import ConfigError
 
 LIES = (True, -1, 0, 7, 10**30, 1e30, float("nan"), float("inf"), "x", [], {}, [[1]], [1, "x"], {"a": None})
 

@@ -18,7 +18,7 @@ from test_files import equal, samples
 from torch import Tensor, nn
 
 from blip2.checkpoint import BrokenFileError, CheckpointError, UnsupportedFileError, open_tensors
-from blip2.checkpoint.filebytes import FileBytes
+from blip2.tensorfiles.filebytes import FileBytes
 
 KINDS = [
     pytest.param(True, 2, id="archive"),

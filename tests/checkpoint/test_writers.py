@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.checkpoint import CheckpointError, TensorInfo, open_tensors, translate
-from blip2.checkpoint.translate import blocks
-from blip2.checkpoint.writers import NAME_TABLE, Writer, write_pdparams, write_safetensors, write_torch
+from blip2.checkpoint import CheckpointError, TensorInfo, open_tensors, remap
+from blip2.checkpoint.remap import blocks
+from blip2.tensorfiles.writers import NAME_TABLE, Writer, write_pdparams, write_safetensors, write_torch
 
 TENSORS = {
     "half": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).half(),
@@ -32,7 +32,7 @@ INFO = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in 
 
 
 def write(writer: Writer, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(translate, "BLOCK_ELEMENTS", 64)  # several pieces a tensor
+    monkeypatch.setattr(remap, "BLOCK_ELEMENTS", 64)  # several pieces a tensor
     writer(path, INFO, lambda name: blocks(TENSORS[name]))
 
 
@@ -80,7 +80,7 @@ def test_our_readers_open_it(writer: Writer, tmp_path: Path, monkeypatch: pytest
         assert_equal({name: tensors.copy(name) for name in tensors})
         assert_equal({name: tensors[name] for name in tensors})
         pieces = {
-            name: torch.cat([*translate.read_blocks(tensors, name), torch.empty(0)]) for name in ("single",)
+            name: torch.cat([*remap.read_blocks(tensors, name), torch.empty(0)]) for name in ("single",)
         }
         assert torch.equal(pieces["single"], TENSORS["single"].reshape(-1))
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from blip2.text import Tokenizer
-from blip2.train.queries import UNKNOWN
 from default_model import batches, stages
 from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, pad, same
 from default_model.colours import COLOURS
 from default_model.easyvqa import EasyImage
 from default_model.language import Language
 from default_model.materials import Cutouts
+from default_model.queries import UNKNOWN
 from default_model.scenes import Composer, Scene
 from default_model.vocab import save_language, save_matcher, train_language, train_matcher
 

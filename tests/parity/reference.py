@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration
 
-from blip2.checkpoint.names import from_hugging_face
-from blip2.config import Blip2Config, read_config
-from blip2.model import Blip2
+from blip2.checkpoint.key_mapping import from_hugging_face
+from blip2.modeling.blip2 import Blip2
+from blip2.modeling.config import Blip2Config, read_config
 
 QUERIES, IMAGE_TOKEN, PAD, VOCABULARY = 4, 97, 1, 100
 

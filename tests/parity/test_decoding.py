@@ -12,8 +12,9 @@ pytest.importorskip("transformers")
 from reference import PAD, QUERIES, VOCABULARY, Prompts, ours_from, prompts, their_blip2
 from transformers import Blip2ForConditionalGeneration
 
-from blip2.generate import Generated, GenerationOptions, generate, prompt_ids, sampling_distribution, stream
-from blip2.model import Blip2
+from blip2.generation.decoding import Generated, generate, prompt_ids, sampling_distribution, stream
+from blip2.generation.options import GenerationOptions
+from blip2.modeling.blip2 import Blip2
 
 SEEDS = (3, 5, 8)
 

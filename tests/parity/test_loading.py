@@ -25,7 +25,7 @@ from transformers import (
 
 from blip2.checkpoint import load_model, load_processing, open_tensors, save_model
 from blip2.images import ImageProcessing, to_pixels
-from blip2.model import Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 HEAD, WORDS = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"

@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from blip2.checkpoint.names import from_hugging_face, to_hugging_face
-from blip2.config import ACTIVATIONS, VisionConfig, read_config
-from blip2.layers import ACTIVATION
-from blip2.model import Blip2, Blip2Matcher
-from blip2.vision import ImageEncoder
+from blip2.checkpoint.key_mapping import from_hugging_face, to_hugging_face
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import ACTIVATIONS, VisionConfig, read_config
+from blip2.modeling.layers import ACTIVATION
+from blip2.modeling.vision import ImageEncoder
 
 QUERIES, IMAGE_TOKEN = 5, 99
 CLOSE = {"rtol": 0.0, "atol": 1e-4}

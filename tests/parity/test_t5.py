@@ -22,11 +22,12 @@ from transformers import T5Config as TheirT5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from blip2.checkpoint import CheckpointError, load_model, load_processing, open_tensors, save_model
-from blip2.config import T5Config, read_config
-from blip2.generate import GenerationOptions, generate, sampling_distribution, stream
+from blip2.generation.decoding import generate, sampling_distribution, stream
+from blip2.generation.options import GenerationOptions
 from blip2.images import ImageProcessing, to_pixels
-from blip2.model import Blip2
-from blip2.t5 import position_buckets
+from blip2.modeling.blip2 import Blip2
+from blip2.modeling.config import T5Config, read_config
+from blip2.modeling.t5 import position_buckets
 from blip2.text import Tokenizer
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}

@@ -14,8 +14,8 @@ from PIL import Image
 from serving import Running, data_url
 
 import blip2
-from blip2.continuous import Row
-from blip2.generate import GenerationOptions
+from blip2.generation.batching import Row
+from blip2.generation.options import GenerationOptions
 from blip2.results import Pieces, token_text
 from blip2.serve.openai_api import Choice
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import blip2
-from blip2.generate import GenerationOptions
+from blip2.generation.options import GenerationOptions
 from blip2.serve.cache import ImageCache, size_of
 from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, TooLateError, Writing
 from blip2.serve.limits import Limits

@@ -26,7 +26,7 @@ from starlette.requests import Request
 
 import blip2
 from blip2.serve.app import build
-from blip2.serve.house import ApiError, House
+from blip2.serve.context import ApiError, House
 from blip2.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip2.config import Blip2Config, OptConfig, QFormerConfig, VisionConfig
-from blip2.model import Blip2
-from blip2.qformer import Layer, QFormer
+from blip2.modeling.blip2 import Blip2
+from blip2.modeling.config import Blip2Config, OptConfig, QFormerConfig, VisionConfig
+from blip2.modeling.qformer import Layer, QFormer
 from blip2.train import FitOptions, fit
-from blip2.train.pretrain import ImageTextEncoders, WordBag, initialise
-from blip2.train.queries import (
+from default_model.pretrain import ImageTextEncoders, WordBag, initialise
+from default_model.queries import (
     UNKNOWN,
     LanguagePretrain,
     QueryFinetune,

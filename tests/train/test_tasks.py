@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, T5Config, VisionConfig
-from blip2.model import Blip2, Blip2Matcher
-from blip2.opt import Opt
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, T5Config, VisionConfig
+from blip2.modeling.opt import Opt
+from blip2.modeling.vision import ImageEncoder
 from blip2.train import FitOptions, Task, fit, losses, plots
-from blip2.train.pretrain import (
+from blip2.train.recipes import coco_caption, coco_retrieval, stage1, stage2
+from blip2.train.tasks import Finetune, Stage1, Stage2
+from default_model.pretrain import (
     ContrastivePretrain,
     ImageTextEncoders,
     WordBag,
@@ -22,9 +25,6 @@ from blip2.train.pretrain import (
     mimetic,
     qformer_from_matcher,
 )
-from blip2.train.recipes import coco_caption, coco_retrieval, stage1, stage2
-from blip2.train.tasks import Finetune, Stage1, Stage2
-from blip2.vision import ImageEncoder
 
 VISION = VisionConfig(32, 64, 2, 2, image_size=16, patch_size=4)
 QFORMER = QFormerConfig(

@@ -1,0 +1,70 @@
+"""A loaded checkpoint with what prepares its images and texts, and the device it is on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from blip2.checkpoint import count_parameters, load_model, load_processing
+from blip2.checkpoint import resolve as find_files
+from blip2.images import ImageProcessing
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.quantization.formats import Mode
+from blip2.registry import default_dtype, resolve
+from blip2.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """A loaded checkpoint: the model and how its images and texts are prepared."""
+
+    model: Blip2 | Blip2Matcher
+    processing: ImageProcessing
+    tokenizer: Tokenizer
+
+
+def load_part(
+    name: str | Path,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    revision: str | None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
+    quantize: Mode | None = None,
+) -> Part:
+    """Load what a name or a folder holds; arguments as for `predict.load`."""
+    files = find_files(resolve(name) if isinstance(name, str) else name, revision)
+    if dtype is None and quantize is None:
+        dtype = default_dtype(count_parameters(files, vision=vision, language=language))
+        if (
+            dtype == "bf16"
+            and device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            dtype = "fp16"
+    processing, tokenizer = load_processing(files, vision=vision, language=language)
+    model = load_model(
+        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, lay_out=True
+    )
+    return Part(model, processing, tokenizer)
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" takes a GPU where there is one. Raises ValueError where there is no such device."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known; choose auto, cpu, cuda or mps") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r}: torch finds no NVIDIA GPU here; use 'cpu', or see `blip2 doctor`"
+        )
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {str(device)!r}: torch finds no Apple GPU here; use 'cpu'")
+    return place

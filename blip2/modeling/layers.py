@@ -1,0 +1,112 @@
+"""What the model's parts are built from: activations, attention, feed-forward, what a decoder has read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.quantization.packed import Linear, processor_has_bf16
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# By Hugging Face's names, several of which mean the same.
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, W] -> [B, H, T, W / H]."""
+    out: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return out
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, T, D] -> [B, T, H * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: [B, H, T, D].
+        key, value: [B, H, S, D].
+        mask: broadcastable to [B, H, T, S]; bool: True may be seen; float: is added to the scores.
+        causal: position t sees s <= t (needs T == S and no mask).
+        scale: of the scores; None: D ** -0.5.
+
+    Returns:
+        [B, H, T, D].
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and not causal:
+        # torch's fused attention runs its bf16 backward on the CPU several times slower than these three steps
+        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        out: Tensor = scores.softmax(-1).to(value.dtype) @ value
+        return out
+    if _is_image_in_bf16(query) and mask is None and not causal and not torch.is_grad_enabled():
+        return _attend_by_head(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+_MANY = 128  # positions
+
+
+def _is_image_in_bf16(query: Tensor) -> bool:
+    narrow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and processor_has_bf16()
+    return narrow and query.shape[2] >= _MANY
+
+
+def _attend_by_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of every position to every other, a head at a time, so that its scores stay in the processor's cache.
+
+    At an image's positions in bf16 this is faster than torch's fused attention.
+    """
+    out = query.new_empty(query.shape)  # [B, H, T, D]
+    unused = query.new_empty(1)
+    each = (part.flatten(0, 1) for part in (query, key, value))
+    for into, q, k, v in zip(out.flatten(0, 1), *each, strict=True):
+        scores = torch.addmm(unused, q, k.mT, beta=0, alpha=scale)  # [T, S]
+        torch.mm(scores.softmax(-1), v, out=into)
+    return out
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them: [..., width] -> [..., width]."""
+
+    def __init__(self, width: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, inner)
+        self.fc2 = Linear(inner, width)
+        self.activation = ACTIVATION[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return out

@@ -1,0 +1,265 @@
+"""Linear layers with int8 and int4 weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.quantization import openvino as openvino_product
+from blip2.quantization.formats import _AT_ONCE, GROUP, Rounded4, Rounded8
+from blip2.quantization.openvino import Product
+
+# A token whose largest value is so many times its mean size is written in two terms. Of 4096 normally distributed
+# values the largest is 5 times the mean size, of 16384 after a ReLU 11 times, beside seven outlier channels 100 times.
+STEEP = 12.0
+
+
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with a scale for each output and 8 bit activations, in one term or two.
+
+    On x86 the product is FBGEMM's, exact in whole numbers: a row gives the same bits alone and in any batch. Elsewhere
+    the weights are widened for each product, which saves memory, not time.
+    """
+
+    def __init__(self, weight: Rounded8, bias: Tensor | None, terms: int, steep: float = STEEP) -> None:
+        """bias: [N] in any float. terms: 1 or 2, of the activations. steep: see `STEEP`; 0: every token is."""
+        super().__init__()
+        self.out_features, self.in_features = weight.values.shape
+        self.terms, self.steep = terms, steep
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        packs = weight.values.device.type == "cpu" and levels() > 0
+        self._packed: Any = _pack(weight) if packs else None
+        self._plain = None if packs else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] in any float -> [..., N] in the same."""
+        rows = x.reshape(-1, self.in_features)
+        if self._plain is not None:
+            out = F.linear(rows, self._plain.values.to(x.dtype)).float() * self._plain.scale
+            if self.bias is not None:
+                out = out + self.bias
+        else:
+            out = self._product(rows.float())
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """rows float32 [M, K] -> float32 [M, N]."""
+        most, sizes = levels(), rows.abs()
+        largest = sizes.amax(dim=1, keepdim=True).clamp_(min=1e-30)  # [M, 1]
+        step = largest / most
+        scaled = rows / step
+        first = scaled.round()  # FBGEMM would round some values close to halfway the other way
+        again = self._again(sizes, largest)
+        if len(again) == 0:
+            out = _multiply(first, self._packed)
+        else:
+            second = (scaled[again] - first[again]).mul_(2 * most)  # what is left is at most a half
+            both = _multiply(torch.cat([first, second]), self._packed)
+            out = both[: len(rows)].index_add_(0, again, both[len(rows) :], alpha=0.5 / most)
+        return out.mul_(step) if self.bias is None else torch.addcmul(self.bias, out, step)
+
+    def _again(self, sizes: Tensor, largest: Tensor) -> Tensor:
+        """The tokens that get a second term, by the sizes of their values [M, K] and the largest [M, 1]: int64 [k]."""
+        if self.terms == 1:
+            return _NONE
+        if levels() < 127:
+            return torch.arange(len(sizes))
+        # the order of a sum depends on the batch: in double precision it decides nothing
+        steep = largest > self.steep * sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
+        return steep.flatten().nonzero().flatten()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int8, terms={self.terms}"
+
+
+class Int8ImageLinear(nn.Module):
+    """As `Int8Linear`, for the image encoder's hundreds of rows: oneDNN multiplies, twice as fast at so many.
+
+    A token is rounded once, in 256 steps between its smallest value and its largest. What comes out of a GELU is nearly
+    all positive: between the negative and the positive largest value it would have half as many.
+    """
+
+    def __init__(self, weight: Rounded8, bias: Tensor | None, out: torch.dtype | None = None) -> None:
+        """bias: [N] in any float. out: the dtype of what comes out; None: as what comes in."""
+        super().__init__()
+        self.out_features, self.in_features = weight.values.shape
+        self.out = out
+        self.bias = nn.Parameter(
+            torch.zeros(self.out_features) if bias is None else bias.float(), requires_grad=False
+        )
+        self._packed = torch.ops.onednn.qlinear_prepack(weight.values, None)
+        # No buffers: `model.half()` must not narrow them.
+        self.scale, self.zeros = weight.scale, torch.zeros(self.out_features, dtype=torch.int64)
+        self.sums = weight.values.sum(1, dtype=torch.int32) * weight.scale  # the products of a token of ones
+
+    def __getstate__(self) -> dict[str, Any]:
+        # packed it can be neither copied nor pickled
+        return self.__dict__ | {"_packed": self._packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._packed = torch.ops.onednn.qlinear_prepack(state["_packed"].mT.contiguous(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] in any float -> [..., N]."""
+        rows = x.reshape(-1, self.in_features).float().contiguous()
+        # torch rounds the rows of embedding tables so: [M, K] in 0 .. 255, each row's step and smallest value after it
+        rounded = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+        steps, ends = rounded.split([self.in_features, 8], dim=1)
+        step, low = ends.contiguous().view(torch.float32).split(1, dim=1)  # [M, 1]
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            steps.contiguous(),
+            1.0,
+            0,
+            self._packed,
+            self.scale,
+            self.zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        # in place: new memory for the rows of an image takes as long as what is computed
+        out.mul_(step).addcmul_(low, self.sums).add_(self.bias)
+        return out.to(self.out or x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int8"
+
+
+class Int8Embedding(nn.Module):
+    """A table of embeddings with a scale for each: ids [...] -> float32 [..., W]."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Rounded8) -> None:
+        super().__init__()
+        self.register_buffer("values", weight.values, persistent=False)
+        self.register_buffer("scale", weight.scale, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.values[ids] * self.scale[ids][..., None]
+        return out
+
+
+class Int4Linear(nn.Module):
+    """A linear layer in 4 bits, with a scale and a zero for every `GROUP` inputs of an output.
+
+    OpenVINO multiplies where it is installed and the processor has VNNI, with activations in 8 bits, a scale for every
+    `GROUP` of them; torch elsewhere, with activations in bfloat16. Either way a row gives the same bits in any batch.
+    """
+
+    def __init__(self, weight: Rounded4, bias: Tensor | None) -> None:
+        """bias: [N] in any float."""
+        super().__init__()
+        self.out_features, self.in_features = len(weight.values), 2 * weight.values.shape[1]
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self._product: Product | None = None
+        self._plain = None
+        if weight.values.device.type != "cpu":
+            self._plain = weight
+        elif openvino_multiplies():
+            self._product = Product(weight.values, weight.scales, weight.zeros, mapped=weight.mapped)
+        else:
+            zeros = (8 - weight.zeros.float()) * weight.scales.float()  # torch's kernel adds them
+            pairs = torch.stack([weight.scales, zeros.bfloat16()], dim=-1).transpose(
+                0, 1
+            )  # [K / GROUP, N, 2]
+            rows = max(
+                64, _AT_ONCE // self.in_features // 64 * 64
+            )  # the layout's blocks have 64 outputs at most
+            parts = (weight.rows(slice(i, i + rows)) for i in range(0, self.out_features, rows))
+            packed = torch.cat(
+                [torch._convert_weight_to_int4pack_for_cpu(part.unpacked().int(), 1) for part in parts]
+            )
+            self.register_buffer("pairs", pairs.contiguous(), persistent=False)
+            self.register_buffer("packed", packed, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] in any float -> [..., N] in the same."""
+        rows = x.reshape(-1, self.in_features)
+        out: Tensor
+        if self._product is not None:
+            out = self._product(rows.float())
+        elif self._plain is None:
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed, GROUP, self.pairs)
+        else:
+            out = F.linear(rows.bfloat16(), self._plain.float().bfloat16())
+        out = out.float()
+        if self.bias is not None:
+            out.add_(self.bias)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int4, group={GROUP}"
+
+
+_PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
+
+
+@lru_cache(maxsize=1)
+def levels() -> int:
+    """How far 8 bit activations may go on this processor, 0 where FBGEMM does not run.
+
+    127, or 63 where instructions for whole numbers (VNNI) are missing: sums of two products are then held in 16 bits
+    and cut off beyond them. Found by trying, so that a torch without these operators is no error either.
+    """
+    known = hasattr(torch, "_make_per_channel_quantized_tensor") and hasattr(torch.ops.quantized, _PRODUCT)
+    if "fbgemm" not in torch.backends.quantized.supported_engines or not known:
+        return 0
+    packed = _pack(Rounded8(torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1)))
+    return 127 if float(_multiply(torch.full((1, 64), 127.0), packed, 127)) == 64 * 127 * 127 else 63
+
+
+def onednn_multiplies() -> bool:
+    """Whether oneDNN multiplies 8 bit values here and is quick at it: on x86 with VNNI."""
+    return levels() == 127 and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def openvino_multiplies() -> bool:
+    """Whether OpenVINO multiplies 4 bit weights here: where it is installed, on x86 with VNNI."""
+    return levels() == 127 and openvino_product.installed()
+
+
+@contextmanager
+def _packing() -> Iterator[None]:
+    """Weights are packed for FBGEMM meanwhile, in all threads."""
+    engine = torch.backends.quantized.engine
+    if engine == "fbgemm":  # whoever began sets it back
+        yield
+        return
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def _pack(weight: Rounded8) -> Any:
+    """A weight in FBGEMM's layout."""
+    zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
+    with _packing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer releases announce that these tensors will go; see `levels`
+        tensor = torch._make_per_channel_quantized_tensor(weight.values, weight.scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+def _multiply(rows: Tensor, packed: Any, most: int | None = None) -> Tensor:
+    """Rows float32 [M, K] of values up to `most`, rounded -> their product with the scaled weights, float32 [M, N]."""
+    middle = 1 + (most or levels())
+    out: Tensor = getattr(torch.ops.quantized, _PRODUCT)(rows, 1.0, middle, packed)
+    return out

@@ -1,0 +1,277 @@
+"""Files of paddle.save: one pickle of numpy arrays, protocol 2, 3 or 4.
+
+What Paddle adds to a pickle, as python/paddle/framework/io.py writes it: a table of names, tensors outside a state dict
+as pairs (name, array), arrays of over a gigabyte in slices (protocols 2 and 3), and bfloat16 as uint16, a dtype that
+Paddle itself does not have.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
+from blip2.tensorfiles.pickles import (
+    ORDERED_DICT,
+    Call,
+    Global,
+    Stored,
+    as_dict,
+    find_state_dict,
+    read_pickle,
+)
+from blip2.tensorfiles.tensors import (
+    BrokenFileError,
+    TensorInfo,
+    UnsafeFileError,
+    UnsupportedFileError,
+    checked_shape,
+    quoted,
+)
+
+SPLIT_TABLE = "UnpackBigParamInfor@@"
+_CHUNK = 1 << 20
+
+_RECONSTRUCT = frozenset(
+    {Global("numpy.core.multiarray", "_reconstruct"), Global("numpy._core.multiarray", "_reconstruct")}
+)
+_ARRAY, _DTYPE = Global("numpy", "ndarray"), Global("numpy", "dtype")
+_ENCODE = Global("_codecs", "encode")
+_BYTES = frozenset({Global("__builtin__", "bytes"), Global("builtins", "bytes")})
+_TUPLE = frozenset({Global("__builtin__", "tuple"), Global("builtins", "tuple")})
+ALLOWED = _RECONSTRUCT | _BYTES | _TUPLE | {_ARRAY, _DTYPE, _ENCODE, ORDERED_DICT}
+
+# numpy's names of dtypes. Paddle's bfloat16 is numpy's uint16, see above.
+_DTYPES: Mapping[str, torch.dtype] = {
+    "b1": torch.bool,
+    "u1": torch.uint8,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u2": torch.bfloat16,
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "c8": torch.complex64,
+    "c16": torch.complex128,
+}
+
+
+@dataclass(frozen=True)
+class _Array:
+    info: TensorInfo
+    data: Stored | bytes
+    big_endian: bool = False
+    columns_first: bool = False  # Fortran's order
+
+
+def open_paddle(file: FileBytes) -> PaddleFile:
+    """Open a .pdparams file.
+
+    Raises:
+        UnsafeFileError, BrokenFileError, UnsupportedFileError: see `pickles.read_pickle`.
+    """
+    try:
+        pickle = read_pickle(file, 0, file.size, ALLOWED)
+    except UnsafeFileError as error:
+        if error.asked not in ("builtins.eval", "__builtin__.eval"):
+            raise
+        raise UnsafeFileError(
+            f"{file.path}: refused: it calls Python's eval, as Paddle does when it saves C++ tensors (and an attacker "
+            "could). Nothing was run. In Paddle, save a layer's state_dict() with paddle.save",
+            error.asked,
+        ) from error
+    if pickle.end != file.size:
+        raise BrokenFileError(f"{file.path}: {file.size - pickle.end:,} bytes follow the end of its pickle")
+    return PaddleFile(file, pickle.value)
+
+
+class PaddleFile:
+    """The tensors of one .pdparams file."""
+
+    format = "paddle"
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, file: FileBytes, value: Any) -> None:
+        self._file = file
+        self.info: dict[str, TensorInfo] = {}
+        self._slices: dict[str, list[_Array]] = {}  # one of them is the whole tensor
+        table = as_dict(value)
+        found = find_state_dict(value, _is_tensor, file)
+        arrays = {name: self._read_array(name, entry) for name, entry in found.items()}
+        split = {} if table is None else table.get(SPLIT_TABLE, {})
+        if not isinstance(split, dict):
+            raise BrokenFileError(f"{file.path}: {SPLIT_TABLE} is no dict; get the file again")
+        for name, entry in split.items():
+            slices = self._take_slices(name, entry, arrays)
+            self._slices[name] = slices
+            self.info[name] = TensorInfo(self._split_shape(name, entry, slices), slices[0].info.dtype)
+        for name, array in arrays.items():
+            self.info[name] = array.info
+            self._slices[name] = [array]
+
+    def mapped(self, name: str) -> Tensor:
+        info, (array, *more) = self.info[name], self._slices[name]
+        row = None
+        if isinstance(array.data, Stored) and not (array.data.text or array.big_endian or more):
+            # None for most: they do not stand aligned in the file.
+            row = self._file.mapped(array.data.start, info, f"tensor {quoted(name)}")
+        return self.copied(name) if row is None else _shaped(row, array, info)
+
+    def copied(self, name: str) -> Tensor:
+        info, slices = self.info[name], self._slices[name]
+        row = torch.empty(info.nbytes, dtype=torch.uint8)
+        out = row.numpy().data
+        start = 0
+        for array in slices:
+            self._read_into(array.data, out[start : start + array.info.nbytes], f"tensor {quoted(name)}")
+            start += array.info.nbytes
+        if slices[0].big_endian:
+            swap_bytes(row, info.dtype)
+        return _shaped(row.view(info.dtype), slices[0], info)
+
+    def place(self, name: str) -> tuple[FileBytes, int] | None:
+        array, *more = self._slices[name]
+        odd = array.big_endian or array.columns_first or more
+        if odd or not isinstance(array.data, Stored) or array.data.text:
+            return None
+        return self._file, array.data.start
+
+    def _read_into(self, data: Stored | bytes, out: memoryview, what: str) -> None:
+        if isinstance(data, bytes):
+            out[:] = data
+        elif not data.text:
+            self._file.read_into(data.start, out, what)
+        else:  # protocol 2 has no bytes: they are the characters of a text
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            done = 0
+            for start in range(0, data.length, _CHUNK):
+                length = min(_CHUNK, data.length - start)
+                try:
+                    characters = decoder.decode(
+                        self._file.read(data.start + start, length, what), final=start + length == data.length
+                    )
+                    values = characters.encode("latin-1")
+                except UnicodeError as error:
+                    raise BrokenFileError(
+                        f"{self._file.path}: {what} holds no bytes as text; get it again"
+                    ) from error
+                if done + len(values) <= len(out):
+                    out[done : done + len(values)] = values
+                done += len(values)
+            if done != len(out):
+                raise BrokenFileError(
+                    f"{self._file.path}: {what} has {done:,} bytes of values instead of {len(out):,}; get it again"
+                )
+
+    # --- what the pickle says ---
+
+    def _wrong(self, name: str, why: str) -> BrokenFileError:
+        return BrokenFileError(f"{self._file.path}: tensor {quoted(name)} {why}; get the file again")
+
+    def _read_array(self, name: str, value: Any) -> _Array:
+        call = _array_call(value)
+        state = call.state if call else None
+        if call is None or call.arguments[:1] != (_ARRAY,) or not isinstance(state, tuple) or len(state) != 5:
+            raise self._wrong(name, "is described in no way that numpy has")
+        _, sizes, kind, columns_first, data = state
+        code, big_endian = self._read_dtype(name, kind)
+        shape = checked_shape(sizes)
+        if shape is None:
+            raise self._wrong(name, "has no valid shape")
+        if columns_first not in (0, 1):
+            raise self._wrong(name, "has no valid order of values")
+        info = TensorInfo(shape, _DTYPES[code])
+        data = self._read_data(name, data)
+        if isinstance(data, Stored) and data.text:
+            fits = data.length // 2 <= info.nbytes <= data.length  # a byte takes one or two
+        else:
+            length = data.length if isinstance(data, Stored) else len(data)
+            fits = length == info.nbytes
+        if not fits:
+            raise self._wrong(name, f"of shape {list(shape)} has another number of bytes than that")
+        return _Array(info, data, big_endian, bool(columns_first) and len(shape) > 1)
+
+    def _read_dtype(self, name: str, value: Any) -> tuple[str, bool]:
+        """The name of a dtype without its byte order, and whether that is big-endian."""
+        if isinstance(value, Call) and value.function == _DTYPE and value.arguments:
+            code, state = value.arguments[0], value.state
+            order = state[1] if isinstance(state, tuple) and len(state) >= 2 else None
+            if type(code) is str and type(order) is str and code in _DTYPES and order in ("<", ">", "|"):
+                return code, order == ">"
+            if type(code) is str and code not in _DTYPES:
+                raise UnsupportedFileError(
+                    f"{self._file.path}: tensor {quoted(name)} has numpy's dtype {quoted(code)}; known are "
+                    f"{', '.join(_DTYPES)} (u2 is Paddle's bfloat16)"
+                )
+        raise self._wrong(name, "has no valid dtype")
+
+    def _read_data(self, name: str, value: Any) -> Stored | bytes:
+        if isinstance(value, Call) and value.function == _ENCODE and len(value.arguments) == 2:
+            text, encoding = value.arguments
+            if type(encoding) is str and encoding == "latin1" and isinstance(text, (str, Stored)):
+                value = text
+        elif isinstance(value, Call) and value.function in _BYTES and not value.arguments:
+            value = b""
+        if isinstance(value, str):
+            try:
+                return value.encode("latin-1")
+            except UnicodeEncodeError:
+                raise self._wrong(name, "holds no bytes as text") from None
+        if not isinstance(value, (bytes, Stored)):
+            raise self._wrong(name, "has values that are no bytes")
+        return value
+
+    def _take_slices(self, name: Any, entry: Any, arrays: dict[str, _Array]) -> list[_Array]:
+        """Remove a split tensor's slices from `arrays`. They are called name@@.0, name@@.1, ..."""
+        names = entry.get("slices") if isinstance(entry, dict) else None
+        if type(name) is not str or name in arrays or not isinstance(names, list) or not names:
+            raise self._wrong(name, f"has no valid entry in {SPLIT_TABLE}")
+        slices = []
+        for i, part in enumerate(names):
+            if type(part) is not str or part != f"{name}@@.{i}" or part not in arrays:
+                raise self._wrong(name, f"lacks its slice {i}")
+            slices.append(arrays.pop(part))
+        first = slices[0]
+        if any(
+            (array.info.dtype, array.big_endian, array.columns_first)
+            != (first.info.dtype, first.big_endian, False)
+            for array in slices
+        ):
+            raise self._wrong(name, "has slices that differ in dtype or order")
+        return slices
+
+    def _split_shape(self, name: str, entry: dict[Any, Any], slices: list[_Array]) -> tuple[int, ...]:
+        shape = checked_shape(entry.get("OriginShape"))
+        if shape is None or math.prod(shape) != sum(math.prod(array.info.shape) for array in slices):
+            raise self._wrong(name, "has slices that do not make up its shape")
+        return shape
+
+
+def _shaped(row: Tensor, array: _Array, info: TensorInfo) -> Tensor:
+    """Values in a row -> the tensor."""
+    if array.columns_first:
+        return row.reshape(info.shape[::-1]).permute(*reversed(range(len(info.shape))))
+    return row.reshape(info.shape)
+
+
+def _array_call(value: Any) -> Call | None:
+    """The call that makes an array: `value` itself, or the second of a pair (name, array)."""
+    if isinstance(value, Call) and value.function in _TUPLE and len(value.arguments) == 1:
+        value = value.arguments[0]
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        value = value[1]
+    if isinstance(value, Call) and value.function in _RECONSTRUCT:
+        return value
+    return None
+
+
+def _is_tensor(value: Any) -> bool:
+    return _array_call(value) is not None

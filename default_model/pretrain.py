@@ -1,0 +1,217 @@
+"""Training the parts BLIP-2 starts from, where no pre-trained ones are at hand.
+
+The image encoder learns from captions (CLIP's loss), from the places of named things (`losses.region_loss`) and where
+they are (`losses.place_loss`); `initialise` gives untrained modules their first weights, `qformer_from_matcher` hands
+stage 1's result to stage 2. Queries and language model: see `queries.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.opt import Layer as OptLayer
+from blip2.modeling.opt import Opt
+from blip2.modeling.qformer import Layer
+from blip2.modeling.vision import Block, ImageEncoder
+from blip2.train import losses
+from blip2.train.loop import Task
+
+Batch = Mapping[str, Tensor]
+
+
+class WordBag(nn.Module):
+    """The simplest text encoder: the mean of a text's word embeddings.
+
+    It costs next to nothing, so that every name there is can stand against every image.
+    """
+
+    def __init__(self, vocabulary: int, embedding: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, embedding)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids int64 and mask [B, T] -> [B, E], not normalised."""
+        weight = mask.float().unsqueeze(-1)
+        out: Tensor = (self.words(ids) * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return out
+
+
+class ImageTextEncoders(nn.Module):
+    """Image encoder and text encoder that meet in one space, E wide."""
+
+    def __init__(self, vision: ImageEncoder, text: WordBag) -> None:
+        super().__init__()
+        width, shared = vision.config.hidden_size, text.words.embedding_dim
+        self.vision, self.text = vision, text
+        self.image_projection = nn.Linear(width, shared, bias=False)
+        self.patch_projection = nn.Linear(width, shared, bias=False)
+        self.place = nn.Linear(width, 2)
+        first = math.log(1 / 0.07)  # where CLIP starts
+        self.image_scale = nn.Parameter(torch.tensor(first))
+        self.patch_scale = nn.Parameter(torch.tensor(first))
+
+
+class ContrastivePretrain(Task):
+    """Image encoder from captions and from places: CLIP's loss on images, `region_loss` and `place_loss` on patches.
+
+    Contrast alone makes an encoder forget where a patch is: names do not ask for it. Counting, ordering and every
+    question of place do, and a Q-Former cannot find what the features do not hold.
+
+    Batch: pixels [B, 3, S, S]; ids int64 and mask [B, T], a caption each; phrase_ids int64 and phrase_mask [P, T], the
+    different phrases that name things in these images; regions int64 [B, N - 1], which phrase each patch (row by row)
+    shows, -1 for none; places [B, N - 1, 2], the middle of what each patch shows (of the patch itself where that is
+    nothing), column and row as shares of the image's side; optionally text_ids int64 [B], equal where captions say the
+    same, and keep int64 [B, K], the patches to encode, the others being left out to train faster.
+    """
+
+    def __init__(
+        self, encoders: ImageTextEncoders, *, clip_weight: float = 0.25, muon_scale: float = 6.0
+    ) -> None:
+        """`muon_scale`: the encoder's matrices are trained by Muon, at so many times the learning rate of the rest."""
+        self.module = self.encoders = encoders
+        self.clip_weight, self.muon_scale = clip_weight, muon_scale
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        named = dict(self.module.named_parameters())
+        matrices = [name for name, p in named.items() if name.startswith("vision.layers.") and p.ndim == 2]
+        return [
+            {
+                "params": [named[name] for name in matrices],
+                "weight_decay": weight_decay,
+                "muon": True,
+                "lr_scale": self.muon_scale,
+            },
+            {"params": [p for name, p in named.items() if name not in matrices], "weight_decay": 0.0},
+        ]
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        both = self.encoders
+        keep, regions, places = batch.get("keep"), batch["regions"], batch["places"]
+        features = both.vision(batch["pixels"], keep=keep)  # [B, N or K + 1, W], the class position first
+        if keep is not None:
+            regions = regions.gather(1, keep)
+            places = places.gather(1, keep.unsqueeze(-1).expand(-1, -1, 2))
+        image = both.image_projection(features[:, 0])  # [B, E]
+        patches = both.patch_projection(features[:, 1:])  # [B, N - 1, E]
+        clip = losses.clip_loss(
+            image, both.text(batch["ids"], batch["mask"]), both.image_scale, batch.get("text_ids")
+        )
+        phrases = both.text(batch["phrase_ids"], batch["phrase_mask"])  # [P, E]
+        region = losses.region_loss(patches, phrases, regions, both.patch_scale)
+        place = losses.place_loss(both.place(features[:, 1:]), places)
+        loss = region + self.clip_weight * clip + place
+        return {"loss": loss, "clip": clip, "region": region, "place": place}
+
+
+def mimetic(vision: ImageEncoder, seed: int) -> None:
+    """Start an image encoder as trained ones look: it learns from far fewer images. In place.
+
+    Queries meet keys of like positions, values are handed on with their sign turned; position embeddings are sines and
+    cosines of row and column. Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width, grid = vision.config.hidden_size, vision.config.grid
+    heads = vision.config.num_attention_heads
+    size = width // heads
+
+    def near_identity(noise: float, identity: float) -> tuple[Tensor, Tensor, Tensor]:
+        drawn = torch.randn(width, width, generator=generator) * noise / math.sqrt(width)
+        left, values, right = torch.linalg.svd(drawn + identity * torch.eye(width))
+        return left, values.sqrt(), right
+
+    with torch.no_grad():
+        for layer in vision.layers:
+            assert isinstance(layer, Block)
+            query, key, value = layer.self_attn.qkv.weight.chunk(3)
+            for head in range(heads):
+                left, root, right = near_identity(0.7, 0.7)
+                rows = slice(head * size, (head + 1) * size)
+                query[rows] = (left[:, :size] * root[:size]).mT
+                key[rows] = right[:size] * root[:size, None]
+            left, root, right = near_identity(0.4, -0.4)
+            value.copy_(root[:, None] * right)
+            layer.self_attn.projection.weight.copy_(left * root)
+        angles = torch.arange(float(grid))[:, None] / 100 ** (torch.arange(width // 4) / (width // 4))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, W / 2]
+        rows_and_columns = [waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)]
+        vision.position_embedding[0, 1:] = 0.3 * torch.cat(rows_and_columns, dim=-1).flatten(0, 1)
+
+
+def matching(language: Opt, seed: int, *, heads: int = 2) -> None:
+    """Start some heads of the first layer where a token looks for its equals before it. In place, after `initialise`.
+
+    What a question names is then found in the prefix from the first step on; a small model takes thousands to come upon
+    it, and says "yes" or "no" by chance until then. Position embeddings start small: a word is the same everywhere.
+    """
+    width, count = language.config.hidden_size, language.config.num_attention_heads
+    rows = heads * (width // count)
+    drawn = torch.randn(width, rows, generator=torch.Generator().manual_seed(seed))
+    directions = torch.linalg.qr(drawn)[0].mT  # [rows, W], orthonormal
+    first = language.layers[0]
+    assert isinstance(first, OptLayer)
+    with torch.no_grad():
+        first.self_attn.q_proj.weight[:rows] = directions
+        first.self_attn.k_proj.weight[:rows] = directions
+        language.embed_positions.weight *= 0.1
+
+
+def initialise(module: nn.Module, seed: int, *, std: float = 0.02) -> None:
+    """First weights, in place: truncated normal for weights, zero for biases, one for norms; scalars stay as they are.
+
+    The Q-Former's feed-forward for queries begins as a copy of the one for text, where there is one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if isinstance(part, nn.LayerNorm):
+                    parameter.fill_(float(name == "weight"))
+                elif "bias" in name:
+                    parameter.zero_()
+                elif parameter.ndim >= 2:
+                    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
+        for part in module.modules():
+            if isinstance(part, Layer) and hasattr(part, "intermediate"):
+                part.intermediate_query.load_state_dict(part.intermediate.state_dict())
+                part.output_query.load_state_dict(part.output.state_dict())
+
+
+# Parts of stage 1's Q-Former that stage 2 has no use for: its text branch.
+_TEXT_BRANCH = (
+    ".intermediate.",
+    ".output.dense.",
+    ".output.LayerNorm.",
+    "word_embeddings.",
+    "position_embeddings.",
+)
+
+
+def qformer_from_matcher(matcher: Blip2Matcher, model: Blip2) -> None:
+    """Copy stage 1's image encoder, queries and Q-Former into the stage-2 model; its text branch stays behind.
+
+    Raises:
+        ValueError: the two are of different sizes.
+    """
+    for part in ("vision", "qformer"):
+        source, target = getattr(matcher, part).state_dict(), getattr(model, part).state_dict()
+        spare = [name for name in source.keys() - target.keys() if not _is_text(name)]
+        wrong = sorted(n for n in target if n not in source or source[n].shape != target[n].shape) + sorted(
+            spare
+        )
+        if wrong:
+            raise ValueError(
+                f"the stage-1 model's {part} does not fit the stage-2 model's: {', '.join(wrong[:4])} "
+                f"({len(wrong)} tensors in all) differ; build both from the same config"
+            )
+        getattr(model, part).load_state_dict({name: source[name] for name in target})
+
+
+def _is_text(name: str) -> bool:
+    in_attention = ".attention." in name or ".crossattention." in name
+    return not in_attention and any(mark in f".{name}" for mark in _TEXT_BRANCH)
