@@ -85,7 +85,7 @@ def written(model: Predictor, path: Path) -> list[tuple[list[int], list[int]]]:
 def distributions(model: Predictor, path: Path, rows: list[tuple[list[int], list[int]]]) -> list[Tensor]:
     """Log-probabilities [T, V] at the positions of each text."""
     part = model.generator
-    prefix = model.model.embed_image(to_pixels([load_image(path)], part.processing))
+    prefix = model.model.embed_image(to_pixels([load_image(path)], part.image_processor))
     out = []
     for prompt, text in rows:
         logits = model.model.logits_from_prefix(prefix, torch.tensor([prompt + text]))[0]

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip2.modeling.layers import processor_has_bf16
+from blip2.modeling.layers import cpu_has_bf16
 from blip2.quantization import linear
-from blip2.quantization.formats import Rounded4, Rounded8
+from blip2.quantization.formats import Int4Weight, Int8Weight
 from blip2.quantization.linear import (
     Int4Linear,
     Int8ImageLinear,
@@ -64,7 +64,7 @@ def kernels() -> Iterator[tuple[str, Callable[[Tensor], Kernel], torch.dtype]]:
         there = linear.openvino_multiplies
         linear.openvino_multiplies = lambda: False
         try:
-            return Int4Linear(Rounded4.of(weight), None)
+            return Int4Linear(Int4Weight.of(weight), None)
         finally:
             linear.openvino_multiplies = there
 
@@ -74,20 +74,20 @@ def kernels() -> Iterator[tuple[str, Callable[[Tensor], Kernel], torch.dtype]]:
 
     narrow, wide = torch.bfloat16, torch.float32
     yield "bf16, as stored", plain, narrow
-    if processor_has_bf16():
+    if cpu_has_bf16():
         yield "bf16, laid out for oneDNN", laid_out, narrow
-    yield "8 bits, FBGEMM, one term", lambda weight: Int8Linear(Rounded8.of(weight), None, 1), wide
+    yield "8 bits, FBGEMM, one term", lambda weight: Int8Linear(Int8Weight.of(weight), None, 1), wide
     yield "8 bits, FBGEMM, two terms", two_terms, wide
     if onednn_multiplies():
-        yield "8 bits, oneDNN", lambda weight: Int8ImageLinear(Rounded8.of(weight), None), wide
+        yield "8 bits, oneDNN", lambda weight: Int8ImageLinear(Int8Weight.of(weight), None), wide
     yield "4 bits, torch", by_torch, wide
     if openvino_multiplies():
-        yield "4 bits, OpenVINO", lambda weight: Int4Linear(Rounded4.of(weight), None), wide
+        yield "4 bits, OpenVINO", lambda weight: Int4Linear(Int4Weight.of(weight), None), wide
 
 
 def two_terms(weight: Tensor) -> Kernel:
     """Every token steep: one value of it is a hundred times as large as the others."""
-    layer = Int8Linear(Rounded8.of(weight), None, 2)
+    layer = Int8Linear(Int8Weight.of(weight), None, 2)
 
     def run(rows: Tensor) -> Tensor:
         rows[:, 0] = 400

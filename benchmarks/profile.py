@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from blip2.bench import BEAMS
-from blip2.checkpoint.load import load_model, load_processing, stored_as
+from blip2.checkpoint.load import load_model, load_processors, stored_as
 from blip2.modeling.blip2 import Blip2
 from blip2.text import CAPTION_PROMPT
 
@@ -37,8 +37,8 @@ def main() -> None:
     dtype = None if rounded else arguments.dtype  # between rounded weights fp32 is computed
     model = load_model(arguments.folder, dtype=dtype, quantize=arguments.quantize, lay_out=True)
     assert isinstance(model, Blip2)
-    processing, words = load_processing(arguments.folder)
-    pixels = torch.randn(1, 3, processing.size, processing.size)
+    image_processor, words = load_processors(arguments.folder)
+    pixels = torch.randn(1, 3, image_processor.size, image_processor.size)
     ids = torch.tensor([words.encode(CAPTION_PROMPT)])
     with torch.inference_mode():
         prefix = model.embed_image(pixels)

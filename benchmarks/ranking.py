@@ -21,7 +21,7 @@ QUESTION = "how many pineapples are in the picture?"
 
 
 def one_by_one(
-    model: Predictor, image: Path | blip2.Encoded, question: str, answers: list[str]
+    model: Predictor, image: Path | blip2.EncodedImage, question: str, answers: list[str]
 ) -> list[float]:
     """Question and answer read in full for each answer, as a loop over answers does; an image that is none yet, too."""
     config, tokenizer = model.model.config.language, model.generator.tokenizer

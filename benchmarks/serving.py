@@ -46,23 +46,25 @@ def pictures(count: int, seed: int) -> list[bytes]:
     return files
 
 
-def loop(model: blip2.Predictor, images: list[bytes], beams: int) -> list[float]:
+def loop(model: blip2.Predictor, images: list[bytes], num_beams: int) -> list[float]:
     """Seconds of each caption."""
     times = []
     for image in images:
         began = time.perf_counter()
-        model.caption(image, beams=beams)
+        model.caption(image, num_beams=num_beams)
         times.append(time.perf_counter() - began)
     return times
 
 
-def serve(url: str, images: list[bytes], beams: int, clients: int) -> tuple[float, list[float]]:
+def serve(url: str, images: list[bytes], num_beams: int, clients: int) -> tuple[float, list[float]]:
     """Seconds for all, and of each."""
     with httpx2.Client(base_url=url, timeout=120, trust_env=False) as client:
 
         def ask(image: bytes) -> float:
             began = time.perf_counter()
-            client.post("/caption", files={"image": image}, data={"beams": str(beams)}).raise_for_status()
+            client.post(
+                "/caption", files={"image": image}, data={"num_beams": str(num_beams)}
+            ).raise_for_status()
             return time.perf_counter() - began
 
         began = time.perf_counter()
@@ -149,16 +151,16 @@ def main() -> None:
     process, url = start(args.model, threads)
     figures: dict[str, dict[str, float]] = {}
     try:
-        for beams in args.beams:
-            loop(model, pictures(4, 0), beams)
-            serve(url, pictures(16, 1), beams, 4)
+        for num_beams in args.num_beams:
+            loop(model, pictures(4, 0), num_beams)
+            serve(url, pictures(16, 1), num_beams, 4)
             found: dict[int, list[tuple[float, float, float]]] = {clients: [] for clients in CLIENTS}
             for round_ in range(args.rounds):
                 # in turns, so that what else the machine does falls on both
                 for clients in CLIENTS:
                     images = pictures(args.requests, 100 + 10 * round_ + clients)
-                    plain = loop(model, images, beams)
-                    total, times = serve(url, images, beams, clients)
+                    plain = loop(model, images, num_beams)
+                    total, times = serve(url, images, num_beams, clients)
                     found[clients].append(
                         (
                             sum(plain) / total,
@@ -169,11 +171,15 @@ def main() -> None:
             for clients, rounds in found.items():
                 throughput, p50, p99 = (statistics.median(column) for column in zip(*rounds, strict=True))
                 print(
-                    f"beams {beams}, {clients:2} clients: throughput {throughput:.2f} of the loop's, "
+                    f"beams {num_beams}, {clients:2} clients: throughput {throughput:.2f} of the loop's, "
                     f"p50 {p50:.2f}, p99 {p99:.2f} of its latency",
                     flush=True,
                 )
-                figures[f"beams{beams}_clients{clients}"] = {"throughput": throughput, "p50": p50, "p99": p99}
+                figures[f"beams{num_beams}_clients{clients}"] = {
+                    "throughput": throughput,
+                    "p50": p50,
+                    "p99": p99,
+                }
         images = pictures(4, 7)
         for path, request in {None: {}, **others(images[0])}.items():
             waits, alone = stall(url, images, path, request)

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from blip2.images import ImageError
     from blip2.modeling.config import ConfigError
     from blip2.predict import Chat, Predictor, load
-    from blip2.results import Answer, Caption, Encoded, Match, Ranked
+    from blip2.results import Answer, Caption, EncodedImage, Match, Ranked
 
 __all__ = [
     "Answer",
     "Caption",
     "Chat",
     "ConfigError",
-    "Encoded",
+    "EncodedImage",
     "Explanation",
     "GenerationOptions",
     "ImageError",
@@ -48,7 +48,7 @@ _HOMES = {
     "Explanation": "explain",
     "GenerationOptions": "generation.options",
     "ImageError": "images",
-} | dict.fromkeys(("Answer", "Caption", "Encoded", "Match", "Ranked"), "results")
+} | dict.fromkeys(("Answer", "Caption", "EncodedImage", "Match", "Ranked"), "results")
 
 
 def __getattr__(name: str) -> Any:

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.inspect import stored_model
-from blip2.checkpoint.load import load_model, load_processing, read_config_file
+from blip2.checkpoint.load import load_model, load_processors, read_config_file
 from blip2.generation.decoding import generate
 from blip2.generation.options import GenerationOptions
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config, OptConfig
-from blip2.quantization.formats import Mode, Rounded8
+from blip2.quantization.formats import Int8Weight, Mode
 from blip2.quantization.linear import Int8ImageLinear, Int8Linear, onednn_multiplies
 from blip2.registry import BYTES, KnownModel, int4_bytes, matrix_values
 from blip2.text import CAPTION_PROMPT
@@ -59,7 +59,7 @@ class Side(Protocol):
     def encode(self, pixels: Tensor) -> Any:
         """Pixels [B, 3, S, S] -> what the language model reads first."""
 
-    def write(self, prefix: Any, beams: int, tokens: int) -> None:
+    def write(self, prefix: Any, num_beams: int, tokens: int) -> None:
         """A text of exactly so many tokens for each image."""
 
     def again(self, prefix: Any) -> Callable[[], None]:
@@ -76,14 +76,14 @@ class Ours:
             lay_out=True,
         )
         assert isinstance(model, Blip2)
-        self.model, words = model, load_processing(side.folder)[1]
+        self.model, words = model, load_processors(side.folder)[1]
         self.ids = torch.tensor([words.encode(CAPTION_PROMPT)], device=side.device)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.embed_image(pixels)
 
-    def write(self, prefix: Tensor, beams: int, tokens: int, context: Any = None) -> None:
-        options = GenerationOptions(beams=beams, max_new_tokens=tokens, min_new_tokens=tokens)
+    def write(self, prefix: Tensor, num_beams: int, tokens: int, context: Any = None) -> None:
+        options = GenerationOptions(num_beams=num_beams, max_new_tokens=tokens, min_new_tokens=tokens)
         generate(self.model, prefix, self.ids.expand(len(prefix), -1), None, options, context=context)
 
     def again(self, prefix: Tensor) -> Callable[[], None]:
@@ -100,7 +100,7 @@ class Theirs:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[side.dtype]
         model: Any = Blip2ForConditionalGeneration.from_pretrained(side.folder, dtype=dtype)
         self.model = model.eval().to(side.device)
-        words = load_processing(side.folder)[1]
+        words = load_processors(side.folder)[1]
         self.ids = torch.tensor([words.encode(CAPTION_PROMPT)], device=side.device)
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -111,14 +111,14 @@ class Theirs:
         prefix: Tensor = model.language_projection(read.to(model.language_projection.weight.dtype))
         return prefix
 
-    def write(self, prefix: Tensor, beams: int, tokens: int) -> None:
+    def write(self, prefix: Tensor, num_beams: int, tokens: int) -> None:
         words = self.model.get_input_embeddings()(self.ids.expand(len(prefix), -1))
         embeddings = torch.cat([prefix, words.to(prefix.dtype)], dim=1)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
         self.model.language_model.generate(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            num_beams=beams,
+            num_beams=num_beams,
             do_sample=False,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
@@ -136,7 +136,7 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     start = time.perf_counter()
     loaded: Side = Ours(side) if side.code == "blip2" else Theirs(side)
     found = {"load": time.perf_counter() - start}
-    size = load_processing(side.folder)[0].size
+    size = load_processors(side.folder)[0].size
     pixels = torch.randn(max(batches), 3, size, size, generator=torch.Generator().manual_seed(0)).to(
         side.device
     )
@@ -191,7 +191,7 @@ def limits() -> dict[str, float]:
     side = 1536
     a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
     operations = 2 * side**3
-    narrow, rounded = a.bfloat16(), Rounded8.of(a)
+    narrow, rounded = a.bfloat16(), Int8Weight.of(a)
     eight = Int8ImageLinear(rounded, None) if onednn_multiplies() else Int8Linear(rounded, None, 1)
     return {
         "read": read,
@@ -357,7 +357,7 @@ def operations(side: Contender) -> dict[str, float]:
     layer = 2 * positions * matrices + 4 * positions * positions * width
     counted = {"encode": float(vision.num_hidden_layers * layer)}
     if isinstance(language, OptConfig):
-        prompt = config.num_query_tokens + len(load_processing(folder)[1].encode(CAPTION_PROMPT))
+        prompt = config.num_query_tokens + len(load_processors(folder)[1].encode(CAPTION_PROMPT))
         counted["prefill"] = 2.0 * prompt * matrix_values(language)
     return counted
 
@@ -367,7 +367,7 @@ def decode_bytes(side: Contender) -> float:
     config = read_config_file(Path(side.folder))
     assert isinstance(config, Blip2Config)
     language = config.language
-    width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
+    width = language.width
     head = language.vocab_size * width
     each = {"int8": 1.0, "int4": int4_bytes(language)}.get(side.quantize or "", BYTES[side.dtype])
     return matrix_values(language, decoder=True) * each + head * (1.0 if side.quantize else BYTES[side.dtype])

@@ -392,12 +392,15 @@ def _add_decoding(
 
     def option(name: str, kind: type, default: Any, about: str) -> None:
         shown = "" if default is None else f" (default: {default})"
-        group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=about + shown)
+        short = ["--beams"] if name == "num-beams" else []
+        group.add_argument(f"--{name}", *short, type=kind, default=default, metavar="N", help=about + shown)
 
     if prompt:
         text = 'what the caption goes on from, "" for nothing (default: "a photo of")'
         group.add_argument("--prompt", metavar="TEXT", help=text)
-    option("beams", int, None, "texts that beam search follows (default: 5; 1 when sampling or streaming)")
+    option(
+        "num-beams", int, None, "texts that beam search follows (default: 5; 1 when sampling or streaming)"
+    )
     option("max-new-tokens", int, 30, "longest text, in tokens")
     option("min-new-tokens", int, 0, "shortest text, in tokens")
     option("length-penalty", float, length_penalty, "above 0 favours long texts, below 0 short ones")

@@ -30,7 +30,7 @@ from blip2.modeling.qformer import Attention
 from blip2.modeling.t5 import T5
 from blip2.modeling.vision import SelfAttention
 from blip2.quantization.linear import Int4Linear, Int8Linear
-from blip2.results import Written
+from blip2.results import GeneratedText
 from blip2.text import Tokenizer
 
 TILE_PX = 320  # longest side of one picture in `Explanation.image`
@@ -153,7 +153,7 @@ def explain(
 def _tokens(model: Blip2, tokenizer: Tokenizer, text: str) -> list[int]:
     """A text's ids as the language model writes them, without the end token."""
     language = model.config.language
-    if isinstance(text, Written) and text.tokens:
+    if isinstance(text, GeneratedText) and text.tokens:
         ends = language.eos_token_id
         end_ids = {ends} if isinstance(ends, int) else {*ends}
         return [token for token in text.tokens if token not in end_ids]

@@ -196,7 +196,7 @@ def _check_array(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class ImageProcessing:
+class ImageProcessor:
     """How an RGB image becomes what the image encoder takes.
 
     size: pixels on each side; images are squashed to a square.
@@ -212,7 +212,7 @@ class ImageProcessing:
     rescale_factor: float = 1 / 255
 
     @classmethod
-    def load(cls, folder: str | Path, image_size: int) -> ImageProcessing:
+    def load(cls, folder: str | Path, image_size: int) -> ImageProcessor:
         """Read a checkpoint's settings; what they leave open is as in BLIP-2, the size `image_size`.
 
         They stand in processor_config.json under `image_processor` (newer files), else in preprocessor_config.json.
@@ -226,7 +226,7 @@ class ImageProcessing:
         return cls.from_dict(_read_json(Path(folder) / "preprocessor_config.json"), image_size)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], image_size: int) -> ImageProcessing:
+    def from_dict(cls, raw: Mapping[str, Any], image_size: int) -> ImageProcessor:
         """Settings as preprocessor_config.json holds them; see `load`."""
         for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if raw.get(step) is False:
@@ -273,7 +273,7 @@ class ImageProcessing:
         }
 
 
-def to_pixels(images: Sequence[Image.Image], processing: ImageProcessing) -> Tensor:
+def to_pixels(images: Sequence[Image.Image], image_processor: ImageProcessor) -> Tensor:
     """RGB images -> float32 [B, 3, S, S], bit for bit what transformers' image processor gives.
 
     Raises:
@@ -283,17 +283,19 @@ def to_pixels(images: Sequence[Image.Image], processing: ImageProcessing) -> Ten
         raise ImageError("no images given")
     # Only 256 values can stand in a channel, so all of the arithmetic is a table: float64 product rounded to float32,
     # then float32 differences and quotients.
-    levels = (np.arange(256, dtype=np.float64) * processing.rescale_factor).astype(np.float32)
-    mean, std = np.array(processing.mean, np.float32), np.array(processing.std, np.float32)
+    levels = (np.arange(256, dtype=np.float64) * image_processor.rescale_factor).astype(np.float32)
+    mean, std = np.array(image_processor.mean, np.float32), np.array(image_processor.std, np.float32)
     table = ((levels[:, None] - mean) / std).astype(np.float32)  # [256, 3]
-    pixels = np.empty((len(images), 3, processing.size, processing.size), np.float32)
+    pixels = np.empty((len(images), 3, image_processor.size, image_processor.size), np.float32)
     for image, out in zip(images, pixels, strict=True):
         if image.mode != "RGB":
             raise ImageError(
                 f"an image of mode {image.mode!r} arrived, expected RGB; read images with load_image"
             )
         resized = np.asarray(
-            image.resize((processing.size, processing.size), Image.Resampling(processing.resample))
+            image.resize(
+                (image_processor.size, image_processor.size), Image.Resampling(image_processor.resample)
+            )
         )
         for channel in range(3):
             np.take(table[:, channel], resized[..., channel], out=out[channel])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from blip2.checkpoint import count_parameters, load_model, load_processing
+from blip2.checkpoint import count_parameters, load_model, load_processors
 from blip2.checkpoint import resolve as find_files
-from blip2.images import ImageProcessing
+from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.quantization.formats import Mode
 from blip2.registry import default_dtype, resolve
@@ -17,15 +17,15 @@ from blip2.text import Tokenizer
 
 
 @dataclass(frozen=True)
-class Part:
+class LoadedModel:
     """A loaded checkpoint: the model and how its images and texts are prepared."""
 
     model: Blip2 | Blip2Matcher
-    processing: ImageProcessing
+    image_processor: ImageProcessor
     tokenizer: Tokenizer
 
 
-def load_part(
+def load_components(
     name: str | Path,
     device: torch.device,
     dtype: str | torch.dtype | None,
@@ -33,7 +33,7 @@ def load_part(
     vision: str | Path | None = None,
     language: str | Path | None = None,
     quantize: Mode | None = None,
-) -> Part:
+) -> LoadedModel:
     """Load what a name or a folder holds; arguments as for `predict.load`."""
     files = find_files(resolve(name) if isinstance(name, str) else name, revision)
     if dtype is None and quantize is None:
@@ -44,11 +44,11 @@ def load_part(
             and not torch.cuda.is_bf16_supported(including_emulation=False)
         ):
             dtype = "fp16"
-    processing, tokenizer = load_processing(files, vision=vision, language=language)
+    image_processor, tokenizer = load_processors(files, vision=vision, language=language)
     model = load_model(
         files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, lay_out=True
     )
-    return Part(model, processing, tokenizer)
+    return LoadedModel(model, image_processor, tokenizer)
 
 
 def device_of(device: str | torch.device) -> torch.device:

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip2.images import ImageProcessing, ImageSource, to_pixels
+from blip2.images import ImageProcessor, ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
 from blip2.modeling.blip2 import Blip2Matcher
-from blip2.results import Encoded, Match
+from blip2.results import EncodedImage, Match
 from blip2.text import Tokenizer
 
 
-class Seen(NamedTuple):
+class ImageFeatures(NamedTuple):
     """Images as the matcher has read them."""
 
     features: Tensor  # [B, N, W]
@@ -28,14 +28,19 @@ class Matcher:
     def __init__(
         self,
         model: Blip2Matcher,
-        processing: ImageProcessing,
+        image_processor: ImageProcessor,
         tokenizer: Tokenizer,
         device: torch.device,
         *,
         text_length: int | None = None,
     ) -> None:
         """`text_length`: tokens after which a text is cut off; None: the model's positions."""
-        self.model, self.processing, self.tokenizer, self.device = model, processing, tokenizer, device
+        self.model, self.image_processor, self.tokenizer, self.device = (
+            model,
+            image_processor,
+            tokenizer,
+            device,
+        )
         self.text_length = text_length or model.config.qformer.max_position_embeddings
 
     @torch.inference_mode()
@@ -56,7 +61,7 @@ class Matcher:
         """
         results: list[Any] = []
         for start, batch in in_batches(as_list(images), batch_size):
-            seen = self.see(self.prepare(batch, start))
+            seen = self.encode_images(self.prepare(batch, start))
             rows: list[list[Match]] = [[] for _ in batch]
             for _, some in in_batches(as_list(texts), batch_size):
                 for row, found in zip(rows, self.compare(seen, some), strict=True):
@@ -65,13 +70,13 @@ class Matcher:
         return results if is_many(images) else results[0]
 
     @torch.inference_mode()
-    def see(self, pixels: Tensor) -> Seen:
+    def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Read images, pixels [B, 3, S, S], for any number of texts."""
         features = self.model.vision(pixels.to(self.device))
-        return Seen(features, self.model.image_embeddings(features).float())
+        return ImageFeatures(features, self.model.image_embeddings(features).float())
 
     @torch.inference_mode()
-    def compare(self, seen: Seen, texts: Sequence[str]) -> list[list[Match]]:
+    def compare(self, seen: ImageFeatures, texts: Sequence[str]) -> list[list[Match]]:
         """For each image how well each text fits."""
         ids, mask = self.encode(texts)
         words = self.model.text_embeddings(ids, mask).float()  # [T, E]
@@ -92,7 +97,7 @@ class Matcher:
             ImageError: an image that cannot be read; the message names it.
         """
         found = [
-            self.see(self.prepare(batch, start)).queries.cpu()
+            self.encode_images(self.prepare(batch, start)).queries.cpu()
             for start, batch in in_batches(as_list(images), batch_size)
         ]
         if not found:
@@ -114,11 +119,13 @@ class Matcher:
 
     def prepare(self, images: Sequence[Any], start: int = 0) -> Tensor:
         """Pixels [B, 3, S, S]; `start` is the place of the first image in what the user gave."""
-        if any(isinstance(image, Encoded) for image in images):
+        if any(isinstance(image, EncodedImage) for image in images):
             raise ValueError(
                 "the matcher reads images with its own encoder; give it the image, not its encoding"
             )
-        return to_pixels([open_image(image, start + i) for i, image in enumerate(images)], self.processing)
+        return to_pixels(
+            [open_image(image, start + i) for i, image in enumerate(images)], self.image_processor
+        )
 
     def features(self, images: Sequence[Any], start: int = 0) -> Tensor:
         """Image features [B, N, W]; `start` as for `prepare`."""

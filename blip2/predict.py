@@ -1,6 +1,6 @@
 """What people do with a model: captions, answers, conversation, matching, embeddings. The one road from image to text.
 
-`load` gives a `Predictor`. Its methods take whatever `images.load_image` takes, or an `Encoded` image in place of one.
+`load` gives a `Predictor`. Its methods take whatever `images.load_image` takes, or an `EncodedImage`.
 One image gives one result, a list of images a list in the same order, computed in batches.
 """
 
@@ -20,17 +20,17 @@ from blip2.generation.options import GenerationOptions
 from blip2.generation.ranking import answer_logprobs
 from blip2.images import ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
-from blip2.loading import Part, device_of, load_part
+from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import T5Config
-from blip2.modeling.kv_cache import Context, join_contexts
+from blip2.modeling.kv_cache import PromptCache, concat_prompt_caches
 from blip2.quantization.formats import MODES, Mode
 from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, default_model
-from blip2.results import Answer, Caption, Encoded, Ranked, in_pieces
+from blip2.results import Answer, Caption, EncodedImage, Ranked, detokenize_stream
 from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
 
-Picture = ImageSource | Encoded
+Picture = ImageSource | EncodedImage
 Text = TypeVar("Text", Caption, Answer)
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -74,14 +74,14 @@ def load(
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
     if quantize is not None and quantize not in MODES:
         raise ValueError(f"quantize is {quantize!r}; choose one of {', '.join(MODES)}")
-    part = load_part(name, place, dtype, revision, vision, language, quantize)
+    part = load_components(name, place, dtype, revision, vision, language, quantize)
     if isinstance(part.model, Blip2Matcher):
         if matcher is not None:
             raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
         return Predictor(None, lambda: part, place)
     return Predictor(
         part,
-        None if matcher is None else lambda: load_part(matcher, place, dtype, None, quantize=quantize),
+        None if matcher is None else lambda: load_components(matcher, place, dtype, None, quantize=quantize),
         place,
     )
 
@@ -93,10 +93,10 @@ class Predictor:
     """A model ready for use, as `blip2.load` gives it.
 
     The decoding options are the same everywhere:
-        beams: how many texts beam search follows. None: 5, or 1 where sampling or streaming needs it.
+        num_beams: how many texts beam search follows. None: 5, or 1 where sampling or streaming needs it.
         max_new_tokens, min_new_tokens: limits of the text's length; image and prompt do not count.
         length_penalty: scores are divided by length ** length_penalty, so below 0 short texts win.
-        early_stopping: False, True (stop at `beams` finished texts) or "never" (search as if all could grow).
+        early_stopping: False, True (stop at `num_beams` finished texts) or "never" (search as if all could grow).
         repetition_penalty: above 1 makes what has been said less likely.
         no_repeat_ngram_size: no run of so many tokens comes twice; 0 is off.
         num_return_sequences: so many texts for each image, best first; above 1 each image's result is a list.
@@ -106,14 +106,17 @@ class Predictor:
     """
 
     def __init__(
-        self, generator: Part | None, load_matcher: Callable[[], Part] | None, device: torch.device
+        self,
+        generator: LoadedModel | None,
+        load_matcher: Callable[[], LoadedModel] | None,
+        device: torch.device,
     ) -> None:
         """`load_matcher` is called when the matcher is first needed."""
         self._generator, self._load_matcher = generator, load_matcher
         self.device = device
 
     @property
-    def generator(self) -> Part:
+    def generator(self) -> LoadedModel:
         """The model that writes. Raises ValueError where only a matcher was loaded."""
         if self._generator is None:
             raise ValueError(
@@ -137,31 +140,33 @@ class Predictor:
         part = self._load_matcher()
         if not isinstance(part.model, Blip2Matcher):
             raise ValueError("the model given as matcher= writes text; matchers are 'itm' and 'itm-coco'")
-        return Matcher(part.model, part.processing, part.tokenizer, self.device)
+        return Matcher(part.model, part.image_processor, part.tokenizer, self.device)
 
     # --- writing ---
 
     @torch.inference_mode()
     def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
-        """Read images once: one gives an `Encoded`, a list a list of them.
+        """Read images once: one gives an `EncodedImage`, a list a list of them.
 
         Raises:
             ImageError: an image that cannot be read; the message names it.
         """
         many = is_many(images)
-        encoded: list[Encoded] = []
+        encoded: list[EncodedImage] = []
         for start, batch in in_batches(as_list(images), batch_size):
             prefix, _, sizes = self._read(batch, start)
             encoded += self._encoded(prefix, sizes)
         return encoded if many else encoded[0]
 
-    def _encoded(self, prefix: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Encoded]:
+    def _encoded(self, prefix: Tensor, sizes: Sequence[tuple[int, int]]) -> list[EncodedImage]:
         """What there is to keep of images whose prefix is [B, Q, W]."""
         context = self.model.read_prefix(prefix)
         encoded = []
         for i, size in enumerate(sizes):
             row = torch.tensor([i], device=prefix.device)
-            encoded.append(Encoded(prefix[i : i + 1], None if context is None else context.select(row), size))
+            encoded.append(
+                EncodedImage(prefix[i : i + 1], None if context is None else context.select(row), size)
+            )
         return encoded
 
     def caption(
@@ -169,7 +174,7 @@ class Predictor:
         images: Picture | Sequence[Picture],
         *,
         prompt: str = CAPTION_PROMPT,
-        beams: int | None = None,
+        num_beams: int | None = None,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
@@ -200,7 +205,7 @@ class Predictor:
             ValueError: options that contradict each other.
         """
         options = GenerationOptions(
-            beams=_beams(beams, do_sample or stream),
+            num_beams=_beams(num_beams, do_sample or stream),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
@@ -225,7 +230,7 @@ class Predictor:
         images: Picture | Sequence[Picture],
         question: str | Sequence[str],
         *,
-        beams: int | None = None,
+        num_beams: int | None = None,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
         length_penalty: float = -1.0,
@@ -256,7 +261,7 @@ class Predictor:
             ValueError: as many questions as images are needed, or options that contradict each other.
         """
         options = GenerationOptions(
-            beams=_beams(beams, do_sample or stream),
+            num_beams=_beams(num_beams, do_sample or stream),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
@@ -350,7 +355,7 @@ class Predictor:
             raise ValueError("text= is a caption; give the answer to a question as answer=")
         if question is None and (answer is not None or turns is not None):
             raise ValueError("answer= needs the question it answers, turns= the one that came next")
-        if isinstance(image, Encoded) or is_many(image):
+        if isinstance(image, EncodedImage) or is_many(image):
             raise ValueError(
                 "explain takes one image itself: what was encoded shows no more where things were"
             )
@@ -359,9 +364,9 @@ class Predictor:
             prompt, given = CAPTION_PROMPT, self.caption(picture) if text is None else text
         else:
             prompt = self.asking_prompt(question, turns, answer)
-            options = GenerationOptions(beams=5, length_penalty=-1.0)
+            options = GenerationOptions(num_beams=5, length_penalty=-1.0)
             given = self._write(Answer, [picture], [prompt], options, 1)[0] if answer is None else answer
-        slices = self.explain_in_slices(to_pixels([picture], self.generator.processing), prompt, given)
+        slices = self.explain_in_slices(to_pixels([picture], self.generator.image_processor), prompt, given)
         try:
             while True:
                 next(slices)
@@ -375,13 +380,13 @@ class Predictor:
 
     def _read(
         self, pictures: Sequence[Picture], start: int = 0
-    ) -> tuple[Tensor, Context | None, list[tuple[int, int]]]:
+    ) -> tuple[Tensor, PromptCache | None, list[tuple[int, int]]]:
         """The prefix [B, Q, W] of pictures; where all of them are encoded their context too; their sizes.
 
         start: the place of the first one in what the user gave, for messages.
         """
-        encoded = [picture for picture in pictures if isinstance(picture, Encoded)]
-        width = self.model.config.language.hidden_size
+        encoded = [picture for picture in pictures if isinstance(picture, EncodedImage)]
+        width = self.model.config.language.width
         if any(picture.prefix.shape[-1] != width for picture in encoded):
             raise ValueError("an encoded image comes from another model; encode it with this one")
         if len(encoded) == len(pictures):
@@ -390,13 +395,13 @@ class Predictor:
         opened = {
             i: open_image(picture, start + i)
             for i, picture in enumerate(pictures)
-            if not isinstance(picture, Encoded)
+            if not isinstance(picture, EncodedImage)
         }
-        pixels = to_pixels(list(opened.values()), self.generator.processing)
+        pixels = to_pixels(list(opened.values()), self.generator.image_processor)
         fresh = iter(self.model.embed_image(pixels.to(self.device)).split(1))
-        rows = [picture.prefix if isinstance(picture, Encoded) else next(fresh) for picture in pictures]
+        rows = [picture.prefix if isinstance(picture, EncodedImage) else next(fresh) for picture in pictures]
         sizes = [
-            picture.size if isinstance(picture, Encoded) else opened[i].size
+            picture.size if isinstance(picture, EncodedImage) else opened[i].size
             for i, picture in enumerate(pictures)
         ]
         return torch.cat(rows), None, sizes
@@ -432,9 +437,9 @@ class Predictor:
         """One text in pieces. What can be wrong is found here, before the first piece."""
         if is_many(image) or options.num_return_sequences > 1:
             raise ValueError("stream=True writes one text about one image; leave it out for several")
-        if options.beams > 1:
+        if options.num_beams > 1:
             raise ValueError(
-                f"stream=True needs beams=1, got beams={options.beams}: beams know their text at the end"
+                f"stream=True needs num_beams=1, got num_beams={options.num_beams}: beams know their text at the end"
             )
         with torch.inference_mode():
             prefix, context, _ = self._read([image])
@@ -445,7 +450,7 @@ class Predictor:
         ends = self.model.config.language.eos_token_id
         end_ids = {ends} if isinstance(ends, int) else {*ends}
         written = (step[0] for step in steps)
-        return in_pieces(self._decode, (i for i in written if i is not None and i not in end_ids))
+        return detokenize_stream(self._decode, (i for i in written if i is not None and i not in end_ids))
 
     def question_prompt(self, question: str) -> str:
         """The prompt that `ask` gives this model for a question."""
@@ -496,7 +501,7 @@ class Predictor:
 class Chat:
     """A conversation about one image. Each question is read after all that was said before it."""
 
-    def __init__(self, predictor: Predictor, image: Encoded) -> None:
+    def __init__(self, predictor: Predictor, image: EncodedImage) -> None:
         self._predictor, self.image = predictor, image
         self._turns: list[tuple[str, str]] = []
 
@@ -509,7 +514,7 @@ class Chat:
         self,
         text: str,
         *,
-        beams: int | None = None,
+        num_beams: int | None = None,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
         length_penalty: float = -1.0,
@@ -531,7 +536,7 @@ class Chat:
             An `Answer`; with `stream` an iterator over its pieces, and the turn counts once the last one was taken.
         """
         options = GenerationOptions(
-            beams=_beams(beams, do_sample or stream),
+            num_beams=_beams(num_beams, do_sample or stream),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
@@ -565,9 +570,9 @@ class Chat:
 # --- small parts ---------------------------------------------------------------------------------------------------
 
 
-def _beams(beams: int | None, one_by_one: bool) -> int:
-    if beams is not None:
-        return beams
+def _beams(num_beams: int | None, one_by_one: bool) -> int:
+    if num_beams is not None:
+        return num_beams
     return 1 if one_by_one else 5
 
 
@@ -578,7 +583,7 @@ def _questions(question: str | Sequence[str], images: int) -> list[Any]:
     return questions
 
 
-def _join(pictures: Sequence[Encoded]) -> Context | None:
+def _join(pictures: Sequence[EncodedImage]) -> PromptCache | None:
     """The contexts of encoded images as the context of all of them; None where the language model keeps none."""
     contexts = [picture.context for picture in pictures if picture.context is not None]
-    return join_contexts(contexts) if contexts else None
+    return concat_prompt_caches(contexts) if contexts else None

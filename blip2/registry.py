@@ -59,10 +59,10 @@ class KnownModel:
         vision = self.config.vision
         working = vision.num_positions * (8 * vision.hidden_size + 2 * vision.intermediate_size) * width
         if isinstance(self.config, Blip2Config):
-            language, beams, prompt, new = self.config.language, 5, 16, 30
-            positions = self.config.num_query_tokens + prompt + beams * new
+            language, num_beams, prompt, new = self.config.language, 5, 16, 30
+            positions = self.config.num_query_tokens + prompt + num_beams * new
             working += 2 * _keys_per_position(language) * positions * width  # keys and values
-            working += 4 * beams * language.vocab_size * 4  # scores are float32 whatever the dtype
+            working += 4 * num_beams * language.vocab_size * 4  # scores are float32 whatever the dtype
         return PROCESS_BYTES + self._weight_bytes(dtype) + working
 
     def _weight_bytes(self, dtype: str) -> int:
@@ -74,7 +74,7 @@ class KnownModel:
             table = self.config.qformer.vocab_size * self.config.qformer.hidden_size  # stays fp32
             return self.parameters + kept + 3 * table
         language = self.config.language
-        width = language.hidden_size if isinstance(language, OptConfig) else language.d_model
+        width = language.width
         # the head is laid out for its product: where it is the table's weight it is there twice
         total = self.parameters + kept + (language.vocab_size * width if language.tie_word_embeddings else 0)
         return total - (
@@ -92,7 +92,7 @@ def int4_bytes(language: OptConfig | T5Config, inner: float = INT4_BYTES) -> flo
 def matrix_values(language: OptConfig | T5Config, *, decoder: bool = False) -> int:
     """Values of the matrices in the language model's layers; those that every new token reads, with `decoder`."""
     if isinstance(language, OptConfig):
-        width = language.hidden_size
+        width = language.width
         return language.num_hidden_layers * (4 * width * width + 2 * width * language.ffn_dim)
     attention = 4 * language.d_model * language.num_heads * language.d_kv
     forward = (3 if language.is_gated_act else 2) * language.d_model * language.d_ff
@@ -105,7 +105,7 @@ def matrix_values(language: OptConfig | T5Config, *, decoder: bool = False) -> i
 
 def _keys_per_position(language: OptConfig | T5Config) -> int:
     if isinstance(language, OptConfig):
-        return language.num_hidden_layers * language.hidden_size
+        return language.depth * language.width
     return language.num_decoder_layers * language.num_heads * language.d_kv
 
 

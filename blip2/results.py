@@ -9,10 +9,10 @@ from typing import Self
 
 from torch import Tensor
 
-from blip2.modeling.kv_cache import Context
+from blip2.modeling.kv_cache import PromptCache
 
 
-class Written(str):
+class GeneratedText(str):
     """Text that a model wrote: a str, and how sure the model was.
 
     score: sum of the log-probabilities of its tokens / number of tokens ** length_penalty.
@@ -36,16 +36,16 @@ class Written(str):
         return self
 
 
-class Caption(Written):
-    """What is in an image: a str with .score, .tokens and .token_logprobs (see `Written`)."""
+class Caption(GeneratedText):
+    """What is in an image: a str with .score, .tokens and .token_logprobs (see `GeneratedText`)."""
 
 
-class Answer(Written):
-    """The answer to a question: a str with .score, .tokens and .token_logprobs (see `Written`)."""
+class Answer(GeneratedText):
+    """The answer to a question: a str with .score, .tokens and .token_logprobs (see `GeneratedText`)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncodedImage:
     """An image as the language model reads it: paid for once, good for any number of questions to the same model.
 
     prefix: [1, Q, W], the projected queries.
@@ -54,7 +54,7 @@ class Encoded:
     """
 
     prefix: Tensor
-    context: Context | None
+    context: PromptCache | None
     size: tuple[int, int]
 
 
@@ -92,7 +92,7 @@ def token_text(decode: Callable[[list[int]], str], token: int, before: int | Non
     return decode([token])
 
 
-class Pieces:
+class StreamDetokenizer:
     """Ids as they come -> pieces of text that add up to `decode(ids).strip()`.
 
     A token may end within a character: what decodes to the replacement character waits for the tokens that complete it,
@@ -117,9 +117,9 @@ class Pieces:
         return more
 
 
-def in_pieces(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
-    """The pieces of a text whose ids come one by one; see `Pieces`."""
-    pieces = Pieces(decode)
+def detokenize_stream(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """The pieces of a text whose ids come one by one; see `StreamDetokenizer`."""
+    pieces = StreamDetokenizer(decode)
     yield from filter(None, map(pieces.add, ids))
     if rest := pieces.end():
         yield rest

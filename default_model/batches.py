@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2.images import ImageProcessing, to_pixels
+from blip2.images import ImageProcessor, to_pixels
 from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
 from default_model import easyvqa, language, recipe
 from default_model.colours import COLOURS
@@ -18,13 +18,13 @@ from default_model.materials import Cutouts, read_table
 from default_model.queries import UNKNOWN, parts_of
 from default_model.scenes import SHAPES, Composer, Scene
 
-IGNORED = -100
+IGNORE_INDEX = -100
 CROWDED = (12, 18, 28, 42)  # more things to name for the same work
 EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
 ASKED = (2, 1, 2, 3, 4)  # how often each of language.KINDS is asked: most, what takes longest to learn
 # Column and row of every patch, [N - 1, 2].
 PATCHES = torch.cartesian_prod(*[torch.arange(recipe.VISION.grid)] * 2).flip(1)
-PROCESSING = ImageProcessing(size=recipe.IMAGE_PX)
+PROCESSING = ImageProcessor(size=recipe.IMAGE_PX)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random, most: int =
 def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:
     prompt = words.language.encode(CAPTION_PROMPT if rng.random() < 0.85 else "")
     target = words.language.encode(f" {caption}\n", frame=False)
-    return prompt + target, [IGNORED] * len(prompt) + target
+    return prompt + target, [IGNORE_INDEX] * len(prompt) + target
 
 
 def chat_row(words: Tokenizers, turns: list[tuple[str, str]]) -> Row:
@@ -292,7 +292,7 @@ def chat_row(words: Tokenizers, turns: list[tuple[str, str]]) -> Row:
         asked = words.language.encode(("" if first else " ") + question_prompt(question), frame=first)
         said = words.language.encode(f" {answer}", frame=False)
         ids += asked + said + [words.newline if last else stop]
-        labels += [IGNORED] * len(asked) + said + [words.newline]
+        labels += [IGNORE_INDEX] * len(asked) + said + [words.newline]
     return ids, labels
 
 
@@ -300,7 +300,7 @@ def pad(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
     """Rows padded on the right to the longest."""
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), pad_id)
-    labels = torch.full((len(rows), length), IGNORED)
+    labels = torch.full((len(rows), length), IGNORE_INDEX)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
     for i, (row, targets) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from blip2.checkpoint.save import save_model
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.layers import processor_has_bf16
+from blip2.modeling.layers import cpu_has_bf16
 from blip2.modeling.opt import Opt
 from blip2.modeling.qformer import QFormer
 from blip2.modeling.vision import ImageEncoder
@@ -84,7 +84,7 @@ def _train(
     task: Task, data: Dataset, options: FitOptions, folder: Path, steps: int | None, device: str
 ) -> None:
     # A CPU without bfloat16 of its own takes ten times as long in it, one that has it half as long.
-    precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" and not processor_has_bf16() else "bf16"
+    precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" and not cpu_has_bf16() else "bf16"
     options = replace(options, steps=steps or options.steps, device=device, precision=precision)
     result = fit(task, data, options, folder)
     if not result.finished:

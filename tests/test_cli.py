@@ -143,13 +143,13 @@ def test_every_decoding_option_arrives(run: Run, generator_folder: Path, picture
     for flags, options in (
         (
             "--beams 3 --min-new-tokens 4 --length-penalty -2 --early-stopping true",
-            {"beams": 3, "min_new_tokens": 4, "length_penalty": -2.0, "early_stopping": True},
+            {"num_beams": 3, "min_new_tokens": 4, "length_penalty": -2.0, "early_stopping": True},
         ),
         (
             "--early-stopping never --repetition-penalty 1.7",
             {"early_stopping": "never", "repetition_penalty": 1.7},
         ),
-        ("--beams 1 --no-repeat-ngram-size 2", {"beams": 1, "no_repeat_ngram_size": 2}),
+        ("--beams 1 --no-repeat-ngram-size 2", {"num_beams": 1, "no_repeat_ngram_size": 2}),
         ("--sample --seed 4", {"do_sample": True, "seed": 4}),
         (
             "--temperature 2.5 --top-k 9 --seed 3",
@@ -314,7 +314,7 @@ def test_json_of_a_name_that_is_no_utf8(capsys: pytest.CaptureFixture[str]) -> N
         (["capton", "x.jpg"], "invalid choice"),
         (["caption", "x.jpg", "--beam-size", "3"], "unrecognized"),
         (["caption", "x.jpg", "--beam", "3"], "unrecognized"),
-        (["caption", "x.jpg", "--beams", "0"], "beams"),
+        (["caption", "x.jpg", "--beams", "0"], "num_beams"),
         (["caption", "x.jpg", "--beams", "2", "--temperature", "0.5"], "do_sample"),
         (["caption", "x.jpg", "--min-new-tokens", "50"], "min_new_tokens"),
         (["caption", "x.jpg", "y.jpg", "--stream"], "--stream"),

@@ -69,7 +69,7 @@ def test_heat_is_the_derivative_where_the_encoder_mixes_nothing(
     found = model.explain(pictures[2], text="cat")
     tokenizer, inner = model.generator.tokenizer, model.model.double()
     asked, written = tokenizer.encode("a photo of"), tokenizer.encode(" cat", frame=False)
-    pixels = to_pixels([load_image(pictures[2])], model.generator.processing)
+    pixels = to_pixels([load_image(pictures[2])], model.generator.image_processor)
     features = inner.vision(pixels.double()).detach()
 
     features.requires_grad_()
@@ -82,7 +82,7 @@ def test_heat_is_the_derivative_where_the_encoder_mixes_nothing(
 
 def test_looking_changes_nothing(generator_folder: Path, pictures: list[Path]) -> None:
     model = blip2.load(generator_folder, device="cpu")
-    pixels = to_pixels([load_image(pictures[0])], model.generator.processing)
+    pixels = to_pixels([load_image(pictures[0])], model.generator.image_processor)
     with torch.no_grad():
         features = model.model.vision(pixels)
         before = model.model.qformer(features)

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile, features
 from blip2.images import (
     CLIP_MEAN,
     ImageError,
-    ImageProcessing,
+    ImageProcessor,
     load_image,
     random_resized_crop,
     to_pixels,
@@ -194,7 +194,7 @@ def test_extreme_shapes() -> None:
     for size in ((1, 65000), (65000, 1), (1, 1)):
         loaded = load_image(encoded(Image.new("RGB", size, (9, 8, 7)), "PNG"))
         assert loaded.size == size
-        assert to_pixels([loaded], ImageProcessing(16)).shape == (1, 3, 16, 16)
+        assert to_pixels([loaded], ImageProcessor(16)).shape == (1, 3, 16, 16)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------
@@ -298,22 +298,22 @@ def write(folder: Path, name: str, value: object) -> None:
 
 
 def test_settings_are_read_where_they_stand(tmp_path: Path) -> None:
-    assert ImageProcessing.load(tmp_path, 364) == ImageProcessing(364)  # none: the model's size
+    assert ImageProcessor.load(tmp_path, 364) == ImageProcessor(364)  # none: the model's size
     write(
         tmp_path,
         "preprocessor_config.json",
         {"size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.4, 0.3]},
     )
-    assert ImageProcessing.load(tmp_path, 364) == ImageProcessing(32, mean=(0.5, 0.4, 0.3))
+    assert ImageProcessor.load(tmp_path, 364) == ImageProcessor(32, mean=(0.5, 0.4, 0.3))
     write(tmp_path, "processor_config.json", {"processor_class": "Blip2Processor"})
-    assert ImageProcessing.load(tmp_path, 364).size == 32
+    assert ImageProcessor.load(tmp_path, 364).size == 32
     write(tmp_path, "processor_config.json", {"image_processor": {"size": 48, "resample": 2}})
-    assert ImageProcessing.load(tmp_path, 364) == ImageProcessing(48, resample=2)
+    assert ImageProcessor.load(tmp_path, 364) == ImageProcessor(48, resample=2)
 
 
 def test_settings_come_back_as_written() -> None:
-    processing = ImageProcessing(48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2, 0.01)
-    assert ImageProcessing.from_dict(json.loads(json.dumps(processing.to_dict())), 7) == processing
+    image_processor = ImageProcessor(48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2, 0.01)
+    assert ImageProcessor.from_dict(json.loads(json.dumps(image_processor.to_dict())), 7) == image_processor
 
 
 @pytest.mark.parametrize(
@@ -333,13 +333,13 @@ def test_settings_come_back_as_written() -> None:
 )
 def test_settings_that_cannot_be_followed(raw: dict[str, object], says: str) -> None:
     with pytest.raises(ImageError, match=says):
-        ImageProcessing.from_dict(raw, 224)
+        ImageProcessor.from_dict(raw, 224)
 
 
 def test_settings_that_are_no_json(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ImageError, match=r"preprocessor_config.json is no valid JSON"):
-        ImageProcessing.load(tmp_path, 224)
+        ImageProcessor.load(tmp_path, 224)
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_settings_that_are_no_json(tmp_path: Path) -> None:
 
 def test_pixels_of_plain_colours() -> None:
     pixels = to_pixels(
-        [Image.new("RGB", (7, 5), (0, 255, 51)), picture()], ImageProcessing(8, std=(1.0, 2.0, 4.0))
+        [Image.new("RGB", (7, 5), (0, 255, 51)), picture()], ImageProcessor(8, std=(1.0, 2.0, 4.0))
     )
     assert pixels.shape == (2, 3, 8, 8)
     assert pixels.dtype == torch.float32
@@ -357,9 +357,9 @@ def test_pixels_of_plain_colours() -> None:
 
 def test_pixels_need_rgb() -> None:
     with pytest.raises(ImageError, match="mode 'L' arrived"):
-        to_pixels([Image.new("L", (3, 3))], ImageProcessing(8))
+        to_pixels([Image.new("L", (3, 3))], ImageProcessor(8))
     with pytest.raises(ImageError, match="no images"):
-        to_pixels([], ImageProcessing(8))
+        to_pixels([], ImageProcessor(8))
 
 
 # --- the training transform ------------------------------------------------------------------------------------

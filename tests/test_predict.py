@@ -23,7 +23,7 @@ from blip2.generation.decoding import generate
 from blip2.generation.options import GenerationOptions
 from blip2.images import load_image, to_pixels
 from blip2.predict import Predictor
-from blip2.results import Written, in_pieces
+from blip2.results import GeneratedText, detokenize_stream
 from blip2.text import chat_prompt
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +46,9 @@ def t5(t5_folder: Path) -> Predictor:
 def test_a_caption_is_what_the_parts_underneath_give(model: Predictor, pictures: list[Path]) -> None:
     ours = model.caption(pictures[0])
 
-    prefix = model.model.embed_image(to_pixels([load_image(pictures[0])], model.generator.processing))
+    prefix = model.model.embed_image(to_pixels([load_image(pictures[0])], model.generator.image_processor))
     ids, mask = model.generator.tokenizer.encode_batch(["a photo of"])
-    options = GenerationOptions(beams=5, max_new_tokens=30)
+    options = GenerationOptions(num_beams=5, max_new_tokens=30)
     expected = generate(model.model, prefix, ids, mask, options)
     said = [i for i in expected.ids[0] if i != model.model.config.language.eos_token_id]
 
@@ -59,7 +59,7 @@ def test_a_caption_is_what_the_parts_underneath_give(model: Predictor, pictures:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"beams": 1}, {"do_sample": True, "seed": 3}], ids=["beams", "greedy", "sampled"]
+    "options", [{}, {"num_beams": 1}, {"do_sample": True, "seed": 3}], ids=["num_beams", "greedy", "sampled"]
 )
 def test_many_images_give_what_each_gives_alone(
     model: Predictor, pictures: list[Path], options: dict[str, Any]
@@ -187,7 +187,7 @@ def test_a_caption_survives_pickling_and_copying(model: Predictor, pictures: lis
             caption.score,
             caption.tokens,
         )
-    assert math.isnan(Written("typed by hand").score)
+    assert math.isnan(GeneratedText("typed by hand").score)
 
 
 # --- encoded images ------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_encoded_and_other_images_share_a_list(model: Predictor, pictures: list[
 
 def test_an_encoding_of_another_model_is_refused(model: Predictor, pictures: list[Path]) -> None:
     encoded = model.encode(pictures[0])
-    other = blip2.Encoded(torch.zeros(1, 4, 5), encoded.context, encoded.size)
+    other = blip2.EncodedImage(torch.zeros(1, 4, 5), encoded.context, encoded.size)
     with pytest.raises(ValueError, match="another model"):
         model.caption(other)
 
@@ -230,14 +230,14 @@ def test_an_encoding_of_another_model_is_refused(model: Predictor, pictures: lis
 def test_pieces_add_up_to_the_text(model: Predictor, pictures: list[Path], options: dict[str, Any]) -> None:
     for picture in pictures:
         pieces = list(model.caption(picture, stream=True, **options))
-        assert "".join(pieces) == model.caption(picture, beams=1, **options)
+        assert "".join(pieces) == model.caption(picture, num_beams=1, **options)
         assert all(pieces)
         asked = model.ask(model.encode(picture), "what is it?", stream=True, **options)
-        assert "".join(asked) == model.ask(picture, "what is it?", beams=1, **options)
+        assert "".join(asked) == model.ask(picture, "what is it?", num_beams=1, **options)
 
 
 def test_what_cannot_stream_says_so_at_once(model: Predictor, pictures: list[Path]) -> None:
-    for wrong in ({"beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
+    for wrong in ({"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
         with pytest.raises(ValueError, match="stream=True"):
             model.caption(pictures[0], stream=True, **wrong)
     with pytest.raises(ValueError, match="stream=True"):
@@ -266,7 +266,7 @@ def _decode(ids: list[int]) -> str:
 )
 def test_pieces_never_break_a_character(text: str) -> None:
     tokens = list(text.encode())
-    pieces = list(in_pieces(_decode, tokens))
+    pieces = list(detokenize_stream(_decode, tokens))
 
     assert "".join(pieces) == text.strip()
     if "\ufffd" not in text:
@@ -277,7 +277,7 @@ def test_pieces_of_bytes_that_are_no_text() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):
         tokens = random.choice([0x20, 0x41, 0xC3, 0xA4, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0xFF], size=12).tolist()
-        assert "".join(in_pieces(_decode, tokens)) == _decode(tokens).strip()
+        assert "".join(detokenize_stream(_decode, tokens)) == _decode(tokens).strip()
 
 
 def test_pieces_come_as_soon_as_they_can() -> None:
@@ -288,7 +288,7 @@ def test_pieces_come_as_soon_as_they_can() -> None:
             taken.append(i)
             yield i
 
-    pieces = in_pieces(_decode, source())
+    pieces = detokenize_stream(_decode, source())
     assert next(pieces) == "a"
     assert len(taken) == 1
 
@@ -309,7 +309,7 @@ def test_a_conversation_reads_what_was_said(model: Predictor, pictures: list[Pat
 def test_a_conversation_streams(model: Predictor, pictures: list[Path]) -> None:
     spoken, streamed = model.chat(model.encode(pictures[0])), model.chat(pictures[0])
     for question in ("what is it?", "why?"):
-        answer = spoken.send(question, beams=1, max_new_tokens=5)
+        answer = spoken.send(question, num_beams=1, max_new_tokens=5)
         assert "".join(streamed.send(question, stream=True, max_new_tokens=5)) == answer
     assert streamed.turns == spoken.turns
 
@@ -330,7 +330,7 @@ def test_a_question_that_cannot_fit_is_an_error(model: Predictor, pictures: list
 
 
 def test_t5_has_its_own_question_prompt(t5: Predictor, pictures: list[Path]) -> None:
-    options = {"beams": 1, "max_new_tokens": 6}
+    options = {"num_beams": 1, "max_new_tokens": 6}
     published = t5.caption(pictures[0], prompt="Question: what is it? Short answer:", **options)
     assert t5.ask(pictures[0], "what is it?", **options) == published
     assert published != t5.caption(pictures[0], prompt="Question: what is it? Answer:", **options)
@@ -350,7 +350,7 @@ def test_t5_takes_every_way_in(t5: Predictor, pictures: list[Path], monkeypatch:
     monkeypatch.setattr(t5.model.vision, "forward", None)  # nothing encoded is read again
     assert t5.ask(encoded, QUESTIONS, max_new_tokens=5) == alone
     pieces = list(t5.ask(encoded[0], QUESTIONS[0], max_new_tokens=5, stream=True))
-    assert "".join(pieces) == t5.ask(encoded[0], QUESTIONS[0], beams=1, max_new_tokens=5)
+    assert "".join(pieces) == t5.ask(encoded[0], QUESTIONS[0], num_beams=1, max_new_tokens=5)
 
 
 def test_t5_forgets_the_beginning_of_a_long_conversation(t5: Predictor, pictures: list[Path]) -> None:

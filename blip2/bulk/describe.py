@@ -84,13 +84,13 @@ def _listed(found: Any) -> list[Any]:
 
 def shrinker(model: Predictor, *, match: bool) -> Prepare:
     """Makes waiting images as small as the model takes them; resizing to the same size again changes nothing."""
-    processing = model.generator.processing
-    if match and (model.matcher.processing.size, model.matcher.processing.resample) != (
-        processing.size,
-        processing.resample,
+    image_processor = model.generator.image_processor
+    if match and (model.matcher.image_processor.size, model.matcher.image_processor.resample) != (
+        image_processor.size,
+        image_processor.resample,
     ):
         return lambda image: image
-    size, resample = (processing.size, processing.size), Image.Resampling(processing.resample)
+    size, resample = (image_processor.size, image_processor.size), Image.Resampling(image_processor.resample)
     return lambda image: image.resize(size, resample)
 
 

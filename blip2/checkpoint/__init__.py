@@ -3,7 +3,7 @@
 from blip2.checkpoint.convert import Conversion, convert
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.inspect import Inspection, inspect
-from blip2.checkpoint.load import count_parameters, load_model, load_processing, stored_as
+from blip2.checkpoint.load import count_parameters, load_model, load_processors, stored_as
 from blip2.checkpoint.quantize import Quantization, quantize_checkpoint
 from blip2.checkpoint.save import save_model
 from blip2.tensorfiles.open import open_tensors
@@ -30,7 +30,7 @@ __all__ = [
     "count_parameters",
     "inspect",
     "load_model",
-    "load_processing",
+    "load_processors",
     "open_tensors",
     "quantize_checkpoint",
     "resolve",

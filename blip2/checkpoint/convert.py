@@ -21,12 +21,12 @@ from blip2.checkpoint.folder import copy_file, new_folder, write_json, write_tex
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS, PADDLEMIX, PADDLENLP, Layout
-from blip2.checkpoint.load import arrange, has_tokenizer, our_names, parse_dtype
+from blip2.checkpoint.load import has_tokenizer, match_state_dict, our_names, parse_dtype
 from blip2.checkpoint.remap import Piece, as_layout, read_blocks, view
 from blip2.checkpoint.save import SHARD_BYTES, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.checkpoint.verify import compare_logits, compare_tensors
-from blip2.images import ImageProcessing
+from blip2.images import ImageProcessor
 from blip2.modeling.config import Blip2Config, MatcherConfig
 from blip2.tensorfiles.tensors import CheckpointError, TensorInfo, Tensors
 from blip2.tensorfiles.writers import PDPARAMS, SAFETENSORS, TORCH, Kind, write_files
@@ -96,7 +96,7 @@ def convert(
     report = progress or (lambda what, done, total: None)
     parts = [None if part is None else resolve(part) for part in (vision, language)]
     with open_checkpoint(resolve(source), vision=parts[0], language=parts[1]) as found:
-        config, tensors, tied = canonical(found)
+        config, tensors, tied = normalize(found)
         layout = _layout(to, config)
         stored = as_layout(tensors, layout)
         dtypes, narrowed = _dtypes(stored, dtype, report)
@@ -136,7 +136,7 @@ def _layout(to: World, config: Blip2Config | MatcherConfig) -> Layout:
     return HUGGING_FACE if to == "hf" else LAVIS
 
 
-def canonical(found: Checkpoint) -> tuple[Blip2Config | MatcherConfig, Tensors, bool]:
+def normalize(found: Checkpoint) -> tuple[Blip2Config | MatcherConfig, Tensors, bool]:
     """A checkpoint's config, its tensors under Hugging Face's names, each once, and whether the head is left out.
 
     A head that is the word embeddings' weight is left out, unless the settings say that it is one of its own.
@@ -145,7 +145,7 @@ def canonical(found: Checkpoint) -> tuple[Blip2Config | MatcherConfig, Tensors, 
         CheckpointError, ConfigError: as `load_model`.
     """
     wanted = found.required()
-    model, names, tied = arrange(wanted, found.tensors, our_names(found.tensors))
+    model, names, tied = match_state_dict(wanted, found.tensors, our_names(found.tensors))
     config = model.config
     kept = {to_hugging_face(ours): names[ours] for ours in model.state_dict()}
     if isinstance(wanted, Blip2Config) and isinstance(config, Blip2Config) and tied:
@@ -228,12 +228,15 @@ def write_settings(
 
     `words`: where the tokenizer is; `changed`: those of its files that the other world wants otherwise.
     """
-    processing = ImageProcessing.load(found.folder, config.vision.image_size)
-    files: dict[str, Any] = settings(config, info, tied, words, processing)
+    image_processor = ImageProcessor.load(found.folder, config.vision.image_size)
+    files: dict[str, Any] = settings(config, info, tied, words, image_processor)
     generation = found.folder / "generation_config.json"
     if to == "paddle":
         dtype = files["config.json"]["torch_dtype"]
-        files = {"config.json": to_paddle(config, dtype), "preprocessor_config.json": processing.to_dict()}
+        files = {
+            "config.json": to_paddle(config, dtype),
+            "preprocessor_config.json": image_processor.to_dict(),
+        }
     elif to == "lavis":
         write_text(beside / "config.yaml", to_lavis(config, str(folder.absolute() / TORCH.single)))
         files = {name: files[name] for name in ("config.json", "preprocessor_config.json")}

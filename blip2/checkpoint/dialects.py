@@ -298,7 +298,7 @@ def to_lavis(config: Blip2Config | MatcherConfig, weights: str) -> str:
     if isinstance(config, Blip2Config):
         language = config.language
         depth = language.num_hidden_layers if isinstance(language, OptConfig) else language.num_decoder_layers
-        name = LANGUAGES.get((language.hidden_size, depth), "language_model")
+        name = LANGUAGES.get((language.width, depth), "language_model")
         lines += [
             f'{"t5" if isinstance(language, T5Config) else "opt"}_model: "{name}"',
             'prompt: "a photo of"',

@@ -130,7 +130,7 @@ def _variant(found: Checkpoint) -> str:
         itg = any(name.startswith("itg_head.") for name in found.tensors)
         return f"matcher (stage 1{', with its text head' if itg else ''}), {image}"
     kind = "OPT" if isinstance(config.language, OptConfig) else "T5"
-    return f"generator, {image}, {kind} {config.language.hidden_size} wide"
+    return f"generator, {image}, {kind} {config.language.width} wide"
 
 
 def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> dict[str, Part]:

@@ -22,14 +22,14 @@ from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.key_mapping import from_hugging_face
 from blip2.checkpoint.remap import equal_values, parameters, read_blocks
 from blip2.checkpoint.source import open_checkpoint
-from blip2.images import ImageProcessing
+from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
-from blip2.quantization.apply import WORDS
+from blip2.quantization.apply import EMBEDDINGS
 from blip2.quantization.apply import quantize as round_layers
-from blip2.quantization.formats import Mode, Rounded, Rounded4
+from blip2.quantization.formats import Int4Weight, Mode, QuantizedWeight
 from blip2.quantization.linear import openvino_multiplies
-from blip2.quantization.packed import Linear, give_back_memory, processor_has_bf16
+from blip2.quantization.packed import Linear, cpu_has_bf16, malloc_trim
 from blip2.quantization.stored import rounded, stored_mode
 from blip2.tensorfiles.tensors import CheckpointError, Tensors
 from blip2.text import TOKENIZER_FILES, Tokenizer
@@ -72,7 +72,7 @@ _PARTS: Mapping[str, str] = {
 }
 
 
-class Unfilled(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Modules built under this keep their parameters as allocated: the checkpoint's values come anyway.
 
     On the meta device torch would import its compiler to pretend to fill them, which takes longer than torch itself.
@@ -122,7 +122,7 @@ def load_model(
     with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
         config = found.required()  # what is wrong with the settings is told first
         names = our_names(found.tensors)
-        return build(config, found.tensors, names, wanted, torch.device(device), quantize, lay_out)
+        return build_model(config, found.tensors, names, wanted, torch.device(device), quantize, lay_out)
 
 
 def count_parameters(
@@ -140,13 +140,13 @@ def stored_as(path: Path) -> Mode | None:
         return stored_mode(found.tensors)
 
 
-def load_processing(
+def load_processors(
     path: str | Path,
     *,
     revision: str | None = None,
     vision: str | Path | None = None,
     language: str | Path | None = None,
-) -> tuple[ImageProcessing, Tokenizer]:
+) -> tuple[ImageProcessor, Tokenizer]:
     """How a checkpoint's images and texts are prepared; the tokenizer is the language model's where that is given.
 
     Raises:
@@ -161,7 +161,7 @@ def load_processing(
         with open_checkpoint(found, vision=parts[0], language=parts[1]) as checkpoint:
             size = checkpoint.required().vision.image_size
     words = folder if language is None or has_tokenizer(folder) else resolve(language)
-    return ImageProcessing.load(folder, size), Tokenizer.load(words)
+    return ImageProcessor.load(folder, size), Tokenizer.load(words)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -182,7 +182,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def build(
+def build_model(
     config: Blip2Config | MatcherConfig,
     tensors: Tensors,
     names: Mapping[str, str],
@@ -197,23 +197,25 @@ def build(
         names: our parameter name -> the name in `tensors`.
         dtype, quantize, lay_out: see `load_model`.
     """
-    model, names, tied = arrange(config, tensors, names)
+    model, names, tied = match_state_dict(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
     state: dict[str, Tensor] = {}
     quantize = quantize or stored_mode(tensors)
     if quantize is not None:
         weights = names
 
-        def read(name: str, kind: type[Rounded]) -> Rounded:
+        def read(name: str, kind: type[QuantizedWeight]) -> QuantizedWeight:
             # a table of words is looked up as it is stored: only the words that occur are ever read
-            mapped = name in WORDS or (kind is Rounded4 and device.type == "cpu" and openvino_multiplies())
+            mapped = name in EMBEDDINGS or (
+                kind is Int4Weight and device.type == "cpu" and openvino_multiplies()
+            )
             return rounded(tensors, weights[f"{name}.weight"], kind, mapped=mapped).to(device)
 
         round_layers(model, quantize, read)
         rest = model.state_dict()
         names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
-    if lay_out and device.type == "cpu" and processor_has_bf16():
+    if lay_out and device.type == "cpu" and cpu_has_bf16():
         # a head that is the word embeddings' weight is needed as it is
         plain = {ours: stored for ours, stored in names.items() if not (tied and ours == _HEAD)}
         # beside rounded weights, where nothing else is asked for, what is left of the linear layers is bf16 too
@@ -261,11 +263,11 @@ def _lay_out(
                 coming = reader.submit(tensors.copy, names[waiting[0]])
             layer.lay_out(weight.to(torch.bfloat16))
             del weight
-            give_back_memory()
+            malloc_trim()
     return set(weights)
 
 
-def arrange(
+def match_state_dict(
     config: Blip2Config | MatcherConfig, tensors: Tensors, names: Mapping[str, str]
 ) -> tuple[Blip2 | Blip2Matcher, dict[str, str], bool]:
     """The model these tensors fill, without values.
@@ -291,11 +293,11 @@ def empty_model(
     if isinstance(config, Blip2Config):
         words = _vocabulary(tensors, names, words_of(config), config.language.vocab_size)
         language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
-        with torch.device("meta"), Unfilled():
+        with torch.device("meta"), SkipInit():
             return Blip2(replace(config, language=language))
     words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
     qformer = replace(config.qformer, vocab_size=words)
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), SkipInit():
         return Blip2Matcher(
             replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
         )

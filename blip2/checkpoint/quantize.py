@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.convert import Progress, canonical, write_settings
+from blip2.checkpoint.convert import Progress, normalize, write_settings
 from blip2.checkpoint.folder import new_folder, write_json
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.load import Unfilled, has_tokenizer
+from blip2.checkpoint.load import has_tokenizer, SkipInit
 from blip2.checkpoint.remap import blocks, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config
 from blip2.quantization.apply import layers
-from blip2.quantization.formats import MODES, Mode, Rounded
+from blip2.quantization.formats import MODES, Mode, QuantizedWeight
 from blip2.quantization.stored import parts_of, stored_mode
 from blip2.tensorfiles.tensors import CheckpointError, TensorInfo, Tensors
 from blip2.tensorfiles.writers import SAFETENSORS, write_files
@@ -64,8 +64,8 @@ def quantize_checkpoint(
     with open_checkpoint(resolve(source), vision=parts[0], language=parts[1]) as found:
         if before := stored_mode(found.tensors):
             raise CheckpointError(f"{source} is rounded to {before} already; start from the original weights")
-        config, tensors, tied = canonical(found)
-        with torch.device("meta"), Unfilled():
+        config, tensors, tied = normalize(found)
+        with torch.device("meta"), SkipInit():
             model = Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config)
         # a head that is the word embeddings' weight is not stored: it is rounded when it is loaded
         kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in layers(model, mode)}
@@ -92,7 +92,7 @@ class _Rounding:
     """Gives tensors to a writer, who asks for the parts of a weight one after another."""
 
     def __init__(
-        self, tensors: Tensors, weights: Mapping[str, type[Rounded]], report: Callable[[int], None]
+        self, tensors: Tensors, weights: Mapping[str, type[QuantizedWeight]], report: Callable[[int], None]
     ) -> None:
         self._tensors, self._weights, self._report = tensors, weights, report
         self._owner = {

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from blip2.checkpoint.folder import copy_file, new_folder, write_json
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.load import Unfilled, parse_dtype
+from blip2.checkpoint.load import parse_dtype, SkipInit
 from blip2.checkpoint.remap import blocks
-from blip2.images import ImageProcessing
+from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, to_hf
 from blip2.tensorfiles.tensors import CheckpointError, TensorInfo
@@ -31,7 +31,7 @@ def save_model(
     folder: str | Path,
     *,
     tokenizer: str | Path | None = None,
-    processing: ImageProcessing | None = None,
+    image_processor: ImageProcessor | None = None,
     dtype: torch.dtype | str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -43,7 +43,7 @@ def save_model(
     Args:
         folder: where to; it must not exist yet, or be empty.
         tokenizer: the folder whose tokenizer files are copied.
-        processing: how images are prepared; None is BLIP-2's own way at the model's image size.
+        image_processor: how images are prepared; None is BLIP-2's own way at the model's image size.
         dtype: of the stored weights; None as they are in the model.
         shard_bytes: start another file when one would grow beyond this.
 
@@ -58,7 +58,7 @@ def save_model(
     wanted = parse_dtype(dtype)
     info = {name: TensorInfo(tuple(tensor.shape), wanted or tensor.dtype) for name, tensor in state.items()}
     with new_folder(target) as beside:
-        for name, value in settings(model.config, info, tied, tokenizer, processing).items():
+        for name, value in settings(model.config, info, tied, tokenizer, image_processor).items():
             write_json(beside / name, value)
         for source in () if tokenizer is None else tokenizer_files(Path(tokenizer)):
             copy_file(source, beside)
@@ -77,7 +77,7 @@ def save_model(
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
     """The model's tensors under Hugging Face's names, and whether its head is the word embeddings' weight."""
     state = model.state_dict()
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), SkipInit():
         plain = (
             Blip2(model.config)
             if isinstance(model, Blip2)
@@ -96,7 +96,7 @@ def settings(
     info: Mapping[str, TensorInfo],
     tied: bool,
     tokenizer: str | Path | None,
-    processing: ImageProcessing | None,
+    image_processor: ImageProcessor | None,
 ) -> dict[str, dict[str, Any]]:
     """The JSON files beside the weights of a folder in Hugging Face's layout.
 
@@ -126,7 +126,9 @@ def settings(
         counts[entry.dtype] += entry.nbytes
     main = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     files["config.json"] = to_hf(config) | {"torch_dtype": main}
-    files["preprocessor_config.json"] = (processing or ImageProcessing(config.vision.image_size)).to_dict()
+    files["preprocessor_config.json"] = (
+        image_processor or ImageProcessor(config.vision.image_size)
+    ).to_dict()
     files["processor_config.json"] = processor
     return files
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.load import build, our_names
+from blip2.checkpoint.load import build_model, our_names
 from blip2.checkpoint.remap import equal_values, parameters, read_blocks, side_by_side
 from blip2.checkpoint.source import Checkpoint
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
@@ -87,7 +87,7 @@ def compare_logits(expected: Checkpoint, found: Checkpoint, dtype: torch.dtype |
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Tensor]:
     tensors = checkpoint.tensors
-    model = build(checkpoint.required(), tensors, our_names(tensors), dtype, torch.device("cpu"))
+    model = build_model(checkpoint.required(), tensors, our_names(tensors), dtype, torch.device("cpu"))
     return [each.float() for each in _probe(model)]
 
 

@@ -47,13 +47,13 @@ def _decoding(args: argparse.Namespace) -> dict[str, Any]:
     }
     if "num_return_sequences" in args:
         options["num_return_sequences"] = args.num_return_sequences
-    beams = args.beams if args.beams is not None else 1 if sample or args.stream else 5
-    GenerationOptions(beams=beams, **options)  # complains before a model is loaded
-    if args.stream and (beams > 1 or args.json or options.get("num_return_sequences", 1) > 1):
+    num_beams = args.num_beams if args.num_beams is not None else 1 if sample or args.stream else 5
+    GenerationOptions(num_beams=num_beams, **options)  # complains before a model is loaded
+    if args.stream and (num_beams > 1 or args.json or options.get("num_return_sequences", 1) > 1):
         raise ValueError(
             "--stream prints one text as it comes: leave out --beams, --json and --num-return-sequences"
         )
-    return options | {"beams": beams}
+    return options | {"num_beams": num_beams}
 
 
 def caption(args: argparse.Namespace) -> int:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from blip2.data.sources import DataError, Sample
-from blip2.images import ImageError, ImageProcessing, load_image, random_resized_crop, to_pixels
+from blip2.images import ImageError, ImageProcessor, load_image, random_resized_crop, to_pixels
 from blip2.text import Tokenizer, clean_caption, clean_question, question_prompt
 
-IGNORED = -100  # label of a position that is no target
+IGNORE_INDEX = -100  # label of a position that is no target
 MAX_BROKEN = 20  # unreadable images in a row before giving up
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Rows:
     def __init__(
         self,
         samples: Sequence[Sample],
-        processing: ImageProcessing,
+        image_processor: ImageProcessor,
         *,
         batch_size: int,
         seed: int,
@@ -54,7 +54,7 @@ class Rows:
         Raises:
             DataError: not enough texts for one batch.
         """
-        self.samples, self.processing = samples, processing
+        self.samples, self.image_processor = samples, image_processor
         self.batch_size, self.seed, self.texts_per_image, self.augment = (
             batch_size,
             seed,
@@ -96,8 +96,8 @@ class Rows:
                 continue
             if self.augment:
                 rng = np.random.default_rng((self.seed, 1, position, row))
-                image = random_resized_crop(image, self.processing.size, rng)
-            return item, to_pixels([image], self.processing)[0]
+                image = random_resized_crop(image, self.image_processor.size, rng)
+            return item, to_pixels([image], self.image_processor)[0]
         raise DataError(f"{MAX_BROKEN} images in a row cannot be read, the last: {item.sample.image}")
 
     def __getitem__(self, position: int) -> tuple[list[Item], Tensor]:
@@ -145,7 +145,7 @@ class WritingBatches:
         """pixels [B, 3, S, S]; input_ids, attention_mask, labels [R, T]; image_index [R]: the image of each text."""
         items, pixels = self.rows[position]
         texts = [self.encode(item.sample, text) for item in items for text in item.texts]
-        labels = [[IGNORED] * prompt + ids[prompt:] for ids, prompt in texts]
+        labels = [[IGNORE_INDEX] * prompt + ids[prompt:] for ids, prompt in texts]
         return _writing_batch(items, pixels, [ids for ids, _ in texts], labels, self.tokenizer.pad_id)
 
     def encode(self, sample: Sample, text: str) -> tuple[list[int], int]:
@@ -218,7 +218,7 @@ def _writing_batch(
         "pixels": pixels,
         "input_ids": _padded(read, pad_id),
         "attention_mask": _padded([[1] * len(ids) for ids in read], 0),
-        "labels": _padded(labels, IGNORED),
+        "labels": _padded(labels, IGNORE_INDEX),
         "image_index": torch.tensor([i for i, item in enumerate(items) for _ in item.texts]),
     }
 

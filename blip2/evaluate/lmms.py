@@ -46,7 +46,7 @@ class Blip2Lmms(lmms):  # type: ignore[misc]  # lmms-eval has no types
             answers = self._predictor.ask(
                 list(images),
                 list(questions),
-                beams=1 if sample else int(options.get("num_beams") or 5),
+                num_beams=1 if sample else int(options.get("num_beams") or 5),
                 max_new_tokens=int(options.get("max_new_tokens") or 30),
                 do_sample=sample,
                 temperature=float(options.get("temperature") or 1.0) if sample else 1.0,

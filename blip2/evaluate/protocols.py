@@ -18,7 +18,7 @@ class Protocol:
 
     name: str
     prompt: str = CAPTION_PROMPT
-    beams: int = 5
+    num_beams: int = 5
     max_new_tokens: int = 30
     min_new_tokens: int = 0
     length_penalty: float = 1.0

@@ -134,11 +134,11 @@ def task_report(model: Predictor, task: Task, settings: Settings, *, called: str
     protocol = PROTOCOLS[settings.protocol][task.kind]
     if task.kind == "retrieval":
         metrics, outcomes, notes = _retrieval(model.matcher, task.items, protocol, settings)
-        pixels = model.matcher.processing.size
+        pixels = model.matcher.image_processor.size
     else:
         work = _captions if task.kind == "captions" else _questions
         metrics, outcomes, notes = work(model, task, protocol, settings)
-        pixels = model.generator.processing.size
+        pixels = model.generator.image_processor.size
     if protocol.image_px not in (None, pixels):
         notes.append(
             f"the published figures are of images of {protocol.image_px} px; this model reads {pixels}"
@@ -163,7 +163,7 @@ def say(
             model.caption(
                 [item.image for item in batch],
                 prompt=protocol.prompt,
-                beams=protocol.beams,
+                num_beams=protocol.num_beams,
                 max_new_tokens=protocol.max_new_tokens,
                 min_new_tokens=protocol.min_new_tokens,
                 length_penalty=protocol.length_penalty,
@@ -239,7 +239,7 @@ def ask(model: Predictor, images: Sequence[Any], questions: Sequence[str], proto
     answers = model.ask(
         [encoded[key] for key in keys],
         list(questions),
-        beams=protocol.beams,
+        num_beams=protocol.num_beams,
         max_new_tokens=protocol.max_new_tokens,
         min_new_tokens=protocol.min_new_tokens,
         length_penalty=protocol.length_penalty,
@@ -274,7 +274,11 @@ def _retrieval(
     for text, image in enumerate(owner):
         own[image].append(text)
     cut = Matcher(
-        matcher.model, matcher.processing, matcher.tokenizer, matcher.device, text_length=protocol.text_length
+        matcher.model,
+        matcher.image_processor,
+        matcher.tokenizer,
+        matcher.device,
+        text_length=protocol.text_length,
     )
     tables = match_tables(
         cut,

@@ -25,12 +25,12 @@ from blip2.generation.decoding import (
     uniform_numbers,
 )
 from blip2.generation.options import GenerationOptions
-from blip2.modeling.blip2 import Blip2, Decoding
-from blip2.modeling.kv_cache import Context
+from blip2.modeling.blip2 import Blip2, DecodeState
+from blip2.modeling.kv_cache import PromptCache
 
 
 @dataclass(eq=False)
-class Row:
+class SampledSequence:
     """One text, greedy or sampled.
 
     ids: new tokens so far; the end token, if it came, is the last. logprobs: of each, under the model itself.
@@ -62,7 +62,7 @@ class Row:
         return scored(self.ids, self.logprobs, self.options)[2]
 
     @property
-    def way(self) -> tuple[object, ...]:
+    def sampling_key(self) -> tuple[object, ...]:
         """Rows for which this is equal choose their next id in one go."""
         options = self.options
         return (
@@ -75,7 +75,7 @@ class Row:
 
 
 @dataclass(eq=False)
-class Beams:
+class BeamSequence:
     """A beam search for one prompt. `found`: its texts, once it is done."""
 
     options: GenerationOptions
@@ -103,17 +103,17 @@ class Beams:
 
 def width(options: GenerationOptions) -> int:
     """The rows that a prompt takes."""
-    return max(options.beams, options.num_return_sequences)
+    return max(options.num_beams, options.num_return_sequences)
 
 
-class Rows:
+class ContinuousBatch:
     """All texts being written. `choose` gives each row its next token, `advance` reads those tokens; between the two
     texts may be dropped, and before the next `choose` others may join."""
 
     def __init__(self, model: Blip2) -> None:
         self._model = model
-        self._texts: list[Row | Beams] = []
-        self._decoding: Decoding | None = None
+        self._texts: list[SampledSequence | BeamSequence] = []
+        self._decoding: DecodeState | None = None
         self._logits: Tensor | None = None  # float32 [R, V], for the next token of each row
         self._ids: Tensor | None = None  # int64 [R], the tokens chosen
         self._parents: Tensor | None = None  # int64 [R], the rows they go on from
@@ -130,8 +130,8 @@ class Rows:
         options: Sequence[GenerationOptions],
         *,
         tops: Sequence[int],
-        context: Context | None = None,
-    ) -> tuple[list[list[Row | Beams]], list[Context | None]]:
+        context: PromptCache | None = None,
+    ) -> tuple[list[list[SampledSequence | BeamSequence]], list[PromptCache | None]]:
         """Begin texts for B prompts; arguments as for `generate`, options and tops for each prompt.
 
         All prompts must have the same max_new_tokens: positions are counted for the longest prompt with that many.
@@ -145,20 +145,22 @@ class Rows:
         """
         (limit,) = {each.max_new_tokens for each in options}
         decoding = self._model.start(prefix, input_ids, attention_mask, max_new_tokens=limit, context=context)
-        read: list[Context | None] = [None] * len(prefix)
+        read: list[PromptCache | None] = [None] * len(prefix)
         if context is None:
             read = decoding.prefixes(prefix.shape[1])
         said = said_before(self._model, prefix, input_ids, attention_mask)
-        made: list[list[Row | Beams]] = []
+        made: list[list[SampledSequence | BeamSequence]] = []
         for i, (each, top) in enumerate(zip(options, tops, strict=True)):
             ends = end_ids_of(self._model, each, input_ids.device)
-            if each.beams > 1:
-                made.append([Beams(each, said[i : i + 1], ends)])
+            if each.num_beams > 1:
+                made.append([BeamSequence(each, said[i : i + 1], ends)])
                 continue
             count = each.num_return_sequences
             noise = uniform_numbers(each, count).tolist() if each.do_sample else [None] * count
             before = [id for id in said[i].tolist() if id >= 0]
-            made.append([Row(each, before, numbers, tuple(ends.tolist()), top) for numbers in noise])
+            made.append(
+                [SampledSequence(each, before, numbers, tuple(ends.tolist()), top) for numbers in noise]
+            )
         places = [i for i, each in enumerate(options) for _ in range(width(each))]
         index = torch.tensor(places, device=prefix.device)
         logits = decoding.logits[index]
@@ -172,12 +174,12 @@ class Rows:
         self._texts += [text for texts in made for text in texts]
         return made, read
 
-    def _placed(self) -> Iterator[tuple[int, Row | Beams]]:
+    def _placed(self) -> Iterator[tuple[int, SampledSequence | BeamSequence]]:
         """Each text and its first row."""
         place = 0
         for text in self._texts:
             yield place, text
-            place += text.options.beams
+            place += text.options.num_beams
 
     @torch.inference_mode()
     def choose(self) -> None:
@@ -185,19 +187,19 @@ class Rows:
         assert self._logits is not None
         self._ids = torch.zeros(len(self), dtype=torch.int64, device=self._logits.device)
         self._parents = torch.arange(len(self), device=self._logits.device)
-        ways: dict[tuple[object, ...], list[tuple[int, Row]]] = {}
+        ways: dict[tuple[object, ...], list[tuple[int, SampledSequence]]] = {}
         for place, text in self._placed():
-            if isinstance(text, Row):
-                ways.setdefault(text.way, []).append((place, text))
+            if isinstance(text, SampledSequence):
+                ways.setdefault(text.sampling_key, []).append((place, text))
                 continue
-            these = slice(place, place + text.options.beams)
+            these = slice(place, place + text.options.num_beams)
             move = text.move(self._logits[these])
             if move is not None:
                 self._ids[these], self._parents[these] = move.ids, move.parents + place
         for placed in ways.values():
             self._write(torch.tensor([place for place, _ in placed]), [row for _, row in placed])
 
-    def _write(self, places: Tensor, rows: list[Row]) -> None:
+    def _write(self, places: Tensor, rows: list[SampledSequence]) -> None:
         """One more token for rows that go the same way."""
         assert self._logits is not None and self._ids is not None
         places = places.to(self._logits.device)
@@ -212,7 +214,7 @@ class Rows:
                 best = logits[i].log_softmax(0).topk(min(row.top, logits.shape[1]))
                 row.tops.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
-    def _choose(self, logits: Tensor, rows: list[Row]) -> Tensor:
+    def _choose(self, logits: Tensor, rows: list[SampledSequence]) -> Tensor:
         options, step, device = rows[0].options, len(rows[0].ids), logits.device
         said: list[list[int]] = [[] for _ in rows]
         if options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0:
@@ -233,11 +235,11 @@ class Rows:
             self._texts, self._decoding, self._logits = [], None, None
             return
         assert self._ids is not None and self._parents is not None
-        rows = [place + i for place, text in placed for i in range(text.options.beams)]
+        rows = [place + i for place, text in placed for i in range(text.options.num_beams)]
         index = torch.tensor(rows, device=self._ids.device)
         if len(rows) < len(self):
             self._decoding.keep(self._parents[index])  # a search's rows have all read the same prompt
             self._texts = [text for _, text in placed]
-        elif any(isinstance(text, Beams) for text in self._texts):
+        elif any(isinstance(text, BeamSequence) for text in self._texts):
             self._decoding.reorder(self._parents)
         self._logits = self._decoding.step(self._ids[index])

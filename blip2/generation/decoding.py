@@ -1,6 +1,6 @@
 """Choosing new tokens: greedy search, sampling, beam search, and the same token by token.
 
-Token ids only: no images, no text. The model is asked for logits through `Blip2.start` and `Decoding`.
+Token ids only: no images, no text. The model is asked for logits through `Blip2.start` and `DecodeState`.
 Ids, rules and scores are those of transformers 5.23; where it lets padding into a rule, this does not.
 
 Lengths count new tokens only, the end token included. B prompts, n rows (beams or samples) a prompt,
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blip2.generation.options import GenerationOptions, _as_tuple
-from blip2.modeling.blip2 import Blip2, Decoding
+from blip2.generation.options import GenerationOptions
+from blip2.modeling.blip2 import Blip2, DecodeState
 from blip2.modeling.config import T5Config
-from blip2.modeling.kv_cache import Context
+from blip2.modeling.kv_cache import PromptCache
 
 _NEVER = -1e9  # a score that loses against every real one, and still adds without turning into NaN
 _NOTHING = -1  # in a row of ids: padding, or a row that has ended
@@ -44,7 +44,7 @@ def generate(
     attention_mask: Tensor | None,
     options: GenerationOptions,
     *,
-    context: Context | None = None,
+    context: PromptCache | None = None,
 ) -> Generated:
     """Continue B prompts.
 
@@ -57,7 +57,7 @@ def generate(
     """
     started = _start(model, prefix, input_ids, attention_mask, options, context)
     end_ids = started[-1]
-    if options.beams > 1:
+    if options.num_beams > 1:
         return _search(*started)
     steps = list(_one_by_one(*started))
     ids_by_row, logprobs_by_row = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
@@ -75,14 +75,14 @@ def stream(
     attention_mask: Tensor | None,
     options: GenerationOptions,
     *,
-    context: Context | None = None,
+    context: PromptCache | None = None,
 ) -> Iterator[list[int | None]]:
     """As `generate`, greedy or sampling, token by token.
 
     Yields one new id a row, in the order of `Generated.ids`; None for a row that has ended.
     """
-    if options.beams > 1:
-        raise ValueError(f"stream needs beams=1, got beams={options.beams}: a beam is chosen only at the end")
+    if options.num_beams > 1:
+        raise ValueError(f"stream needs num_beams=1, got num_beams={options.num_beams}")
     steps = _one_by_one(*_start(model, prefix, input_ids, attention_mask, options, context))
     return ([None if i == _NOTHING else i for i in ids.tolist()] for ids, _ in steps)
 
@@ -94,8 +94,8 @@ def _start(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     options: GenerationOptions,
-    context: Context | None,
-) -> tuple[Decoding, Tensor, GenerationOptions, Tensor]:
+    context: PromptCache | None,
+) -> tuple[DecodeState, Tensor, GenerationOptions, Tensor]:
     """The prompts read; the ids said before the first new token [B, L]; the options; the end tokens [E]."""
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -105,7 +105,7 @@ def _start(
             f"prefix, input_ids and attention_mask have shapes {', '.join(map(str, shapes))}; "
             "expected [B, Q, W], [B, T] and [B, T]"
         )
-    rows = options.beams if options.beams > 1 else options.num_return_sequences
+    rows = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     decoding = model.start(
         prefix, input_ids, attention_mask, rows=rows, max_new_tokens=options.max_new_tokens, context=context
     )
@@ -145,6 +145,10 @@ def _generated(rows: list[_Row], end_ids: Tensor) -> Generated:
     )
 
 
+def _as_tuple(ids: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
 def _is_end(ids: Tensor, end_ids: Tensor) -> Tensor:
     return (ids[..., None] == end_ids).any(-1)
 
@@ -165,7 +169,7 @@ def prompt_ids(image_token_id: int | None, queries: int, input_ids: Tensor, atte
     return ids.gather(1, kept_last)
 
 
-def apply_rules(
+def process_logits(
     scores: Tensor, seen: Tensor, options: GenerationOptions, *, new_tokens: int, end_ids: Tensor
 ) -> Tensor:
     """Repetition penalty, n-gram ban, minimum length, in this order.
@@ -207,16 +211,16 @@ def _mark(scores: Tensor, ids: Tensor, which: Tensor) -> Tensor:
     return marked.scatter_(1, spare, True)[:, :vocabulary]
 
 
-def apply_filters(scores: Tensor, options: GenerationOptions) -> Tensor:
+def warp_logits(scores: Tensor, options: GenerationOptions) -> Tensor:
     """Temperature, top-k, top-p, in this order: scores [R, V], -inf for what must not be drawn."""
-    if options.temperature != 1:
+    if options.temperature is not None:
         scores = scores / max(
             options.temperature, 1e-4
         )  # below, only the best is left; and nothing overflows
-    if options.top_k > 0:
+    if options.top_k:
         kth = scores.topk(min(options.top_k, scores.shape[1])).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -math.inf)  # ties with the k-th stay
-    if options.top_p < 1:
+    if options.top_p is not None and options.top_p < 1:
         ascending, order = scores.sort(dim=1)
         rare = ascending.softmax(1).cumsum(1) <= 1 - options.top_p
         rare[:, -1] = False  # the best one always stays
@@ -227,9 +231,9 @@ def apply_filters(scores: Tensor, options: GenerationOptions) -> Tensor:
 def sampling_distribution(
     logits: Tensor, seen: Tensor, options: GenerationOptions, *, new_tokens: int, end_ids: Tensor
 ) -> Tensor:
-    """The probabilities [R, V] a sample is drawn from; arguments as for `apply_rules`."""
-    scores = apply_rules(logits, seen, options, new_tokens=new_tokens, end_ids=end_ids)
-    return apply_filters(scores, options).softmax(1)
+    """The probabilities [R, V] a sample is drawn from; arguments as for `process_logits`."""
+    scores = process_logits(logits, seen, options, new_tokens=new_tokens, end_ids=end_ids)
+    return warp_logits(scores, options).softmax(1)
 
 
 # --- Greedy search and sampling ---
@@ -237,7 +241,7 @@ def sampling_distribution(
 
 @torch.inference_mode()
 def _one_by_one(
-    decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor
+    decoding: DecodeState, seen: Tensor, options: GenerationOptions, end_ids: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each step's ids and their log-probabilities under the model, both [B*n]; id -1: row has ended."""
     samples = options.num_return_sequences
@@ -281,7 +285,7 @@ def choose(
 ) -> Tensor:
     """The next ids [R]: the likeliest, or drawn with the numbers `uniform` [R]."""
     if uniform is None:
-        return apply_rules(logits, seen, options, new_tokens=step, end_ids=end_ids).argmax(1)
+        return process_logits(logits, seen, options, new_tokens=step, end_ids=end_ids).argmax(1)
     chances = sampling_distribution(logits, seen, options, new_tokens=step, end_ids=end_ids)
     return _draw(chances, uniform)
 
@@ -340,7 +344,7 @@ class Move(NamedTuple):
 Search = Generator[Move, Tensor, Generated]
 
 
-def _search(decoding: Decoding, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Generated:
+def _search(decoding: DecodeState, seen: Tensor, options: GenerationOptions, end_ids: Tensor) -> Generated:
     search = beam_search(decoding.logits, seen, options, end_ids)
     try:
         move = next(search)
@@ -362,7 +366,7 @@ def beam_search(logits: Tensor, seen: Tensor, options: GenerationOptions, end_id
         logits: float32 [b, V], for the first new token.
         seen: int64 [b, L], what the rules count as said before.
     """
-    n, limit, penalty, device = options.beams, options.max_new_tokens, options.length_penalty, seen.device
+    n, limit, penalty, device = options.num_beams, options.max_new_tokens, options.length_penalty, seen.device
     b, vocabulary = logits.shape
     prompts = list(range(b))  # those not dropped yet
     logits = logits.repeat_interleave(n, dim=0)  # [b*n, V]
@@ -383,7 +387,7 @@ def beam_search(logits: Tensor, seen: Tensor, options: GenerationOptions, end_id
         new = running.ids[..., : length - 1].flatten(0, 1)
         said = torch.cat([seen.repeat_interleave(n, dim=0), new], dim=1)
         logprobs = logits.log_softmax(1)
-        ruled = apply_rules(logprobs, said, options, new_tokens=length - 1, end_ids=end_ids)
+        ruled = process_logits(logprobs, said, options, new_tokens=length - 1, end_ids=end_ids)
         sums, index = (running.scores[..., None] + ruled.view(b, n, vocabulary)).flatten(1).topk(width)
         parents, ids = index // vocabulary, index % vocabulary  # [b, width]
         grown = running.choose(parents)

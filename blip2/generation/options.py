@@ -1,80 +1,207 @@
-"""The decoding options."""
+"""The decoding options: their only list. Python, the command line, HTTP, evaluation and bulk runs are made from it.
+
+This file needs nothing but the standard library, so that a command's help does not wait for torch.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, TypedDict, Unpack
+
+DEFAULT_NUM_BEAMS = 5  # what the published results were made with
+# What differs between the kinds of text: the published captions were scored as they are, answers favour short texts.
+LENGTH_PENALTY = {"caption": 1.0, "answer": -1.0}
+
+TextKind = Literal["caption", "answer"]
+EarlyStopping = bool | Literal["never"]
+TokenIds = int | tuple[int, ...] | list[int]
+
+
+def _about(text: str, **bounds: float) -> dict[str, Any]:
+    """A field's metadata: its help, and its bounds ge and le (inclusive), gt and lt (exclusive)."""
+    return {"help": text, "bounds": bounds}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How new tokens are chosen. `beams=1` is greedy, or sampling with `do_sample`."""
+    """How new tokens are chosen: greedy by default, by beam search with `num_beams`, or by sampling.
 
-    beams: int = 1
-    max_new_tokens: int = 30
-    min_new_tokens: int = 0  # no end token among the first so many
-    length_penalty: float = 1.0  # a score is divided by length ** length_penalty: above 0 favours long texts
-    early_stopping: bool | Literal["never"] = False  # beams: True stops at `beams` finished texts
-    repetition_penalty: float = (
-        1.0  # above 1: ids of the text so far, with OPT of the prompt too, less likely
+    Names and meanings are those of transformers; all lengths count new tokens only. `temperature`, `top_k` or `top_p`
+    ask for sampling by being given; a temperature of 0 is greedy search. There is no hidden default such as
+    transformers' top_k of 50.
+
+    Raises:
+        ValueError: an option out of its bounds, or options that contradict each other.
+    """
+
+    num_beams: int = field(default=1, metadata=_about("sequences that beam search follows", ge=1))
+    max_new_tokens: int = field(default=30, metadata=_about("longest text, in tokens", ge=1))
+    min_new_tokens: int = field(default=0, metadata=_about("shortest text, in tokens", ge=0))
+    length_penalty: float = field(
+        default=1.0,
+        metadata=_about(
+            "scores are divided by length ** length_penalty: above 0 favors long texts, below 0 short ones"
+        ),
     )
-    no_repeat_ngram_size: int = 0  # 0 is off
-    num_return_sequences: int = 1  # the best so many beams, or so many independent samples
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0  # 1 is off
-    seed: int | None = None  # sample j of every prompt draws from seed + j; None: from torch's generator
-    eos_token_id: int | tuple[int, ...] | list[int] | None = None  # None: the model's own; (): none
+    early_stopping: EarlyStopping = field(
+        default=False,
+        metadata=_about(
+            "when beam search ends: by estimate (false), at num_beams finished texts (true), or never early"
+        ),
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata=_about("above 1 makes tokens of the text so far less likely", gt=0)
+    )
+    no_repeat_ngram_size: int = field(
+        default=0, metadata=_about("no sequence of so many tokens twice, 0 for off", ge=0)
+    )
+    num_return_sequences: int = field(default=1, metadata=_about("texts for each image, best first", ge=1))
+    do_sample: bool | None = field(
+        default=None,
+        metadata=_about("draw each token at random; temperature, top_k and top_p ask for it too"),
+    )
+    temperature: float | None = field(
+        default=None, metadata=_about("of sampling: low is safe, high is wild; 0 is greedy", ge=0)
+    )
+    top_k: int | None = field(
+        default=None, metadata=_about("sample among the k likeliest tokens, 0 for all", ge=0)
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata=_about("sample among the likeliest tokens that make up this probability", gt=0, le=1),
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=_about("makes sampling repeatable: sequence j draws from seed + j", ge=0, lt=2**63),
+    )
+    eos_token_id: TokenIds | None = field(
+        default=None,
+        metadata=_about("ids that end a text (default: the model's own; none at all in Python: ())", ge=0),
+    )
 
     def __post_init__(self) -> None:
-        for name in ("beams", "max_new_tokens", "num_return_sequences"):
-            _require_int(name, getattr(self, name), 1)
-        for name in ("min_new_tokens", "no_repeat_ngram_size", "top_k"):
-            _require_int(name, getattr(self, name), 0)
-        for name in ("repetition_penalty", "temperature", "top_p"):
-            _require_number(name, getattr(self, name), 0.0)
-        _require_number("length_penalty", self.length_penalty, -math.inf)
-        if self.seed is not None:
-            _require_int("seed", self.seed, 0)
         if isinstance(self.eos_token_id, list):  # as transformers has several; the options stay hashable
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        for end_id in () if self.eos_token_id is None else _as_tuple(self.eos_token_id):
-            _require_int("eos_token_id", end_id, 0)
-        if self.top_p > 1:
-            raise ValueError(f"top_p must be at most 1, got {self.top_p!r}")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f"early_stopping must be False, True or 'never', got {self.early_stopping!r}")
+        for option in fields(self):
+            _check(option, getattr(self, option.name))
+        if self.temperature == 0:
+            for name in ("temperature", "top_k", "top_p"):
+                object.__setattr__(self, name, None)
+            object.__setattr__(self, "do_sample", False)
+        shaped = (self.temperature, self.top_k, self.top_p)
+        if self.do_sample is None:
+            object.__setattr__(self, "do_sample", shaped != (None, None, None))
+        if not self.do_sample and any(
+            value not in (None, off) for value, off in zip(shaped, (1, 0, 1), strict=True)
+        ):
+            raise ValueError(
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} shape only samples: "
+                "leave out do_sample=False, or leave them out"
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}"
             )
-        if self.do_sample and self.beams > 1:
-            raise ValueError(f"do_sample needs beams=1, got beams={self.beams}: sample or search, not both")
-        if not self.do_sample and (self.temperature != 1 or self.top_k != 0 or self.top_p != 1):
+        if self.do_sample and self.num_beams > 1:
             raise ValueError(
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} shape only samples: "
-                "set do_sample=True, or leave them at 1.0, 0, 1.0"
+                f"do_sample needs num_beams=1, got num_beams={self.num_beams}: sample or search, not both"
             )
-        if not self.do_sample and self.num_return_sequences > self.beams:
+        if not self.do_sample and self.num_return_sequences > self.num_beams:
             raise ValueError(
-                f"num_return_sequences={self.num_return_sequences} is more than beams={self.beams}: "
-                "search with more beams, or set do_sample=True"
+                f"num_return_sequences={self.num_return_sequences} is more than num_beams={self.num_beams}: "
+                "search with more beams, or sample with do_sample=True"
             )
 
 
-def _as_tuple(ids: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
-    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+class GenerateKwargs(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keywords of `caption`, `ask` and `Chat.send`."""
+
+    num_beams: int
+    max_new_tokens: int
+    min_new_tokens: int
+    length_penalty: float
+    early_stopping: EarlyStopping
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    eos_token_id: TokenIds | None
 
 
-def _require_int(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
+def make_options(
+    kind: TextKind,
+    *,
+    stream: bool = False,
+    num_return_sequences: int | None = None,
+    **given: Unpack[GenerateKwargs],
+) -> GenerationOptions:
+    """The options of a caption or an answer: what is given (not None), the rest by the rules all doors share.
+
+    Beam search follows five beams unless sampling or streaming. The length penalty is 1.0 for captions and -1.0 for
+    answers, as in the published results.
+
+    Raises:
+        TypeError: an option that does not exist; the message names the one that was probably meant.
+        ValueError: as `GenerationOptions`, or several texts where one is streamed.
+    """
+    names = {option.name for option in fields(GenerationOptions)}
+    for name in given.keys() - names:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(names))}"
+        raise TypeError(f"there is no decoding option {name!r}{hint}")
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen.setdefault("length_penalty", LENGTH_PENALTY[kind])
+    if stream and (chosen.get("num_beams", 1) != 1 or num_return_sequences not in (None, 1)):
+        raise ValueError(
+            "streaming writes one text as it comes, beam search knows its text at the end: "
+            "leave out num_beams and num_return_sequences"
+        )
+    samples = GenerationOptions(**{**chosen, "num_beams": 1, "num_return_sequences": 1}).do_sample
+    chosen.setdefault("num_beams", 1 if samples or stream else DEFAULT_NUM_BEAMS)
+    if num_return_sequences is not None:
+        chosen["num_return_sequences"] = num_return_sequences
+    return GenerationOptions(**chosen)
 
 
-def _require_number(name: str, value: float, above: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= above:
-        limit = "" if above == -math.inf else f" above {above:g}"
-        raise ValueError(f"{name} must be a number{limit}, got {value!r}")
+def bounds_of(option: Field[Any]) -> dict[str, float]:
+    """The bounds of an option's value by pydantic's names: ge, gt, le, lt."""
+    bounds: dict[str, float] = option.metadata["bounds"]
+    return bounds
+
+
+def _check(option: Field[Any], value: object) -> None:
+    name, kind = option.name, str(option.type)
+    if value is None and "None" in kind:
+        return
+    if name == "early_stopping":
+        if not isinstance(value, bool) and value != "never":
+            raise ValueError(f"early_stopping must be False, True or 'never', got {value!r}")
+    elif name == "do_sample":
+        if not isinstance(value, bool):
+            raise ValueError(f"do_sample must be True or False, got {value!r}")
+    else:
+        for number in value if isinstance(value, tuple) else (value,):
+            _check_number(name, number, whole=not kind.startswith("float"), **bounds_of(option))
+
+
+def _check_number(
+    name: str,
+    value: object,
+    *,
+    whole: bool,
+    ge: float = -math.inf,
+    gt: float = -math.inf,
+    le: float = math.inf,
+    lt: float = math.inf,
+) -> None:
+    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if good and (math.isfinite(value) and ge <= value <= le and gt < value < lt):  # type: ignore[arg-type, operator]
+        return
+    least = f", {ge:g} or more" if ge > -math.inf else f" above {gt:g}" if gt > -math.inf else ""
+    most = f", at most {le:g}" if le < math.inf else f" below {lt:g}" if lt < math.inf else ""
+    raise ValueError(f"{name} must be a {'whole ' if whole else ''}number{least}{most}; got {value!r}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blip2.modeling.blip2 import Blip2
-from blip2.modeling.kv_cache import Context
+from blip2.modeling.kv_cache import PromptCache
 
 ROWS = 128  # answers read side by side: their logits, as wide as the vocabulary, are what takes the memory
 
@@ -24,7 +24,7 @@ def answer_logprobs(
     attention_mask: Tensor,
     answers: Sequence[Sequence[int]],
     *,
-    context: Context | None = None,
+    context: PromptCache | None = None,
     rows: int = ROWS,
 ) -> Tensor:
     """The log-probability that the model writes each answer and then ends: float32 [B, N].

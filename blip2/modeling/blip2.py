@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig
-from blip2.modeling.kv_cache import Context, Tail, join_contexts
+from blip2.modeling.kv_cache import KVCache, PromptCache, concat_prompt_caches
 from blip2.modeling.layers import ACTIVATION
 from blip2.modeling.opt import Opt
 from blip2.modeling.qformer import QFormer
@@ -15,7 +15,7 @@ from blip2.modeling.t5 import T5
 from blip2.modeling.vision import ImageEncoder
 from blip2.quantization.packed import Linear
 
-IGNORED = -100  # label of a position that is no target
+IGNORE_INDEX = -100  # label of a position that is no target
 T5_TRAINED_TOKENS = 512  # the longest text T5 was trained on; it has no last position
 
 
@@ -27,7 +27,7 @@ class Blip2(nn.Module):
         self.config = config
         self.vision = ImageEncoder(config.vision)
         self.qformer = QFormer(config.qformer, config.num_query_tokens)
-        self.projection = Linear(config.qformer.hidden_size, config.language.hidden_size)
+        self.projection = Linear(config.qformer.hidden_size, config.language.width)
         self.language: Opt | T5
         if isinstance(config.language, OptConfig):
             self.language = Opt(config.language)
@@ -104,9 +104,9 @@ class Blip2(nn.Module):
             hidden = self._hidden(prefix, input_ids, attention_mask, self.language.shift_right(labels))
         else:
             hidden = self._hidden(prefix, input_ids, attention_mask, None)
-            targets = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=IGNORED)[:, 1:]
+            targets = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=IGNORE_INDEX)[:, 1:]
             hidden = hidden[:, :-1]
-        wanted = targets != IGNORED
+        wanted = targets != IGNORE_INDEX
         # The head is as wide as the vocabulary: only where something is to be predicted.
         return F.cross_entropy(self.language.head(hidden[wanted]).float(), targets[wanted])
 
@@ -119,7 +119,7 @@ class Blip2(nn.Module):
 
     # --- generation: read once, write as many rows as wanted -----------------------------------------------------
 
-    def read_prefix(self, prefix: Tensor) -> Context | None:
+    def read_prefix(self, prefix: Tensor) -> PromptCache | None:
         """The prefix as the language model has read it: a value that serves every later question about the image.
 
         None with T5, whose encoder reads prefix and prompt together.
@@ -134,8 +134,8 @@ class Blip2(nn.Module):
         *,
         rows: int = 1,
         max_new_tokens: int,
-        context: Context | None = None,
-    ) -> Decoding:
+        context: PromptCache | None = None,
+    ) -> DecodeState:
         """Read the prefix and the prompts, ready to write `rows` continuations of each prompt.
 
         Args:
@@ -157,16 +157,16 @@ class Blip2(nn.Module):
             started = self.language.start(embeddings, mask, rows=rows, max_new_tokens=max_new_tokens)
         else:
             started = self.language.start(embeddings, mask, context, rows=rows, max_new_tokens=max_new_tokens)
-        return Decoding(self.language, *started)
+        return DecodeState(self.language, *started)
 
 
-class Decoding:
+class DecodeState:
     """A text being written: B prompts, n rows of each, the rows of a prompt adjacent.
 
     logits: float32 [B, V], for the first new token.
     """
 
-    def __init__(self, language: Opt | T5, context: Context, tail: Tail, logits: Tensor) -> None:
+    def __init__(self, language: Opt | T5, context: PromptCache, tail: KVCache, logits: Tensor) -> None:
         self._language, self._context, self._tail = language, context, tail
         self.logits = logits
         self._begun = tail.buffer, tail.length  # all rows are the same so far
@@ -175,13 +175,13 @@ class Decoding:
         """Append ids int64 [B * n]; logits float32 [B * n, V] for the token after them."""
         return self._language.step(ids, self._context, self._tail)
 
-    def prefixes(self, queries: int) -> list[Context | None]:
+    def prefixes(self, queries: int) -> list[PromptCache | None]:
         """Each prompt's prefix of so many queries, as `Blip2.read_prefix` gives it: it was read before the prompt."""
         if isinstance(self._language, T5):
             return [None] * len(self._context.mask)
         layers, mask = self._context.layers, self._context.mask[:, :queries]
         return [  # copied, so that nobody holds the prompts as well
-            Context(
+            PromptCache(
                 tuple(
                     (k[i : i + 1, :, :queries].clone(), v[i : i + 1, :, :queries].clone()) for k, v in layers
                 ),
@@ -207,9 +207,9 @@ class Decoding:
         self._context = self._context.select(prompts)
         self._tail.select((prompts[:, None] * rows + torch.arange(rows, device=prompts.device)).flatten())
 
-    def join(self, other: Decoding) -> None:
+    def join(self, other: DecodeState) -> None:
         """Take in another text's prompts, which may have written more or less than these; one row a prompt in both."""
-        self._context = join_contexts([self._context, other._context])
+        self._context = concat_prompt_caches([self._context, other._context])
         self._tail = self._tail.join(other._tail)
 
 
@@ -260,7 +260,7 @@ class Blip2Matcher(nn.Module):
 
     def itm_logits(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Each image with its text -> [B, 2]; softmax column 1 is the probability that they match."""
-        queries = self.qformer.read_both(features, ids, mask)[:, : self.config.num_query_tokens]
+        queries = self.qformer.encode_multimodal(features, ids, mask)[:, : self.config.num_query_tokens]
         out: Tensor = self.itm_head(queries.to(self.itm_head.weight.dtype)).mean(dim=1)
         return out
 

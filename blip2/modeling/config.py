@@ -112,6 +112,23 @@ class OptConfig:
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         _check_activation("text_config.activation_function", self.activation_function)
 
+    is_encoder_decoder = False
+
+    @property
+    def width(self) -> int:
+        """Of the embeddings, and so of the prefix."""
+        return self.hidden_size
+
+    @property
+    def depth(self) -> int:
+        """Layers of the decoder."""
+        return self.num_hidden_layers
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return _as_ids(self.eos_token_id)
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -149,10 +166,22 @@ class T5Config:
             "expected an even number of them, and a distance of more than half of it",
         )
 
+    is_encoder_decoder = True
+
     @property
-    def hidden_size(self) -> int:
-        """The width of the embeddings, as the other parts call it."""
+    def width(self) -> int:
+        """Of the embeddings, and so of the prefix."""
         return self.d_model
+
+    @property
+    def depth(self) -> int:
+        """Layers of the decoder."""
+        return self.num_decoder_layers
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return _as_ids(self.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -184,6 +213,10 @@ class MatcherConfig:
             self.qformer.use_qformer_text_input,
             "the stage-1 model needs the Q-Former's text branch: qformer_config.use_qformer_text_input must be true",
         )
+
+
+def _as_ids(ids: int | tuple[int, ...]) -> tuple[int, ...]:
+    return ids if isinstance(ids, tuple) else (ids,)
 
 
 def _check_heads(where: str, width: int, heads: int) -> None:

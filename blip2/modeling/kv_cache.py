@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Context:
+class PromptCache:
     """What a decoder has read: the keys and values of every layer. A value: reading on gives a new one.
 
     layers: one (keys, values) pair a layer, each [B, H, S, D].
@@ -26,20 +26,20 @@ class Context:
         """Positions read, padding included."""
         return self.mask.shape[1]
 
-    def select(self, rows: Tensor) -> Context:
+    def select(self, rows: Tensor) -> PromptCache:
         """The context of the prompts `rows` (int64 [k]), in that order."""
-        return Context(tuple((k[rows], v[rows]) for k, v in self.layers), self.mask[rows])
+        return PromptCache(tuple((k[rows], v[rows]) for k, v in self.layers), self.mask[rows])
 
-    def expand(self, rows: int) -> Context:
+    def expand(self, rows: int) -> PromptCache:
         """A context of one prompt as the context of `rows` prompts, without copying."""
         assert self.mask.shape[0] == 1, "only a single prompt's context can be expanded"
-        return Context(
+        return PromptCache(
             tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self.layers),
             self.mask.expand(rows, -1),
         )
 
 
-def join_contexts(contexts: Sequence[Context]) -> Context:
+def concat_prompt_caches(contexts: Sequence[PromptCache]) -> PromptCache:
     """What several decoders have read as what one has; the shorter ones padded on the left."""
     if len(contexts) == 1:
         return contexts[0]
@@ -54,10 +54,10 @@ def join_contexts(contexts: Sequence[Context]) -> Context:
     layers = zip(*(context.layers for context in contexts), strict=True)
     joined = tuple((join(k for k, _ in layer), join(v for _, v in layer)) for layer in map(tuple, layers))
     masks = (context.mask[:, first:] for context, first in zip(contexts, firsts))
-    return Context(joined, torch.cat([F.pad(mask, (pad, 0)) for mask, pad in zip(masks, pads)]))
+    return PromptCache(joined, torch.cat([F.pad(mask, (pad, 0)) for mask, pad in zip(masks, pads)]))
 
 
-class Tail:
+class KVCache:
     """Keys and values of the tokens written so far, one buffer a layer, allocated once.
 
     length: the tokens of the row that has written most.
@@ -100,7 +100,7 @@ class Tail:
         if self.starts is not None:
             self.starts = self.starts[rows]
 
-    def join(self, other: Tail) -> Tail:
+    def join(self, other: KVCache) -> KVCache:
         """The rows of both, whose last tokens then stand at the same place."""
         tails = (self, other)
         starts = [
@@ -113,7 +113,7 @@ class Tail:
         length = max(tail.length - first for tail, first in zip(tails, firsts))
         room = max(tail.buffer.shape[-2] - tail.length for tail in tails)
         layers, _, _, heads, _, width = self.buffer.shape
-        joined = Tail((layers, sum(map(len, starts)), heads, length + room, width), self.buffer)
+        joined = KVCache((layers, sum(map(len, starts)), heads, length + room, width), self.buffer)
         joined.buffer[..., :length, :] = 0  # garbage times a weight of 0 may be NaN
         row = 0
         for tail, first, start in zip(tails, firsts, starts):

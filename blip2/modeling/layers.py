@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.quantization.packed import Linear, processor_has_bf16
+from blip2.quantization.packed import Linear, cpu_has_bf16
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ _MANY = 128  # positions
 
 
 def _is_image_in_bf16(query: Tensor) -> bool:
-    narrow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and processor_has_bf16()
+    narrow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_has_bf16()
     return narrow and query.shape[2] >= _MANY
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.modeling.config import OptConfig
-from blip2.modeling.kv_cache import Context, Tail
+from blip2.modeling.kv_cache import KVCache, PromptCache
 from blip2.modeling.layers import ACTIVATION, attend, merge_heads, split_heads
 from blip2.quantization.packed import Linear
 
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         context: tuple[Tensor, Tensor],
         seen: Tensor,
         unwritten: Tensor | None,
-        tail: Tail,
+        tail: KVCache,
         layer: int,
     ) -> Tensor:
         """One token for each row: x [B * n, 1, W]; context [B, H, S, D]; seen bool [B, 1, 1, S]; unwritten, of the
@@ -121,14 +121,14 @@ class Opt(nn.Module):
         return out.to(self.embed_positions.weight.dtype)
 
     def forward(
-        self, embeddings: Tensor, mask: Tensor | None = None, context: Context | None = None
+        self, embeddings: Tensor, mask: Tensor | None = None, context: PromptCache | None = None
     ) -> Tensor:
         """Embeddings [B, T, W], mask [B, T] (None: no padding) -> hidden states [B, T, W] for `head`."""
         return self.read(embeddings, mask, context)[0]
 
     def read(
-        self, embeddings: Tensor, mask: Tensor | None = None, past: Context | None = None
-    ) -> tuple[Tensor, Context]:
+        self, embeddings: Tensor, mask: Tensor | None = None, past: PromptCache | None = None
+    ) -> tuple[Tensor, PromptCache]:
         """Read embeddings after what has been read already.
 
         Args:
@@ -167,17 +167,17 @@ class Opt(nn.Module):
             )
             x = layer.feed_forward(x + out)
             layers.append((key, value))
-        return self.final_layer_norm(x), Context(tuple(layers), seen)
+        return self.final_layer_norm(x), PromptCache(tuple(layers), seen)
 
     def start(
         self,
         embeddings: Tensor,
         mask: Tensor,
-        past: Context | None = None,
+        past: PromptCache | None = None,
         *,
         rows: int,
         max_new_tokens: int,
-    ) -> tuple[Context, Tail, Tensor]:
+    ) -> tuple[PromptCache, KVCache, Tensor]:
         """Read prompts, ready to write `rows` continuations of each.
 
         Args: as for `read`.
@@ -196,9 +196,9 @@ class Opt(nn.Module):
         logits = self.head(hidden[torch.arange(len(last), device=last.device), last]).float()
         heads, width = self.config.num_attention_heads, self.config.hidden_size
         shape = (self.config.num_hidden_layers, len(mask) * rows, heads, max_new_tokens, width // heads)
-        return context, Tail(shape, embeddings), logits
+        return context, KVCache(shape, embeddings), logits
 
-    def step(self, ids: Tensor, context: Context, tail: Tail) -> Tensor:
+    def step(self, ids: Tensor, context: PromptCache, tail: KVCache) -> Tensor:
         """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""
         rows = len(ids) // len(context.mask)
         positions = context.mask.sum(1).repeat_interleave(rows) + tail.written + POSITION_OFFSET

@@ -123,7 +123,7 @@ class QFormer(nn.Module):
         """Text alone, bidirectional: ids and mask [B, T] -> [B, T, W]."""
         return self._run(self._embed(ids), 0, None, mask.bool()[:, None, None, :])
 
-    def read_both(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_multimodal(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Queries and text see each other (ITM): -> [B, Q + T, W], queries first."""
         queries = self.query_tokens.shape[1]
         allowed = F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]  # [B, 1, 1, Q + T]

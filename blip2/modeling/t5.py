@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.modeling.config import T5Config
-from blip2.modeling.kv_cache import Context, Tail
+from blip2.modeling.kv_cache import KVCache, PromptCache
 from blip2.modeling.layers import ACTIVATION, attend, merge_heads, split_heads
 from blip2.quantization.packed import Linear
 
@@ -96,7 +96,7 @@ class SelfAttentionLayer(nn.Module):
         out: Tensor = x + self.SelfAttention(normed, self.SelfAttention.read(normed), mask)
         return out
 
-    def step(self, x: Tensor, mask: Tensor, tail: Tail, layer: int) -> Tensor:
+    def step(self, x: Tensor, mask: Tensor, tail: KVCache, layer: int) -> Tensor:
         """One token for each row: x [R, 1, W]; mask [1 or R, H, 1, t + 1]."""
         normed = self.layer_norm(x)
         written = tail.append(layer, *self.SelfAttention.read(normed))
@@ -158,7 +158,7 @@ class DecoderLayer(nn.Module):
         return out
 
     def step(
-        self, x: Tensor, mask: Tensor, tail: Tail, index: int, read: tuple[Tensor, Tensor], seen: Tensor
+        self, x: Tensor, mask: Tensor, tail: KVCache, index: int, read: tuple[Tensor, Tensor], seen: Tensor
     ) -> Tensor:
         """One token for each row, x [B * n, 1, W], on the prompts' own keys and values [B, H, S, D]."""
         attention, cross, feed_forward = self.layer
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
             read.append(layer.read(memory))
         return tuple(read)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: PromptCache) -> Tensor:
         """x [B, T, W] -> [B, T, W]."""
         positions = torch.arange(x.shape[1], device=x.device)
         distance = positions[None, None, :] - positions[None, :, None]  # [1, T, T]
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
         out: Tensor = self.final_layer_norm(x)
         return out
 
-    def step(self, x: Tensor, context: Context, tail: Tail) -> Tensor:
+    def step(self, x: Tensor, context: PromptCache, tail: KVCache) -> Tensor:
         """One token for each row: x [B * n, 1, W] -> [B * n, 1, W]; `tail` grows by one."""
         distance = torch.arange(-tail.length, 1, device=x.device)[None, None]
         mask = self.relative_attention_bias(distance)  # [1, H, 1, t + 1]
@@ -300,15 +300,15 @@ class T5(nn.Module):
         out: Tensor = self.decoder(self.embed(decoder_ids), self.read(embeddings, mask))
         return out
 
-    def read(self, embeddings: Tensor, mask: Tensor | None = None) -> Context:
+    def read(self, embeddings: Tensor, mask: Tensor | None = None) -> PromptCache:
         """What the decoder is to know of embeddings [B, S, W]; padding (mask [B, S] is 0) changes nothing."""
         shape = embeddings.shape[:2]
         seen = embeddings.new_ones(shape, dtype=torch.bool) if mask is None else mask.bool()
-        return Context(self.decoder.read(self.encoder(embeddings, seen)), seen)
+        return PromptCache(self.decoder.read(self.encoder(embeddings, seen)), seen)
 
     def start(
         self, embeddings: Tensor, mask: Tensor, *, rows: int, max_new_tokens: int
-    ) -> tuple[Context, Tail, Tensor]:
+    ) -> tuple[PromptCache, KVCache, Tensor]:
         """Read prompts, ready to write `rows` texts for each; as `Opt.start`. The start token is written already."""
         context = self.read(embeddings, mask)
         shape = (
@@ -318,11 +318,11 @@ class T5(nn.Module):
             max_new_tokens,  # the start token and all new ones but the last, which is never read
             self.config.d_kv,
         )
-        tail = Tail(shape, embeddings)
+        tail = KVCache(shape, embeddings)
         first = torch.full((shape[1],), self.config.decoder_start_token_id, device=mask.device)
         return context, tail, self.step(first, context, tail)[::rows]
 
-    def step(self, ids: Tensor, context: Context, tail: Tail) -> Tensor:
+    def step(self, ids: Tensor, context: PromptCache, tail: KVCache) -> Tensor:
         """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""
         hidden = self.decoder.step(self.embed(ids).unsqueeze(1), context, tail)
         return self.head(hidden).squeeze(1).float()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from blip2.modeling.config import VisionConfig
 from blip2.modeling.layers import FeedForward, attend, merge_heads
-from blip2.quantization.packed import Linear, slow
+from blip2.quantization.packed import Linear, lacks_native_bf16
 
 
 class SelfAttention(nn.Module):
@@ -99,7 +99,7 @@ class ImageEncoder(nn.Module):
     def _patches(self, pixels: Tensor) -> Tensor:
         """Pixels -> patches [B, W, h, w]."""
         embedding = self.patch_embedding
-        if not slow(embedding.weight):
+        if not lacks_native_bf16(embedding.weight):
             out: Tensor = embedding(pixels.to(embedding.weight.dtype))
             return out
         weight, bias = (None if part is None else part.float() for part in (embedding.weight, embedding.bias))

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from blip2.quantization import linear
-from blip2.quantization.formats import GROUP, Mode, Rounded, Rounded4, Rounded8
-from blip2.quantization.linear import STEEP, Int4Linear, Int8Embedding, Int8ImageLinear, Int8Linear
-from blip2.quantization.packed import give_back_memory, processor_has_bf16
+from blip2.quantization.formats import GROUP, Int4Weight, Int8Weight, Mode, QuantizedWeight
+from blip2.quantization.linear import OUTLIER_RATIO, Int4Linear, Int8Embedding, Int8ImageLinear, Int8Linear
+from blip2.quantization.packed import cpu_has_bf16, malloc_trim
 
-WORDS = ("language.embed_tokens", "language.shared")  # OPT's and T5's table of word embeddings
-KEPT = "vision.layers.0.mlp."  # stays as it is, see `layers`
+EMBEDDINGS = ("language.embed_tokens", "language.shared")  # OPT's and T5's table of word embeddings
+EXCLUDED = "vision.layers.0.mlp."  # stays as it is, see `layers`
 
 
 # --- FBGEMM ----------------------------------------------------------------------------------------------------------
@@ -34,7 +34,9 @@ KEPT = "vision.layers.0.mlp."  # stays as it is, see `layers`
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def layers(model: nn.Module, mode: Mode) -> Iterator[tuple[str, nn.Module, type[Rounded8] | type[Rounded4]]]:
+def layers(
+    model: nn.Module, mode: Mode
+) -> Iterator[tuple[str, nn.Module, type[Int8Weight] | type[Int4Weight]]]:
     """What a mode rounds: name, layer, and how its weight is rounded; the largest first.
 
     All linear layers of image encoder, Q-Former and language model, its head included, and its word embeddings, but not
@@ -47,14 +49,14 @@ def layers(model: nn.Module, mode: Mode) -> Iterator[tuple[str, nn.Module, type[
     found: list[tuple[str, nn.Module, Tensor]] = []
     for name, module in model.named_modules():
         inside = name.split(".", 1)[0] in ("vision", "qformer", "language")
-        if inside and not name.startswith(KEPT) and (isinstance(module, nn.Linear) or name in WORDS):
+        if inside and not name.startswith(EXCLUDED) and (isinstance(module, nn.Linear) or name in EMBEDDINGS):
             assert isinstance(module, nn.Linear | nn.Embedding)
             found.append((name, module, module.weight))
     # what rounding takes besides is largest for the largest, and least is there yet when they come first
     for name, module, weight in sorted(found, key=lambda each: -each[2].numel()):
-        eight = name in (*WORDS, "language.lm_head") or name.startswith(ends)
+        eight = name in (*EMBEDDINGS, "language.lm_head") or name.startswith(ends)
         four = mode == "int4" and name.startswith("language.") and not eight
-        yield name, module, Rounded4 if four and weight.shape[1] % GROUP == 0 else Rounded8
+        yield name, module, Int4Weight if four and weight.shape[1] % GROUP == 0 else Int8Weight
 
 
 def _ends(model: nn.Module) -> tuple[str, ...]:
@@ -69,7 +71,7 @@ def _ends(model: nn.Module) -> tuple[str, ...]:
 
 
 def quantize(
-    model: nn.Module, mode: Mode, read: Callable[[str, type[Rounded]], Rounded] | None = None
+    model: nn.Module, mode: Mode, read: Callable[[str, type[QuantizedWeight]], QuantizedWeight] | None = None
 ) -> None:
     """Put rounded layers in the place of a model's, two at a time. In place.
 
@@ -79,12 +81,12 @@ def quantize(
         read: gives a layer's weight rounded, by the layer's name; None: the model's own weights are rounded.
     """
 
-    def make(name: str, layer: nn.Module, kind: type[Rounded8] | type[Rounded4]) -> None:
+    def make(name: str, layer: nn.Module, kind: type[Int8Weight] | type[Int4Weight]) -> None:
         assert isinstance(layer, nn.Linear | nn.Embedding)
         weight = kind.of(layer.weight.detach()) if read is None else read(name, kind)
         above, _, last = name.rpartition(".")
         setattr(model.get_submodule(above), last, _layer(name, layer, weight))
-        give_back_memory()
+        malloc_trim()
 
     fbgemm = linear._packing() if linear.levels() else nullcontext()
     with fbgemm, ThreadPoolExecutor(2) as pool:  # one reads or rounds while the other packs
@@ -92,16 +94,16 @@ def quantize(
             done.result()
 
 
-def _layer(name: str, layer: nn.Linear | nn.Embedding, weight: Rounded) -> nn.Module:
+def _layer(name: str, layer: nn.Linear | nn.Embedding, weight: QuantizedWeight) -> nn.Module:
     if isinstance(layer, nn.Embedding):
-        assert isinstance(weight, Rounded8)
+        assert isinstance(weight, Int8Weight)
         return Int8Embedding(weight)
     bias = None if layer.bias is None else layer.bias.detach()
-    if isinstance(weight, Rounded4):
+    if isinstance(weight, Int4Weight):
         return Int4Linear(weight, bias)
     if name.startswith("vision.") and weight.values.device.type == "cpu" and linear.onednn_multiplies():
         # an image's attention is quicker in bf16, and what eight bits leave of a value fits into it
-        narrow = name.endswith(".qkv") and processor_has_bf16()
+        narrow = name.endswith(".qkv") and cpu_has_bf16()
         return Int8ImageLinear(weight, bias, torch.bfloat16 if narrow else None)
     # the Q-Former is small, and everything that is said of an image goes through it: all its tokens get two terms
-    return Int8Linear(weight, bias, 2, 0 if name.startswith("qformer.") else STEEP)
+    return Int8Linear(weight, bias, 2, 0 if name.startswith("qformer.") else OUTLIER_RATIO)

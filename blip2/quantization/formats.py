@@ -25,14 +25,14 @@ _AT_ONCE = 1 << 19  # weights rounded together: what that takes stays small, and
 
 
 @dataclass(frozen=True)
-class Rounded8:
+class Int8Weight:
     """A weight in 8 bits: values int8 [N, K], and the scale float32 [N] of each row."""
 
     values: Tensor
     scale: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> Rounded8:
+    def of(cls, weight: Tensor) -> Int8Weight:
         """Round a float weight [N, K]."""
         largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).float()
         scale = (largest / 127).clamp(min=1e-30)
@@ -51,13 +51,13 @@ class Rounded8:
         """The tensors it is made of."""
         return self.values, self.scale
 
-    def to(self, device: torch.device) -> Rounded8:
+    def to(self, device: torch.device) -> Int8Weight:
         """The same on a device."""
-        return Rounded8(self.values.to(device), self.scale.to(device))
+        return Int8Weight(self.values.to(device), self.scale.to(device))
 
 
 @dataclass(frozen=True)
-class Rounded4:
+class Int4Weight:
     """A weight in 4 bits: values uint8 [N, K / 2], two a byte, the first one low.
 
     A value q stands for (q - zero) * scale; scales bfloat16 and zeros uint8 [N, groups].
@@ -70,7 +70,7 @@ class Rounded4:
     mapped: bool = field(default=False, kw_only=True)
 
     @classmethod
-    def of(cls, weight: Tensor) -> Rounded4:
+    def of(cls, weight: Tensor) -> Int4Weight:
         """Round a float weight [N, K], K a multiple of GROUP.
 
         Every group's range is cut by the share that leaves the smallest squared error; then its scale is that of least
@@ -81,7 +81,7 @@ class Rounded4:
         return cls(*map(torch.cat, zip(*(part.parts for part in parts), strict=True)))
 
     @classmethod
-    def _of(cls, weight: Tensor) -> Rounded4:
+    def _of(cls, weight: Tensor) -> Int4Weight:
         groups = weight.float().unflatten(1, (-1, GROUP))  # [N, G, GROUP]
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         best = torch.full_like(low, torch.inf)
@@ -124,15 +124,15 @@ class Rounded4:
         """The tensors it is made of."""
         return self.values, self.scales, self.zeros
 
-    def rows(self, these: slice) -> Rounded4:
+    def rows(self, these: slice) -> Int4Weight:
         """Some of its outputs' weights."""
-        return Rounded4(self.values[these], self.scales[these], self.zeros[these])
+        return Int4Weight(self.values[these], self.scales[these], self.zeros[these])
 
-    def to(self, device: torch.device) -> Rounded4:
+    def to(self, device: torch.device) -> Int4Weight:
         """The same on a device."""
         mapped = self.mapped and device.type == "cpu"
         values, scales, zeros = (part.to(device) for part in self.parts)
-        return Rounded4(values, scales, zeros, mapped=mapped)
+        return Int4Weight(values, scales, zeros, mapped=mapped)
 
 
-Rounded = Rounded8 | Rounded4
+QuantizedWeight = Int8Weight | Int4Weight

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.quantization import openvino as openvino_product
-from blip2.quantization.formats import _AT_ONCE, GROUP, Rounded4, Rounded8
+from blip2.quantization.formats import _AT_ONCE, GROUP, Int4Weight, Int8Weight
 from blip2.quantization.openvino import Product
 
 # A token whose largest value is so many times its mean size is written in two terms. Of 4096 normally distributed
 # values the largest is 5 times the mean size, of 16384 after a ReLU 11 times, beside seven outlier channels 100 times.
-STEEP = 12.0
+OUTLIER_RATIO = 12.0
 
 
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -31,8 +31,10 @@ class Int8Linear(nn.Module):
     the weights are widened for each product, which saves memory, not time.
     """
 
-    def __init__(self, weight: Rounded8, bias: Tensor | None, terms: int, steep: float = STEEP) -> None:
-        """bias: [N] in any float. terms: 1 or 2, of the activations. steep: see `STEEP`; 0: every token is."""
+    def __init__(
+        self, weight: Int8Weight, bias: Tensor | None, terms: int, steep: float = OUTLIER_RATIO
+    ) -> None:
+        """bias: [N] in any float. terms: 1 or 2, of the activations. steep: see `OUTLIER_RATIO`; 0: every token is."""
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
         self.terms, self.steep = terms, steep
@@ -89,7 +91,7 @@ class Int8ImageLinear(nn.Module):
     all positive: between the negative and the positive largest value it would have half as many.
     """
 
-    def __init__(self, weight: Rounded8, bias: Tensor | None, out: torch.dtype | None = None) -> None:
+    def __init__(self, weight: Int8Weight, bias: Tensor | None, out: torch.dtype | None = None) -> None:
         """bias: [N] in any float. out: the dtype of what comes out; None: as what comes in."""
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
@@ -146,7 +148,7 @@ class Int8Embedding(nn.Module):
     values: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Rounded8) -> None:
+    def __init__(self, weight: Int8Weight) -> None:
         super().__init__()
         self.register_buffer("values", weight.values, persistent=False)
         self.register_buffer("scale", weight.scale, persistent=False)
@@ -163,7 +165,7 @@ class Int4Linear(nn.Module):
     `GROUP` of them; torch elsewhere, with activations in bfloat16. Either way a row gives the same bits in any batch.
     """
 
-    def __init__(self, weight: Rounded4, bias: Tensor | None) -> None:
+    def __init__(self, weight: Int4Weight, bias: Tensor | None) -> None:
         """bias: [N] in any float."""
         super().__init__()
         self.out_features, self.in_features = len(weight.values), 2 * weight.values.shape[1]
@@ -221,7 +223,7 @@ def levels() -> int:
     known = hasattr(torch, "_make_per_channel_quantized_tensor") and hasattr(torch.ops.quantized, _PRODUCT)
     if "fbgemm" not in torch.backends.quantized.supported_engines or not known:
         return 0
-    packed = _pack(Rounded8(torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1)))
+    packed = _pack(Int8Weight(torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1)))
     return 127 if float(_multiply(torch.full((1, 64), 127.0), packed, 127)) == 64 * 127 * 127 else 63
 
 
@@ -249,7 +251,7 @@ def _packing() -> Iterator[None]:
         torch.backends.quantized.engine = engine
 
 
-def _pack(weight: Rounded8) -> Any:
+def _pack(weight: Int8Weight) -> Any:
     """A weight in FBGEMM's layout."""
     zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
     with _packing(), warnings.catch_warnings():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 
-def slow(weight: Tensor) -> bool:
+def lacks_native_bf16(weight: Tensor) -> bool:
     """Whether products with a weight are slow for want of instructions: bf16 on a processor without them."""
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not processor_has_bf16()
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not cpu_has_bf16()
 
 
 @lru_cache(maxsize=1)
@@ -26,7 +26,7 @@ def _trim() -> Callable[[int], int] | None:
     return None
 
 
-def give_back_memory() -> None:
+def malloc_trim() -> None:
     """Give what was freed back to the system, where the allocator would keep it between what is in use.
 
     While weights are laid out one by one it would keep about as much as the weights take.
@@ -36,7 +36,7 @@ def give_back_memory() -> None:
 
 
 @lru_cache(maxsize=1)
-def processor_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether this machine's CPU multiplies bfloat16 by itself."""
     # a torch without oneDNN, as on Apple's processors, lacks it
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
@@ -149,7 +149,7 @@ class Linear(nn.Linear):
             out: Tensor = torch.ops.mkldnn._linear_pointwise(narrow, laid_out, bias, "none", [], None)
             return out.to(x.dtype)
         rows = x.numel() // self.in_features
-        if rows < _WIDE_FROM or not slow(self.weight) or torch.is_grad_enabled():
+        if rows < _WIDE_FROM or not lacks_native_bf16(self.weight) or torch.is_grad_enabled():
             return super().forward(x)
         flat = x.reshape(rows, self.in_features).float()
         out = x.new_empty(rows, self.out_features)

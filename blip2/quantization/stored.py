@@ -13,20 +13,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blip2.quantization.formats import GROUP, Mode, Rounded, Rounded4, Rounded8
+from blip2.quantization.formats import GROUP, Int4Weight, Int8Weight, Mode, QuantizedWeight
 from blip2.tensorfiles.tensors import CheckpointError, TensorInfo, Tensors
 
 INT8, SCALE = "weight_int8", "weight_scale"
 INT4, SCALES, ZEROS = "weight_int4", "weight_scales", "weight_zeros"
-PARTS = {Rounded8: (INT8, SCALE), Rounded4: (INT4, SCALES, ZEROS)}
+PARTS = {Int8Weight: (INT8, SCALE), Int4Weight: (INT4, SCALES, ZEROS)}
 
 
-def parts_of(name: str, shape: tuple[int, ...], kind: type[Rounded]) -> dict[str, TensorInfo]:
+def parts_of(name: str, shape: tuple[int, ...], kind: type[QuantizedWeight]) -> dict[str, TensorInfo]:
     """What is stored in the place of a weight [N, K]."""
     rows, inputs = shape
     groups = (rows, -(-inputs // GROUP))
     kinds: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, torch.int8), ((rows,), torch.float32)]
-    if kind is Rounded4:
+    if kind is Int4Weight:
         kinds = [((rows, inputs // 2), torch.uint8), (groups, torch.bfloat16), (groups, torch.uint8)]
     layer = name.removesuffix("weight")
     return {layer + part: TensorInfo(*each) for part, each in zip(PARTS[kind], kinds, strict=True)}
@@ -43,16 +43,16 @@ class RoundedFile:
         self._stored = stored
         self.info: Mapping[str, TensorInfo] = {name: self._info(name) for name in names}
 
-    def kind(self, name: str) -> type[Rounded]:
+    def kind(self, name: str) -> type[QuantizedWeight]:
         """How a weight is rounded."""
-        return Rounded8 if name.removesuffix("weight") + INT8 in self._stored else Rounded4
+        return Int8Weight if name.removesuffix("weight") + INT8 in self._stored else Int4Weight
 
-    def rounded(self, name: str, *, mapped: bool = False) -> Rounded:
+    def rounded(self, name: str, *, mapped: bool = False) -> QuantizedWeight:
         """The weight as it is stored, in memory of its own, or mapped from the file."""
         kind, layer = self.kind(name), name.removesuffix("weight")
         read = self._stored.__getitem__ if mapped else self._stored.copy
         made = kind(*(read(layer + part) for part in PARTS[kind]))
-        return replace(made, mapped=mapped) if isinstance(made, Rounded4) else made
+        return replace(made, mapped=mapped) if isinstance(made, Int4Weight) else made
 
     def copied(self, name: str) -> Tensor:
         """float32."""
@@ -66,9 +66,9 @@ class RoundedFile:
     def _info(self, name: str) -> TensorInfo:
         kind, layer = self.kind(name), name.removesuffix("weight")
         shape = self._stored.info(layer + PARTS[kind][0]).shape
-        if kind is Rounded4 and len(shape) == 2:
+        if kind is Int4Weight and len(shape) == 2:
             shape = (shape[0], 2 * shape[1])
-        if len(shape) != 2 or (kind is Rounded4 and shape[1] % GROUP):
+        if len(shape) != 2 or (kind is Int4Weight and shape[1] % GROUP):
             raise CheckpointError(f"{name} is rounded from a shape of {list(shape)}, which is no weight")
         for part, wanted in parts_of(name, shape, kind).items():
             found = self._stored.info(part) if part in self._stored else None
@@ -97,7 +97,9 @@ def as_floats(stored: Tensors) -> Tensors:
     return Tensors(plain | dict.fromkeys(names, file))
 
 
-def rounded(tensors: Tensors, name: str, kind: type[Rounded], *, mapped: bool = False) -> Rounded:
+def rounded(
+    tensors: Tensors, name: str, kind: type[QuantizedWeight], *, mapped: bool = False
+) -> QuantizedWeight:
     """A weight, rounded: as it is stored where it is stored so (`mapped`: mapped from the file), or rounded now."""
     file = tensors.file(name)
     if isinstance(file, RoundedFile):
@@ -114,4 +116,4 @@ def stored_mode(tensors: Tensors) -> Mode | None:
     kinds = {
         file.kind(name) for name in tensors for file in [tensors.file(name)] if isinstance(file, RoundedFile)
     }
-    return None if not kinds else "int4" if Rounded4 in kinds else "int8"
+    return None if not kinds else "int4" if Int4Weight in kinds else "int8"

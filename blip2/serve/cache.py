@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from threading import Lock
 
-from blip2.results import Encoded
+from blip2.results import EncodedImage
 
 
-def size_of(encoded: Encoded) -> int:
+def size_of(encoded: EncodedImage) -> int:
     """Bytes an encoded image holds."""
     parts = [encoded.prefix]
     if encoded.context is not None:
@@ -21,10 +21,10 @@ class ImageCache:
 
     def __init__(self, limit: int) -> None:
         self._limit, self._lock = limit, Lock()
-        self._held: OrderedDict[bytes, tuple[Encoded, int]] = OrderedDict()
+        self._held: OrderedDict[bytes, tuple[EncodedImage, int]] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
 
-    def get(self, key: bytes) -> Encoded | None:
+    def get(self, key: bytes) -> EncodedImage | None:
         with self._lock:
             found = self._held.get(key)
             if found is None:
@@ -34,13 +34,13 @@ class ImageCache:
             self._held.move_to_end(key)
             return found[0]
 
-    def peek(self, key: bytes) -> Encoded | None:
+    def peek(self, key: bytes) -> EncodedImage | None:
         """As `get`, but not counted: for a second look."""
         with self._lock:
             found = self._held.get(key)
             return None if found is None else found[0]
 
-    def put(self, key: bytes, encoded: Encoded) -> None:
+    def put(self, key: bytes, encoded: EncodedImage) -> None:
         size = size_of(encoded)
         with self._lock:
             if key in self._held or size > self._limit:

@@ -19,7 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from blip2.generation.batching import Row
+from blip2.generation.batching import SampledSequence
 from blip2.images import ImageError, load_image
 from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, Picture, TooLateError, Writing
 from blip2.serve.fetch import Fetcher, FetchError
@@ -261,7 +261,7 @@ class House:
         self,
         request: Request,
         asked: Writing | Call,
-        on_step: Callable[[list[Row]], None] | None = None,
+        on_step: Callable[[list[SampledSequence]], None] | None = None,
     ) -> Job:
         return self.engine.submit(
             asked,
@@ -285,30 +285,32 @@ class House:
             leaving.cancel()
             result.cancel()
 
-    async def steps(self, request: Request, asked: Writing) -> AsyncIterator[tuple[int, Row, int]]:
+    async def steps(
+        self, request: Request, asked: Writing
+    ) -> AsyncIterator[tuple[int, SampledSequence, int]]:
         """Tokens as they are chosen: (text, its row, place of the token in it). Leaving the loop frees the slot.
 
         The slot is asked for before the first step, so that what is wrong with a request is told in its status.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Row, int] | None]()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, SampledSequence, int] | None]()
         counts: dict[int, int] = {}
 
-        def tell(events: list[tuple[int, Row, int] | None]) -> None:
+        def tell(events: list[tuple[int, SampledSequence, int] | None]) -> None:
             for event in events:
                 queue.put_nowait(event)
 
-        def on_step(rows: list[Row]) -> None:
-            events: list[tuple[int, Row, int] | None] = []
+        def on_step(rows: list[SampledSequence]) -> None:
+            events: list[tuple[int, SampledSequence, int] | None] = []
             for i, row in enumerate(rows):
                 events += [(i, row, place) for place in range(counts.get(i, 0), len(row.ids))]
                 counts[i] = len(row.ids)
             loop.call_soon_threadsafe(tell, events)
 
         job = self.submit(request, asked, on_step)
-        over: list[tuple[int, Row, int] | None] = [None]
+        over: list[tuple[int, SampledSequence, int] | None] = [None]
         job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(tell, over))
 
-        async def follow() -> AsyncIterator[tuple[int, Row, int]]:
+        async def follow() -> AsyncIterator[tuple[int, SampledSequence, int]]:
             try:
                 while (event := await queue.get()) is not None:
                     yield event

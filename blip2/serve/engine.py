@@ -1,7 +1,7 @@
 """One model on one thread, and everybody's requests for it: nothing here knows of HTTP.
 
-Texts are written side by side and join and leave between two steps (`Rows`). Whatever else is asked of the model is
-computed in slices, one between two steps. What is waiting is bounded, and taken from the clients in turn.
+Texts are written side by side and join and leave between two steps (`ContinuousBatch`). Whatever else is asked of the
+model is computed in slices, one between two steps. What is waiting is bounded, and taken from the clients in turn.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from blip2.generation.batching import Beams, Row, Rows, width
+from blip2.generation.batching import BeamSequence, ContinuousBatch, SampledSequence, width
 from blip2.generation.options import GenerationOptions
 from blip2.images import load_image, to_pixels
-from blip2.modeling.kv_cache import join_contexts
+from blip2.modeling.kv_cache import concat_prompt_caches
 from blip2.predict import Predictor
-from blip2.results import Encoded, Written
+from blip2.results import EncodedImage, GeneratedText
 from blip2.serve.cache import ImageCache
 from blip2.serve.limits import Limits
 
@@ -63,7 +63,7 @@ class Picture:
     key: bytes
     size: tuple[int, int]
     pixels: torch.Tensor | None
-    encoded: Encoded | None
+    encoded: EncodedImage | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +85,12 @@ class Writing:
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text written: the words, and what `Row` says of their tokens.
+    """A text written: the words, and what `SampledSequence` says of their tokens.
 
     finished: ended by itself, not at max_new_tokens.
     """
 
-    written: Written
+    written: GeneratedText
     finished: bool
     tops: list[list[tuple[int, float]]]
 
@@ -105,9 +105,9 @@ class Job:
     asked: Writing | Call
     client: str
     deadline: float
-    on_step: Callable[[list[Row]], None] | None
+    on_step: Callable[[list[SampledSequence]], None] | None
     result: Future[Any] = field(default_factory=Future)
-    texts: list[Row | Beams] = field(default_factory=list)
+    texts: list[SampledSequence | BeamSequence] = field(default_factory=list)
 
     def finish(self, value: Any) -> None:
         if self.result.set_running_or_notify_cancel():
@@ -162,7 +162,7 @@ class Engine:
         self._promised = 0  # places of requests that are still being read
         self._lock = threading.Condition()
         self._closed = False
-        self._rows: Rows | None = None
+        self._rows: ContinuousBatch | None = None
         self._writing: list[Job] = []  # whose texts are in `_rows`
         self._call: tuple[Job, Generator[None, None, Any]] | None = None  # the one that has begun
         self._thread = threading.Thread(target=self._live, name="blip2 engine", daemon=True)
@@ -200,7 +200,7 @@ class Engine:
     def running(self) -> int:
         """Texts being written, all beams counted."""
         texts = [text for job in self._writing for text in job.texts]
-        return sum(text.options.beams for text in texts if not text.done)
+        return sum(text.options.num_beams for text in texts if not text.done)
 
     def check_room(self) -> None:
         """Raises BusyError where another request would not be taken now."""
@@ -237,7 +237,7 @@ class Engine:
         if encoded is not None and not pixels:
             return Picture(key, encoded.size, None, encoded)
         image = load_image(content, max_pixels=self.limits.pixels)
-        return Picture(key, image.size, to_pixels([image], self.predictor.generator.processing), encoded)
+        return Picture(key, image.size, to_pixels([image], self.predictor.generator.image_processor), encoded)
 
     def submit(
         self,
@@ -246,7 +246,7 @@ class Engine:
         place: Place | None = None,
         client: str = "",
         deadline: float | None = None,
-        on_step: Callable[[list[Row]], None] | None = None,
+        on_step: Callable[[list[SampledSequence]], None] | None = None,
     ) -> Job:
         """Ask for texts, or for whatever a call on the model gives.
 
@@ -301,7 +301,7 @@ class Engine:
         try:
             loaded = self._load()
             with contextlib.suppress(ValueError):  # a matcher alone writes nothing
-                self._rows = Rows(loaded.model)
+                self._rows = ContinuousBatch(loaded.model)
             with contextlib.suppress(ValueError):  # not every model comes with one
                 _ = loaded.matcher
             self._predictor = loaded
@@ -398,9 +398,9 @@ class Engine:
                 self._failed(group, error)
 
     @torch.inference_mode()
-    def _encode(self, jobs: list[Job]) -> dict[bytes, Encoded]:
+    def _encode(self, jobs: list[Job]) -> dict[bytes, EncodedImage]:
         """Every job's image for the language model; each is encoded once. One that is new has no context yet."""
-        found: dict[bytes, Encoded] = {}
+        found: dict[bytes, EncodedImage] = {}
         fresh: dict[bytes, Picture] = {}
         for job in jobs:
             assert isinstance(job.asked, Writing)
@@ -414,10 +414,10 @@ class Engine:
             pixels = torch.cat([picture.pixels for picture in fresh.values() if picture.pixels is not None])
             prefixes = self.predictor.model.embed_image(pixels.to(self.predictor.device)).split(1)
             for (key, picture), prefix in zip(fresh.items(), prefixes, strict=True):
-                found[key] = Encoded(prefix.clone(), None, picture.size)
+                found[key] = EncodedImage(prefix.clone(), None, picture.size)
         return found
 
-    def _start(self, jobs: list[Job], encoded: dict[bytes, Encoded]) -> None:
+    def _start(self, jobs: list[Job], encoded: dict[bytes, EncodedImage]) -> None:
         """Read the prompts of jobs with the same max_new_tokens, whose images all have a context or all have none."""
         assert self._rows is not None
         asked = [
@@ -430,7 +430,7 @@ class Engine:
         images = [encoded[key] for key in keys]
         prefix = torch.cat([image.prefix for image in images])
         contexts = [image.context for image in images if image.context is not None]
-        context = join_contexts(contexts) if contexts else None
+        context = concat_prompt_caches(contexts) if contexts else None
         ids, mask = self.predictor.generator.tokenizer.encode_batch([prompt for _, prompt in asked])
         ids, mask = ids.to(prefix.device), mask.to(prefix.device)
         options, tops = [each.options for each, _ in asked], [each.top_logprobs for each, _ in asked]
@@ -452,7 +452,7 @@ class Engine:
             self._rows.choose()
             for job in self._writing:
                 if job.on_step is not None:
-                    job.on_step([text for text in job.texts if isinstance(text, Row)])
+                    job.on_step([text for text in job.texts if isinstance(text, SampledSequence)])
             done = [job for job in self._writing if all(text.done for text in job.texts)]
             gone = [job for job in self._writing if job in done or self._gone(job)]
             for text in (text for job in gone for text in job.texts):
@@ -463,22 +463,22 @@ class Engine:
             self._rows.advance()
         except Exception as error:
             jobs, self._writing = self._writing, []
-            self._rows = Rows(self.predictor.model)
+            self._rows = ContinuousBatch(self.predictor.model)
             self._failed(jobs, error)
 
-    def _written(self, text: Row | Beams) -> list[Text]:
-        if isinstance(text, Row):
+    def _written(self, text: SampledSequence | BeamSequence) -> list[Text]:
+        if isinstance(text, SampledSequence):
             return [self.text_of(text)]
         assert text.found is not None
         found = zip(*(getattr(text.found, name) for name in _PARTS), strict=True)
         return [
-            Text(Written(self._words(ids, ended), score, ids, logprobs), ended, [])
+            Text(GeneratedText(self._words(ids, ended), score, ids, logprobs), ended, [])
             for ids, score, logprobs, ended in found
         ]
 
-    def text_of(self, row: Row) -> Text:
+    def text_of(self, row: SampledSequence) -> Text:
         words = self._words(row.ids, row.finished)
-        return Text(Written(words, row.score, row.ids, row.logprobs), row.finished, row.tops)
+        return Text(GeneratedText(words, row.score, row.ids, row.logprobs), row.finished, row.tops)
 
     def _words(self, ids: list[int], finished: bool) -> str:
         return self.predictor.generator.tokenizer.decode(ids[:-1] if finished else ids).strip()

@@ -22,7 +22,7 @@ class Limits:
     text_chars: int = 8_000  # of one prompt, question or text; of all turns of a conversation
     turns: int = 64  # messages of a conversation
     new_tokens: int = 256
-    beams: int = 10
+    num_beams: int = 10
     sequences: int = 8  # texts of one request
     header_seconds: float = 5  # from the connection, or a request's first byte, until its headers are there
     body_seconds: float = 10  # likewise, until its body is there

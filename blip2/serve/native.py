@@ -15,7 +15,7 @@ from torch import Tensor
 from blip2.generation.options import GenerationOptions
 from blip2.inputs import in_batches
 from blip2.predict import Predictor
-from blip2.results import Match, Pieces, Written, token_text
+from blip2.results import GeneratedText, Match, StreamDetokenizer, token_text
 from blip2.serve import schemas
 from blip2.serve.context import ApiError, House, told
 from blip2.serve.engine import Picture, Text, Writing
@@ -74,7 +74,7 @@ def router(house: House) -> APIRouter:
     def check(asked: schemas.Decoding) -> None:
         house.check_count("max_new_tokens", asked.max_new_tokens, limits.new_tokens)
         house.check_count("num_return_sequences", asked.num_return_sequences, limits.sequences)
-        house.check_count("beams", asked.beams or 1, limits.beams)
+        house.check_count("num_beams", asked.num_beams or 1, limits.num_beams)
 
     async def write(
         request: Request, asked: schemas.Decoding, image: bytes, prompt: str, kind: str
@@ -96,11 +96,11 @@ def router(house: House) -> APIRouter:
         matcher = house.engine.predictor.matcher
         return await house.in_thread(lambda: matcher.prepare([house.open(image)]))
 
-    async def own(request: Request, picture: Picture, prompt: str, length_penalty: float) -> Written:
+    async def own(request: Request, picture: Picture, prompt: str, length_penalty: float) -> GeneratedText:
         """What the model says by itself, as in Python."""
-        options = GenerationOptions(beams=5, length_penalty=length_penalty)
+        options = GenerationOptions(num_beams=5, length_penalty=length_penalty)
         (text,) = await house.result(request, Writing(picture, (prompt,), options))
-        written: Written = text.written
+        written: GeneratedText = text.written
         return written
 
     @routes.post(
@@ -136,7 +136,7 @@ def router(house: House) -> APIRouter:
         pixels = await prepared(image)
 
         def compute(model: Predictor) -> Generator[None, None, list[Match]]:
-            seen, found = model.matcher.see(pixels), list[Match]()
+            seen, found = model.matcher.encode_images(pixels), list[Match]()
             for _, some in in_batches(asked.texts, SLICE):
                 yield
                 found += model.matcher.compare(seen, some)[0]
@@ -167,7 +167,7 @@ def router(house: House) -> APIRouter:
             vectors: list[Any] = []
             words: list[Any] = []
             for each in pixels:
-                vectors += model.matcher.see(each).queries.tolist()
+                vectors += model.matcher.encode_images(each).queries.tolist()
                 yield
             for _, some in in_batches(asked.texts, SLICE):
                 words += model.embed_text(some).tolist()
@@ -261,7 +261,7 @@ def _result(house: House, writing: Writing, texts: list[Text], kind: str) -> dic
 
 async def _stream(house: House, request: Request, writing: Writing, kind: str) -> Response:
     """Events {"delta": piece}, then the result as without stream, then [DONE]."""
-    pieces = Pieces(house.engine.predictor.generator.tokenizer.decode)
+    pieces = StreamDetokenizer(house.engine.predictor.generator.tokenizer.decode)
     steps = await house.steps(request, writing)
 
     async def events() -> AsyncIterator[str]:

@@ -18,9 +18,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from blip2.generation.batching import Row
+from blip2.generation.batching import SampledSequence
 from blip2.generation.options import GenerationOptions
-from blip2.results import Pieces, token_text
+from blip2.results import StreamDetokenizer, token_text
 from blip2.serve import schemas
 from blip2.serve.context import ApiError, House, told
 from blip2.serve.engine import Writing
@@ -36,7 +36,7 @@ USUAL_NEW_TOKENS = 30  # where the client names none, as in Python
 class Choice:
     """A text as the client gets it, growing token by token: cut before a stop string, which may begin in any piece."""
 
-    pieces: Pieces
+    pieces: StreamDetokenizer
     stops: list[str]
     text: str = ""  # handed out
     waiting: str = ""  # may turn out to begin a stop string
@@ -44,7 +44,7 @@ class Choice:
     count: int = 0  # tokens written, the end token included
     reason: str | None = None  # why it ended
 
-    def take(self, row: Row, place: int) -> str:
+    def take(self, row: SampledSequence, place: int) -> str:
         """What a token adds to what may be shown."""
         self.count += 1
         last = (
@@ -117,13 +117,13 @@ def router(house: House) -> APIRouter:
 
     async def run(
         request: Request, writing: Writing, stops: list[str]
-    ) -> tuple[list[Choice], AsyncIterator[tuple[int, str, Row, int]]]:
+    ) -> tuple[list[Choice], AsyncIterator[tuple[int, str, SampledSequence, int]]]:
         """The choices, and an iterator that fills them: (choice, what to show, row, place)."""
         decode = house.engine.predictor.generator.tokenizer.decode
-        choices = [Choice(Pieces(decode), stops) for _ in range(writing.rows)]
+        choices = [Choice(StreamDetokenizer(decode), stops) for _ in range(writing.rows)]
         steps = await house.steps(request, writing)
 
-        async def follow() -> AsyncIterator[tuple[int, str, Row, int]]:
+        async def follow() -> AsyncIterator[tuple[int, str, SampledSequence, int]]:
             async with aclosing(steps):  # type: ignore[type-var]
                 async for i, row, place in steps:
                     if choices[i].reason is None:
@@ -144,7 +144,7 @@ def router(house: House) -> APIRouter:
                 tokens = text.written.tokens
                 tops = text.tops or [[] for _ in tokens]
                 noted = list(zip(tokens, text.written.token_logprobs, tops, strict=True))
-                choice = Choice(Pieces(decode), [], str(text.written), count=len(tokens))
+                choice = Choice(StreamDetokenizer(decode), [], str(text.written), count=len(tokens))
                 choice.tokens = noted[:-1] if text.finished else noted
                 choice.reason = "stop" if text.finished else "length"
                 made.append(choice)

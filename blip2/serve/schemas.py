@@ -22,7 +22,9 @@ class Strict(BaseModel):
 class Decoding(Strict):
     """How a text is written; the same names and defaults as in Python."""
 
-    beams: int | None = Field(None, ge=1, description="default: 5; 1 where sampling or streaming needs it")
+    num_beams: int | None = Field(
+        None, ge=1, description="default: 5; 1 where sampling or streaming needs it"
+    )
     max_new_tokens: int = Field(30, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     length_penalty: float = 1.0
@@ -40,11 +42,11 @@ class Decoding(Strict):
         """Raises ValueError where they contradict each other."""
         shaped = (self.temperature or 1.0, self.top_k or 0, self.top_p or 1.0)
         sample = self.do_sample if self.do_sample is not None else shaped != (1.0, 0, 1.0)
-        if self.stream and (self.num_return_sequences > 1 or (self.beams or 1) > 1):
+        if self.stream and (self.num_return_sequences > 1 or (self.num_beams or 1) > 1):
             raise ValueError("stream writes one text as it comes: leave out beams and num_return_sequences")
-        beams = self.beams if self.beams is not None else 1 if sample or self.stream else 5
+        num_beams = self.num_beams if self.num_beams is not None else 1 if sample or self.stream else 5
         return GenerationOptions(
-            beams=beams,
+            num_beams=num_beams,
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,
             length_penalty=self.length_penalty,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # label of a position that is no target
+IGNORE_INDEX = -100  # label of a position that is no target
 LABEL_SMOOTHING = 0.1
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound on the inverse temperature, section 2.5 of its paper
 
@@ -131,7 +131,7 @@ def itg_loss(
         mask: [B, T], 0 where `ids` is padding.
         label_smoothing: share of the target spread evenly over the vocabulary.
     """
-    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
     return language_loss(logits, labels, label_smoothing=label_smoothing)
 
 
@@ -144,11 +144,11 @@ def language_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     total = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
         targets,
-        ignore_index=IGNORED,
+        ignore_index=IGNORE_INDEX,
         label_smoothing=label_smoothing,
         reduction="sum",
     )
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.modeling.blip2 import IGNORED, Blip2, Blip2Matcher
+from blip2.modeling.blip2 import IGNORE_INDEX, Blip2, Blip2Matcher
 from blip2.modeling.t5 import T5
 from blip2.train import losses
 from blip2.train.loop import Task, decays
@@ -124,7 +124,7 @@ class Stage2(Task):
     def _loss(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """The mean over all targets. OPT reads rows of about one length together, their common padding cut off."""
         right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
-        total = (labels != IGNORED).sum()
+        total = (labels != IGNORE_INDEX).sum()
         groups = len(ids) // GROUP_ROWS
         if isinstance(self.model.language, T5) or not right_padded or not total or groups < 2:
             return self.model.loss_from_prefix(prefix, ids, mask, labels)
@@ -133,7 +133,7 @@ class Stage2(Task):
         for rows in lengths.argsort().chunk(groups):
             end = int(lengths[rows].max())
             targets = labels[rows, :end]
-            if count := (targets != IGNORED).sum():
+            if count := (targets != IGNORE_INDEX).sum():
                 loss = self.model.loss_from_prefix(prefix[rows], ids[rows, :end], mask[rows, :end], targets)
                 losses.append(loss * count / total)
         return torch.stack(losses).sum()

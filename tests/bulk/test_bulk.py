@@ -167,7 +167,7 @@ def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path)
     Image.effect_noise((300, 200), 50).convert("RGB").save(file, "JPEG")
     items = (Item(str(i), "", content=file.getvalue() + str(i).encode()) for i in range(5000))
     model = blip2.load(generator_folder)
-    describe = describer(lambda: model, {"max_new_tokens": 4, "beams": 2})
+    describe = describer(lambda: model, {"max_new_tokens": 4, "num_beams": 2})
     resident: list[float] = []
 
     def measure(progress: Progress) -> None:

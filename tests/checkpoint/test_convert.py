@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -16,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import blip2.checkpoint.convert
-from blip2.checkpoint import CheckpointError, convert, inspect, load_model, load_processing, open_tensors
+import blip2.checkpoint
+from blip2.checkpoint import CheckpointError, convert, inspect, load_model, load_processors, open_tensors
 from blip2.checkpoint.convert import World
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import T5Config
 from blip2.tensorfiles.writers import write_pdparams
+
+convert_module = importlib.import_module("blip2.checkpoint.convert")  # `convert` names the function
 
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
 WORLDS: tuple[World, ...] = ("hf", "paddle", "lavis")
@@ -82,9 +85,9 @@ def test_there_and_back(variant: str, world: World, variants: dict[str, Path], t
     assert ours.config == theirs.config
     for a, b in zip(outputs(ours), outputs(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    processing, words = load_processing(tmp_path / "there")
-    assert processing == load_processing(source)[0]
-    assert words.encode("a photo of the red cat") == load_processing(source)[1].encode(
+    image_processor, words = load_processors(tmp_path / "there")
+    assert image_processor == load_processors(source)[0]
+    assert words.encode("a photo of the red cat") == load_processors(source)[1].encode(
         "a photo of the red cat"
     )
 
@@ -204,13 +207,13 @@ def test_values_beyond_fp16(variants: dict[str, Path], tmp_path: Path) -> None:
 def test_verify_finds_what_is_wrong(
     variants: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = blip2.checkpoint.convert._converted
+    real = convert_module._converted
 
     def wrong(stored: object, name: str, *rest: object) -> Iterator[Tensor]:
         for block in real(stored, name, *rest):  # type: ignore[arg-type]
             yield block + (name == "qformer.layernorm.bias") * 1e-6
 
-    monkeypatch.setattr(blip2.checkpoint.convert, "_converted", wrong)
+    monkeypatch.setattr(convert_module, "_converted", wrong)
     with pytest.raises(CheckpointError, match=r"qformer\.layernorm\.bias differs"):
         convert(variants["opt"], tmp_path / "new", to="paddle", verify=True)
     assert list(tmp_path.iterdir()) == []
@@ -220,14 +223,14 @@ def test_verify_compares_settings(
     variants: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal tensors with another activation are another model."""
-    real = blip2.checkpoint.convert.settings
+    real = convert_module.settings
 
     def wrong(*given: object) -> dict[str, dict[str, object]]:
         files = real(*given)  # type: ignore[arg-type]
         files["config.json"]["text_config"]["activation_function"] = "gelu"
         return files
 
-    monkeypatch.setattr(blip2.checkpoint.convert, "settings", wrong)
+    monkeypatch.setattr(convert_module, "settings", wrong)
     with pytest.raises(CheckpointError, match="other outputs"):
         convert(variants["opt"], tmp_path / "new", to="hf", verify=True)
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +257,7 @@ def test_a_full_disk_leaves_nothing(
         (path / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blip2.checkpoint.convert, "write_files", full)
+    monkeypatch.setattr(convert_module, "write_files", full)
     with pytest.raises(CheckpointError, match="cannot be written"):
         convert(variants["opt"], tmp_path / "new", to="hf")
     assert list(tmp_path.iterdir()) == []

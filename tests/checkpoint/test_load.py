@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip2.checkpoint import CheckpointError, load_model, load_processing, open_tensors
+from blip2.checkpoint import CheckpointError, load_model, load_processors, open_tensors
 from blip2.checkpoint.key_mapping import from_hugging_face, to_hugging_face
 from blip2.checkpoint.load import DROPPED
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
@@ -200,6 +200,6 @@ def test_weights_of_another_kind(folder: Path) -> None:
 
 
 def test_processing(generator_folder: Path) -> None:
-    processing, tokenizer = load_processing(generator_folder)
-    assert processing.size == 32
+    image_processor, tokenizer = load_processors(generator_folder)
+    assert image_processor.size == 32
     assert tokenizer.encode("a photo")[0] == tokenizer.bos_id

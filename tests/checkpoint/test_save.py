@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import blip2.checkpoint.save
-from blip2.checkpoint import CheckpointError, load_model, load_processing, open_tensors, save_model
-from blip2.images import ImageProcessing
+from blip2.checkpoint import CheckpointError, load_model, load_processors, open_tensors, save_model
+from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 
 
@@ -30,10 +30,10 @@ def equal(first: Blip2 | Blip2Matcher, second: Blip2 | Blip2Matcher) -> bool:
 def test_a_model_comes_back_as_it_was(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     source: Path = request.getfixturevalue(which)
     model = load_model(source)
-    saved = save_model(model, tmp_path / "deep" / "new", tokenizer=source, processing=ImageProcessing(48))
+    saved = save_model(model, tmp_path / "deep" / "new", tokenizer=source, image_processor=ImageProcessor(48))
     assert equal(model, load_model(saved))
-    assert load_processing(saved)[0] == ImageProcessing(48)
-    assert load_processing(saved)[1].encode("a cat") == load_processing(source)[1].encode("a cat")
+    assert load_processors(saved)[0] == ImageProcessor(48)
+    assert load_processors(saved)[1].encode("a cat") == load_processors(source)[1].encode("a cat")
     assert [path.name for path in saved.parent.iterdir()] == ["new"]
     with open_tensors(saved) as tensors, open_tensors(source) as before:
         assert set(tensors) == set(before)
@@ -68,7 +68,7 @@ def test_an_untied_head_is_stored(generator_folder: Path, tmp_path: Path) -> Non
 
 def test_an_image_token_only_where_the_vocabulary_has_room(generator_folder: Path, tmp_path: Path) -> None:
     model = load_model(generator_folder)
-    words = load_processing(generator_folder)[1]
+    words = load_processors(generator_folder)[1]
     assert isinstance(model, Blip2)
     with_words = save_model(model, tmp_path / "a", tokenizer=generator_folder)
     assert json.loads((with_words / "config.json").read_text())["image_token_index"] == len(words)

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from blip2.data import DataError, MatchingBatches, ReadingBatches, Rows, Sample, WritingBatches
-from blip2.images import ImageProcessing, load_image, to_pixels
+from blip2.images import ImageProcessor, load_image, to_pixels
 from blip2.text import Tokenizer
 
-PROCESSING = ImageProcessing(size=8)
+PROCESSING = ImageProcessor(size=8)
 END, PAD = 2, 1
 
 

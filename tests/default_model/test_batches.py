@@ -10,7 +10,7 @@ import torch
 
 from blip2.text import Tokenizer
 from default_model import batches, stages
-from default_model.batches import IGNORED, Tokenizers, caption_row, chat_row, half, pad, same
+from default_model.batches import IGNORE_INDEX, Tokenizers, caption_row, chat_row, half, pad, same
 from default_model.colours import COLOURS
 from default_model.easyvqa import EasyImage
 from default_model.language import Language
@@ -32,7 +32,7 @@ def words(language: Language, tmp_path_factory: pytest.TempPathFactory) -> Token
 
 
 def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode([i for i in ids if i != IGNORED], skip_special=False)
+    return tokenizer.decode([i for i in ids if i != IGNORE_INDEX], skip_special=False)
 
 
 def test_a_caption_is_a_target_and_its_prompt_is_not(words: Tokenizers) -> None:
@@ -41,7 +41,7 @@ def test_a_caption_is_a_target_and_its_prompt_is_not(words: Tokenizers) -> None:
         ids, labels = caption_row(words, "a bear and two mice", random.Random(seed))
         assert decoded(words.language, labels) == " a bear and two mice\n"
         seen.add(decoded(words.language, ids))
-        assert all(label in (IGNORED, i) for i, label in zip(ids, labels, strict=True))
+        assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True))
     assert seen == {"</s>a photo of a bear and two mice\n", "</s> a bear and two mice\n"}
 
 
@@ -51,15 +51,15 @@ def test_every_answer_of_a_conversation_is_a_target(words: Tokenizers) -> None:
         "</s>Question: what is it? Answer: a bear. Question: where is it? Answer: on the left\n"
     )
     assert decoded(words.language, labels) == " a bear\n on the left\n"
-    differing = [(i, label) for i, label in zip(ids, labels, strict=True) if label not in (IGNORED, i)]
+    differing = [(i, label) for i, label in zip(ids, labels, strict=True) if label not in (IGNORE_INDEX, i)]
     (stop,) = words.language.encode(".", frame=False)
     assert differing == [(stop, words.newline)]  # an answer ends in a newline though a full stop stands there
 
 
 def test_rows_are_padded_on_the_right() -> None:
-    batch = pad([([5, 6, 7], [IGNORED, 6, 7]), ([8], [8])], pad_id=1)
+    batch = pad([([5, 6, 7], [IGNORE_INDEX, 6, 7]), ([8], [8])], pad_id=1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 

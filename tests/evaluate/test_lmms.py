@@ -33,7 +33,7 @@ def test_the_harness_finds_it_and_gets_our_answers(generator_folder: Path, pictu
     made.task_dict = {"task": {"test": pictures}}
     model = blip2.load(generator_folder)
     requests = [request(i, max_new_tokens=6, num_beams=3, temperature=0) for i in range(len(pictures))]
-    expected = model.ask(pictures, "what is it?", max_new_tokens=6, beams=3)
+    expected = model.ask(pictures, "what is it?", max_new_tokens=6, num_beams=3)
     assert made.generate_until(requests) == [answer.strip() for answer in expected]
     letter = expected[0].strip()[1]
     (cut,) = made.generate_until([request(0, max_new_tokens=6, num_beams=3, until=[letter])])

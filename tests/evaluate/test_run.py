@@ -111,10 +111,10 @@ def test_every_task_runs(task: str, data: Path, generator_folder: Path, matcher_
 def test_the_settings_of_the_published_tables() -> None:
     captions, questions = PROTOCOLS["paper"]["captions"], PROTOCOLS["paper"]["questions"]
     retrieval = PROTOCOLS["paper"]["retrieval"]
-    assert (captions.prompt, captions.beams, captions.max_new_tokens) == ("a photo of", 5, 30)
+    assert (captions.prompt, captions.num_beams, captions.max_new_tokens) == ("a photo of", 5, 30)
     assert captions.min_new_tokens == 8 - 4  # the published minimum counts "</s>a photo of"
     assert (captions.length_penalty, captions.repetition_penalty, captions.image_px) == (1, 1, 364)
-    assert (questions.beams, questions.max_new_tokens, questions.length_penalty) == (5, 10, -1)
+    assert (questions.num_beams, questions.max_new_tokens, questions.length_penalty) == (5, 10, -1)
     assert questions.image_px == 224
     assert (retrieval.candidates, retrieval.text_length, retrieval.logits) == (128, 35, True)
     assert published("coco", "opt-6.7b-coco")["CIDEr"] == 1.451

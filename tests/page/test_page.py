@@ -235,12 +235,12 @@ def test_settings_are_followed(watched: Watched) -> None:
     page.locator("#beams").fill("2")
     assert page.inner_text("#beams-now") == "2"
     form = sent(1)
-    assert (form["beams"], form["num_return_sequences"], form["max_new_tokens"]) == ("2", "2", "30")
+    assert (form["num_beams"], form["num_return_sequences"], form["max_new_tokens"]) == ("2", "2", "30")
     page.check('input[value="sample"]')
     assert page.is_visible("#temperature") and page.is_hidden("#beams")
     page.locator("#temperature").fill("0.3")
     form = sent(3)
-    assert (form["temperature"], form["do_sample"]) == ("0.3", "true") and "beams" not in form
+    assert (form["temperature"], form["do_sample"]) == ("0.3", "true") and "num_beams" not in form
     page.locator("#length").fill("5")
     assert sent(4)["max_new_tokens"] == "5"
     caption(page)

@@ -97,7 +97,7 @@ def run_theirs(
 
 
 def as_ours(options: dict[str, Any], ends: tuple[int, ...]) -> GenerationOptions:
-    renamed = {"beams" if name == "num_beams" else name: value for name, value in options.items()}
+    renamed = {"num_beams" if name == "num_beams" else name: value for name, value in options.items()}
     return GenerationOptions(**{"max_new_tokens": 12, "eos_token_id": ends, **renamed})
 
 
@@ -137,7 +137,7 @@ def test_same_ids_and_scores(options: dict[str, Any], several_ends: bool) -> Non
 @pytest.mark.parametrize(
     "options",
     [{}, {"repetition_penalty": 1.5}, {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.5}],
-    ids=["greedy", "penalty", "beams"],
+    ids=["greedy", "penalty", "num_beams"],
 )
 def test_same_as_their_padded_batch(options: dict[str, Any]) -> None:
     theirs, ours = models(SEEDS[0])
@@ -147,7 +147,9 @@ def test_same_as_their_padded_batch(options: dict[str, Any]) -> None:
     assert run_ours(ours, batch, as_ours(options, ends)).ids == ids
 
 
-@pytest.mark.parametrize("options", [{}, {"beams": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}]
+)
 def test_padding_stands_on_either_side(options: dict[str, Any]) -> None:
     _, ours = models(SEEDS[0])
     batch = prompts((2, 5, 3))
@@ -175,7 +177,7 @@ def test_end_token_of_the_config() -> None:
     assert run_ours(configured, batch, GenerationOptions(max_new_tokens=12)) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "num_beams"])
 def test_log_probabilities_are_the_models(options: dict[str, Any]) -> None:
     """Under rules that reshape the scores, each token's log-probability is still that of the plain model."""
     _, ours = models(SEEDS[1])
@@ -265,13 +267,13 @@ def test_stream_and_context_give_the_same() -> None:
     assert generate(ours, prefix, batch.ids, batch.mask, options, context=context).ids == expected.ids
     steps = list(stream(ours, prefix, batch.ids, batch.mask, options, context=context))
     assert [[i for i in row if i is not None] for row in zip(*steps)] == expected.ids
-    beams = GenerationOptions(beams=3, max_new_tokens=12, eos_token_id=options.eos_token_id)
-    again = generate(ours, prefix, batch.ids, batch.mask, beams, context=context)
-    assert again.ids == run_ours(ours, batch, beams).ids
+    num_beams = GenerationOptions(num_beams=3, max_new_tokens=12, eos_token_id=options.eos_token_id)
+    again = generate(ours, prefix, batch.ids, batch.mask, num_beams, context=context)
+    assert again.ids == run_ours(ours, batch, num_beams).ids
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"do_sample": True, "seed": 4, "num_return_sequences": 2}, {"beams": 3}]
+    "options", [{}, {"do_sample": True, "seed": 4, "num_return_sequences": 2}, {"num_beams": 3}]
 )
 def test_a_batch_changes_nothing(options: dict[str, Any]) -> None:
     _, ours = models(SEEDS[1])

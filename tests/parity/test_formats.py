@@ -18,7 +18,7 @@ from reference import prompts, their_blip2
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 from blip2.checkpoint import convert, load_model
-from blip2.modeling.blip2 import IGNORED, Blip2, Blip2Matcher
+from blip2.modeling.blip2 import IGNORE_INDEX, Blip2, Blip2Matcher
 from blip2.train.tasks import Stage1, Stage2
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -208,9 +208,9 @@ def test_lavis_own_stage_2(kind: str, tmp_path: Path) -> None:
     ids = theirs["ids_0"]
     mask = (ids != pad).long()
     labels = (theirs["ids_1"] if kind == "t5" else ids).clone()
-    labels[labels == pad] = IGNORED
+    labels[labels == pad] = IGNORE_INDEX
     if kind == "opt":
-        labels[:, :4] = IGNORED  # </s> and the prompt, "a photo of"
+        labels[:, :4] = IGNORE_INDEX  # </s> and the prompt, "a photo of"
     batch = {"pixels": theirs["pixels"], "input_ids": ids, "attention_mask": mask, "labels": labels}
     for path in (folder, convert(folder, tmp_path / "hf", to="hf", verify=True).folder):
         ours = load_model(path, dtype="fp32").eval()

@@ -23,8 +23,8 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from blip2.checkpoint import load_model, load_processing, open_tensors, save_model
-from blip2.images import ImageProcessing, to_pixels
+from blip2.checkpoint import load_model, load_processors, open_tensors, save_model
+from blip2.images import ImageProcessor, to_pixels
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -286,8 +286,8 @@ def test_our_folder_has_a_processor(tmp_path: Path) -> None:
     del raw["image_token_index"]  # found from the tokenizer when saving
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(raw))
     ours = load_model(tmp_path / "theirs")
-    processing = ImageProcessing(32, mean=(0.4, 0.5, 0.6))
-    save_model(ours, tmp_path / "ours", tokenizer=tmp_path / "tokenizer", processing=processing)
+    image_processor = ImageProcessor(32, mean=(0.4, 0.5, 0.6))
+    save_model(ours, tmp_path / "ours", tokenizer=tmp_path / "tokenizer", image_processor=image_processor)
 
     theirs = reopened(Blip2ForConditionalGeneration, tmp_path / "ours")
     processor = Blip2Processor.from_pretrained(tmp_path / "ours")
@@ -297,9 +297,9 @@ def test_our_folder_has_a_processor(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = theirs(**inputs).logits
 
-    assert load_processing(tmp_path / "ours")[0] == processing
-    pixels = to_pixels([image], load_processing(tmp_path / "ours")[0])
-    ids, mask = load_processing(tmp_path / "ours")[1].encode_batch(["a photo of"])
+    assert load_processors(tmp_path / "ours")[0] == image_processor
+    pixels = to_pixels([image], load_processors(tmp_path / "ours")[0])
+    ids, mask = load_processors(tmp_path / "ours")[1].encode_batch(["a photo of"])
     assert torch.equal(pixels, inputs["pixel_values"])
     with torch.inference_mode():
         torch.testing.assert_close(ours(pixels, ids, mask), expected, **CLOSE)

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from transformers import BertTokenizer, Blip2Processor, BlipImageProcessorPil, GPT2Tokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blip2.images import ImageProcessing, load_image, to_pixels
+from blip2.images import ImageProcessor, load_image, to_pixels
 from blip2.text import Tokenizer
 
 # --- images ----------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def their_pixels(image: Image.Image, **settings: object) -> torch.Tensor:
 def test_pixels_are_equal_bit_for_bit(size: tuple[int, int]) -> None:
     image = noise(*size)
     for side in (224, 364, 30):
-        ours = to_pixels([image], ImageProcessing(side))
+        ours = to_pixels([image], ImageProcessor(side))
         assert torch.equal(ours, their_pixels(image, size={"height": side, "width": side}))
 
 
@@ -51,7 +51,7 @@ def test_pixels_of_other_settings(tmp_path: Path) -> None:
         "rescale_factor": 1 / 127.5,
     }
     BlipImageProcessorPil(**settings).save_pretrained(tmp_path)
-    ours = to_pixels([noise(50, 60)], ImageProcessing.load(tmp_path, 224))
+    ours = to_pixels([noise(50, 60)], ImageProcessor.load(tmp_path, 224))
     assert torch.equal(ours, their_pixels(noise(50, 60), **settings))
 
 
@@ -62,14 +62,14 @@ def test_pixels_of_other_modes(mode: str) -> None:
     image = (
         image if mode == "RGBA" else image.convert("P").convert(mode) if mode == "PA" else image.convert(mode)
     )
-    assert torch.equal(to_pixels([load_image(image)], ImageProcessing(384)), their_pixels(image))
+    assert torch.equal(to_pixels([load_image(image)], ImageProcessor(384)), their_pixels(image))
 
 
 def test_pixels_of_a_transparent_palette() -> None:
     file = io.BytesIO()
     noise(20, 20).convert("P").save(file, "PNG", transparency=bytes(range(256)))
     with Image.open(file) as image:
-        assert torch.equal(to_pixels([load_image(image)], ImageProcessing(384)), their_pixels(image))
+        assert torch.equal(to_pixels([load_image(image)], ImageProcessor(384)), their_pixels(image))
 
 
 def test_pixels_of_a_turned_photo_with_exif_off() -> None:
@@ -78,8 +78,8 @@ def test_pixels_of_a_turned_photo_with_exif_off() -> None:
     file = io.BytesIO()
     noise(50, 20).save(file, "JPEG", exif=exif)
     theirs = their_pixels(Image.open(file))
-    assert torch.equal(to_pixels([load_image(file.getvalue(), exif=False)], ImageProcessing(384)), theirs)
-    assert not torch.equal(to_pixels([load_image(file.getvalue())], ImageProcessing(384)), theirs)
+    assert torch.equal(to_pixels([load_image(file.getvalue(), exif=False)], ImageProcessor(384)), theirs)
+    assert not torch.equal(to_pixels([load_image(file.getvalue())], ImageProcessor(384)), theirs)
 
 
 # --- text ------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_the_image_token_of_a_processor(tmp_path: Path) -> None:
     inputs = theirs(images=noise(9, 9), text="a photo of")
     assert inputs["input_ids"][0] == [image] * 4 + ours.encode("a photo of")
     assert image not in ours.encode("an <image> that is none")
-    assert ImageProcessing.load(tmp_path / "saved", 224).size == 384
+    assert ImageProcessor.load(tmp_path / "saved", 224).size == 384
 
 
 def test_tokens_added_beside_the_vocabulary(tmp_path: Path) -> None:

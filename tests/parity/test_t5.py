@@ -21,10 +21,10 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Proc
 from transformers import T5Config as TheirT5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from blip2.checkpoint import CheckpointError, load_model, load_processing, open_tensors, save_model
+from blip2.checkpoint import CheckpointError, load_model, load_processors, open_tensors, save_model
 from blip2.generation.decoding import generate, sampling_distribution, stream
 from blip2.generation.options import GenerationOptions
-from blip2.images import ImageProcessing, to_pixels
+from blip2.images import ImageProcessor, to_pixels
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import T5Config, read_config
 from blip2.modeling.t5 import position_buckets
@@ -231,7 +231,7 @@ def test_the_rules_see_the_start_token() -> None:
             assert any(start in row for row in got)
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}, {"beams": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}, {"num_beams": 3}], ids=str)
 def test_a_batch_changes_nothing(options: dict[str, Any]) -> None:
     _, ours = models(SEEDS[1])
     batch = prompts((2, 6, 3, 1, 4))
@@ -252,7 +252,7 @@ def test_a_batch_changes_nothing(options: dict[str, Any]) -> None:
         assert generate(ours, prefix, *right, chosen).ids == together.ids
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "num_beams"])
 def test_log_probabilities_are_the_models(options: dict[str, Any]) -> None:
     _, ours = models(SEEDS[1])
     batch = prompts()
@@ -500,7 +500,7 @@ def test_our_folder_has_a_processor(tmp_path: Path) -> None:
         load_model(tmp_path / "theirs"),
         tmp_path / "ours",
         tokenizer=tmp_path / "tokenizer",
-        processing=ImageProcessing(32, mean=(0.4, 0.5, 0.6)),
+        image_processor=ImageProcessor(32, mean=(0.4, 0.5, 0.6)),
     )
     theirs, ours = reopened(tmp_path / "ours"), load_model(tmp_path / "ours")
     processor = Blip2Processor.from_pretrained(tmp_path / "ours")
@@ -508,10 +508,10 @@ def test_our_folder_has_a_processor(tmp_path: Path) -> None:
     texts = ["a photo of", "Question: what is it? Short answer:"]
     inputs = processor(images=[image] * 2, text=texts, padding=True, return_tensors="pt")
     assert inputs["input_ids"][0, :QUERIES].tolist() == [len(tokenizer)] * QUERIES
-    processing, words = load_processing(tmp_path / "ours")
-    pixels = to_pixels([image] * 2, processing)
+    image_processor, words = load_processors(tmp_path / "ours")
+    pixels = to_pixels([image] * 2, image_processor)
     ids, mask = words.encode_batch(texts)
-    options = GenerationOptions(beams=3, max_new_tokens=6, num_return_sequences=2)
+    options = GenerationOptions(num_beams=3, max_new_tokens=6, num_return_sequences=2)
     with torch.inference_mode():
         got = generate(ours, ours.embed_image(pixels), ids, mask, options)
     expected = theirs.generate(**inputs, num_beams=3, max_new_tokens=6, num_return_sequences=2)

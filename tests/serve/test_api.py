@@ -14,9 +14,9 @@ from PIL import Image
 from serving import Running, data_url
 
 import blip2
-from blip2.generation.batching import Row
+from blip2.generation.batching import SampledSequence
 from blip2.generation.options import GenerationOptions
-from blip2.results import Pieces, token_text
+from blip2.results import StreamDetokenizer, token_text
 from blip2.serve.openai_api import Choice
 
 
@@ -32,7 +32,7 @@ def events(text: str) -> list[Any]:
 def test_caption_and_ask_as_form_and_as_json(
     server: Running, predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
-    options = {"beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
     expected = predictor.caption(images[0], **options)
     question = "what is it?"
     answer = predictor.ask(images[1], question)
@@ -68,7 +68,7 @@ def test_caption_and_ask_as_form_and_as_json(
 
 
 def test_native_streams(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
-    expected = predictor.caption(images[2], beams=1)
+    expected = predictor.caption(images[2], num_beams=1)
     with server.client() as client:
         got = events(client.post("/caption", files={"image": images[2]}, data={"stream": "true"}).text)
     assert "".join(event["delta"] for event in got[:-1]) == expected
@@ -100,8 +100,8 @@ def test_an_answer_in_a_conversation_is_explained_with_what_was_said_before(
     server: Running, predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
     chat = predictor.chat(images[0])
-    chat.send("is there a rose?", beams=1)
-    answer = chat.send("what color is it?", beams=1)
+    chat.send("is there a rose?", num_beams=1)
+    answer = chat.send("what color is it?", num_beams=1)
     (first, second) = chat.turns
     asked = {"image": data_url(images[0]), "question": second[0], "answer": str(answer)}
     turns = [{"question": first[0], "answer": str(first[1])}]
@@ -159,14 +159,14 @@ def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"beams": 0}, "beams"),
-        ({"beams": 11}, "allows 10"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 11}, "allows 10"),
         ({"max_new_tokens": 257}, "allows 256"),
         ({"num_return_sequences": 9, "do_sample": True}, "allows 8"),
         ({"nonsense": 1}, "nonsense"),
-        ({"beams": "5"}, "beams"),
-        ({"temperature": 0.5, "beams": 2}, "do_sample"),
-        ({"stream": True, "beams": 2}, "stream"),
+        ({"num_beams": "5"}, "num_beams"),
+        ({"temperature": 0.5, "num_beams": 2}, "do_sample"),
+        ({"stream": True, "num_beams": 2}, "stream"),
         ({"image": "http://example.org/a.png"}, "fetches no images"),
         ({"image": "file:///etc/passwd"}, "data: URL"),
         ({"image": "data:image/png;base64,@@@"}, "base64"),
@@ -191,10 +191,10 @@ def test_other_wrong_requests(server: Running, images: list[bytes]) -> None:
         cases = [
             (client.post("/caption", content=b"x", headers={"content-type": "text/plain"}), 415),
             (client.post("/caption", content=b"{", headers={"content-type": "application/json"}), 400),
-            (client.post("/caption", data={"beams": "1"}), 415),
+            (client.post("/caption", data={"num_beams": "1"}), 415),
             (client.post("/caption", files={"other": images[0]}), 400),
             (client.post("/caption", files=[("image", images[0]), ("image", images[0])]), 400),
-            (client.post("/caption", files={"image": images[0]}, data={"beams": ["1", "2"]}), 400),
+            (client.post("/caption", files={"image": images[0]}, data={"num_beams": ["1", "2"]}), 400),
             (
                 client.post(
                     "/caption", content=b"--x", headers={"content-type": "multipart/form-data; boundary=x"}
@@ -235,8 +235,10 @@ class Grows(list[int]):
 def test_a_token_is_not_taken_for_the_end_that_comes_after_it(predictor: blip2.Predictor) -> None:
     tokenizer = predictor.generator.tokenizer
     (word,), end = tokenizer.encode(" rose", frame=False), 2
-    row = Row(GenerationOptions(), [], None, (end,), ids=Grows([word], [end]), logprobs=[-1.0, -2.0])
-    choice = Choice(Pieces(tokenizer.decode), [])
+    row = SampledSequence(
+        GenerationOptions(), [], None, (end,), ids=Grows([word], [end]), logprobs=[-1.0, -2.0]
+    )
+    choice = Choice(StreamDetokenizer(tokenizer.decode), [])
     assert choice.take(row, 0) == "rose" and choice.reason is None
     assert choice.take(row, 1) == "" and choice.reason == "stop"
     assert (choice.text, choice.count, len(choice.tokens)) == ("rose", 2, 1)
@@ -258,15 +260,15 @@ def test_openai_captions_asks_and_chats(
     assert client.models.retrieve("default").id == "default"
 
     caption = client.chat.completions.create(model="default", messages=[about(images[0], None)])
-    assert caption.choices[0].message.content == predictor.caption(images[0], beams=1)
+    assert caption.choices[0].message.content == predictor.caption(images[0], num_beams=1)
     assert caption.choices[0].finish_reason == "stop" and caption.usage and caption.usage.total_tokens > 0
 
     chat = predictor.chat(images[1])
-    first = chat.send("what is it?", beams=1)
+    first = chat.send("what is it?", num_beams=1)
     messages: Any = [about(images[1], "what is it?")]
     said = client.chat.completions.create(model="default", messages=messages).choices[0].message.content
     assert said == first
-    second = chat.send("how many are there?", beams=1)
+    second = chat.send("how many are there?", num_beams=1)
     messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "how many are there?"}]
     assert (
         client.chat.completions.create(model="default", messages=messages).choices[0].message.content
@@ -283,7 +285,7 @@ def test_openai_streams_with_usage_and_logprobs(
     server: Running, predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
     client = server.openai()
-    expected = predictor.caption(images[2], beams=1)
+    expected = predictor.caption(images[2], num_beams=1)
     stream = client.chat.completions.create(
         model="default",
         messages=[about(images[2], None)],  # type: ignore[list-item]
@@ -324,7 +326,7 @@ def test_openai_sampling_stop_and_length(
     short = client.chat.completions.create(**kind, max_completion_tokens=2)
     assert short.choices[0].finish_reason == "length" and short.usage and short.usage.completion_tokens == 2
     assert client.chat.completions.create(**kind, max_tokens=5000).choices[0].finish_reason == "stop"
-    whole = predictor.caption(images[2], beams=1)
+    whole = predictor.caption(images[2], num_beams=1)
     stop = whole[len(whole) // 2 :][:3]
     cut = client.chat.completions.create(**kind, stop=[stop, "never said"])
     assert (
@@ -341,7 +343,7 @@ def test_openai_sampling_stop_and_length(
 def test_openai_completions(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
     client = server.openai()
     image = {"image": data_url(images[0])}
-    expected = predictor.caption(images[0], beams=1, prompt="a photo of a")
+    expected = predictor.caption(images[0], num_beams=1, prompt="a photo of a")
     made = client.completions.create(model="default", prompt="a photo of a", logprobs=2, extra_body=image)
     assert made.choices[0].text == expected and made.choices[0].logprobs
     assert made.choices[0].logprobs.token_logprobs == pytest.approx(expected.token_logprobs[:-1], abs=1e-3)
@@ -366,7 +368,7 @@ def test_openai_completions_of_several_prompts(
     made = client.completions.create(model="default", prompt=prompts, logprobs=0, extra_body=image)
     assert [choice.index for choice in made.choices] == [0, 1, 2]
     for choice, one, prompt in zip(made.choices, alone, prompts, strict=True):
-        assert choice.text == one.choices[0].text == predictor.caption(images[0], beams=1, prompt=prompt)
+        assert choice.text == one.choices[0].text == predictor.caption(images[0], num_beams=1, prompt=prompt)
         assert choice.finish_reason == one.choices[0].finish_reason
         assert choice.logprobs and one.choices[0].logprobs
         assert choice.logprobs.tokens == one.choices[0].logprobs.tokens
@@ -450,7 +452,7 @@ def test_what_clients_send_without_meaning_anything_by_it(
 ) -> None:
     client = server.openai()
     question: Any = [about(images[0], "what is it?")]
-    expected = predictor.ask(images[0], "what is it?", beams=1)
+    expected = predictor.ask(images[0], "what is it?", num_beams=1)
     for harmless in (
         {"n": None, "stream": None, "temperature": None, "max_tokens": None, "stop": None},
         {"temperature": 0, "top_p": 1, "n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "seed": 1},
@@ -466,7 +468,7 @@ def test_what_clients_send_without_meaning_anything_by_it(
     made = client.completions.create(
         model="default", prompt=["a photo of"], best_of=1, extra_body={"image": data_url(images[0])}
     )
-    assert made.choices[0].text == predictor.caption(images[0], beams=1)
+    assert made.choices[0].text == predictor.caption(images[0], num_beams=1)
 
 
 def test_images_and_questions_in_any_order(
@@ -479,7 +481,7 @@ def test_images_and_questions_in_any_order(
 
     first, second = about(images[0], None), about(images[1], None)
     question: Any = {"role": "user", "content": "what is it?"}
-    expected = [predictor.ask(image, "what is it?", beams=1) for image in images[:2]]
+    expected = [predictor.ask(image, "what is it?", num_beams=1) for image in images[:2]]
     assert expected[0] != expected[1]
     assert answer(first, question) == answer(question, first) == expected[0]
     said: Any = {"role": "assistant", "content": expected[0]}

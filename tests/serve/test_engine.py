@@ -20,8 +20,8 @@ from blip2.serve.limits import Limits
 
 WAYS: list[dict[str, Any]] = [
     {},
-    {"beams": 5},
-    {"beams": 3, "num_return_sequences": 2},
+    {"num_beams": 5},
+    {"num_beams": 3, "num_return_sequences": 2},
     {"do_sample": True, "seed": 3, "num_return_sequences": 3, "temperature": 0.8},
     {"repetition_penalty": 1.5, "max_new_tokens": 12, "no_repeat_ngram_size": 2},
     {"do_sample": True, "seed": 9, "top_p": 0.9, "min_new_tokens": 9, "max_new_tokens": 40},
@@ -53,7 +53,7 @@ def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
             engine.submit(Writing(engine.read(image), (prompt,), GenerationOptions(**way)), client=str(i % 4))
         )
     for (image, way, prompt), job in zip(cases, jobs, strict=True):
-        expected = predictor.caption(image, prompt=prompt, **({"beams": 1} | way))
+        expected = predictor.caption(image, prompt=prompt, **({"num_beams": 1} | way))
         for text, wanted in zip(
             job.result.result(60), expected if isinstance(expected, list) else [expected], strict=True
         ):
@@ -203,13 +203,13 @@ def test_several_prompts_about_one_image(
 ) -> None:
     prompts = ("a photo of", "", "a photo of a red")
     options: dict[str, Any] = {"do_sample": True, "seed": 5, "num_return_sequences": 2, "max_new_tokens": 8}
-    for way in ({"max_new_tokens": 8}, options, {"beams": 3, "num_return_sequences": 2}):
+    for way in ({"max_new_tokens": 8}, options, {"num_beams": 3, "num_return_sequences": 2}):
         for _ in range(2):  # the second time from the cache
             asked = Writing(engine.read(images[0]), prompts, GenerationOptions(**way))
             made = [text.written for text in engine.submit(asked).result.result(60)]
             expected = []
             for prompt in prompts:
-                found = predictor.caption(images[0], prompt=prompt, **({"beams": 1} | way))
+                found = predictor.caption(images[0], prompt=prompt, **({"num_beams": 1} | way))
                 expected += found if isinstance(found, list) else [found]
             assert made == expected
     assert engine.cache.misses == 1
@@ -239,12 +239,14 @@ def test_beam_searches_join_between_steps(
     engine: Engine, images: list[bytes], predictor: blip2.Predictor
 ) -> None:
     """While a long search goes on, short ones of every kind come and go."""
-    long = engine.submit(greedy(engine, images[0], beams=3, max_new_tokens=200, min_new_tokens=200))
+    long = engine.submit(greedy(engine, images[0], num_beams=3, max_new_tokens=200, min_new_tokens=200))
     while engine.running < 3:
         time.sleep(0.001)
-    for beams in (5, 2, 5, 1, 4):
-        (short,) = engine.submit(greedy(engine, images[1], beams=beams, max_new_tokens=8)).result.result(60)
-        assert short.written == predictor.caption(images[1], beams=beams, max_new_tokens=8)
+    for num_beams in (5, 2, 5, 1, 4):
+        (short,) = engine.submit(
+            greedy(engine, images[1], num_beams=num_beams, max_new_tokens=8)
+        ).result.result(60)
+        assert short.written == predictor.caption(images[1], num_beams=num_beams, max_new_tokens=8)
     assert not long.result.done()
     long.result.cancel()
 
@@ -257,7 +259,7 @@ def test_a_wide_search_is_not_passed_over(predictor: blip2.Predictor, images: li
     long = engine.submit(greedy(engine, images[0], max_new_tokens=40, min_new_tokens=40))
     while engine.running == 0:
         time.sleep(0.001)
-    jobs = {"wide": engine.submit(greedy(engine, images[1], beams=5, max_new_tokens=3), client="a")}
+    jobs = {"wide": engine.submit(greedy(engine, images[1], num_beams=5, max_new_tokens=3), client="a")}
     jobs |= {
         f"narrow {i}": engine.submit(greedy(engine, images[1], max_new_tokens=3), client="b")
         for i in range(5)
@@ -282,12 +284,14 @@ def test_clients_take_turns(engine: Engine) -> None:
     assert order == ["a0", "b0", "a1", "b1", "a2", "a3", "a4"]
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_cancelled_text_is_gone_within_one_step(engine: Engine, images: list[bytes], beams: int) -> None:
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_cancelled_text_is_gone_within_one_step(
+    engine: Engine, images: list[bytes], num_beams: int
+) -> None:
     """Texts that never end are cancelled after their first steps: no more tokens are written for them."""
     seen: list[int] = []
     started = threading.Event()
-    options: dict[str, Any] = {"max_new_tokens": 150, "min_new_tokens": 150, "beams": beams}
+    options: dict[str, Any] = {"max_new_tokens": 150, "min_new_tokens": 150, "num_beams": num_beams}
     before = engine.tokens
 
     def watch(_: object) -> None:
@@ -295,7 +299,7 @@ def test_a_cancelled_text_is_gone_within_one_step(engine: Engine, images: list[b
         started.set()
 
     jobs = [engine.submit(greedy(engine, images[0], **options), on_step=watch) for _ in range(3)]
-    if beams == 1:
+    if num_beams == 1:
         assert started.wait(60)
     else:
         while engine.running == 0:
@@ -304,7 +308,7 @@ def test_a_cancelled_text_is_gone_within_one_step(engine: Engine, images: list[b
         assert job.result.cancel()
     after = engine.submit(greedy(engine, images[0], max_new_tokens=2))
     after.result.result(60)
-    assert engine.running == 0 and engine.tokens - before < 3 * beams * 120
+    assert engine.running == 0 and engine.tokens - before < 3 * num_beams * 120
     for job in jobs:
         with pytest.raises(CancelledError):
             job.result.result()
@@ -336,9 +340,9 @@ def test_what_fails_fails_alone(
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], min_new_tokens=5)).result.result(60)
         with pytest.raises(EngineError):
-            engine.submit(greedy(engine, images[0], beams=2, min_new_tokens=5)).result.result(60)
+            engine.submit(greedy(engine, images[0], num_beams=2, min_new_tokens=5)).result.result(60)
     good = engine.submit(greedy(engine, images[0])).result.result(60)[0].written
-    assert good == predictor.caption(images[0], beams=1)
+    assert good == predictor.caption(images[0], num_beams=1)
 
 
 def test_a_model_that_does_not_load_is_told() -> None:

@@ -287,10 +287,10 @@ def test_the_server_fetches_only_where_told_to(
 ) -> None:
     world.names["public.example"] = [["8.8.8.8"]]
     world.pages["8.8.8.8"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(images[0]) + images[0]
-    asked = {"image": "http://public.example/a.jpg", "beams": 1}
+    asked = {"image": "http://public.example/a.jpg", "num_beams": 1}
     with run_server(predictor, fetch_urls=True) as running, running.client() as client:
         found = client.post("/caption", json=asked)
-        assert found.json()["captions"][0]["text"] == predictor.caption(images[0], beams=1)
+        assert found.json()["captions"][0]["text"] == predictor.caption(images[0], num_beams=1)
         inside = client.post("/caption", json=asked | {"image": "http://127.0.0.1/a.jpg"})
         assert inside.status_code == 400 and "no public host" in inside.json()["error"]["message"]
     assert world.connected == ["8.8.8.8"]

@@ -233,12 +233,12 @@ def test_content_is_in_the_log_where_it_is_asked_for(
     predictor: blip2.Predictor, images: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "blip2.serve")
-    said = predictor.caption(images[0], beams=1)
+    said = predictor.caption(images[0], num_beams=1)
     image = data_url(images[0])
     chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
     with run_server(predictor, log_contents=True) as running, running.client() as client:
         for path, body in (
-            ("/caption", {"image": image, "beams": 1}),
+            ("/caption", {"image": image, "num_beams": 1}),
             ("/v1/completions", {"image": image, "prompt": "a photo of", "model": "default"}),
             ("/v1/chat/completions", {"messages": chat, "model": "default"}),
         ):

@@ -52,7 +52,7 @@ def test_the_same_api(url: str, predictor: blip2.Predictor, images: list[bytes])
         stream=True,
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    assert "".join(pieces) == predictor.caption(images[2], beams=1) and len(pieces) > 3
+    assert "".join(pieces) == predictor.caption(images[2], num_beams=1) and len(pieces) > 3
 
 
 def test_unknown_arguments_are_refused() -> None:

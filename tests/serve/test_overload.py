@@ -35,13 +35,15 @@ HEAD = b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/
 
 def overload(predictor: blip2.Predictor, images: list[bytes], count: int, threads: int) -> None:
     """Every accepted request gets its own answer, the others 503 with Retry-After; health answers all the while."""
-    expected = [predictor.caption(image, beams=1) for image in images]
+    expected = [predictor.caption(image, num_beams=1) for image in images]
     assert len(set(expected)) > 2
     limits = Limits(queue=4, rows=4)
     with run_server(predictor, limits) as running, running.client() as client:
 
         def ask(i: int) -> int:
-            answer = client.post("/caption", files={"image": images[i % len(images)]}, data={"beams": "1"})
+            answer = client.post(
+                "/caption", files={"image": images[i % len(images)]}, data={"num_beams": "1"}
+            )
             if answer.status_code == 200:
                 assert answer.json()["captions"][0]["text"] == expected[i % len(images)]
             else:
@@ -273,7 +275,7 @@ def test_a_client_that_does_not_stream_and_leaves_frees_its_slot(
     server: Running, images: list[bytes]
 ) -> None:
     before = server.engine.tokens
-    asked = {"image": data_url(images[0]), "max_new_tokens": 200, "min_new_tokens": 200, "beams": 1}
+    asked = {"image": data_url(images[0]), "max_new_tokens": 200, "min_new_tokens": 200, "num_beams": 1}
     with server.client() as client, pytest.raises(httpx2.ReadTimeout):
         client.post("/caption", json=asked, timeout=0.1)
     until = time.monotonic() + 30

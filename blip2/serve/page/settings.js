@@ -22,7 +22,7 @@ export function watch(changed) {
 export function captionFields() {
   const shared = { max_new_tokens: number("length") };
   if (sampling()) return { ...shared, do_sample: true, temperature: number("temperature"), num_return_sequences: ALTERNATIVES };
-  return { ...shared, beams: number("beams"), num_return_sequences: Math.min(number("beams"), ALTERNATIVES) };
+  return { ...shared, num_beams: number("beams"), num_return_sequences: Math.min(number("beams"), ALTERNATIVES) };
 }
 
 // Streamed answers follow one text at a time, so there are no beams.
@@ -33,5 +33,5 @@ export function chatOptions() {
 
 export function askFields() {
   const shared = { max_new_tokens: number("length") };
-  return sampling() ? { ...shared, do_sample: true, temperature: number("temperature") } : { ...shared, beams: 1 };
+  return sampling() ? { ...shared, do_sample: true, temperature: number("temperature") } : { ...shared, num_beams: 1 };
 }

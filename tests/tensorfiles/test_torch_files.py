@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from assemble import ROW, archive, pickled, torch_tensor
-from test_files import equal, samples
+from test_open import equal, samples
 from torch import Tensor, nn
 
 from blip2.checkpoint import BrokenFileError, CheckpointError, UnsupportedFileError, open_tensors

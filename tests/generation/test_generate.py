@@ -105,9 +105,9 @@ def run(model: Bigrams, inputs: tuple[Tensor, Tensor, Tensor], **options: Any) -
 @pytest.mark.parametrize(
     "options",
     [
-        {"beams": 0},
-        {"beams": 2.0},
-        {"beams": True},
+        {"num_beams": 0},
+        {"num_beams": 2.0},
+        {"num_beams": True},
         {"max_new_tokens": 0},
         {"min_new_tokens": -1},
         {"min_new_tokens": 31},
@@ -119,15 +119,16 @@ def run(model: Bigrams, inputs: tuple[Tensor, Tensor, Tensor], **options: Any) -
         {"no_repeat_ngram_size": -1},
         {"num_return_sequences": 0},
         {"num_return_sequences": 2},
-        {"num_return_sequences": 4, "beams": 3},
-        {"temperature": 0, "do_sample": True},
+        {"num_return_sequences": 4, "num_beams": 3},
+        {"temperature": -0.5},
         {"top_k": -1, "do_sample": True},
         {"top_p": 0.0, "do_sample": True},
         {"top_p": 1.1, "do_sample": True},
-        {"temperature": 0.7},
-        {"top_k": 5},
-        {"top_p": 0.9},
-        {"do_sample": True, "beams": 2},
+        {"temperature": 0.7, "do_sample": False},
+        {"top_k": 5, "do_sample": False},
+        {"top_p": 0.9, "do_sample": False},
+        {"do_sample": 1},
+        {"do_sample": True, "num_beams": 2},
         {"seed": -1},
         {"eos_token_id": -1},
         {"eos_token_id": (1, "2")},
@@ -141,8 +142,8 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any]) -> None:
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TypeError, match="num_beams"):
-        GenerationOptions(num_beams=5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="beams"):
+        GenerationOptions(beams=5)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         GenerationOptions(5)  # type: ignore[misc]
 
@@ -182,7 +183,7 @@ def test_end_tokens() -> None:
 
 
 def test_an_end_token_the_vocabulary_lacks_never_comes() -> None:
-    for options in ({}, {"beams": 3}):
+    for options in ({}, {"num_beams": 3}):
         got = run(Bigrams(), batch(), max_new_tokens=4, min_new_tokens=2, eos_token_id=50118, **options)
         assert [len(ids) for ids in got.ids] == [4] * len(PROMPTS)
 
@@ -195,7 +196,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 def test_minimum_length() -> None:
-    for options in ({}, {"beams": 3}, {"do_sample": True, "seed": 1}):
+    for options in ({}, {"num_beams": 3}, {"do_sample": True, "seed": 1}):
         got = run(Bigrams(), batch(), max_new_tokens=8, min_new_tokens=6, **options)
         assert all(END not in ids[:6] for ids in got.ids)
 
@@ -208,7 +209,7 @@ def test_wide_beams_find_the_best_of_all_texts(penalty: float) -> None:
     model, inputs, limit = Bigrams(3, spread=1.0), batch(), 3
     wide = VOCABULARY ** (limit - 1)
     got = run(
-        model, inputs, beams=wide, max_new_tokens=limit, length_penalty=penalty, early_stopping="never",
+        model, inputs, num_beams=wide, max_new_tokens=limit, length_penalty=penalty, early_stopping="never",
         num_return_sequences=4,
     )  # fmt: skip
     for i, prompt in enumerate(PROMPTS):
@@ -227,7 +228,7 @@ def test_wide_beams_find_the_best_of_all_texts(penalty: float) -> None:
 def beams_by_the_book(
     model: Bigrams, prefix: Tensor, prompt: list[int], options: GenerationOptions
 ) -> list[tuple[float, list[int]]]:
-    n, limit, penalty = options.beams, options.max_new_tokens, options.length_penalty
+    n, limit, penalty = options.num_beams, options.max_new_tokens, options.length_penalty
     running: list[tuple[float, list[int]]] = [(0.0, [])]
     finished: list[tuple[float, list[int]]] = []
     for length in range(1, limit + 1):
@@ -254,7 +255,7 @@ def beams_by_the_book(
 @pytest.mark.parametrize("penalty", [-0.3, 0.0, 1.0, 1.7])
 def test_beams_go_by_the_book(early_stopping: Any, penalty: float) -> None:
     options = GenerationOptions(
-        beams=4,
+        num_beams=4,
         num_return_sequences=4,
         max_new_tokens=12,
         length_penalty=penalty,
@@ -272,12 +273,12 @@ def test_beams_are_at_least_as_good_as_greedy_and_returned_best_first() -> None:
     model, inputs = Bigrams(4), batch()
     options = {"max_new_tokens": 6, "length_penalty": 0.0}
     greedy = run(model, inputs, **options)
-    beams = run(model, inputs, beams=5, num_return_sequences=5, early_stopping="never", **options)
+    num_beams = run(model, inputs, num_beams=5, num_return_sequences=5, early_stopping="never", **options)
     for i in range(len(PROMPTS)):
-        scores = beams.scores[5 * i : 5 * i + 5]
+        scores = num_beams.scores[5 * i : 5 * i + 5]
         assert scores == sorted(scores, reverse=True)
         assert scores[0] >= greedy.scores[i] - 1e-5
-        assert len({tuple(ids) for ids in beams.ids[5 * i : 5 * i + 5]}) == 5
+        assert len({tuple(ids) for ids in num_beams.ids[5 * i : 5 * i + 5]}) == 5
 
 
 # --- rules ---
@@ -285,7 +286,7 @@ def test_beams_are_at_least_as_good_as_greedy_and_returned_best_first() -> None:
 
 def test_no_ngram_comes_twice() -> None:
     prompt = [1, 2, 1, 0]
-    for options in ({}, {"beams": 4}):
+    for options in ({}, {"num_beams": 4}):
         (ids,) = run(
             Bigrams(), batch([prompt]), max_new_tokens=14, no_repeat_ngram_size=2, eos_token_id=(), **options
         ).ids
@@ -311,8 +312,8 @@ def test_rules_see_the_image_tokens_beside_the_prompt_and_no_padding() -> None:
 EVERY_WAY = [
     {},
     {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
-    {"beams": 3, "num_return_sequences": 2},
-    {"beams": 3, "early_stopping": True, "no_repeat_ngram_size": 1, "repetition_penalty": 2.0},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"num_beams": 3, "early_stopping": True, "no_repeat_ngram_size": 1, "repetition_penalty": 2.0},
     {"do_sample": True, "seed": 3},
     {"do_sample": True, "seed": 3, "num_return_sequences": 3, "top_p": 0.9, "no_repeat_ngram_size": 2},
 ]
@@ -403,8 +404,8 @@ def test_stream_decides_a_token_only_when_asked() -> None:
 
 
 def test_stream_refuses_beams_at_once() -> None:
-    with pytest.raises(ValueError, match="beams=3"):
-        stream(Bigrams(), *batch(), GenerationOptions(beams=3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_beams=3"):
+        stream(Bigrams(), *batch(), GenerationOptions(num_beams=3))  # type: ignore[arg-type]
 
 
 def test_the_context_is_handed_on() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import blip2
-from blip2.generation.batching import Beams, Row, Rows
+from blip2.generation.batching import BeamSequence, ContinuousBatch, SampledSequence
 from blip2.generation.decoding import Generated, generate
 from blip2.generation.options import GenerationOptions
 
@@ -21,10 +21,10 @@ WAYS: list[dict[str, Any]] = [
     {"do_sample": True, "seed": 3, "num_return_sequences": 3, "top_p": 0.9},
     {"do_sample": True, "seed": 8, "temperature": 1.4, "top_k": 9, "min_new_tokens": 6},
     {"eos_token_id": (), "max_new_tokens": 17},
-    {"beams": 3, "num_return_sequences": 2},
-    {"beams": 5, "length_penalty": -1.0, "max_new_tokens": 14},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"num_beams": 5, "length_penalty": -1.0, "max_new_tokens": 14},
     {
-        "beams": 2,
+        "num_beams": 2,
         "early_stopping": True,
         "repetition_penalty": 1.6,
         "no_repeat_ngram_size": 2,
@@ -42,7 +42,7 @@ def test_joining_and_leaving_changes_no_text(
     model, tokenizer = predictor.model, predictor.generator.tokenizer
     encoded = predictor.encode(pictures)
     chance = random.Random(7)
-    rows, begun = Rows(model), list[tuple[Any, list[Row | Beams]]]()
+    rows, begun = ContinuousBatch(model), list[tuple[Any, list[SampledSequence | BeamSequence]]]()
     cases = [
         (image, prompt, way) for way in WAYS for prompt in PROMPTS for image in chance.sample(encoded, 2)
     ]
@@ -73,8 +73,8 @@ def test_joining_and_leaving_changes_no_text(
             assert logprobs == pytest.approx(wanted, abs=1e-4)
 
 
-def found_by(text: Row | Beams) -> Generated:
-    if isinstance(text, Row):
+def found_by(text: SampledSequence | BeamSequence) -> Generated:
+    if isinstance(text, SampledSequence):
         return Generated([text.ids], [text.score], [text.logprobs], [text.finished])
     assert text.found is not None
     return text.found
@@ -85,8 +85,10 @@ def test_prompts_join_together_and_may_be_dropped(variants: dict[str, Path], pic
     model, tokenizer = predictor.model, predictor.generator.tokenizer
     prefix = torch.cat([each.prefix for each in predictor.encode(pictures[:3])])
     ids, mask = tokenizer.encode_batch(PROMPTS[:3])
-    options = [GenerationOptions(eos_token_id=(), max_new_tokens=6, beams=beams) for beams in (4, 1, 1)]
-    rows = Rows(model)
+    options = [
+        GenerationOptions(eos_token_id=(), max_new_tokens=6, num_beams=num_beams) for num_beams in (4, 1, 1)
+    ]
+    rows = ContinuousBatch(model)
     ((search,), (noted,), (other,)), _ = rows.join(prefix, ids, mask, options, tops=[0, 2, 0])
     for step in range(6):
         assert len(rows) == (6 if step < 2 else 2)
@@ -94,7 +96,7 @@ def test_prompts_join_together_and_may_be_dropped(variants: dict[str, Path], pic
         search.dropped = step >= 1
         rows.advance()
     assert len(rows) == 0 and not search.done
-    assert isinstance(noted, Row) and isinstance(other, Row)
+    assert isinstance(noted, SampledSequence) and isinstance(other, SampledSequence)
     expected = generate(model, prefix[1:], ids[1:], mask[1:], options[1])
     assert [noted.ids, other.ids] == expected.ids
     assert [best[0][0] for best in noted.tops] == noted.ids  # greedy takes the likeliest

@@ -1,4 +1,4 @@
-"""Opens hostile files under watch: `python tests/checkpoint/watch.py 1` all of them, 17: every 17th.
+"""Opens hostile files under watch: `python tests/tensorfiles/watch.py 1` all of them, 17: every 17th.
 
 Prints one JSON object: how many there were, by which errors they were refused, what was not refused as it should be,
 what the interpreter did meanwhile (its audit events: imports, executions, files opened for writing, sockets, ...), the

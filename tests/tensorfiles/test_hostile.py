@@ -14,7 +14,7 @@ import pytest
 import torch
 import watch
 from safetensors.torch import save_file
-from test_files import equal
+from test_open import equal
 from torch import Tensor
 
 from blip2.checkpoint import open_tensors

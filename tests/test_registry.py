@@ -13,8 +13,8 @@ from blip2 import doctor, registry
 from blip2.checkpoint import convert
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config
-from blip2.quantization.apply import KEPT, layers
-from blip2.quantization.formats import Mode, Rounded8
+from blip2.quantization.apply import EXCLUDED, layers
+from blip2.quantization.formats import Int8Weight, Mode
 from blip2.registry import KnownModel, folder_model, known_models, readable, resolve
 
 
@@ -50,9 +50,9 @@ def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> Non
     stored = 0.0
     for name, values in built.state_dict().items():
         if (kind := rounded.get(name.removesuffix(".weight"))) is not None:
-            stored += values.numel() * (1 if kind is Rounded8 else registry.INT4_MEMORY)
+            stored += values.numel() * (1 if kind is Int8Weight else registry.INT4_MEMORY)
         else:
-            stored += values.numel() * (2 if name.startswith(KEPT) and name.endswith("weight") else 4)
+            stored += values.numel() * (2 if name.startswith(EXCLUDED) and name.endswith("weight") else 4)
     assert known._weight_bytes(mode) == pytest.approx(stored, rel=0.03)
     assert known.memory_bytes(mode) < known.memory_bytes("bf16")
 

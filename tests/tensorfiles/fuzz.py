@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of one reader: `python tests/checkpoint/fuzz.py safetensors|archive|legacy|paddle [seconds]`.
+"""Coverage-guided fuzzing: `python tests/tensorfiles/fuzz.py safetensors|archive|legacy|paddle [seconds]`.
 
 Sound files are mutated; a mutant that takes a step from line to line that no file took before is kept and mutated on.
 A reader must open a file or raise CheckpointError, within two seconds of processor time. A file that breaks this is
@@ -19,10 +19,10 @@ from typing import Any
 from assemble import good_files
 from watch import read_all
 
-import blip2.checkpoint
+import blip2.tensorfiles.open
 from blip2.checkpoint import CheckpointError
 
-PACKAGE = str(Path(blip2.checkpoint.__file__).parent)
+PACKAGE = str(Path(blip2.tensorfiles.open.__file__).parent)
 READERS = {
     "safetensors": ("safetensors",),
     "archive": ("archive",),

@@ -24,10 +24,10 @@ from blip2.checkpoint import (
 )
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import T5Config
-from blip2.modeling.layers import processor_has_bf16
+from blip2.modeling.layers import cpu_has_bf16
 from blip2.modeling.t5 import T5
 from blip2.quantization import apply, linear
-from blip2.quantization.formats import GROUP, MODES, Mode, Rounded4, Rounded8
+from blip2.quantization.formats import GROUP, MODES, Int4Weight, Int8Weight, Mode
 from blip2.quantization.linear import (
     Int4Linear,
     Int8Embedding,
@@ -38,7 +38,7 @@ from blip2.quantization.linear import (
     openvino_multiplies,
 )
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -58,21 +58,21 @@ def outliers(rows: int, inputs: int) -> Tensor:
 
 def test_eight_bits_are_off_by_half_a_step_at_most() -> None:
     weight = drawn(8, 50) * torch.logspace(-3, 2, 8)[:, None]
-    rounded = Rounded8.of(weight)
+    rounded = Int8Weight.of(weight)
     assert rounded.values.dtype == torch.int8
     assert ((rounded.float() - weight).abs() <= 0.5001 * rounded.scale[:, None]).all()
-    assert torch.equal(Rounded8.of(torch.zeros(2, 4)).float(), torch.zeros(2, 4))
+    assert torch.equal(Int8Weight.of(torch.zeros(2, 4)).float(), torch.zeros(2, 4))
 
 
 def test_four_bits_hold_sixteen_values_a_group() -> None:
     weight = drawn(6, 3 * GROUP) + 2.0
-    rounded = Rounded4.of(weight)
+    rounded = Int4Weight.of(weight)
     assert rounded.values.shape == (6, 3 * GROUP // 2) and rounded.scales.shape == (6, 3)
     assert int(rounded.unpacked().max()) == 15 and int(rounded.unpacked().min()) == 0
     error = (rounded.float() - weight).square().mean() / weight.var()
     assert error < 0.01
     exact = torch.arange(16.0).repeat(2, GROUP // 16) - 4  # sixteen values, evenly apart: nothing is lost
-    assert torch.equal(Rounded4.of(exact).float(), exact)
+    assert torch.equal(Int4Weight.of(exact).float(), exact)
 
 
 def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
@@ -80,7 +80,7 @@ def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
     groups = weight.float()
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     plain = ((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low
-    cut = Rounded4.of(weight).float()
+    cut = Int4Weight.of(weight).float()
     assert (cut - weight).square().mean() < 0.95 * (plain - weight).square().mean()
 
 
@@ -89,7 +89,7 @@ def test_cutting_an_extreme_off_rounds_a_group_better() -> None:
 
 @pytest.mark.parametrize("terms", [1, 2])
 def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(terms: int) -> None:
-    weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
+    weight, bias, x = Int8Weight.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
     most = levels() or 127
     largest = x.abs().amax(1, keepdim=True)
     scaled = x / (largest / most)  # in the layer's order: a value close to halfway would round the other way
@@ -106,7 +106,7 @@ def test_the_product_is_that_of_rounded_weights_and_rounded_tokens(terms: int) -
 def test_a_second_term_keeps_what_stands_beside_outliers() -> None:
     if not levels():
         pytest.skip("this processor rounds no activations")
-    weight, x = Rounded8.of(drawn(30, 64)), outliers(9, 64)
+    weight, x = Int8Weight.of(drawn(30, 64)), outliers(9, 64)
     weight.values[:, [3, 40]] = 0  # so that only what stands beside them is left
     exact = x @ weight.float().mT
     errors = [float((Int8Linear(weight, None, terms)(x) - exact).norm() / exact.norm()) for terms in (1, 2)]
@@ -116,7 +116,7 @@ def test_a_second_term_keeps_what_stands_beside_outliers() -> None:
 def test_only_steep_tokens_get_a_second_term() -> None:
     if levels() != 127:
         pytest.skip("this processor gives every token two terms, or none")
-    weight, x = Rounded8.of(drawn(30, 256)), drawn(9, 256)
+    weight, x = Int8Weight.of(drawn(30, 256)), drawn(9, 256)
     x[4] = outliers(1, 256)
     plain = [Int8Linear(weight, None, terms)(x) for terms in (1, 2)]
     same = [torch.equal(one, two) for one, two in zip(*plain, strict=True)]
@@ -131,7 +131,7 @@ needs_onednn = pytest.mark.skipif(
 
 @needs_onednn
 def test_an_image_s_tokens_are_rounded_over_their_own_range() -> None:
-    weight, bias, x = Rounded8.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
+    weight, bias, x = Int8Weight.of(drawn(20, 64)), drawn(20, seed=1), drawn(7, 64, seed=2)
     x[1], x[2], x[3] = 0, 2.5, x[3] * 1e-3 + 100
     low, step = (
         x.amin(1, keepdim=True),
@@ -147,7 +147,7 @@ def test_an_image_s_tokens_are_rounded_over_their_own_range() -> None:
 
 @needs_onednn
 def test_what_gelu_leaves_is_rounded_twice_as_finely() -> None:
-    weight, x = Rounded8.of(drawn(30, 512)), nn.functional.gelu(drawn(9, 512, seed=1))
+    weight, x = Int8Weight.of(drawn(30, 512)), nn.functional.gelu(drawn(9, 512, seed=1))
     exact = x.double() @ weight.float().double().mT
     errors = [
         (layer(x) - exact).norm() for layer in (Int8Linear(weight, None, 1), Int8ImageLinear(weight, None))
@@ -157,7 +157,7 @@ def test_what_gelu_leaves_is_rounded_twice_as_finely() -> None:
 
 def test_four_bits_compute_with_the_weights_they_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "openvino_multiplies", lambda: False)
-    weight, bias, x = Rounded4.of(drawn(32, 2 * GROUP)), drawn(32, seed=1), drawn(2, 5, 2 * GROUP, seed=2)
+    weight, bias, x = Int4Weight.of(drawn(32, 2 * GROUP)), drawn(32, seed=1), drawn(2, 5, 2 * GROUP, seed=2)
     found = Int4Linear(weight, bias)(x)
     torch.testing.assert_close(found, x.bfloat16().float() @ weight.float().mT + bias, rtol=0.01, atol=0.05)
     assert found.shape == (2, 5, 32)
@@ -171,7 +171,7 @@ needs_openvino = pytest.mark.skipif(
 
 @needs_openvino
 def test_openvino_multiplies_four_bits_with_activations_in_eight() -> None:
-    weight, bias = Rounded4.of(drawn(32, 2 * GROUP) + 0.5), drawn(32, seed=1)
+    weight, bias = Int4Weight.of(drawn(32, 2 * GROUP) + 0.5), drawn(32, seed=1)
     assert len(weight.zeros.unique()) > 1
     x = outliers(70, 2 * GROUP)  # more rows than go at once
     groups = x.unflatten(1, (2, GROUP))
@@ -188,7 +188,7 @@ def test_openvino_multiplies_four_bits_with_activations_in_eight() -> None:
 @needs_openvino
 def test_a_weight_that_openvino_has_laid_out_takes_its_memory_once(tmp_path: Path) -> None:
     """Its values stay in a file: one of their own, or the one they were mapped from, which may be gone by then."""
-    made = Rounded4.of(drawn(512, 1024))
+    made = Int4Weight.of(drawn(512, 1024))
     path = tmp_path / "values"
     path.write_bytes(made.values.numpy().tobytes())
     values = torch.from_file(str(path), size=made.values.numel(), dtype=torch.uint8).view(512, 512)
@@ -204,7 +204,7 @@ def test_a_weight_that_openvino_has_laid_out_takes_its_memory_once(tmp_path: Pat
 
 @needs_openvino
 def test_several_threads_may_ask_for_one_product() -> None:
-    layer = Int4Linear(Rounded4.of(drawn(256, 512)), None)
+    layer = Int4Linear(Int4Weight.of(drawn(256, 512)), None)
     rows = [drawn(3, 512, seed=seed) for seed in range(40)]
     expected = [layer(x) for x in rows]
     with ThreadPoolExecutor(4) as pool:
@@ -219,11 +219,11 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str, monkeypatch
         monkeypatch.setattr(linear, "openvino_multiplies", lambda: False)
     weight, bias = drawn(48, 2 * GROUP), drawn(48, seed=1)
     if kind.startswith("int4"):
-        layer: nn.Module = Int4Linear(Rounded4.of(weight), bias)
+        layer: nn.Module = Int4Linear(Int4Weight.of(weight), bias)
     elif kind == "int8":
-        layer = Int8Linear(Rounded8.of(weight), bias, 2)
+        layer = Int8Linear(Int8Weight.of(weight), bias, 2)
     else:
-        layer = Int8ImageLinear(Rounded8.of(weight), bias)
+        layer = Int8ImageLinear(Int8Weight.of(weight), bias)
     x = outliers(33, 2 * GROUP)
     x[::2] = drawn(17, 2 * GROUP, seed=3)  # some tokens get a second term, some do not
     x[0, :-1] = (
@@ -235,15 +235,15 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(kind: str, monkeypatch
     assert torch.equal(layer(x[3:20]), together[3:20])
 
 
-@pytest.mark.parametrize("kind", [Rounded8, Rounded4])
+@pytest.mark.parametrize("kind", [Int8Weight, Int4Weight])
 def test_elsewhere_weights_are_widened_for_a_product(
-    kind: type[Rounded8] | type[Rounded4], monkeypatch: pytest.MonkeyPatch
+    kind: type[Int8Weight] | type[Int4Weight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What runs on GPUs, and on processors that FBGEMM does not know."""
     weight, bias, x = kind.of(drawn(48, 2 * GROUP)), drawn(48, seed=1), drawn(5, 2 * GROUP, seed=2)
     exact = x.double() @ weight.float().double().mT + bias
     monkeypatch.setattr(linear, "levels", lambda: 0)
-    if isinstance(weight, Rounded8):
+    if isinstance(weight, Int8Weight):
         assert not onednn_multiplies()
         layer: Int8Linear | Int4Linear = Int8Linear(weight, bias, 2)
     else:
@@ -258,19 +258,19 @@ def test_elsewhere_weights_are_widened_for_a_product(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back_as_it_went_in(dtype: torch.dtype) -> None:
     weight = drawn(16, GROUP)
-    for layer in (Int8Linear(Rounded8.of(weight), None, 2), Int4Linear(Rounded4.of(weight), None)):
+    for layer in (Int8Linear(Int8Weight.of(weight), None, 2), Int4Linear(Int4Weight.of(weight), None)):
         out = layer(drawn(3, GROUP, seed=1).to(dtype))
         assert out.dtype == dtype and bool(out.isfinite().all())
 
 
 def test_a_rounded_table_gives_the_embeddings_it_stands_for() -> None:
     weight, ids = drawn(50, 64), torch.tensor([[3, 49, 3], [0, 7, 1]])
-    assert torch.equal(Int8Embedding(Rounded8.of(weight))(ids), Rounded8.of(weight).float()[ids])
+    assert torch.equal(Int8Embedding(Int8Weight.of(weight))(ids), Int8Weight.of(weight).float()[ids])
 
 
 def test_a_token_of_zeros_gives_the_bias() -> None:
     bias = drawn(16, seed=1)
-    assert torch.equal(Int8Linear(Rounded8.of(drawn(16, 64)), bias, 2)(torch.zeros(1, 64))[0], bias)
+    assert torch.equal(Int8Linear(Int8Weight.of(drawn(16, 64)), bias, 2)(torch.zeros(1, 64))[0], bias)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def outputs(model: Blip2 | Blip2Matcher) -> Tensor:
     pixels, ids = drawn(2, 3, size, size, seed=9), torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
     with torch.inference_mode():
         if isinstance(model, Blip2Matcher):
-            return model.qformer.read_both(model.vision(pixels), ids, torch.ones_like(ids))
+            return model.qformer.encode_multimodal(model.vision(pixels), ids, torch.ones_like(ids))
         return model(pixels, ids, None, ids if isinstance(model.language, T5) else None)
 
 
@@ -311,13 +311,13 @@ def test_four_bits_are_for_the_inner_layers_of_the_language_model(
     )
     with torch.device("meta"):
         model = Blip2(replace(base.config, language=language))
-    fours = {name for name, _, kind in apply.layers(model, "int4") if kind is Rounded4}
+    fours = {name for name, _, kind in apply.layers(model, "int4") if kind is Int4Weight}
     stacks = {".".join(name.split(".")[: 3 if variant == "opt" else 4]) for name in fours}
     inner = {"opt": ["language.layers.1", "language.layers.2"]}.get(
         variant, ["language.encoder.layers.1", "language.encoder.layers.2", "language.decoder.layers.1"]
     )
     assert stacks == set(inner)
-    assert not any(kind is Rounded4 for _, _, kind in apply.layers(model, "int8"))
+    assert not any(kind is Int4Weight for _, _, kind in apply.layers(model, "int8"))
 
 
 def test_the_default_model_says_nearly_the_same_in_eight_bits() -> None:
@@ -332,7 +332,7 @@ def test_the_default_model_says_nearly_the_same_in_eight_bits() -> None:
     assert all(abs(mine.score - theirs.score) < 0.05 for mine, theirs in same)
 
 
-@pytest.mark.skipif(not processor_has_bf16(), reason="weights are laid out where the processor has bf16")
+@pytest.mark.skipif(not cpu_has_bf16(), reason="weights are laid out where the processor has bf16")
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_rounded_is_laid_out_in_bf16_unless_another_dtype_is_asked_for(mode: Mode) -> None:
     for dtype, held in ((None, torch.bfloat16), ("fp32", torch.float32)):
@@ -412,7 +412,7 @@ def test_a_rounded_folder_converts_to_the_floats_it_stands_for(
     rounded, kept = (f"vision_model.encoder.layers.{layer}.mlp.fc1.weight" for layer in (1, 0))
     with open_tensors(tmp_path / "hf") as tensors, open_tensors(variants["opt"]) as before:
         assert set(tensors) == set(before)
-        assert torch.equal(tensors[rounded], Rounded8.of(before[rounded]).float())
+        assert torch.equal(tensors[rounded], Int8Weight.of(before[rounded]).float())
         assert torch.equal(tensors[kept].float(), before[kept].float())
 
 

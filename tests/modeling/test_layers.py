@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from blip2.checkpoint import load_model, save_model
 from blip2.modeling import layers
 from blip2.modeling.blip2 import Blip2
+from blip2.quantization import packed
 from blip2.quantization.packed import Linear
 
 
 @pytest.fixture(params=[True, False], ids=["with", "without"])
 def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(layers, "processor_has_bf16", lambda: request.param)
+    monkeypatch.setattr(packed, "cpu_has_bf16", lambda: request.param)
     return bool(request.param)
 
 
@@ -82,7 +83,7 @@ def test_an_image_attends_as_torch_s_fused_attention_does(dtype: torch.dtype) ->
 # --- laid out for oneDNN ---------------------------------------------------------------------------------------------
 
 needs_bf16 = pytest.mark.skipif(
-    not layers.processor_has_bf16(), reason="weights are laid out on processors that have bf16"
+    not packed.cpu_has_bf16(), reason="weights are laid out on processors that have bf16"
 )
 
 
@@ -185,4 +186,4 @@ def test_training_reaches_every_weight_of_a_model_that_was_laid_out(generator_fo
 
 def test_a_torch_without_onednn_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(torch.ops), "mkldnn", object())
-    assert layers.processor_has_bf16.__wrapped__() is False
+    assert packed.cpu_has_bf16.__wrapped__() is False

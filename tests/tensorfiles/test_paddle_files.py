@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_files import bits, equal
+from test_open import bits, equal
 from torch import Tensor
 
 from blip2.checkpoint import UnsafeFileError, UnsupportedFileError, open_tensors
