@@ -92,6 +92,12 @@ def test_the_layout_has_no_stale_entries() -> None:
     assert arrows == {(room, other) for room, others in MAY_IMPORT.items() for other in others}
 
 
+def test_the_architecture_page_shows_the_layout() -> None:
+    program = ROOT / "docs" / "make_architecture.py"
+    done = subprocess.run([sys.executable, program, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_file_imports_itself_by_way_of_others() -> None:
     left = {module: set(names) for module, names in IMPORTS.items()}
     while ready := [module for module, names in left.items() if not names & left.keys()]:
