@@ -129,6 +129,10 @@ def test_several_texts_for_each_image(model: Predictor, pictures: list[Path]) ->
     assert [len(texts) for texts in three] == [3, 3]
     assert three[0] == model.caption(pictures[0], num_return_sequences=3, max_new_tokens=6)
     assert three[0][0] == model.caption(pictures[0], max_new_tokens=6)
+    assert model.caption(pictures[0], num_return_sequences=1, max_new_tokens=6) == three[0][:1]
+    assert model.ask(pictures[:2], "what is it?", num_return_sequences=1, max_new_tokens=6) == [
+        [model.ask(picture, "what is it?", max_new_tokens=6)] for picture in pictures[:2]
+    ]
     assert [text.score for text in three[1]] == sorted((text.score for text in three[1]), reverse=True)
 
 
@@ -158,8 +162,12 @@ def test_a_text_ends_before_the_end_token(model: Predictor, pictures: list[Path]
 def test_unknown_and_contradicting_options_are_errors(model: Predictor, pictures: list[Path]) -> None:
     with pytest.raises(TypeError, match="beam_size"):
         model.caption(pictures[0], beam_size=3)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="do_sample"):
-        model.caption(pictures[0], temperature=0.5)
+    with pytest.raises(TypeError, match="did you mean 'num_beams'"):
+        model.ask(pictures[0], "what is it?", beams=3)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="num_return_sequences"):
+        model.chat(pictures[0]).send("what is it?", num_return_sequence=2)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="do_sample=False"):
+        model.caption(pictures[0], do_sample=False, temperature=0.5)
     with pytest.raises(ValueError, match="batch_size"):
         model.caption(pictures, batch_size=0)
     with pytest.raises(ValueError, match="expected a question, got NoneType"):
@@ -190,6 +198,16 @@ def test_a_caption_survives_pickling_and_copying(model: Predictor, pictures: lis
     assert math.isnan(GeneratedText("typed by hand").score)
 
 
+def test_shaping_asks_for_sampling_and_temperature_0_is_greedy(
+    model: Predictor, pictures: list[Path]
+) -> None:
+    sampled = model.caption(pictures, temperature=3.0, seed=1, max_new_tokens=8)
+    assert sampled == model.caption(pictures, do_sample=True, temperature=3.0, seed=1, max_new_tokens=8)
+    assert sampled != model.caption(pictures, max_new_tokens=8)
+    greedy = model.caption(pictures, num_beams=1, max_new_tokens=8)
+    assert model.caption(pictures, temperature=0, top_p=0.5, max_new_tokens=8) == greedy
+
+
 # --- encoded images ------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +234,7 @@ def test_encoded_and_other_images_share_a_list(model: Predictor, pictures: list[
 
 def test_an_encoding_of_another_model_is_refused(model: Predictor, pictures: list[Path]) -> None:
     encoded = model.encode(pictures[0])
-    other = blip2.EncodedImage(torch.zeros(1, 4, 5), encoded.context, encoded.size)
+    other = blip2.EncodedImage(torch.zeros(1, 4, 5), encoded.prompt_cache, encoded.size)
     with pytest.raises(ValueError, match="another model"):
         model.caption(other)
 
@@ -356,7 +374,7 @@ def test_t5_takes_every_way_in(t5: Predictor, pictures: list[Path], monkeypatch:
 def test_t5_forgets_the_beginning_of_a_long_conversation(t5: Predictor, pictures: list[Path]) -> None:
     chat = t5.chat(pictures[0])
     chat._turns = [("what is it?", "a red cat " * 200), ("why?", "yes")]
-    assert chat._prompt("really?", 10) == chat_prompt(chat._turns[1:], "really?")
+    assert t5.chat_prompt(chat.turns, "really?", 10) == chat_prompt(chat._turns[1:], "really?")
 
 
 # --- matching ------------------------------------------------------------------------------------------------------

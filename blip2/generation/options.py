@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 DEFAULT_NUM_BEAMS = 5  # what the published results were made with
 # What differs between the kinds of text: the published captions were scored as they are, answers favour short texts.
 LENGTH_PENALTY = {"caption": 1.0, "answer": -1.0}
+
+# What other libraries call some of these, for "did you mean".
+_ELSEWHERE = {
+    "max_length": "max_new_tokens",
+    "min_length": "min_new_tokens",
+    "num_captions": "num_return_sequences",
+    "use_nucleus_sampling": "do_sample",
+}
 
 TextKind = Literal["caption", "answer"]
 EarlyStopping = bool | Literal["never"]
@@ -34,6 +42,8 @@ class GenerationOptions:
 
     Raises:
         ValueError: an option out of its bounds, or options that contradict each other.
+
+    Options:
     """
 
     num_beams: int = field(default=1, metadata=_about("sequences that beam search follows", ge=1))
@@ -115,6 +125,12 @@ class GenerationOptions:
             )
 
 
+# `help(GenerationOptions)` lists the options with the help of their fields.
+GenerationOptions.__doc__ = f"{GenerationOptions.__doc__}" + "".join(
+    f"    {option.name}: {option.metadata['help']}.\n    " for option in fields(GenerationOptions)
+)
+
+
 class GenerateKwargs(TypedDict, total=False):
     """The fields of `GenerationOptions` as keywords of `caption`, `ask` and `Chat.send`."""
 
@@ -138,34 +154,38 @@ def make_options(
     *,
     stream: bool = False,
     num_return_sequences: int | None = None,
-    **given: Unpack[GenerateKwargs],
+    **options: Unpack[GenerateKwargs],
 ) -> GenerationOptions:
-    """The options of a caption or an answer: what is given (not None), the rest by the rules all doors share.
+    """The options of a caption or an answer: those passed (None: left out), the rest by the rules all doors share.
 
-    Beam search follows five beams unless sampling or streaming. The length penalty is 1.0 for captions and -1.0 for
-    answers, as in the published results.
+    Beam search follows five beams unless sampling, streaming or at temperature 0. The length penalty is 1.0 for
+    captions and -1.0 for answers, as in the published results.
 
     Raises:
         TypeError: an option that does not exist; the message names the one that was probably meant.
-        ValueError: as `GenerationOptions`, or several texts where one is streamed.
+        ValueError: as `GenerationOptions`, or beam search or several texts while streaming.
     """
     names = {option.name for option in fields(GenerationOptions)}
-    for name in given.keys() - names:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(names))}"
-        raise TypeError(f"there is no decoding option {name!r}{hint}")
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    chosen.setdefault("length_penalty", LENGTH_PENALTY[kind])
+    for name in options.keys() - names:
+        raise TypeError(f"there is no decoding option {name!r}; {_suggestion(name, names)}")
+    chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if stream and (chosen.get("num_beams", 1) != 1 or num_return_sequences not in (None, 1)):
         raise ValueError(
-            "streaming writes one text as it comes, beam search knows its text at the end: "
+            "stream=True writes one text as it comes, but beam search knows its text only at the end: "
             "leave out num_beams and num_return_sequences"
         )
-    samples = GenerationOptions(**{**chosen, "num_beams": 1, "num_return_sequences": 1}).do_sample
-    chosen.setdefault("num_beams", 1 if samples or stream else DEFAULT_NUM_BEAMS)
-    if num_return_sequences is not None:
-        chosen["num_return_sequences"] = num_return_sequences
-    return GenerationOptions(**chosen)
+    result = GenerationOptions(**{"length_penalty": LENGTH_PENALTY[kind]} | chosen)
+    one_path = stream or result.do_sample or chosen.get("temperature") == 0
+    return replace(
+        result,
+        num_beams=chosen.get("num_beams", 1 if one_path else DEFAULT_NUM_BEAMS),
+        num_return_sequences=1 if num_return_sequences is None else num_return_sequences,
+    )
+
+
+def _suggestion(name: str, names: set[str]) -> str:
+    meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
+    return f"did you mean {meant!r}?" if meant else f"there are {', '.join(sorted(names))}"
 
 
 def bounds_of(option: Field[Any]) -> dict[str, float]:
