@@ -6,7 +6,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
@@ -19,8 +19,17 @@ SUFFIXES = frozenset(
 )
 
 T = TypeVar("T")
-# What counts as many: a str is one path, bytes are one file, an array is one image.
-Many = list[T] | tuple[T, ...]
+Item = TypeVar("Item", covariant=True)
+
+
+class ListOf(Protocol[Item]):
+    """A list for type checkers: `list` is invariant, so that a list[Path] would be no list of images."""
+
+    def __iter__(self) -> Iterator[Item]: ...
+    def reverse(self) -> None: ...
+
+
+Many = ListOf[T] | tuple[T, ...]  # a str is one path, bytes are one file, an array is one image
 
 
 def is_many(images: object) -> bool:

@@ -31,8 +31,6 @@ from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
 
 Image = ImageSource | EncodedImage
 Texts = str | Many[str]
-ImageT = TypeVar("ImageT", bound=Image)
-SourceT = TypeVar("SourceT", bound=ImageSource)
 Text = TypeVar("Text", Caption, Answer)
 
 
@@ -165,10 +163,10 @@ class Predictor:
     @overload
     def encode(self, images: Image, *, batch_size: int = ...) -> EncodedImage: ...
     @overload
-    def encode(self, images: Many[ImageT], *, batch_size: int = ...) -> list[EncodedImage]: ...
+    def encode(self, images: Many[Image], *, batch_size: int = ...) -> list[EncodedImage]: ...
     @torch.inference_mode()
     def encode(
-        self, images: Image | Sequence[Image], *, batch_size: int = BATCH_SIZE
+        self, images: Image | Many[Image], *, batch_size: int = BATCH_SIZE
     ) -> EncodedImage | list[EncodedImage]:
         """Read images once: one gives an `EncodedImage`, a list a list of them.
 
@@ -195,11 +193,11 @@ class Predictor:
     ) -> list[Caption]: ...
     @overload
     def caption(
-        self, images: Many[ImageT], *, num_return_sequences: None = None, **options: Unpack[CaptionKwargs]
+        self, images: Many[Image], *, num_return_sequences: None = None, **options: Unpack[CaptionKwargs]
     ) -> list[Caption]: ...
     @overload
     def caption(
-        self, images: Many[ImageT], *, num_return_sequences: int, **options: Unpack[CaptionKwargs]
+        self, images: Many[Image], *, num_return_sequences: int, **options: Unpack[CaptionKwargs]
     ) -> list[list[Caption]]: ...
     @overload
     def caption(
@@ -207,7 +205,7 @@ class Predictor:
     ) -> Iterator[str]: ...
     def caption(
         self,
-        images: Image | Sequence[Image],
+        images: Image | Many[Image],
         *,
         prompt: str = CAPTION_PROMPT,
         num_return_sequences: int | None = None,
@@ -248,7 +246,7 @@ class Predictor:
     @overload
     def ask(
         self,
-        images: Many[ImageT],
+        images: Many[Image],
         question: Texts,
         *,
         num_return_sequences: None = None,
@@ -256,12 +254,7 @@ class Predictor:
     ) -> list[Answer]: ...
     @overload
     def ask(
-        self,
-        images: Many[ImageT],
-        question: Texts,
-        *,
-        num_return_sequences: int,
-        **options: Unpack[AskKwargs],
+        self, images: Many[Image], question: Texts, *, num_return_sequences: int, **options: Unpack[AskKwargs]
     ) -> list[list[Answer]]: ...
     @overload
     def ask(
@@ -269,7 +262,7 @@ class Predictor:
     ) -> Iterator[str]: ...
     def ask(
         self,
-        images: Image | Sequence[Image],
+        images: Image | Many[Image],
         question: Texts,
         *,
         num_return_sequences: int | None = None,
@@ -305,12 +298,12 @@ class Predictor:
     ) -> list[Ranked]: ...
     @overload
     def rank(
-        self, images: Many[ImageT], question: Texts, answers: Many[str], *, batch_size: int = ...
+        self, images: Many[Image], question: Texts, answers: Many[str], *, batch_size: int = ...
     ) -> list[list[Ranked]]: ...
     @torch.inference_mode()
     def rank(
         self,
-        images: Image | Sequence[Image],
+        images: Image | Many[Image],
         question: Texts,
         answers: Many[str],
         *,
@@ -452,7 +445,7 @@ class Predictor:
         return results
 
     def _stream(
-        self, image: Image | Sequence[Image], prompts: Sequence[str], options: GenerationOptions
+        self, image: Image | Many[Image], prompts: Sequence[str], options: GenerationOptions
     ) -> Iterator[str]:
         """One text in pieces. What can be wrong is found here, before the first piece."""
         if is_many(image):
@@ -496,13 +489,13 @@ class Predictor:
     @overload
     def match(self, images: ImageSource, texts: Many[str], *, batch_size: int = ...) -> list[Match]: ...
     @overload
-    def match(self, images: Many[SourceT], texts: str, *, batch_size: int = ...) -> list[Match]: ...
+    def match(self, images: Many[ImageSource], texts: str, *, batch_size: int = ...) -> list[Match]: ...
     @overload
     def match(
-        self, images: Many[SourceT], texts: Many[str], *, batch_size: int = ...
+        self, images: Many[ImageSource], texts: Many[str], *, batch_size: int = ...
     ) -> list[list[Match]]: ...
     def match(
-        self, images: ImageSource | Many[SourceT], texts: Texts, *, batch_size: int = BATCH_SIZE
+        self, images: ImageSource | Many[ImageSource], texts: Texts, *, batch_size: int = BATCH_SIZE
     ) -> Match | list[Match] | list[list[Match]]:
         """How well texts fit images, every text with every image.
 
@@ -515,7 +508,7 @@ class Predictor:
         table = self.matcher.match(as_list(images), as_list(texts), batch_size=batch_size)
         return as_given(table, is_many(images), is_many(texts))
 
-    def embed(self, images: ImageSource | Many[SourceT], *, batch_size: int = BATCH_SIZE) -> Tensor:
+    def embed(self, images: ImageSource | Many[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Image embeddings for search, float32: [Q, E] for one image, [B, Q, E] for a list; each query of length 1.
 
         An image's similarity to a text is the greatest product of one of its queries with the text's embedding.
@@ -582,7 +575,7 @@ class Chat:
 
 
 def _questions(question: Texts, images: int) -> list[str]:
-    questions = list(question) if isinstance(question, list | tuple) else [question] * images
+    questions: list[str] = as_list(question) * (1 if is_many(question) else images)
     if len(questions) != images:
         raise ValueError(f"{len(questions)} questions for {images} images; give one, or one for each image")
     return questions
