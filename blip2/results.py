@@ -99,7 +99,8 @@ class Ranked:
 def _html(text: str, **figures: float) -> str:
     """What a notebook shows of a result: its text, and its figures small beside it."""
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if not math.isnan(value))
-    return f"<div>{html.escape(text)} <small>{shown}</small></div>"
+    words = html.escape(text) + " " if text else ""
+    return f"<div>{words}<small>{shown}</small></div>"
 
 
 def token_text(decode: Callable[[list[int]], str], token: int, before: int | None) -> str:

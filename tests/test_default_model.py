@@ -31,6 +31,10 @@ def model() -> blip2.Predictor:
     return blip2.load()
 
 
+def test_it_names_itself(model: blip2.Predictor) -> None:
+    assert repr(model) == f"<blip2.Predictor 'default' on {model.device}, fp32>"
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_captions_name_what_is_there(model: blip2.Predictor, name: str) -> None:
     caption = model.caption(EXAMPLES / name)

@@ -311,6 +311,41 @@ def test_pieces_come_as_soon_as_they_can() -> None:
     assert len(taken) == 1
 
 
+# --- how results show themselves -----------------------------------------------------------------------------------
+
+
+def test_a_model_names_itself_its_device_and_its_precision(
+    model: Predictor, generator_folder: Path, matcher_folder: Path, tmp_path: Path
+) -> None:
+    assert repr(model) == f"<blip2.Predictor {str(generator_folder)!r} on cpu, fp32>"
+    for options, precision in (({"dtype": "bf16"}, "bf16"), ({"quantize": "int8"}, "int8")):
+        other = blip2.load(matcher_folder, device="cpu", **options)
+        assert repr(other) == f"<blip2.Predictor {str(matcher_folder)!r} on cpu, {precision}>"
+
+
+def test_an_encoded_image_shows_its_size_not_its_tensors(model: Predictor, pictures: list[Path]) -> None:
+    width, height = load_image(pictures[0]).size
+    assert repr(model.encode(pictures[0])) == f"EncodedImage({width}x{height} px, 4 queries)"
+
+
+def test_a_notebook_shows_an_explanation_as_its_image(model: Predictor, pictures: list[Path]) -> None:
+    explanation = model.explain(pictures[0], text="a red cat")
+    shown = explanation._repr_png_()
+    assert shown is not None
+    assert Image.open(io.BytesIO(shown)).size == explanation.image().size
+
+
+def test_a_notebook_shows_text_and_figures_without_markup_of_their_own() -> None:
+    caption = blip2.Caption("<b>a dog & a cat</b>", -0.25)
+    assert caption._repr_html_() == (
+        "<div>&lt;b&gt;a dog &amp; a cat&lt;/b&gt; <small>score -0.250</small></div>"
+    )
+    assert "score" not in blip2.Answer("typed by hand")._repr_html_()
+    match = blip2.Match(probability=0.75, similarity=0.5)
+    assert match._repr_html_() == "<div><small>probability 0.750, similarity 0.500</small></div>"
+    assert "<div>&lt;i&gt; <small>probability" in blip2.Ranked("<i>", 0.5, -1.0)._repr_html_()
+
+
 # --- conversation --------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +510,17 @@ def test_dtypes(generator_folder: Path, pictures: list[Path], monkeypatch: pytes
     assert blip2.load(generator_folder).model.projection.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="int3"):
         blip2.load(generator_folder, dtype="int3")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Encoded", "EncodedImage"), ("Decoding", None), ("loads", "load"), ("predictor", "Predictor")],
+)
+def test_a_name_the_package_does_not_have(old: str, new: str | None) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{old}'") as raised:
+        getattr(blip2, old)
+    assert ("did you mean" in str(raised.value)) == (new is not None)
+    assert new is None or f"did you mean '{new}'?" in str(raised.value)
 
 
 def test_devices_that_are_not_here(generator_folder: Path) -> None:
