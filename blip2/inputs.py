@@ -42,7 +42,7 @@ def as_list(images: Any) -> list[Any]:
     return list(images) if is_many(images) else [images]
 
 
-def as_given(rows: list[list[T]], many: bool, several: bool) -> T | list[T] | list[list[T]]:
+def unnest(rows: list[list[T]], many: bool, several: bool) -> T | list[T] | list[list[T]]:
     """Results [images][texts] -> without the list over images unless `many`, over texts unless `several`."""
     results: list[list[T]] | list[T] = rows if several else [row[0] for row in rows]
     return results if many else results[0]

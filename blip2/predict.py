@@ -19,7 +19,7 @@ from blip2.generation.decoding import generate, stream
 from blip2.generation.options import GenerateKwargs, GenerationOptions, make_options
 from blip2.generation.ranking import answer_logprobs
 from blip2.images import ImageSource, to_pixels
-from blip2.inputs import BATCH_SIZE, Many, as_given, as_list, in_batches, is_many, open_image
+from blip2.inputs import BATCH_SIZE, Many, unnest, as_list, in_batches, is_many, open_image
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
@@ -233,7 +233,7 @@ class Predictor:
             return self._stream(images, [prompt], chosen)
         listed = as_list(images)
         texts = self._write(Caption, listed, [prompt] * len(listed), chosen, batch_size)
-        return as_given(texts, is_many(images), num_return_sequences is not None)
+        return unnest(texts, is_many(images), num_return_sequences is not None)
 
     @overload
     def ask(
@@ -290,7 +290,7 @@ class Predictor:
         if stream:
             return self._stream(images, prompts, chosen)
         texts = self._write(Answer, listed, prompts, chosen, batch_size)
-        return as_given(texts, is_many(images), num_return_sequences is not None)
+        return unnest(texts, is_many(images), num_return_sequences is not None)
 
     @overload
     def rank(
@@ -506,7 +506,7 @@ class Predictor:
             ImageError: an image that cannot be read; the message names it.
         """
         table = self.matcher.match(as_list(images), as_list(texts), batch_size=batch_size)
-        return as_given(table, is_many(images), is_many(texts))
+        return unnest(table, is_many(images), is_many(texts))
 
     def embed(self, images: ImageSource | Many[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Image embeddings for search, float32: [Q, E] for one image, [B, Q, E] for a list; each query of length 1.

@@ -27,9 +27,9 @@ EarlyStopping = bool | Literal["never"]
 TokenIds = int | tuple[int, ...] | list[int]
 
 
-def _about(text: str, **bounds: float) -> dict[str, Any]:
-    """A field's metadata: its help, and its bounds ge and le (inclusive), gt and lt (exclusive)."""
-    return {"help": text, "bounds": bounds}
+def _option(default: Any, text: str, **bounds: float) -> Any:
+    """A field with its help and its bounds: ge and le (inclusive), gt and lt (exclusive)."""
+    return field(default=default, metadata={"help": text, "bounds": bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,49 +46,32 @@ class GenerationOptions:
     Options:
     """
 
-    num_beams: int = field(default=1, metadata=_about("sequences that beam search follows", ge=1))
-    max_new_tokens: int = field(default=30, metadata=_about("longest text, in tokens", ge=1))
-    min_new_tokens: int = field(default=0, metadata=_about("shortest text, in tokens", ge=0))
-    length_penalty: float = field(
-        default=1.0,
-        metadata=_about(
-            "scores are divided by length ** length_penalty: above 0 favors long texts, below 0 short ones"
-        ),
+    num_beams: int = _option(1, "sequences that beam search follows", ge=1)
+    max_new_tokens: int = _option(30, "longest text, in tokens", ge=1)
+    min_new_tokens: int = _option(0, "shortest text, in tokens", ge=0)
+    length_penalty: float = _option(
+        1.0, "scores are divided by length ** length_penalty: above 0 favors long texts, below 0 short ones"
     )
-    early_stopping: EarlyStopping = field(
-        default=False,
-        metadata=_about(
-            "when beam search ends: by estimate (false), at num_beams finished texts (true), or never early"
-        ),
+    early_stopping: EarlyStopping = _option(  # noqa: RUF009 (it makes a field)
+        False,
+        "when beam search ends: by estimate (false), at num_beams finished texts (true), or never early",
     )
-    repetition_penalty: float = field(
-        default=1.0, metadata=_about("above 1 makes tokens of the text so far less likely", gt=0)
+    repetition_penalty: float = _option(1.0, "above 1 makes tokens of the text so far less likely", gt=0)
+    no_repeat_ngram_size: int = _option(0, "no sequence of so many tokens twice, 0 for off", ge=0)
+    num_return_sequences: int = _option(1, "texts for each image, best first", ge=1)
+    do_sample: bool | None = _option(
+        None, "draw each token at random; temperature, top_k and top_p ask for it too"
     )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata=_about("no sequence of so many tokens twice, 0 for off", ge=0)
+    temperature: float | None = _option(None, "of sampling: low is safe, high is wild; 0 is greedy", ge=0)
+    top_k: int | None = _option(None, "sample among the k likeliest tokens, 0 for all", ge=0)
+    top_p: float | None = _option(
+        None, "sample among the likeliest tokens that make up this probability", gt=0, le=1
     )
-    num_return_sequences: int = field(default=1, metadata=_about("texts for each image, best first", ge=1))
-    do_sample: bool | None = field(
-        default=None,
-        metadata=_about("draw each token at random; temperature, top_k and top_p ask for it too"),
+    seed: int | None = _option(
+        None, "makes sampling repeatable: sequence j draws from seed + j", ge=0, lt=2**63
     )
-    temperature: float | None = field(
-        default=None, metadata=_about("of sampling: low is safe, high is wild; 0 is greedy", ge=0)
-    )
-    top_k: int | None = field(
-        default=None, metadata=_about("sample among the k likeliest tokens, 0 for all", ge=0)
-    )
-    top_p: float | None = field(
-        default=None,
-        metadata=_about("sample among the likeliest tokens that make up this probability", gt=0, le=1),
-    )
-    seed: int | None = field(
-        default=None,
-        metadata=_about("makes sampling repeatable: sequence j draws from seed + j", ge=0, lt=2**63),
-    )
-    eos_token_id: TokenIds | None = field(
-        default=None,
-        metadata=_about("ids that end a text (default: the model's own; none at all in Python: ())", ge=0),
+    eos_token_id: TokenIds | None = _option(  # noqa: RUF009 (it makes a field)
+        None, "ids that end a text (default: the model's own; none at all in Python: ())", ge=0
     )
 
     def __post_init__(self) -> None:
@@ -97,15 +80,18 @@ class GenerationOptions:
         for option in fields(self):
             _check(option, getattr(self, option.name))
         if self.temperature == 0:
-            for name in ("temperature", "top_k", "top_p"):
-                object.__setattr__(self, name, None)
-            object.__setattr__(self, "do_sample", False)
-        shaped = (self.temperature, self.top_k, self.top_p)
+            for name, value in {
+                "temperature": None,
+                "top_k": None,
+                "top_p": None,
+                "do_sample": False,
+            }.items():
+                object.__setattr__(self, name, value)
+        shaping = (self.temperature, self.top_k, self.top_p)
         if self.do_sample is None:
-            object.__setattr__(self, "do_sample", shaped != (None, None, None))
-        if not self.do_sample and any(
-            value not in (None, off) for value, off in zip(shaped, (1, 0, 1), strict=True)
-        ):
+            object.__setattr__(self, "do_sample", shaping != (None, None, None))
+        neutral = all(value in (None, off) for value, off in zip(shaping, (1, 0, 1), strict=True))
+        if not self.do_sample and not neutral:
             raise ValueError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} shape only samples: "
                 "leave out do_sample=False, or leave them out"
@@ -206,22 +192,22 @@ def _check(option: Field[Any], value: object) -> None:
             raise ValueError(f"do_sample must be True or False, got {value!r}")
     else:
         for number in value if isinstance(value, tuple) else (value,):
-            _check_number(name, number, whole=not kind.startswith("float"), **bounds_of(option))
+            _check_number(name, number, float if kind.startswith("float") else int, **bounds_of(option))
 
 
 def _check_number(
     name: str,
-    value: object,
+    value: Any,
+    kind: type,
     *,
-    whole: bool,
     ge: float = -math.inf,
     gt: float = -math.inf,
     le: float = math.inf,
     lt: float = math.inf,
 ) -> None:
-    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if good and (math.isfinite(value) and ge <= value <= le and gt < value < lt):  # type: ignore[arg-type, operator]
+    good = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if good and math.isfinite(value) and ge <= value <= le and gt < value < lt:
         return
     least = f", {ge:g} or more" if ge > -math.inf else f" above {gt:g}" if gt > -math.inf else ""
     most = f", at most {le:g}" if le < math.inf else f" below {lt:g}" if lt < math.inf else ""
-    raise ValueError(f"{name} must be a {'whole ' if whole else ''}number{least}{most}; got {value!r}")
+    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number{least}{most}; got {value!r}")
