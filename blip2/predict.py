@@ -19,7 +19,7 @@ from blip2.generation.decoding import generate, stream
 from blip2.generation.options import GenerateKwargs, GenerationOptions, make_options
 from blip2.generation.ranking import answer_logprobs
 from blip2.images import ImageSource, to_pixels
-from blip2.inputs import BATCH_SIZE, Many, unnest, as_list, in_batches, is_many, open_image
+from blip2.inputs import BATCH_SIZE, Many, as_list, in_batches, is_many, open_image, unnest
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
@@ -80,7 +80,7 @@ def load(
     """
     place = device_of(device)
     shown = DEFAULT if name is None else str(name)
-    if shown == DEFAULT:
+    if name is None or name == DEFAULT:
         default_model()  # raises where this installation has none
         if revision is not None:
             raise ValueError(
@@ -89,7 +89,7 @@ def load(
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
     if quantize is not None and quantize not in MODES:
         raise ValueError(f"quantize is {quantize!r}; choose one of {', '.join(MODES)}")
-    loaded = load_components(name or DEFAULT_FOLDER, place, dtype, revision, vision, language, quantize)
+    loaded = load_components(name, place, dtype, revision, vision, language, quantize)
     if matcher is None:
         return Predictor(shown, loaded, None, place)
     if isinstance(loaded.model, Blip2Matcher):
@@ -454,7 +454,7 @@ class Predictor:
             prefix, cache, _ = self._read(as_list(image))
         ids, mask = self._prompt_ids(prompts)
         tokens = (step[0] for step in stream(self.model, prefix, ids, mask, options, context=cache))
-        end_ids = self.model.config.language.eos_token_ids
+        end_ids = options.end_ids(self.model.config.language.eos_token_ids)
         return detokenize_stream(
             self.generator.tokenizer.decode, (i for i in tokens if i is not None and i not in end_ids)
         )

@@ -254,6 +254,14 @@ def test_pieces_add_up_to_the_text(model: Predictor, pictures: list[Path], optio
         assert "".join(asked) == model.ask(picture, "what is it?", num_beams=1, **options)
 
 
+def test_a_stream_ends_where_the_text_does(model: Predictor, pictures: list[Path]) -> None:
+    ids = model.caption(pictures[0], num_beams=1, max_new_tokens=12, eos_token_id=()).tokens
+    for end in (ids[5], [ids[3], ids[7]], ()):
+        text = model.caption(pictures[0], num_beams=1, max_new_tokens=12, eos_token_id=end)
+        pieces = model.caption(pictures[0], stream=True, max_new_tokens=12, eos_token_id=end)
+        assert "".join(pieces) == text
+
+
 def test_what_cannot_stream_says_so_at_once(model: Predictor, pictures: list[Path]) -> None:
     for wrong in ({"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
         with pytest.raises(ValueError, match="stream=True"):

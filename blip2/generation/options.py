@@ -110,6 +110,11 @@ class GenerationOptions:
                 "search with more beams, or sample with do_sample=True"
             )
 
+    def end_ids(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids that end a text; `default`: the model's own."""
+        ids = default if self.eos_token_id is None else self.eos_token_id
+        return (ids,) if isinstance(ids, int) else tuple(ids)
+
 
 # `help(GenerationOptions)` lists the options with the help of their fields.
 GenerationOptions.__doc__ = f"{GenerationOptions.__doc__}" + "".join(

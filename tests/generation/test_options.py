@@ -44,6 +44,13 @@ def test_importing_the_options_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_end_ids() -> None:
+    ends = {None: (2,), 7: (7,), (7, 8): (7, 8), (): ()}
+    for given, ids in ends.items():
+        assert GenerationOptions(eos_token_id=given).end_ids((2,)) == ids
+    assert GenerationOptions(eos_token_id=[7, 8]) == GenerationOptions(eos_token_id=(7, 8))
+
+
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 
