@@ -38,7 +38,7 @@ class GenerationOptions:
 
     Names and meanings are those of transformers; all lengths count new tokens only. `temperature`, `top_k` or `top_p`
     ask for sampling by being given; a temperature of 0 is greedy search. There is no hidden default such as
-    transformers' top_k of 50.
+    transformers' top_k of 50. With `eos_token_id=()` no token ends a text.
 
     Raises:
         ValueError: an option out of its bounds, or options that contradict each other.
@@ -62,7 +62,9 @@ class GenerationOptions:
     do_sample: bool | None = _option(
         None, "draw each token at random; temperature, top_k and top_p ask for it too"
     )
-    temperature: float | None = _option(None, "of sampling: low is safe, high is wild; 0 is greedy", ge=0)
+    temperature: float | None = _option(
+        None, "of sampling: low is safe, high is wild; 0 is greedy search", ge=0
+    )
     top_k: int | None = _option(None, "sample among the k likeliest tokens, 0 for all", ge=0)
     top_p: float | None = _option(
         None, "sample among the likeliest tokens that make up this probability", gt=0, le=1
@@ -71,7 +73,7 @@ class GenerationOptions:
         None, "makes sampling repeatable: sequence j draws from seed + j", ge=0, lt=2**63
     )
     eos_token_id: TokenIds | None = _option(  # noqa: RUF009 (it makes a field)
-        None, "ids that end a text (default: the model's own; none at all in Python: ())", ge=0
+        None, "ids that end a text (default: the model's own)", ge=0
     )
 
     def __post_init__(self) -> None:
