@@ -50,10 +50,10 @@ def test_a_caption_is_what_the_parts_underneath_give(model: Predictor, pictures:
     ids, mask = model.generator.tokenizer.encode_batch(["a photo of"])
     options = GenerationOptions(num_beams=5, max_new_tokens=30)
     expected = generate(model.model, prefix, ids, mask, options)
-    said = [i for i in expected.ids[0] if i != model.model.config.language.eos_token_id]
+    tokens = [i for i in expected.ids[0] if i != model.model.config.language.eos_token_id]
 
     assert isinstance(ours, blip2.Caption)
-    assert ours == model.generator.tokenizer.decode(said).strip()
+    assert ours == model.generator.tokenizer.decode(tokens).strip()
     assert (ours.score, list(ours.tokens)) == (expected.scores[0], expected.ids[0])
     assert list(ours.token_logprobs) == expected.token_logprobs[0]
 
@@ -66,7 +66,7 @@ def test_many_images_give_what_each_gives_alone(
 ) -> None:
     alone = [model.caption(picture, max_new_tokens=8, **options) for picture in pictures]
 
-    assert len(set(alone)) > 1, "the test needs images that are told apart"
+    assert len(set(alone)) > 1, "the test needs images that get different texts"
     for batch_size in (1, 2, 8):
         together = model.caption(pictures, max_new_tokens=8, batch_size=batch_size, **options)
         assert together == alone
@@ -99,8 +99,8 @@ def test_every_way_in_gives_the_same(model: Predictor, pictures: list[Path]) -> 
             np.asarray(load_image(path)),
             model.encode(path),
         ]
-        said = {str(model.caption(way, max_new_tokens=6)) for way in ways}
-    assert len(said) == 1
+        captions = {str(model.caption(way, max_new_tokens=6)) for way in ways}
+    assert len(captions) == 1
 
 
 def test_a_turned_photo_is_turned_once(model: Predictor, pictures: list[Path], tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_a_turned_photo_is_turned_once(model: Predictor, pictures: list[Path], t
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     turned = tmp_path / "turned.png"
 
-    said = {
+    captions = {
         model.caption(way, max_new_tokens=8)
         for way in (upright, turned, load_image(turned), turned.read_bytes())
     }
-    assert len(said) == 1
+    assert len(captions) == 1
     stored = load_image(turned, exif=False)
     assert model.encode(stored).size == upright.size[::-1] == load_image(stored).size
 
@@ -224,7 +224,7 @@ def test_an_encoded_image_is_not_read_again(
     monkeypatch.setattr(model.model, "read_prefix", refuse)
     assert model.ask(encoded, "what is it?") == expected
     assert model.ask(encoded[2], "what is it?") == expected[2]
-    assert [each.size for each in encoded] == [load_image(picture).size for picture in pictures]
+    assert [image.size for image in encoded] == [load_image(picture).size for picture in pictures]
 
 
 def test_encoded_and_other_images_share_a_list(model: Predictor, pictures: list[Path]) -> None:
@@ -250,8 +250,8 @@ def test_pieces_add_up_to_the_text(model: Predictor, pictures: list[Path], optio
         pieces = list(model.caption(picture, stream=True, **options))
         assert "".join(pieces) == model.caption(picture, num_beams=1, **options)
         assert all(pieces)
-        asked = model.ask(model.encode(picture), "what is it?", stream=True, **options)
-        assert "".join(asked) == model.ask(picture, "what is it?", num_beams=1, **options)
+        answer = model.ask(model.encode(picture), "what is it?", stream=True, **options)
+        assert "".join(answer) == model.ask(picture, "what is it?", num_beams=1, **options)
 
 
 def test_a_stream_ends_where_the_text_does(model: Predictor, pictures: list[Path]) -> None:
@@ -357,7 +357,7 @@ def test_a_notebook_shows_text_and_figures_without_markup_of_their_own() -> None
 # --- conversation --------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_reads_what_was_said(model: Predictor, pictures: list[Path]) -> None:
+def test_a_conversation_reads_its_earlier_turns(model: Predictor, pictures: list[Path]) -> None:
     chat = model.chat(pictures[0])
     first, second = chat.send("what is it?", max_new_tokens=5), chat.send("why?", max_new_tokens=5)
 
@@ -454,8 +454,8 @@ def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures
     assert torch.allclose(model.embed(pictures[3]), images[3], atol=1e-5)
     assert torch.allclose(model.embed_text(texts[1]), words[1], atol=1e-5)
     best = (images @ words.T).amax(1)
-    for row, found in zip(model.match(pictures, texts), best.tolist()):
-        assert [cell.similarity for cell in row] == pytest.approx(found, abs=1e-5)
+    for row, similarities in zip(model.match(pictures, texts), best.tolist()):
+        assert [cell.similarity for cell in row] == pytest.approx(similarities, abs=1e-5)
     assert model.embed([]).shape == (0, 4, 16)
     assert model.embed_text([]).shape == (0, 16)
 
@@ -540,17 +540,17 @@ def test_devices_that_are_not_here(generator_folder: Path) -> None:
 
 
 def test_an_alias_is_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def find(name: Any, revision: str | None) -> Path:
-        asked.append((name, revision))
+        requests.append((name, revision))
         raise ValueError("not today")
 
     monkeypatch.setattr(loading, "find_files", find)
     for name in ("opt-6.7b-coco", "Salesforce/blip2-opt-6.7b-coco"):
         with pytest.raises(ValueError, match="not today"):
             blip2.load(name, revision="main")
-    assert asked == [("Salesforce/blip2-opt-6.7b-coco", "main")] * 2
+    assert requests == [("Salesforce/blip2-opt-6.7b-coco", "main")] * 2
 
 
 def test_offline_and_not_cached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

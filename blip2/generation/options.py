@@ -14,14 +14,6 @@ DEFAULT_NUM_BEAMS = 5  # what the published results were made with
 # What differs between the kinds of text: the published captions were scored as they are, answers favour short texts.
 LENGTH_PENALTY = {"caption": 1.0, "answer": -1.0}
 
-# What other libraries call some of these, for "did you mean".
-_ELSEWHERE = {
-    "max_length": "max_new_tokens",
-    "min_length": "min_new_tokens",
-    "num_captions": "num_return_sequences",
-    "use_nucleus_sampling": "do_sample",
-}
-
 TextKind = Literal["caption", "answer"]
 EarlyStopping = bool | Literal["never"]
 TokenIds = int | tuple[int, ...] | list[int]
@@ -158,9 +150,11 @@ def make_options(
         TypeError: an option that does not exist; the message names the one that was probably meant.
         ValueError: as `GenerationOptions`, or beam search or several texts while streaming.
     """
-    names = {option.name for option in fields(GenerationOptions)}
-    for name in options.keys() - names:
-        raise TypeError(f"there is no decoding option {name!r}; {_suggestion(name, names)}")
+    names = [option.name for option in fields(GenerationOptions)]
+    for name in options.keys() - {*names}:
+        meant = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {meant[0]!r}?" if meant else f"there are {', '.join(names)}"
+        raise TypeError(f"there is no decoding option {name!r}; {hint}")
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if stream and (chosen.get("num_beams", 1) != 1 or num_return_sequences not in (None, 1)):
         raise ValueError(
@@ -174,11 +168,6 @@ def make_options(
         num_beams=chosen.get("num_beams", 1 if one_path else DEFAULT_NUM_BEAMS),
         num_return_sequences=1 if num_return_sequences is None else num_return_sequences,
     )
-
-
-def _suggestion(name: str, names: set[str]) -> str:
-    meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
-    return f"did you mean {meant!r}?" if meant else f"there are {', '.join(sorted(names))}"
 
 
 def bounds_of(option: Field[Any]) -> dict[str, float]:
