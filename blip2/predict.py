@@ -78,7 +78,7 @@ def load(
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
     """
-    place = device_of(device)
+    torch_device = device_of(device)
     shown = DEFAULT if name is None else str(name)
     if name is None or name == DEFAULT:
         default_model()  # raises where this installation has none
@@ -89,13 +89,16 @@ def load(
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
     if quantize is not None and quantize not in MODES:
         raise ValueError(f"quantize is {quantize!r}; choose one of {', '.join(MODES)}")
-    loaded = load_components(name, place, dtype, revision, vision, language, quantize)
+    loaded = load_components(name, torch_device, dtype, revision, vision, language, quantize)
     if matcher is None:
-        return Predictor(shown, loaded, None, place)
+        return Predictor(shown, loaded, None, torch_device)
     if isinstance(loaded.model, Blip2Matcher):
         raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
     return Predictor(
-        shown, loaded, lambda: load_components(matcher, place, dtype, None, quantize=quantize), place
+        shown,
+        loaded,
+        lambda: load_components(matcher, torch_device, dtype, None, quantize=quantize),
+        torch_device,
     )
 
 
