@@ -11,8 +11,10 @@ from blip2.results import EncodedImage
 def size_of(encoded: EncodedImage) -> int:
     """Bytes an encoded image holds."""
     parts = [encoded.prefix]
-    if encoded.context is not None:
-        parts += [part for layer in encoded.context.layers for part in layer] + [encoded.context.mask]
+    if encoded.prompt_cache is not None:
+        parts += [part for layer in encoded.prompt_cache.layers for part in layer] + [
+            encoded.prompt_cache.mask
+        ]
     return sum(part.numel() * part.element_size() for part in parts)
 
 

@@ -389,7 +389,7 @@ class Engine:
         groups: dict[tuple[int, bool], list[Job]] = {}
         for job in writings:
             assert isinstance(job.asked, Writing)
-            kind = job.asked.options.max_new_tokens, encoded[job.asked.picture.key].context is None
+            kind = job.asked.options.max_new_tokens, encoded[job.asked.picture.key].prompt_cache is None
             groups.setdefault(kind, []).append(job)
         for group in groups.values():
             try:
@@ -429,14 +429,14 @@ class Engine:
         keys = [each.picture.key for each, _ in asked]
         images = [encoded[key] for key in keys]
         prefix = torch.cat([image.prefix for image in images])
-        contexts = [image.context for image in images if image.context is not None]
+        contexts = [image.prompt_cache for image in images if image.prompt_cache is not None]
         context = concat_prompt_caches(contexts) if contexts else None
         ids, mask = self.predictor.generator.tokenizer.encode_batch([prompt for _, prompt in asked])
         ids, mask = ids.to(prefix.device), mask.to(prefix.device)
         options, tops = [each.options for each, _ in asked], [each.top_logprobs for each, _ in asked]
         made, read = self._rows.join(prefix, ids, mask, options, tops=tops, context=context)
         for key, image, context in zip(keys, images, read, strict=True):
-            self.cache.put(key, replace(image, context=context) if image.context is None else image)
+            self.cache.put(key, replace(image, prompt_cache=context) if image.prompt_cache is None else image)
         texts = iter(made)
         for job in jobs:
             assert isinstance(job.asked, Writing)

@@ -170,7 +170,7 @@ def router(house: House) -> APIRouter:
                 vectors += model.matcher.encode_images(each).queries.tolist()
                 yield
             for _, some in in_batches(asked.texts, SLICE):
-                words += model.embed_text(some).tolist()
+                words += model.embed_text(list(some)).tolist()
                 yield
             return vectors, words
 

@@ -130,7 +130,7 @@ def test_t5_reads_the_prompt_and_writes_the_text(samples: list[Sample], t5_folde
     found = {}
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
         read, written = ids[mask.bool()], labels[labels != -100]
-        assert read[-1] == written[-1] == tokenizer.eos_id
+        assert read[-1] == written[-1] == tokenizer.special_id("eos_token")
         assert (ids[len(read) :] == tokenizer.pad_id).all()
         found[tokenizer.decode(written)] = tokenizer.decode(read)
     assert found == {"a red cat": "a photo of", "dogs": "a photo of", "yes": "Question: why? Short answer:"}

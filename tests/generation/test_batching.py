@@ -54,14 +54,16 @@ def test_joining_and_leaving_changes_no_text(
                 image, prompt, way = todo.pop()
                 options = GenerationOptions(**({"max_new_tokens": 9} | way))
                 ids, mask = tokenizer.encode_batch([prompt])
-                (made,), _ = rows.join(image.prefix, ids, mask, [options], tops=[0], context=image.context)
+                (made,), _ = rows.join(
+                    image.prefix, ids, mask, [options], tops=[0], context=image.prompt_cache
+                )
                 begun.append(((image, ids, mask, options), made))
         if len(rows):
             rows.choose()
             rows.advance()
     assert len(begun) == len(cases)
     for (image, ids, mask, options), made in begun:
-        alone = generate(model, image.prefix, ids, mask, options, context=image.context)
+        alone = generate(model, image.prefix, ids, mask, options, context=image.prompt_cache)
         found = [found_by(text) for text in made]
         assert [ids for each in found for ids in each.ids] == alone.ids
         assert [finished for each in found for finished in each.finished] == alone.finished
