@@ -16,7 +16,7 @@ from blip2.train.loop import FitOptions
 class Recipe:
     """How one stage was trained.
 
-    vision_layer_decay: only with `train_vision`: how much slower each image encoder layer learns than the next.
+    vision_layer_decay: with `train_vision`, the learning rate of each image encoder layer relative to the next.
     prompt: what the language model reads before a caption.
     """
 
@@ -45,7 +45,7 @@ class Recipe:
         accumulate: int = 1,
         seed: int = 42,
     ) -> FitOptions:
-        """The recipe over a data set that fills so many batches an epoch."""
+        """Options for a dataset of `batches_per_epoch` batches."""
         return FitOptions(
             steps=max(1, self.epochs * batches_per_epoch // accumulate),
             lr=self.lr,

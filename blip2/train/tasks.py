@@ -1,7 +1,7 @@
 """What is trained in each stage, and on which losses.
 
-Batches are dicts of tensors. Where the image encoder is frozen a batch may hold `features` [B, N, W], what the encoder
-gives for the images, in place of `pixels`: computed once, they serve every epoch.
+Batches are dicts of tensors. With a frozen image encoder a batch may hold `features` [B, N, W], the encoder's
+output for the images, in place of `pixels`: computed once, they serve every epoch.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from blip2.modeling.blip2 import IGNORE_INDEX, Blip2, Blip2Matcher
-from blip2.modeling.t5 import T5
 from blip2.train import losses
 from blip2.train.loop import Task, decays
 
 Batch = Mapping[str, Tensor]
-GROUP_ROWS = 24  # texts of about one length that are read together
+GROUP_ROWS = 24  # texts of similar length that the language model reads together
 
 
 class Stage1(Task):
-    """ITC + ITM + ITG: teaches the queries to take from an image what its text says.
+    """ITC + ITM + ITG: the queries learn to extract from an image what its text says.
 
     Trains the Q-Former with its heads; with `train_vision` the image encoder too (retrieval fine-tuning).
 
@@ -49,10 +48,7 @@ class Stage1(Task):
         self.dec_token_id = dec_token_id
         self.vision_layer_decay, self.muon_scale = vision_layer_decay, muon_scale
         train_only(
-            matcher,
-            [matcher]
-            if train_vision
-            else [part for part in matcher.children() if part is not matcher.vision],
+            matcher, [part for part in matcher.children() if train_vision or part is not matcher.vision]
         )
         self.temp.requires_grad_(True)
 
@@ -67,18 +63,18 @@ class Stage1(Task):
         features = _features(matcher.vision, batch)  # [B, N, W]
         image_ids = batch.get("image_ids")
 
-        written = ids.clone()
-        written[:, 0] = self.dec_token_id
-        queries, itg_logits = matcher.queries_and_itg_logits(features, written, mask)  # [B, Q, W], [B, T, V]
-        itg = losses.itg_loss(itg_logits, written, mask)
+        itg_ids = ids.clone()
+        itg_ids[:, 0] = self.dec_token_id
+        queries, itg_logits = matcher.queries_and_itg_logits(features, itg_ids, mask)  # [B, Q, W], [B, T, V]
+        itg = losses.itg_loss(itg_logits, itg_ids, mask)
 
         similarity = losses.query_similarity(
             matcher.project_queries(queries), matcher.text_embeddings(ids, mask), self.temp
         )  # [B, B]
         itc = losses.contrast(similarity, image_ids)
 
-        drawn = similarity.detach()
-        other_text, other_image = losses.hard_negatives(drawn, drawn.mT, generator, image_ids)
+        weights = similarity.detach()
+        other_text, other_image = losses.hard_negatives(weights, weights.mT, generator, image_ids)
         logits = matcher.itm_logits(
             torch.cat([features, features[other_image], features]),
             torch.cat([ids, ids, ids[other_text]]),
@@ -115,18 +111,18 @@ class Stage2(Task):
         return {"loss": self.text_loss(queries, batch)}
 
     def text_loss(self, queries: Tensor, batch: Batch) -> Tensor:
-        """The mean over all targets of what is written after queries [B, Q, W]."""
-        prefix = self.model.project(queries)  # [B, Q, W of the language model]
+        """The language model's mean loss over all targets, after queries [B, Q, W]."""
+        prefix = self.model.project(queries)  # [B, Q, width of the language model]
         if (index := batch.get("image_index")) is not None:
             prefix = prefix[index]  # [R, Q, W]
         return self._loss(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])
 
     def _loss(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """The mean over all targets. OPT reads rows of about one length together, their common padding cut off."""
+        """The mean over all targets. OPT reads rows of similar length together, without their common padding."""
         right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
         total = (labels != IGNORE_INDEX).sum()
         groups = len(ids) // GROUP_ROWS
-        if isinstance(self.model.language, T5) or not right_padded or not total or groups < 2:
+        if self.model.config.language.is_encoder_decoder or not right_padded or not total or groups < 2:
             return self.model.loss_from_prefix(prefix, ids, mask, labels)
         lengths = mask.sum(1)
         losses = []
@@ -140,7 +136,7 @@ class Stage2(Task):
 
 
 class Finetune(Stage2):
-    """Fine-tuning as for COCO captions: stage 2 with the image encoder trained too, and the language model on demand.
+    """Fine-tuning as for COCO captions: stage 2 with the image encoder, and on request the language model.
 
     vision_layer_decay: each image encoder layer learns at this fraction of the rate of the layer after it.
     """
@@ -166,9 +162,9 @@ def layerwise_groups(
 ) -> list[dict[str, Any]]:
     """Trained parameters grouped by weight decay, learning rate and optimizer.
 
-    Block i of the image encoder's n learns at decay ** (n - i) times the rate, what comes before the blocks at
-    decay ** (n + 1), everything after them at the full rate. As LAVIS does. With `muon_scale` the matrices of all
-    blocks are trained by Muon, at so many times their rate.
+    Block i of the image encoder's n learns at decay ** (n - i) times the rate, the embeddings before the blocks at
+    decay ** (n + 1), everything after them at the full rate, as in LAVIS. With `muon_scale` the matrices of all
+    blocks are trained by Muon, at that multiple of their rate.
     """
     depth = 1 + max(
         (int(name.split(".")[2]) for name, _ in module.named_parameters() if _in_block(name)), default=-1
@@ -207,14 +203,14 @@ def _features(vision: nn.Module, batch: Batch) -> Tensor:
 
 
 def train_only(module: nn.Module, parts: list[nn.Module]) -> None:
-    """Freeze a module but for some of its parts."""
+    """Freeze a module except some of its parts."""
     module.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
 
 
 def _set_modes(module: nn.Module) -> None:
-    """Train mode, but eval mode for every part that is frozen as a whole."""
+    """Train mode, but eval mode for every part that is entirely frozen."""
     module.train()
     for part in module.children():
         if not any(p.requires_grad for p in part.parameters()):
