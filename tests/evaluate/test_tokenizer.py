@@ -1,4 +1,4 @@
-"""The words of captions equal those of Stanford's tokenizer: recorded for the quick tests, live where Java is installed."""
+"""The words of captions equal those of Stanford's tokenizer: recorded for quick tests, live where Java is installed."""
 
 from __future__ import annotations
 

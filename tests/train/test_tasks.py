@@ -20,9 +20,9 @@ from default_model.pretrain import (
     ContrastivePretrain,
     ImageTextEncoders,
     WordBag,
-    initialise,
-    matching,
-    mimetic,
+    init_matching_heads,
+    init_mimetic,
+    init_weights,
     qformer_from_matcher,
 )
 
@@ -56,13 +56,13 @@ def matcher() -> Blip2Matcher:
     model = Blip2Matcher(
         MatcherConfig(VISION, dataclasses.replace(QFORMER, use_qformer_text_input=True), 3, 16)
     )
-    initialise(model, 0, std=0.1)
+    init_weights(model, 0, std=0.1)
     return model
 
 
 def writer(language: OptConfig | T5Config = LANGUAGE) -> Blip2:
     model = Blip2(Blip2Config(VISION, QFORMER, language, 3))
-    initialise(model, 1, std=0.1)
+    init_weights(model, 1, std=0.1)
     return model
 
 
@@ -306,7 +306,7 @@ def test_training_with_t5(tmp_path: Path, fine_tuned: bool) -> None:
 
 def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
     encoders = ImageTextEncoders(ImageEncoder(VISION), WordBag(30, embedding=16))
-    initialise(encoders, 0, std=0.1)
+    init_weights(encoders, 0, std=0.1)
     ids, mask = texts()
     regions = torch.full((B, 16), -1)
     regions[:, :4], regions[0, 5], regions[1, 6:9] = 0, 1, 2
@@ -349,7 +349,7 @@ def test_muon_trains_the_matrices_of_the_blocks() -> None:
 
 def test_padding_changes_no_text() -> None:
     bag = WordBag(30, embedding=16)
-    initialise(bag, 0)
+    init_weights(bag, 0)
     ids, mask = texts()
     torch.testing.assert_close(bag(ids[1:2, :4], mask[1:2, :4]), bag(ids, mask)[1:2], atol=1e-6, rtol=1e-5)
 
@@ -357,8 +357,8 @@ def test_padding_changes_no_text() -> None:
 def test_mimetic_start() -> None:
     """Queries meet like keys, values turn their sign, rows and columns of patches can be told apart."""
     encoder = ImageEncoder(VisionConfig(64, 128, 2, 2, image_size=32, patch_size=4))
-    initialise(encoder, 0)
-    mimetic(encoder, 0)
+    init_weights(encoder, 0)
+    init_mimetic(encoder, 0)
     width = 64
     for layer in encoder.layers:
         query, key, value = layer.self_attn.qkv.weight.chunk(3)
@@ -374,8 +374,8 @@ def test_mimetic_start() -> None:
 
 def test_matching_heads_look_for_equal_tokens() -> None:
     language = Opt(dataclasses.replace(LANGUAGE, hidden_size=128, num_attention_heads=4))
-    initialise(language, 0)
-    matching(language, 0)
+    init_weights(language, 0)
+    init_matching_heads(language, 0)
     ids = torch.tensor([[2, 7, 11, 5, 30, 8, 19, 7]])  # the last is the second of an equal pair
     x = language.embed(ids) + language.embed_positions(torch.arange(2, 10))
     first = language.layers[0]
