@@ -6,6 +6,7 @@ Every epoch goes through all texts in an order of its own; an incomplete last ba
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,10 +120,34 @@ class MatcherBatches:
         return {"pixels": pixels, "ids": ids, "mask": mask, "image_ids": image_ids}
 
 
-class DecoderBatches:
+class TextBatches(ABC):
+    """Batches of captions and answers for a language model, one row a text, padded on the right."""
+
+    def __init__(self, examples: ExampleBatches, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> None:
+        self.examples, self.tokenizer, self.prompt, self.max_tokens = examples, tokenizer, prompt, max_tokens
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """pixels [B, 3, S, S]; input_ids, attention_mask [R, T]; labels [R, L]; image_index [R]: each text's image."""
+        examples, pixels = self.examples[position]
+        rng = np.random.default_rng((self.examples.seed, 2, position))
+        rows = [self.encode(example.sample, text, rng) for example in examples for text in example.texts]
+        return {
+            "pixels": pixels,
+            "input_ids": _padded([ids for ids, _ in rows], self.tokenizer.pad_id),
+            "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], 0),
+            "labels": _padded([labels for _, labels in rows], IGNORE_INDEX),
+            "image_index": torch.tensor([i for i, example in enumerate(examples) for _ in example.texts]),
+        }
+
+    @abstractmethod
+    def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """The input ids and the labels of a row."""
+
+
+class DecoderBatches(TextBatches):
     """Batches of stage 2 and fine-tuning with OPT: captions after a prompt, answers after their question.
 
-    Targets are the text and the newline that ends it, but not `</s>`, prompt and padding.
+    Targets are the text and the newline that ends it, but not `</s>`, prompt and padding: labels are [R, T].
     """
 
     def __init__(
@@ -134,26 +159,18 @@ class DecoderBatches:
             prompt: precedes every caption, with a space between them that is added here.
             max_tokens: prompt and text are cut to this many token ids.
         """
-        self.examples, self.tokenizer, self.prompt = examples, tokenizer, prompt.rstrip()
-        self.max_tokens = max_tokens
+        super().__init__(examples, tokenizer, prompt.rstrip(), max_tokens)
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """pixels [B, 3, S, S]; input_ids, attention_mask, labels [R, T]; image_index [R]: the image of each text."""
-        examples, pixels = self.examples[position]
-        texts = [self.encode(example.sample, text) for example in examples for text in example.texts]
-        labels = [[IGNORE_INDEX] * prompt + ids[prompt:] for ids, prompt in texts]
-        return _text_batch(examples, pixels, [ids for ids, _ in texts], labels, self.tokenizer.pad_id)
-
-    def encode(self, sample: Sample, text: str) -> tuple[list[int], int]:
-        """Token ids of prompt and text, and how many of them are the prompt's."""
+    def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         prompt = self.prompt if sample.question is None else question_prompt(clean_question(sample.question))
         prompt_ids = self.tokenizer.encode(prompt)  # with `</s>`
         target = f"{clean_caption(text)}\n"
         target_ids = self.tokenizer.encode(f" {target}" if prompt else target, frame=False)
-        return (prompt_ids + target_ids)[: self.max_tokens], len(prompt_ids)
+        labels = [IGNORE_INDEX] * len(prompt_ids) + target_ids
+        return (prompt_ids + target_ids)[: self.max_tokens], labels[: self.max_tokens]
 
 
-class EncoderDecoderBatches:
+class EncoderDecoderBatches(TextBatches):
     """The same with T5, whose encoder reads a prompt or a question; the decoder writes the caption or the answer.
 
     Targets are the text and the `</s>` that ends it.
@@ -176,19 +193,10 @@ class EncoderDecoderBatches:
             split: split every caption at a random word: the words before it are read after the prompt, the rest is
                 the target. This is how T5 is trained in stage 2 (section 3.2 of the paper).
         """
-        self.examples, self.tokenizer, self.prompt = examples, tokenizer, prompt
-        self.max_tokens, self.split = max_tokens, split
-
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """pixels [B, 3, S, S]; input_ids, attention_mask [R, T]; labels [R, L]; image_index [R]: each text's image."""
-        examples, pixels = self.examples[position]
-        rng = np.random.default_rng((self.examples.seed, 2, position))
-        texts = [self.encode(example.sample, text, rng) for example in examples for text in example.texts]
-        inputs, targets = ([pair[i] for pair in texts] for i in (0, 1))
-        return _text_batch(examples, pixels, inputs, targets, self.tokenizer.pad_id)
+        super().__init__(examples, tokenizer, prompt, max_tokens)
+        self.split = split
 
     def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Token ids of input and target."""
         prompt, target = self.prompt, clean_caption(text)
         if sample.question is not None:
             prompt = question_prompt(clean_question(sample.question), short=True)
@@ -198,23 +206,6 @@ class EncoderDecoderBatches:
             prompt, target = " ".join([self.prompt, *words[:cut]]).strip(), " ".join(words[cut:])
         input_ids, labels = (self.tokenizer.encode(t, max_length=self.max_tokens) for t in (prompt, target))
         return input_ids, labels
-
-
-def _text_batch(
-    examples: Sequence[TrainingExample],
-    pixels: Tensor,
-    input_ids: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    pad_id: int,
-) -> dict[str, Tensor]:
-    """A batch of texts, one row each, padded on the right."""
-    return {
-        "pixels": pixels,
-        "input_ids": _padded(input_ids, pad_id),
-        "attention_mask": _padded([[1] * len(ids) for ids in input_ids], 0),
-        "labels": _padded(labels, IGNORE_INDEX),
-        "image_index": torch.tensor([i for i, example in enumerate(examples) for _ in example.texts]),
-    }
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

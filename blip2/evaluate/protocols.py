@@ -43,14 +43,10 @@ PROTOCOLS = {
     },
 }
 
-_COCO_OPT_27 = {
-    "BLEU-1": 0.832, "BLEU-2": 0.691, "BLEU-3": 0.556, "BLEU-4": 0.438, "METEOR": 0.317, "ROUGE-L": 0.620,
-    "CIDEr": 1.461, "SPICE": 0.252,
-}  # fmt: skip
-_COCO_OPT_67 = {
-    "BLEU-1": 0.831, "BLEU-2": 0.689, "BLEU-3": 0.552, "BLEU-4": 0.434, "METEOR": 0.316, "ROUGE-L": 0.618,
-    "CIDEr": 1.451, "SPICE": 0.251,
-}  # fmt: skip
+
+def _coco(*scores: float) -> dict[str, float]:
+    names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
+    return dict(zip(names, scores, strict=True))
 
 
 def _nocaps(near: float, inside: float, out: float, overall: float) -> dict[str, float]:
@@ -65,8 +61,8 @@ def _vqa(*accuracies: float) -> dict[str, dict[str, float]]:
 # Task -> model on the Hub, without "Salesforce/blip2-" -> figure -> its value, 0..1 (CIDEr 0..10).
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "coco": {
-        "opt-2.7b-coco": _COCO_OPT_27,
-        "opt-6.7b-coco": _COCO_OPT_67,
+        "opt-2.7b-coco": _coco(0.832, 0.691, 0.556, 0.438, 0.317, 0.620, 1.461, 0.252),
+        "opt-6.7b-coco": _coco(0.831, 0.689, 0.552, 0.434, 0.316, 0.618, 1.451, 0.251),
         "flan-t5-xl-coco": {"BLEU-4": 0.424, "CIDEr": 1.445},
     },
     "nocaps": {

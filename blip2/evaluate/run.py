@@ -90,10 +90,9 @@ def evaluate(
         if number is not None and number < 1:
             raise ValueError(f"the {option} must be 1 or more, got {number}")
     names = ("easyvqa", "scenes") if name == "default" else (name,)
-    for name in names:
-        if settings.protocol == "paper" and name not in PAPER_TASKS:
-            raise ValueError(f"protocol paper is that of {', '.join(PAPER_TASKS)}; there is none for {name}")
-    tasks = [_read(name, data, settings) for name in names]
+    if settings.protocol == "paper" and (others := set(names) - set(PAPER_TASKS)):
+        raise ValueError(f"protocol paper is for {', '.join(PAPER_TASKS)}; there is none for {min(others)}")
+    tasks = [_read(task_name, data, settings) for task_name in names]
     for task in tasks:
         if settings.answers and (isinstance(task, Scenes) or task.kind != "questions"):
             raise ValueError("--answers is for tasks that are questions alone, such as easyvqa and vqav2")
@@ -139,9 +138,8 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
         metrics, outcomes, notes = score(model, task, protocol, settings)
         pixels = model.generator.image_processor.size
     if protocol.image_px not in (None, pixels):
-        notes.append(
-            f"the published figures are of images of {protocol.image_px} px; this model reads {pixels}"
-        )
+        size = f"{protocol.image_px} px; this model reads {pixels}"
+        notes.append(f"the published figures are of images of {size}")
     if settings.limit is not None:
         notes.append(f"the first {len(task.items)} of the set alone")
     figures = published(task.name, model_name) if settings.protocol == "paper" else {}
@@ -158,9 +156,8 @@ def write_captions(
     captions: list[str] = []
     for batch in _batches(items, settings, label):
         images = [item.image for item in batch]
-        captions += map(
-            str, model.caption(images, prompt=protocol.prompt, batch_size=len(batch), **protocol.options)
-        )
+        texts = model.caption(images, prompt=protocol.prompt, batch_size=len(batch), **protocol.options)
+        captions += map(str, texts)
     return captions
 
 
@@ -248,11 +245,9 @@ def _retrieval(
     texts_of_image: list[list[int]] = [[] for _ in items]
     for text, (image, _) in enumerate(pairs):
         texts_of_image[image].append(text)
-    length = protocol.text_length
+    parts = (matcher.model, matcher.image_processor, matcher.tokenizer, matcher.device)
     tables = match_tables(
-        Matcher(
-            matcher.model, matcher.image_processor, matcher.tokenizer, matcher.device, text_length=length
-        ),
+        Matcher(*parts, text_length=protocol.text_length),
         [item.image for item in items],
         texts,
         candidates=protocol.candidates,
@@ -315,10 +310,8 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
         notes.append(f"retrieval is left out: {error}")
     if settings.limit is not None:
         notes.append(f"the first {settings.limit} of each set alone")
-    outcomes = singles + multi + answers
-    return Report(
-        "scenes", "composed scenes", model_name, metrics, {}, protocols["captions"], outcomes, notes
-    )
+    protocol, outcomes = protocols["captions"], singles + multi + answers
+    return Report("scenes", "composed scenes", model_name, metrics, {}, protocol, outcomes, notes)
 
 
 def _batches(items: Sequence[T], settings: EvalSettings, label: str) -> Iterator[Sequence[T]]:

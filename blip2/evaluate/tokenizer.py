@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 
 PUNCTUATION = frozenset(
@@ -115,12 +115,7 @@ def _quotes(text: str, opening: bool) -> str:
     return re.sub("[\x94\u201d\xbb]", "''", text)
 
 
-def _opening(text: str) -> str:
-    return _quotes(text, True)
-
-
-def _closing(text: str) -> str:
-    return _quotes(text, False)
+_opening, _closing = partial(_quotes, opening=True), partial(_quotes, opening=False)
 
 
 def _dashes(text: str) -> str:

@@ -31,8 +31,7 @@ class TrainingLog:
         self._sums: dict[str, Tensor | float] = {}
         self._count = 0
         self._rows = 0  # images (or texts) since the last row, for the speed shown
-        self._since = self._started = time.monotonic()
-        self._first = self._steps = 0
+        self.start(0, 0)
 
     def start(self, step: int, steps: int) -> None:
         """Begin timing at `step` of `steps`."""

@@ -6,7 +6,7 @@ output for the images, in place of `pixels`: computed once, they serve every epo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,23 @@ Batch = Mapping[str, Tensor]
 GROUP_ROWS = 24  # texts of similar length that the language model reads together
 
 
-class Stage1(Task):
+class StageTask(Task):
+    """What the stages share: the optimizer's groups, and eval mode for the parts that are frozen."""
+
+    vision_layer_decay: float = 1.0
+    muon_scale: float | None = None
+
+    def train_mode(self) -> None:
+        self.module.train()
+        for part in self.module.children():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
+
+
+class Stage1(StageTask):
     """ITC + ITM + ITG: the queries learn to extract from an image what its text says.
 
     Trains the Q-Former with its heads; with `train_vision` the image encoder too (retrieval fine-tuning).
@@ -47,16 +63,9 @@ class Stage1(Task):
         self.temp = matcher.temp
         self.dec_token_id = dec_token_id
         self.vision_layer_decay, self.muon_scale = vision_layer_decay, muon_scale
-        train_only(
-            matcher, [part for part in matcher.children() if train_vision or part is not matcher.vision]
-        )
+        parts = [part for part in matcher.children() if train_vision or part is not matcher.vision]
+        train_only(matcher, parts)
         self.temp.requires_grad_(True)
-
-    def train_mode(self) -> None:
-        _set_modes(self.module)
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         matcher, ids, mask = self.matcher, batch["ids"], batch["mask"]
@@ -86,7 +95,7 @@ class Stage1(Task):
         return {"loss": itc + itm + itg, "itc": itc, "itm": itm, "itg": itg}
 
 
-class Stage2(Task):
+class Stage2(StageTask):
     """Captions through the frozen language model. Trains the Q-Former, its queries and the projection.
 
     Batch: pixels [B, 3, S, S] (or features [B, N, W]); input_ids, attention_mask int64 [R, T]; labels int64, -100 where
@@ -97,14 +106,8 @@ class Stage2(Task):
 
     def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:
         self.module = self.model = model
-        self.vision_layer_decay, self.muon_scale = 1.0, muon_scale
+        self.muon_scale = muon_scale
         train_only(model, [model.qformer, model.projection])
-
-    def train_mode(self) -> None:
-        _set_modes(self.module)
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         queries = self.model.qformer(_features(self.model.vision, batch))
@@ -151,10 +154,8 @@ class Finetune(Stage2):
     ) -> None:
         super().__init__(model, muon_scale=muon_scale)
         self.vision_layer_decay = vision_layer_decay
-        train_only(
-            model,
-            [model.vision, model.qformer, model.projection, *([model.language] if train_language else [])],
-        )
+        parts = [model.vision, model.qformer, model.projection, *([model.language] if train_language else [])]
+        train_only(model, parts)
 
 
 def layerwise_groups(
@@ -202,16 +203,8 @@ def _features(vision: nn.Module, batch: Batch) -> Tensor:
     return features
 
 
-def train_only(module: nn.Module, parts: list[nn.Module]) -> None:
+def train_only(module: nn.Module, parts: Iterable[nn.Module]) -> None:
     """Freeze a module except some of its parts."""
     module.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
-
-
-def _set_modes(module: nn.Module) -> None:
-    """Train mode, but eval mode for every part that is entirely frozen."""
-    module.train()
-    for part in module.children():
-        if not any(p.requires_grad for p in part.parameters()):
-            part.eval()
