@@ -355,7 +355,7 @@ def test_padding_changes_no_text() -> None:
 
 
 def test_mimetic_start() -> None:
-    """Queries meet like keys, values turn their sign, rows and columns of patches can be told apart."""
+    """Query and key weights correlate, value and output weights negate, patches have distinct positions."""
     encoder = ImageEncoder(VisionConfig(64, 128, 2, 2, image_size=32, patch_size=4))
     init_weights(encoder, 0)
     init_mimetic(encoder, 0)
