@@ -4,6 +4,7 @@ import logging
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,24 +49,28 @@ def samples(tmp_path: Path) -> list[Sample]:
     return samples  # 1 + 2 + 3 + 1 + 2 = 9 texts
 
 
+def batches_of(samples: list[Sample], batch_size: int, seed: int = 0, **options: Any) -> ExampleBatches:
+    return ExampleBatches(samples, PROCESSOR, batch_size=batch_size, seed=seed, **options)
+
+
 def decoded(tokenizer: Tokenizer, ids: torch.Tensor) -> list[str]:
     return [tokenizer.decode(row[row != PAD]) for row in ids]
 
 
 def test_pure_in_the_position(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    first = DecoderBatches(ExampleBatches(samples, PROCESSOR, batch_size=2, seed=3), tokenizer)
+    first = DecoderBatches(batches_of(samples, 2, seed=3), tokenizer)
     copy = pickle.loads(pickle.dumps(first))  # as a data process gets it
     batches = {position: first[position] for position in (0, 9, 4, 1)}
     for position in (1, 9, 0, 4):
         for name, tensor in copy[position].items():
             assert torch.equal(tensor, batches[position][name]), name
     assert not torch.equal(batches[0]["pixels"], batches[4]["pixels"])
-    other = DecoderBatches(ExampleBatches(samples, PROCESSOR, batch_size=2, seed=4), tokenizer)
+    other = DecoderBatches(batches_of(samples, 2, seed=4), tokenizer)
     assert not torch.equal(other[0]["pixels"], batches[0]["pixels"])
 
 
 def test_every_text_once_an_epoch(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    examples = ExampleBatches(samples, PROCESSOR, batch_size=3, seed=0)
+    examples = batches_of(samples, 3)
     batches = MatcherBatches(examples, tokenizer)
     assert examples.batches_per_epoch == 3
     orders = []
@@ -77,14 +82,14 @@ def test_every_text_once_an_epoch(samples: list[Sample], tokenizer: Tokenizer) -
 
 
 def test_image_ids_tell_equal_images(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    batch = MatcherBatches(ExampleBatches(samples, PROCESSOR, batch_size=9, seed=0), tokenizer)[0]
+    batch = MatcherBatches(batches_of(samples, 9), tokenizer)[0]
     for text, image in zip(decoded(tokenizer, batch["ids"]), batch["image_ids"].tolist()):
         assert text[5] == str(image)
     assert batch["mask"].sum().item() == 9 * 8  # </s> and seven letters each
 
 
 def test_several_texts_an_image(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    examples = ExampleBatches(samples, PROCESSOR, batch_size=5, seed=0, texts_per_image=3, augment=False)
+    examples = batches_of(samples, 5, texts_per_image=3, augment=False)
     batch = DecoderBatches(examples, tokenizer)[0]
     assert batch["pixels"].shape == (5, 3, 8, 8)
     assert batch["input_ids"].shape[0] == 9
@@ -97,7 +102,7 @@ def test_several_texts_an_image(samples: list[Sample], tokenizer: Tokenizer) -> 
 
 def test_targets_are_the_caption_and_its_end(samples: list[Sample], tokenizer: Tokenizer) -> None:
     one = [Sample("x", samples[0].image, ("A Dog.", "cats"))]
-    examples = ExampleBatches(one, PROCESSOR, batch_size=2, seed=0)
+    examples = batches_of(one, 2)
     batch = DecoderBatches(examples, tokenizer, prompt="a photo of ")[0]
     targets = {}
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
@@ -115,9 +120,7 @@ def test_targets_are_the_caption_and_its_end(samples: list[Sample], tokenizer: T
 
 def test_answers_follow_their_question(samples: list[Sample], tokenizer: Tokenizer) -> None:
     question = [Sample("x", samples[0].image, (), "How many?", ("Two",))]
-    batch = DecoderBatches(
-        ExampleBatches(question, PROCESSOR, batch_size=1, seed=0), tokenizer, prompt="unused", max_tokens=64
-    )[0]
+    batch = DecoderBatches(batches_of(question, 1), tokenizer, prompt="unused", max_tokens=64)[0]
     assert decoded(tokenizer, batch["input_ids"]) == ["Question: how many? Answer: two\n"]
     assert tokenizer.decode(batch["labels"][batch["labels"] != -100]) == " two\n"
 
@@ -128,9 +131,7 @@ def test_t5_reads_the_prompt_and_writes_the_text(samples: list[Sample], t5_folde
         Sample("x", samples[0].image, ("A red Cat.", "dogs")),
         Sample("y", samples[1].image, (), "Why?", ("Yes",)),
     ]
-    batch = EncoderDecoderBatches(
-        ExampleBatches(one, PROCESSOR, batch_size=3, seed=0), tokenizer, prompt="a photo of"
-    )[0]
+    batch = EncoderDecoderBatches(batches_of(one, 3), tokenizer, prompt="a photo of")[0]
     inputs = {}
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
         prompt, target = ids[mask.bool()], labels[labels != -100]
@@ -139,9 +140,7 @@ def test_t5_reads_the_prompt_and_writes_the_text(samples: list[Sample], t5_folde
         inputs[tokenizer.decode(target)] = tokenizer.decode(prompt)
     assert inputs == {"a red cat": "a photo of", "dogs": "a photo of", "yes": "Question: why? Short answer:"}
 
-    split = EncoderDecoderBatches(
-        ExampleBatches(one[:1] * 20, PROCESSOR, batch_size=40, seed=0), tokenizer, split=True
-    )
+    split = EncoderDecoderBatches(batches_of(one[:1] * 20, 40), tokenizer, split=True)
     batches = [split[position] for position in (0, 1)]
     texts = set()
     for row in range(40):
@@ -157,7 +156,7 @@ def test_an_unreadable_image_is_replaced(
     samples: list[Sample], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples[2].image.write_bytes(b"no image")
-    batches = MatcherBatches(ExampleBatches(samples, PROCESSOR, batch_size=9, seed=0), tokenizer)
+    batches = MatcherBatches(batches_of(samples, 9), tokenizer)
     with caplog.at_level(logging.WARNING):
         batch = batches[0]
     assert len(batch["pixels"]) == 9
@@ -171,4 +170,4 @@ def test_an_unreadable_image_is_replaced(
 
 def test_too_few_texts(samples: list[Sample]) -> None:
     with pytest.raises(DataError, match="9 rows of texts do not fill a batch of 10"):
-        ExampleBatches(samples, PROCESSOR, batch_size=10, seed=0)
+        batches_of(samples, 10)

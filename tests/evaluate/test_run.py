@@ -111,13 +111,10 @@ def test_every_task_runs(task: str, data: Path, generator_folder: Path, matcher_
 
 
 def test_the_settings_of_the_published_tables() -> None:
-    captions, questions, retrieval = (
-        PROTOCOLS["paper"][kind] for kind in ("captions", "questions", "retrieval")
-    )
+    captions, questions, retrieval = PROTOCOLS["paper"].values()
     assert (captions.prompt, captions.image_px, questions.image_px) == ("a photo of", 364, 224)
-    expected = GenerationOptions(
-        num_beams=5, max_new_tokens=30, min_new_tokens=8 - 4
-    )  # less "</s>a photo of"
+    shortest = 8 - 4  # the published minimum counts "</s>a photo of"
+    expected = GenerationOptions(num_beams=5, max_new_tokens=30, min_new_tokens=shortest)
     assert make_options("caption", **captions.options) == expected
     assert (expected.length_penalty, expected.repetition_penalty) == (1, 1)
     expected = GenerationOptions(num_beams=5, max_new_tokens=10, length_penalty=-1.0)
