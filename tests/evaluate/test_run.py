@@ -75,16 +75,8 @@ def data(tmp_path: Path, pictures: list[Path]) -> Path:
     row = {"image": "images/0.png", "things": {"cat": 1}, "captions": ["a cat"]}
     question = {"image": "images/1.png", "question": "what is it?", "answer": "cat", "kind": "object"}
     two = [row, row | {"image": "images/1.png", "captions": ["two dogs"]}]
-    save(
-        "scenes/scenes.json",
-        {
-            "nouns": {"cat": "cats"},
-            "singles": [row],
-            "multi": two,
-            "questions": [question],
-            "retrieval": two,
-        },
-    )
+    sets = {"singles": [row], "multi": two, "questions": [question], "retrieval": two}
+    save("scenes/scenes.json", {"nouns": {"cat": "cats"}} | sets)
     return tmp_path
 
 
