@@ -1,4 +1,4 @@
-"""What every request passes first: who asks, is there room, and what is written down about it."""
+"""What every request passes on its way to the routes, outermost first: one class for each concern, in pure ASGI."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2.serve.context import ApiError
-from blip2.serve.engine import BusyError
+from blip2.serve.batching_engine import BusyError
+from blip2.serve.errors import ApiError
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
@@ -21,7 +20,7 @@ from blip2.serve.metrics import Metrics
 log = logging.getLogger("blip2.serve")
 
 OPEN = "/health"  # the only path that needs no key
-ALWAYS = (OPEN, "/ready", "/metrics")  # answered however full the house is
+UNLIMITED = (OPEN, "/ready", "/metrics")  # never refused because of other requests
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 HEADERS = {
@@ -34,144 +33,202 @@ HEADERS = {
 }
 
 
-class Guard:
-    """The ASGI application around the application.
+class HttpMiddleware:
+    """A layer around an application that sees its HTTP requests; there are no websockets."""
 
-    hosts: names that a Host header may hold, where no key is asked for: a page elsewhere whose name was made to
-        point here (DNS rebinding) must not read answers. None: any.
-    """
-
-    def __init__(
-        self, app: ASGIApp, *, keys: Keys, limits: Limits, metrics: Metrics, hosts: frozenset[str] | None
-    ) -> None:
-        self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
-        self._inside = 0
-        self._bytes = 0  # of the bodies of all requests inside, and of the images fetched for them
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
-            return  # no websockets here
-        headers = _headers(scope)
-        began = time.monotonic()
-        given = (headers.get(b"x-request-id") or [b""])[0].decode("latin-1")
-        id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state |= {
-            "id": id,
-            "began": state.get("began", began),
-            "deadline": began + self._limits.request_seconds,
-        }
-        status = held = 0
+        if scope["type"] == "http":
+            await self.handle(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
 
-        def hold(size: int) -> None:
-            """Count what arrived for this request. Raises BusyError where all requests hold too much."""
-            nonlocal held
-            held += size
-            self._bytes += size
-            if self._bytes > self._limits.bodies_bytes:
-                raise BusyError("the requests at work hold as much as this server has room for", 1)
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        raise NotImplementedError
 
-        state["hold"] = hold
 
-        async def take() -> Message:
-            message = await receive()
-            hold(len(message.get("body", b"")))
-            return message
+class ResponseHeaders(HttpMiddleware):
+    """The request's id (the client's own, where it is harmless) and headers that protect the page, on every answer."""
 
-        async def answer(message: Message) -> None:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = _header(scope, b"x-request-id").decode("latin-1")
+        id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["id"] = id
+        own = HEADERS | {"x-request-id": id}
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = [pair for pair in message.get("headers", []) if pair[0].decode() not in own]
+                message["headers"] = kept + [(name.encode(), value.encode()) for name, value in own.items()]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class RequestLog(HttpMiddleware):
+    """A log entry and the metrics of every request; an answer where something failed before there was one."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        super().__init__(app)
+        self._metrics = metrics
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, state = time.monotonic(), scope["state"]
+        status, disconnected = 0, False
+
+        async def send_noting_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = HEADERS | {"x-request-id": id}
-                kept = [pair for pair in message.get("headers", []) if pair[0].decode() not in extra]
-                message["headers"] = kept + [(name.encode(), value.encode()) for name, value in extra.items()]
             await send(message)
 
-        self._inside += 1
-        gone = False
         try:
-            state["client"] = self._let_in(scope, headers)
-            await self._app(scope, take, answer)
-        except ApiError as error:
-            await error.response()(scope, receive, answer)
+            await self.app(scope, receive, send_noting_status)
         except ClientDisconnect:
-            gone = True
+            disconnected = True
         except Exception:
-            log.exception("request %s failed", id)
+            log.exception("request %s failed", state["id"])
             if status == 0:
-                await ApiError(500, "something went wrong; the log has the details").response()(
-                    scope, receive, answer
-                )
+                error = ApiError(500, "something went wrong; the log has the details")
+                await error.response()(scope, receive, send_noting_status)
         finally:
-            self._inside -= 1
-            self._bytes -= held
-            if "place" in state:
-                state["place"].leave()
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.count(route, status or 499, seconds)
             record = {
                 "event": "request",
-                "id": id,
+                "id": state["id"],
                 "method": scope["method"],
                 "route": route,
-                "status": status or (499 if gone else 500),
+                "status": status or (499 if disconnected else 500),
                 "ms": round(1000 * seconds, 1),
                 "client": state.get("client", "refused"),
             }
             log.info("%s", json.dumps(record))
 
-    def _let_in(self, scope: Scope, headers: dict[bytes, list[bytes]]) -> str:
-        """Whose request this is. Raises ApiError where it stays outside."""
-        path, address = scope["path"], (scope.get("client") or ("", 0))[0]
-        if path == OPEN:
-            return str(address)
-        if self._keys:
-            holder = self._keys.holder(headers.get(b"authorization", []))
+
+class ApiKeys(HttpMiddleware):
+    """Names the client: by its key, where the server has keys and so every request but to /health needs one, or else
+    by its address."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        super().__init__(app)
+        self._keys = keys
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = str((scope.get("client") or ("", 0))[0])
+        if self._keys and scope["path"] != OPEN:
+            holder = self._keys.holder(_headers(scope, b"authorization"))
             if holder is None:
-                page = any(b"text/html" in value for value in headers.get(b"accept", []))
+                page = any(b"text/html" in value for value in _headers(scope, b"accept"))
                 challenge = 'Basic realm="blip2", charset="UTF-8"' if page else "Bearer"
-                raise ApiError(
+                error = ApiError(
                     401,
                     "an API key is needed: Authorization: Bearer KEY",
                     code="invalid_api_key",
                     headers={"www-authenticate": challenge},
                 )
-        elif self._hosts is not None and _host(headers) not in self._hosts:
-            raise ApiError(403, "this server does not answer to that host name; see blip2 serve --allow-host")
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _from_elsewhere(headers):
-            raise ApiError(403, "pages of other sites may not use this server")
-        if path not in ALWAYS and self._inside > self._limits.requests:
-            raise ApiError(503, "too many requests at once", code="overloaded", headers={"retry-after": "1"})
-        return holder if self._keys and holder else str(address)
+                await _refuse(error, scope, receive, send)
+                return
+            client = holder
+        scope["state"]["client"] = client
+        await self.app(scope, receive, send)
 
 
-def _headers(scope: Scope) -> dict[bytes, list[bytes]]:
-    found: dict[bytes, list[bytes]] = {}
-    for name, value in scope["headers"]:
-        found.setdefault(name.lower(), []).append(value)
-    return found
+class SameSite(HttpMiddleware):
+    """Refuses the pages of other sites.
+
+    hosts: names that a Host header may hold: a page elsewhere whose name was made to point here (DNS rebinding) must
+        not read answers. None: any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
+        super().__init__(app)
+        self._hosts = hosts
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = None
+        if scope["path"] != OPEN:
+            if self._hosts is not None and _host_name(scope) not in self._hosts:
+                error = "this server does not answer to that host name; see blip2 serve --allow-host"
+            elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(scope):
+                error = "pages of other sites may not use this server"
+        if error is None:
+            await self.app(scope, receive, send)
+        else:
+            await _refuse(ApiError(403, error), scope, receive, send)
 
 
-def _host(headers: dict[bytes, list[bytes]]) -> str:
+class RequestLimits(HttpMiddleware):
+    """Bounds the requests at work and the bytes they hold; sets a request's deadline, frees its slot at its end."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        super().__init__(app)
+        self._limits = limits
+        self._requests = 0
+        self._bytes = 0  # of the bodies of all requests at work, and of the images fetched for them
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in UNLIMITED and self._requests >= self._limits.requests:
+            error = ApiError(
+                503, "too many requests at once", code="overloaded", headers={"retry-after": "1"}
+            )
+            await _refuse(error, scope, receive, send)
+            return
+        now, state, own_bytes = time.monotonic(), scope["state"], 0
+
+        def count_bytes(size: int) -> None:
+            """Count what arrived for this request. Raises BusyError where all requests hold too much."""
+            nonlocal own_bytes
+            own_bytes += size
+            self._bytes += size
+            if self._bytes > self._limits.bodies_bytes:
+                raise BusyError("the requests at work hold as much as this server has room for", 1)
+
+        async def receive_counting() -> Message:
+            message = await receive()
+            count_bytes(len(message.get("body", b"")))
+            return message
+
+        state.setdefault("began", now)  # where the connection has not noted the request's first byte
+        state |= {"deadline": now + self._limits.request_seconds, "count_bytes": count_bytes}
+        self._requests += 1
+        try:
+            await self.app(scope, receive_counting, send)
+        finally:
+            self._requests -= 1
+            self._bytes -= own_bytes
+            if "slot" in state:
+                state["slot"].release()
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request that goes no further."""
+    scope["state"].pop("client", None)  # the log has it as refused
+    await error.response()(scope, receive, send)
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key.lower() == name]
+
+
+def _header(scope: Scope, name: bytes, default: bytes = b"") -> bytes:
+    """The first header of a name."""
+    return next(iter(_headers(scope, name)), default)
+
+
+def _host_name(scope: Scope) -> str:
     """The host name that the client believes it talks to."""
-    value = (headers.get(b"host") or [b""])[0].decode("latin-1").lower()
+    value = _header(scope, b"host").decode("latin-1").lower()
     return value.rpartition(":")[0] if re.search(r":\d*$", value) else value
 
 
-def _from_elsewhere(headers: dict[bytes, list[bytes]]) -> bool:
-    """Whether a browser says that a page of another site is asking."""
-    if (headers.get(b"sec-fetch-site") or [b"none"])[0] in (b"cross-site", b"same-site"):
+def _is_cross_site(scope: Scope) -> bool:
+    """Whether, by what the browser states, the request comes from a page of another site."""
+    if _header(scope, b"sec-fetch-site", b"none") in (b"cross-site", b"same-site"):
         return True
-    origin = headers.get(b"origin")
-    if not origin:
-        return False
-    host = (headers.get(b"host") or [b""])[0].lower()
-    return origin[0].lower().partition(b"://")[2] != host
-
-
-def log_content(id: str, content: dict[str, Any]) -> None:
-    """Write down what was asked and answered; only where the server was told to."""
-    log.info("%s", json.dumps({"event": "content", "id": id} | content, ensure_ascii=True))
+    origin = _header(scope, b"origin").lower()
+    return bool(origin) and origin.partition(b"://")[2] != _header(scope, b"host").lower()

@@ -17,7 +17,7 @@ import blip2
 from blip2.generation.batching import SampledSequence
 from blip2.generation.options import GenerationOptions
 from blip2.results import StreamDetokenizer, token_text
-from blip2.serve.openai_api import Choice
+from blip2.serve.streaming import GrowingText
 
 
 def events(text: str) -> list[Any]:
@@ -238,9 +238,9 @@ def test_a_token_is_not_taken_for_the_end_that_comes_after_it(predictor: blip2.P
     row = SampledSequence(
         GenerationOptions(), [], None, (end,), ids=Grows([word], [end]), logprobs=[-1.0, -2.0]
     )
-    choice = Choice(StreamDetokenizer(tokenizer.decode), [])
-    assert choice.take(row, 0) == "rose" and choice.reason is None
-    assert choice.take(row, 1) == "" and choice.reason == "stop"
+    choice = GrowingText(StreamDetokenizer(tokenizer.decode), [])
+    assert choice.add(row, 0) == "rose" and choice.finish_reason is None
+    assert choice.add(row, 1) == "" and choice.finish_reason == "stop"
     assert (choice.text, choice.count, len(choice.tokens)) == ("rose", 2, 1)
 
 

@@ -14,8 +14,16 @@ import pytest
 
 import blip2
 from blip2.generation.options import GenerationOptions
+from blip2.serve.batching_engine import (
+    BusyError,
+    Engine,
+    EngineError,
+    GenerateRequest,
+    Job,
+    ModelCall,
+    TooLateError,
+)
 from blip2.serve.cache import ImageCache, size_of
-from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, TooLateError, Writing
 from blip2.serve.limits import Limits
 
 WAYS: list[dict[str, Any]] = [
@@ -37,8 +45,8 @@ def engine(predictor: blip2.Predictor) -> Iterator[Engine]:
     made.close()
 
 
-def greedy(engine: Engine, image: bytes, **options: Any) -> Writing:
-    return Writing(engine.read(image), ("a photo of",), GenerationOptions(**options))
+def greedy(engine: Engine, image: bytes, **options: Any) -> GenerateRequest:
+    return GenerateRequest(engine.prepare_image(image), ("a photo of",), GenerationOptions(**options))
 
 
 def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
@@ -50,16 +58,19 @@ def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
         prompt = ["a photo of", "", predictor.question_prompt("what is it?")][i % 3]
         cases.append((image, way, prompt))
         jobs.append(
-            engine.submit(Writing(engine.read(image), (prompt,), GenerationOptions(**way)), client=str(i % 4))
+            engine.submit(
+                GenerateRequest(engine.prepare_image(image), (prompt,), GenerationOptions(**way)),
+                client=str(i % 4),
+            )
         )
     for (image, way, prompt), job in zip(cases, jobs, strict=True):
         expected = predictor.caption(image, prompt=prompt, **({"num_beams": 1} | way))
         for text, wanted in zip(
             job.result.result(60), expected if isinstance(expected, list) else [expected], strict=True
         ):
-            assert (text.written, text.written.tokens) == (wanted, wanted.tokens)
-            assert text.written.score == pytest.approx(wanted.score, abs=1e-4)
-            assert text.written.token_logprobs == pytest.approx(wanted.token_logprobs, abs=1e-3)
+            assert (text.text, text.text.tokens) == (wanted, wanted.tokens)
+            assert text.text.score == pytest.approx(wanted.score, abs=1e-4)
+            assert text.text.token_logprobs == pytest.approx(wanted.token_logprobs, abs=1e-3)
     assert engine.running == engine.waiting == 0
 
 
@@ -91,7 +102,7 @@ def test_the_cache_is_bounded_and_forgets_the_least_used(
     assert len(nothing) == nothing.bytes == 0
 
 
-def call(compute: Callable[[], Any]) -> Call:
+def call(compute: Callable[[], Any]) -> ModelCall:
     """A call on the model of one slice."""
 
     def slices(_: blip2.Predictor) -> Generator[None, None, Any]:
@@ -143,37 +154,37 @@ def test_a_place_is_kept_for_a_request_that_is_still_read(
     predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
     engine, gate, first = held_up(predictor, queue=2)
-    places = [engine.enter(), engine.enter()]
-    for ask in (engine.enter, lambda: engine.submit(call(lambda: "done"))):
+    places = [engine.acquire_slot(), engine.acquire_slot()]
+    for ask in (engine.acquire_slot, lambda: engine.submit(call(lambda: "done"))):
         with pytest.raises(BusyError, match="too many"):
             ask()
-    places[0].leave()
-    places[0].leave()
+    places[0].release()
+    places[0].release()
     second = engine.submit(call(lambda: "done"))
     with pytest.raises(BusyError):
-        engine.enter()
-    asked = [engine.submit(call(lambda: "done"), place=places[1]) for _ in range(2)]  # who asks twice
+        engine.acquire_slot()
+    asked = [engine.submit(call(lambda: "done"), slot=places[1]) for _ in range(2)]  # who asks twice
     gate.open.set()
     assert [job.result.result(60) for job in (first, second, *asked)] == ["through", "done", "done", "done"]
-    engine.enter().leave()
+    engine.acquire_slot().release()
     engine.close()
     with pytest.raises(BusyError):
-        engine.submit(call(lambda: "done"), place=places[1])
+        engine.submit(call(lambda: "done"), slot=places[1])
 
 
 def test_who_is_cancelled_leaves_the_queue_at_once(predictor: blip2.Predictor) -> None:
     engine, gate, first = held_up(predictor, queue=2)
-    place = engine.enter()
-    waiting = [engine.submit(call(lambda: "done"), place=place), engine.submit(call(lambda: "done"))]
+    place = engine.acquire_slot()
+    waiting = [engine.submit(call(lambda: "done"), slot=place), engine.submit(call(lambda: "done"))]
     with pytest.raises(BusyError):
-        engine.enter()
-    place.leave()  # and so does what was asked from a place
+        engine.acquire_slot()
+    place.release()  # and so does what was asked from a place
     assert waiting[0].result.cancelled() and engine.waiting == 1
-    engine.enter().leave()
+    engine.acquire_slot().release()
     assert waiting[1].result.cancel() and engine.waiting == 0
     waiting = [engine.submit(call(lambda: "done")) for _ in range(2)]  # the model is still held up
     with pytest.raises(BusyError):
-        engine.enter()
+        engine.acquire_slot()
     gate.open.set()
     assert [job.result.result(60) for job in (first, *waiting)] == ["through", "done", "done"]
     assert engine.waiting == 0
@@ -205,8 +216,8 @@ def test_several_prompts_about_one_image(
     options: dict[str, Any] = {"do_sample": True, "seed": 5, "num_return_sequences": 2, "max_new_tokens": 8}
     for way in ({"max_new_tokens": 8}, options, {"num_beams": 3, "num_return_sequences": 2}):
         for _ in range(2):  # the second time from the cache
-            asked = Writing(engine.read(images[0]), prompts, GenerationOptions(**way))
-            made = [text.written for text in engine.submit(asked).result.result(60)]
+            asked = GenerateRequest(engine.prepare_image(images[0]), prompts, GenerationOptions(**way))
+            made = [text.text for text in engine.submit(asked).result.result(60)]
             expected = []
             for prompt in prompts:
                 found = predictor.caption(images[0], prompt=prompt, **({"num_beams": 1} | way))
@@ -246,7 +257,7 @@ def test_beam_searches_join_between_steps(
         (short,) = engine.submit(
             greedy(engine, images[1], num_beams=num_beams, max_new_tokens=8)
         ).result.result(60)
-        assert short.written == predictor.caption(images[1], num_beams=num_beams, max_new_tokens=8)
+        assert short.text == predictor.caption(images[1], num_beams=num_beams, max_new_tokens=8)
     assert not long.result.done()
     long.result.cancel()
 
@@ -334,14 +345,14 @@ def test_what_fails_fails_alone(
         engine.submit(call(broken)).result.result(60)
     assert "secret" not in str(told.value)
     with pytest.raises(ValueError, match="room"):
-        engine.submit(Writing(engine.read(images[0]), ("word " * 400,), GenerationOptions()))
+        engine.submit(GenerateRequest(engine.prepare_image(images[0]), ("word " * 400,), GenerationOptions()))
     with monkeypatch.context() as patch:
         patch.setattr(predictor.model.language, "step", lambda *_: broken())
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], min_new_tokens=5)).result.result(60)
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], num_beams=2, min_new_tokens=5)).result.result(60)
-    good = engine.submit(greedy(engine, images[0])).result.result(60)[0].written
+    good = engine.submit(greedy(engine, images[0])).result.result(60)[0].text
     assert good == predictor.caption(images[0], num_beams=1)
 
 
@@ -377,7 +388,7 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(
         job.result.result(60)
     assert failed.is_set() and isinstance(engine.failure, ZeroDivisionError)
     with pytest.raises(BusyError):
-        engine.enter()
+        engine.acquire_slot()
     engine.close()
 
 

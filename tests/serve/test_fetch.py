@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpcore2
 import pytest
-from serving import run_server
+from serving import running_server
 
 import blip2
 from blip2.serve import fetch
@@ -150,7 +150,7 @@ class World:
         self.names: dict[str, list[list[str]]] = {}  # the answers of the name server, one after another
         self.connected: list[str] = []
         self.pages: dict[str, bytes] = {}  # host -> raw answer
-        monkeypatch.setattr(fetch, "resolve", self.resolve)
+        monkeypatch.setattr(fetch, "resolve_host", self.resolve)
         world = self
 
         class Backend(httpcore2.AnyIOBackend):
@@ -270,7 +270,7 @@ def test_bounds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(30)
         return []
 
-    monkeypatch.setattr(fetch, "resolve", slow)
+    monkeypatch.setattr(fetch, "resolve_host", slow)
     with pytest.raises(FetchError, match="longer"):
         world.fetch("http://public.example/a.png", seconds=0.1)
 
@@ -288,7 +288,7 @@ def test_the_server_fetches_only_where_told_to(
     world.names["public.example"] = [["8.8.8.8"]]
     world.pages["8.8.8.8"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(images[0]) + images[0]
     asked = {"image": "http://public.example/a.jpg", "num_beams": 1}
-    with run_server(predictor, fetch_urls=True) as running, running.client() as client:
+    with running_server(predictor, fetch_urls=True) as running, running.client() as client:
         found = client.post("/caption", json=asked)
         assert found.json()["captions"][0]["text"] == predictor.caption(images[0], num_beams=1)
         inside = client.post("/caption", json=asked | {"image": "http://127.0.0.1/a.jpg"})
@@ -307,7 +307,7 @@ def test_images_that_are_fetched_are_counted_first_and_held_within_the_budget(
 
     monkeypatch.setattr(Fetcher, "fetch", give)
     limits = Limits(images=3, bodies_bytes=2 * len(images[0]) + 10_000)
-    with run_server(predictor, limits, fetch_urls=True) as running, running.client() as client:
+    with running_server(predictor, limits, fetch_urls=True) as running, running.client() as client:
 
         def embed(count: int) -> int:
             urls = [f"https://example.org/{i}.jpg" for i in range(count)]

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from serving import Running, data_url, run_server
+from serving import Running, data_url, running_server
 
 import blip2
 from blip2.serve.keys import Keys
-from blip2.serve.run import is_loopback, serve
+from blip2.serve.run import is_loopback, run_server
 
 KEY = "correct-horse-battery-staple"
 
 
 @pytest.fixture(scope="module")
 def locked(predictor: blip2.Predictor) -> Iterator[Running]:
-    with run_server(predictor, keys=("another-key-altogether", KEY)) as running:
+    with running_server(predictor, keys=("another-key-altogether", KEY)) as running:
         yield running
 
 
@@ -112,7 +112,7 @@ def test_other_machines_need_keys() -> None:
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
         assert not is_loopback(host)
     with pytest.raises(ValueError, match="--api-key-file"):
-        serve(lambda: blip2.load(), model="default", host="0.0.0.0")
+        run_server(lambda: blip2.load(), model="default", host="0.0.0.0")
 
 
 def test_pages_of_other_sites_stay_outside(server: Running) -> None:
@@ -195,7 +195,7 @@ def test_errors_tell_nothing_of_the_inside(
     def broken(*_: object) -> None:
         raise RuntimeError("/secret/path at 0x7f")
 
-    with run_server(predictor) as running, running.client() as client:
+    with running_server(predictor) as running, running.client() as client:
         for owner, name in ((predictor.model, "start"), (predictor.matcher, "compare")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, broken)
@@ -215,7 +215,7 @@ def test_what_breaks_in_a_stream_is_in_the_log_under_the_requests_id(
         raise RuntimeError("/secret/path")
 
     monkeypatch.setattr(predictor.model.language, "step", broken)
-    with run_server(predictor) as running, running.client() as client:
+    with running_server(predictor) as running, running.client() as client:
         for path, body in (
             ("/caption", {"image": data_url(images[0])}),
             ("/v1/completions", {"image": data_url(images[0]), "prompt": "a photo of", "model": "default"}),
@@ -236,7 +236,7 @@ def test_content_is_in_the_log_where_it_is_asked_for(
     said = predictor.caption(images[0], num_beams=1)
     image = data_url(images[0])
     chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
-    with run_server(predictor, log_contents=True) as running, running.client() as client:
+    with running_server(predictor, log_contents=True) as running, running.client() as client:
         for path, body in (
             ("/caption", {"image": image, "num_beams": 1}),
             ("/v1/completions", {"image": image, "prompt": "a photo of", "model": "default"}),

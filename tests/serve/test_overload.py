@@ -21,12 +21,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving import EXAMPLES, NAMES, Running, data_url, run_server
+from serving import EXAMPLES, NAMES, Running, data_url, running_server
 from starlette.requests import Request
 
 import blip2
-from blip2.serve.app import build
-from blip2.serve.context import ApiError, House
+from blip2.serve import bodies
+from blip2.serve.app import build_app
+from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def overload(predictor: blip2.Predictor, images: list[bytes], count: int, thread
     expected = [predictor.caption(image, num_beams=1) for image in images]
     assert len(set(expected)) > 2
     limits = Limits(queue=4, rows=4)
-    with run_server(predictor, limits) as running, running.client() as client:
+    with running_server(predictor, limits) as running, running.client() as client:
 
         def ask(i: int) -> int:
             answer = client.post(
@@ -73,7 +74,7 @@ def full_house(predictor: blip2.Predictor) -> Iterator[Running]:
         assert opened.wait(60)
         yield
 
-    with run_server(predictor, Limits(queue=1)) as running:
+    with running_server(predictor, Limits(queue=1)) as running:
         running.engine.submit(gate)
         assert entered.wait(60)
         yield running
@@ -154,13 +155,15 @@ def test_who_leaves_before_the_stream_begins_makes_room(full_house: Running, ima
     }
     # in a thread of its own: the browser's tests leave an event loop running in this one
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, build(engine, model="default", limits=limits)(scope, receive, send)).result()
+        pool.submit(
+            asyncio.run, build_app(engine, model="default", limits=limits)(scope, receive, send)
+        ).result()
     assert engine.waiting == 0 and len(arriving) == 1
 
 
 def test_bodies_have_a_budget_together(predictor: blip2.Predictor) -> None:
     body = b"x" * 60_000
-    with run_server(predictor, Limits(bodies_bytes=100_000)) as running, running.client() as client:
+    with running_server(predictor, Limits(bodies_bytes=100_000)) as running, running.client() as client:
 
         def post() -> int:
             return client.post(
@@ -287,7 +290,7 @@ def test_a_client_that_does_not_stream_and_leaves_frees_its_slot(
 @pytest.fixture(scope="module")
 def impatient(predictor: blip2.Predictor) -> object:
     limits = Limits(header_seconds=1, body_seconds=1, idle_seconds=1, write_seconds=1)
-    with run_server(predictor, limits) as running:
+    with running_server(predictor, limits) as running:
         yield running
 
 
@@ -338,11 +341,11 @@ def test_a_bodys_time_counts_from_the_beginning(monkeypatch: pytest.MonkeyPatch,
     """Not from the end of headers that were slow themselves."""
     began: list[float] = []
 
-    async def body(_: House, request: Request) -> bytes:
+    async def body(request: Request) -> bytes:
         began.append(request.state.began)
         raise ApiError(400, "seen")
 
-    monkeypatch.setattr(House, "body", body)
+    monkeypatch.setattr(bodies, "read_body", body)
     with server.connect() as sock:
         for _ in range(2):  # on a connection that is kept, from the request's first byte
             before = time.monotonic()
