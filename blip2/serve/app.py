@@ -11,13 +11,13 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import blip2
 from blip2.serve import schemas
 from blip2.serve.batching_engine import BusyError, Engine, EngineError, TooLateError
 from blip2.serve.context import ServerContext, context_of
-from blip2.serve.errors import ApiError, error_response, http_error_response
+from blip2.serve.errors import ApiError, error_response
 from blip2.serve.fetch import Fetcher
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
@@ -25,7 +25,7 @@ from blip2.serve.metrics import Metrics
 from blip2.serve.middleware import ApiKeys, RequestLimits, RequestLog, ResponseHeaders, SameSite
 from blip2.serve.native_api import native_routes
 from blip2.serve.openai_api import openai_routes
-from blip2.serve.openapi import openapi_document, responses_of
+from blip2.serve.openapi import documented, openapi_document
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]", "testserver"))
@@ -73,24 +73,21 @@ def build_app(
     for routes in (native_routes, openai_routes, state_routes):
         app.include_router(routes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    for kind in (
-        ApiError,
-        BusyError,
-        TooLateError,
-        EngineError,
-        ValueError,
-        RuntimeError,
-        OSError,
-        Exception,
-    ):
+    engine_errors = (BusyError, TooLateError, EngineError)
+    for kind in (ApiError, HTTPException, *engine_errors, ValueError, RuntimeError, OSError, Exception):
         app.add_exception_handler(kind, error_response)
-    app.add_exception_handler(HTTPException, http_error_response)
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
 
-    inner: ASGIApp = RequestLimits(app, limits)
-    inner = SameSite(inner, None if keys else hosts)
-    inner = ApiKeys(inner, keys or Keys())
-    return ResponseHeaders(RequestLog(inner, metrics))
+    inner = ApiKeys(SameSite(RequestLimits(app, limits), None if keys else hosts), keys or Keys())
+    http = ResponseHeaders(RequestLog(inner, metrics))
+
+    async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await http(scope, receive, send)
+        elif scope["type"] == "lifespan":  # there are no websockets
+            await app(scope, receive, send)
+
+    return asgi
 
 
 @state_routes.get("/health", responses={200: {"model": schemas.State}}, tags=["state"])
@@ -101,7 +98,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "failed" if failed else "ok"}, 500 if failed else 200)
 
 
-@state_routes.get("/ready", responses=responses_of(schemas.State), tags=["state"])
+@state_routes.get("/ready", tags=["state"], **documented(schemas.State))
 async def ready(request: Request) -> Response:
     """Whether the model is loaded."""
     _ = context_of(request).engine.predictor

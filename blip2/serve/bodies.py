@@ -6,16 +6,15 @@ import asyncio
 import base64
 import binascii
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from blip2.serve.context import context_of
-from blip2.serve.errors import ApiError, invalid_body
+from blip2.serve.errors import ApiError
 from blip2.serve.schemas import Strict
 
 Schema = TypeVar("Schema", bound=Strict)
@@ -50,8 +49,7 @@ async def read_json(request: Request, schema: type[Schema]) -> Schema:
     """A JSON body as `schema`."""
     if _content_type(request) != "application/json":
         raise ApiError(415, "send JSON, with Content-Type: application/json")
-    body = await read_body(request)
-    return _validated(lambda: schema.model_validate_json(body, strict=True))
+    return schema.model_validate_json(await read_body(request), strict=True)
 
 
 async def read_form_or_json(
@@ -107,18 +105,11 @@ async def _read_form(request: Request, schema: type[Schema], images: str) -> tup
     if not many and len(files) != 1:
         raise ApiError(400, f"one file is needed in the field {images!r}; {len(files)} arrived", param=images)
     values[images] = ["file"] * len(files) if many else "file"
-    return _validated(lambda: schema.model_validate(values)), files
+    return schema.model_validate(values), files
 
 
 def _takes_list(annotation: Any) -> bool:
     return get_origin(annotation) is list or any(map(_takes_list, get_args(annotation)))
-
-
-def _validated(read: Callable[[], Schema]) -> Schema:
-    try:
-        return read()
-    except ValidationError as error:
-        raise invalid_body(error) from None
 
 
 async def read_image_url(request: Request, url: str) -> bytes:

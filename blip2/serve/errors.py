@@ -16,15 +16,11 @@ from blip2.serve.fetch import FetchError
 
 log = logging.getLogger("blip2.serve")
 
-TYPES = {  # OpenAI's names for kinds of errors
-    400: "invalid_request_error",
+TYPES = {  # OpenAI's names for kinds of errors; any other of the client's is an invalid_request_error
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
     501: "not_implemented_error",
     503: "overloaded_error",
     504: "timeout_error",
@@ -54,7 +50,7 @@ class ApiError(Exception):
         self.status, self.param, self.code, self.headers = status, param, code, headers or {}
 
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "server_error")
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
@@ -76,6 +72,11 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), param="image", code="invalid_image")
         case EngineError():
             return ApiError(500, f"{error}; the server's log has the details under this request's id")
+        case HTTPException():  # refused by the framework: no such route, no such method
+            message = _HTTP_MESSAGES.get(error.status_code, error.detail)
+            return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        case ValidationError():
+            return _invalid_body(error)
         case ValueError():
             return ApiError(400, str(error))
     return ApiError(500, "something went wrong; the server's log has the details under this request's id")
@@ -89,7 +90,7 @@ def logged_api_error(request: Request, error: BaseException) -> ApiError:
     return api_error
 
 
-def invalid_body(error: ValidationError) -> ApiError:
+def _invalid_body(error: ValidationError) -> ApiError:
     """The most telling fault of a body: for a field that takes several kinds of value, not that it is no string."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     fault = min(faults, key=lambda fault: (fault["type"] == "string_type", -len(fault["loc"])))
@@ -98,21 +99,12 @@ def invalid_body(error: ValidationError) -> ApiError:
         if part not in _KINDS and "[" not in part and part not in path[-1:]:  # a kind's name may come twice
             path.append(part)
     message = "there is no such field here" if fault["type"] == "extra_forbidden" else fault["msg"]
-    field = ".".join(path)
-    return ApiError(
-        400, f"{field}: {message}" if field else message, param=field or None, code="invalid_value"
-    )
+    field = ".".join(path) or None
+    return ApiError(400, f"{field}: {message}" if field else message, param=field, code="invalid_value")
 
 
 async def error_response(request: Request, error: Exception) -> Response:
-    """The application's handler of all exceptions but HTTP's own."""
+    """The application's handler of all exceptions."""
     if isinstance(error, ClientDisconnect):
         raise error  # there is nobody to answer
     return logged_api_error(request, error).response()
-
-
-async def http_error_response(request: Request, error: Exception) -> Response:
-    """The application's handler of what the framework itself refuses: no such route, no such method."""
-    assert isinstance(error, HTTPException)
-    message = _HTTP_MESSAGES.get(error.status_code, error.detail)
-    return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()

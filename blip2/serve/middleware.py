@@ -1,4 +1,4 @@
-"""What every request passes on its way to the routes, outermost first: one class for each concern, in pure ASGI."""
+"""What every HTTP request passes on its way to the routes, outermost first: a class for each concern, in pure ASGI."""
 
 from __future__ import annotations
 
@@ -33,27 +33,13 @@ HEADERS = {
 }
 
 
-class HttpMiddleware:
-    """A layer around an application that sees its HTTP requests; there are no websockets."""
+class ResponseHeaders:
+    """The request's id (the client's own, where it is harmless) and headers that protect the page, on every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self.handle(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it."""
-        raise NotImplementedError
-
-
-class ResponseHeaders(HttpMiddleware):
-    """The request's id (the client's own, where it is harmless) and headers that protect the page, on every answer."""
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         sent = _header(scope, b"x-request-id").decode("latin-1")
         id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         scope.setdefault("state", {})["id"] = id
@@ -68,21 +54,19 @@ class ResponseHeaders(HttpMiddleware):
         await self.app(scope, receive, send_with_headers)
 
 
-class RequestLog(HttpMiddleware):
+class RequestLog:
     """A log entry and the metrics of every request; an answer where something failed before there was one."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        super().__init__(app)
-        self._metrics = metrics
+        self.app, self._metrics = app, metrics
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, state = time.monotonic(), scope["state"]
         status, disconnected = 0, False
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            status = message.get("status", status)
             await send(message)
 
         try:
@@ -110,35 +94,28 @@ class RequestLog(HttpMiddleware):
             log.info("%s", json.dumps(record))
 
 
-class ApiKeys(HttpMiddleware):
-    """Names the client: by its key, where the server has keys and so every request but to /health needs one, or else
+class ApiKeys:
+    """Names the client: by its key, where the server has keys and so needs one of every request but /health, or else
     by its address."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        super().__init__(app)
-        self._keys = keys
+        self.app, self._keys = app, keys
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = str((scope.get("client") or ("", 0))[0])
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client: str | None = str((scope.get("client") or ("", 0))[0])
         if self._keys and scope["path"] != OPEN:
-            holder = self._keys.holder(_headers(scope, b"authorization"))
-            if holder is None:
-                page = any(b"text/html" in value for value in _headers(scope, b"accept"))
-                challenge = 'Basic realm="blip2", charset="UTF-8"' if page else "Bearer"
-                error = ApiError(
-                    401,
-                    "an API key is needed: Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": challenge},
-                )
-                await _refuse(error, scope, receive, send)
-                return
-            client = holder
-        scope["state"]["client"] = client
-        await self.app(scope, receive, send)
+            client = self._keys.holder(_headers(scope, b"authorization"))
+        if client is not None:
+            scope["state"]["client"] = client
+            return await self.app(scope, receive, send)
+        is_page = any(b"text/html" in value for value in _headers(scope, b"accept"))
+        challenge = {"www-authenticate": 'Basic realm="blip2", charset="UTF-8"' if is_page else "Bearer"}
+        message = "an API key is needed: Authorization: Bearer KEY"
+        error = ApiError(401, message, code="invalid_api_key", headers=challenge)
+        return await _refuse(error, scope, receive, send)
 
 
-class SameSite(HttpMiddleware):
+class SameSite:
     """Refuses the pages of other sites.
 
     hosts: names that a Host header may hold: a page elsewhere whose name was made to point here (DNS rebinding) must
@@ -146,38 +123,34 @@ class SameSite(HttpMiddleware):
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
-        super().__init__(app)
-        self._hosts = hosts
+        self.app, self._hosts = app, hosts
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = None
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = None
         if scope["path"] != OPEN:
             if self._hosts is not None and _host_name(scope) not in self._hosts:
-                error = "this server does not answer to that host name; see blip2 serve --allow-host"
+                message = "this server does not answer to that host name; see blip2 serve --allow-host"
             elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(scope):
-                error = "pages of other sites may not use this server"
-        if error is None:
-            await self.app(scope, receive, send)
-        else:
-            await _refuse(ApiError(403, error), scope, receive, send)
+                message = "pages of other sites may not use this server"
+        if message is not None:
+            return await _refuse(ApiError(403, message), scope, receive, send)
+        return await self.app(scope, receive, send)
 
 
-class RequestLimits(HttpMiddleware):
+class RequestLimits:
     """Bounds the requests at work and the bytes they hold; sets a request's deadline, frees its slot at its end."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        super().__init__(app)
-        self._limits = limits
+        self.app, self._limits = app, limits
         self._requests = 0
         self._bytes = 0  # of the bodies of all requests at work, and of the images fetched for them
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in UNLIMITED and self._requests >= self._limits.requests:
             error = ApiError(
                 503, "too many requests at once", code="overloaded", headers={"retry-after": "1"}
             )
-            await _refuse(error, scope, receive, send)
-            return
+            return await _refuse(error, scope, receive, send)
         now, state, own_bytes = time.monotonic(), scope["state"], 0
 
         def count_bytes(size: int) -> None:
@@ -197,7 +170,7 @@ class RequestLimits(HttpMiddleware):
         state |= {"deadline": now + self._limits.request_seconds, "count_bytes": count_bytes}
         self._requests += 1
         try:
-            await self.app(scope, receive_counting, send)
+            return await self.app(scope, receive_counting, send)
         finally:
             self._requests -= 1
             self._bytes -= own_bytes

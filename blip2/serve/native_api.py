@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blip2.generation.options import GenerationOptions, make_options
+from blip2.generation.options import make_options
 from blip2.images import load_image
 from blip2.inputs import in_batches
 from blip2.predict import Predictor
@@ -22,7 +23,7 @@ from blip2.serve.batching_engine import GenerateRequest, TextOutput
 from blip2.serve.bodies import read_form_or_json
 from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError
-from blip2.serve.openapi import body_of, responses_of
+from blip2.serve.openapi import documented
 from blip2.serve.streaming import GrowingText, event_stream
 from blip2.text import CAPTION_PROMPT
 
@@ -32,9 +33,7 @@ native_routes = APIRouter(tags=["native"])
 
 
 @native_routes.post(
-    "/caption",
-    responses=responses_of(schemas.Captions, stream=True),
-    openapi_extra=body_of(schemas.CaptionRequest, "image"),
+    "/caption", **documented(schemas.Captions, schemas.CaptionRequest, files="image", stream=True)
 )
 async def post_caption(request: Request) -> Response:
     """Say what is in an image."""
@@ -42,11 +41,7 @@ async def post_caption(request: Request) -> Response:
     return await _generate(request, body, image, body.prompt, "captions")
 
 
-@native_routes.post(
-    "/ask",
-    responses=responses_of(schemas.Answers, stream=True),
-    openapi_extra=body_of(schemas.AskRequest, "image"),
-)
+@native_routes.post("/ask", **documented(schemas.Answers, schemas.AskRequest, files="image", stream=True))
 async def post_ask(request: Request) -> Response:
     """Answer a question about an image."""
     body, (image,) = await read_form_or_json(request, schemas.AskRequest)
@@ -59,7 +54,10 @@ async def _generate(
 ) -> Response:
     """The texts that continue a prompt, under `key` of the answer."""
     context = context_of(request)
-    options = _options(context, body)
+    options, limits = body.options(), context.limits
+    context.check_count("max_new_tokens", options.max_new_tokens, limits.new_tokens)
+    context.check_count("num_return_sequences", options.num_return_sequences, limits.sequences)
+    context.check_count("num_beams", body.given().get("num_beams", 1), limits.num_beams)
     context.check_texts(prompt)
     work = GenerateRequest(await context.prepare_image(image), (prompt,), options)
     context.log_content(request, {"prompt": prompt})
@@ -68,14 +66,6 @@ async def _generate(
     outputs = await context.result(request, work)
     context.log_content(request, {key: [output.text for output in outputs]})
     return JSONResponse(_result(context, work, outputs, key))
-
-
-def _options(context: ServerContext, body: schemas.TextRequest) -> GenerationOptions:
-    options, limits = body.options(), context.limits
-    context.check_count("max_new_tokens", options.max_new_tokens, limits.new_tokens)
-    context.check_count("num_return_sequences", options.num_return_sequences, limits.sequences)
-    context.check_count("num_beams", body.given().get("num_beams", 1), limits.num_beams)
-    return options
 
 
 def _result(
@@ -98,12 +88,9 @@ def usage(context: ServerContext, work: GenerateRequest, completion_tokens: int)
     """Token counts; the image counts, with each prompt, as the queries that the language model reads of it."""
     predictor = context.engine.predictor
     encode, queries = predictor.generator.tokenizer.encode, predictor.model.config.num_query_tokens
-    prompt_tokens = sum(queries + len(encode(prompt)) for prompt in work.prompts)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+    read = sum(queries + len(encode(prompt)) for prompt in work.prompts)
+    total = read + completion_tokens
+    return {"prompt_tokens": read, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
 async def _stream(request: Request, work: GenerateRequest, key: str) -> Response:
@@ -126,9 +113,7 @@ async def _stream(request: Request, work: GenerateRequest, key: str) -> Response
     return event_stream(request, bodies())
 
 
-@native_routes.post(
-    "/match", responses=responses_of(schemas.Matches), openapi_extra=body_of(schemas.MatchRequest, "image")
-)
+@native_routes.post("/match", **documented(schemas.Matches, schemas.MatchRequest, files="image"))
 async def post_match(request: Request) -> Response:
     """Say how well texts fit an image."""
     context = context_of(request)
@@ -145,18 +130,11 @@ async def post_match(request: Request) -> Response:
         return fits
 
     fits = await context.result(request, compute)
-    matches = [
-        {"text": text, "probability": fit.probability, "similarity": fit.similarity}
-        for text, fit in zip(body.texts, fits, strict=True)
-    ]
+    matches = [{"text": text, **asdict(fit)} for text, fit in zip(body.texts, fits, strict=True)]
     return JSONResponse({"model": context.model_name, "matches": matches})
 
 
-@native_routes.post(
-    "/embed",
-    responses=responses_of(schemas.Embeddings),
-    openapi_extra=body_of(schemas.EmbedRequest, "images"),
-)
+@native_routes.post("/embed", **documented(schemas.Embeddings, schemas.EmbedRequest, files="images"))
 async def post_embed(request: Request) -> Response:
     """Turn images and texts into vectors for search."""
     context = context_of(request)
@@ -186,15 +164,12 @@ async def post_embed(request: Request) -> Response:
 async def _matcher_pixels(context: ServerContext, image: bytes) -> Tensor:
     """A file's image as the matcher takes it: float32 [1, 3, S, S]."""
     matcher = context.engine.predictor.matcher
-    return await context.in_thread(
-        lambda: matcher.prepare([load_image(image, max_pixels=context.limits.pixels)])
-    )
+    limit = context.limits.pixels
+    return await context.in_thread(lambda: matcher.prepare([load_image(image, max_pixels=limit)]))
 
 
 @native_routes.post(
-    "/explain",
-    responses=responses_of(schemas.ExplanationSchema),
-    openapi_extra=body_of(schemas.ExplainRequest, "image"),
+    "/explain", **documented(schemas.ExplanationSchema, schemas.ExplainRequest, files="image")
 )
 async def post_explain(request: Request) -> Response:
     """Show where in an image each word of a caption or an answer comes from."""

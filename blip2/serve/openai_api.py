@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from blip2.serve.bodies import read_image_url, read_json
 from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError
 from blip2.serve.native_api import usage
-from blip2.serve.openapi import body_of, responses_of
+from blip2.serve.openapi import documented
 from blip2.serve.streaming import GrowingText, event_stream
 from blip2.text import CAPTION_PROMPT
 
@@ -44,7 +44,6 @@ class ChatFormat:
 
     decode: Callable[[list[int]], str]
     logprobs: bool
-    warnings: list[str]
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -56,8 +55,8 @@ class ChatFormat:
             "logprobs": self._logprobs(text),
         }
 
-    def first_chunk(self, index: int) -> list[dict[str, Any]]:
-        return [self._chunk(index, {"role": "assistant", "content": "", "refusal": None})]
+    def first_chunks(self, count: int) -> list[dict[str, Any]]:
+        return [self._chunk(i, {"role": "assistant", "content": "", "refusal": None}) for i in range(count)]
 
     def chunks(self, index: int, text: GrowingText, piece: str) -> Iterator[dict[str, Any]]:
         if piece:
@@ -99,12 +98,11 @@ class CompletionFormat:
     logprobs: int | None
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
-    warnings = ()
 
     def choice(self, index: int, text: GrowingText) -> dict[str, Any]:
         return self._choice(index, text.text, text)
 
-    def first_chunk(self, index: int) -> list[dict[str, Any]]:
+    def first_chunks(self, count: int) -> list[dict[str, Any]]:
         return []
 
     def chunks(self, index: int, text: GrowingText, piece: str) -> Iterator[dict[str, Any]]:
@@ -136,9 +134,7 @@ class CompletionFormat:
 
 
 @openai_routes.post(
-    "/chat/completions",
-    responses=responses_of(schemas.ChatCompletion, stream=True),
-    openapi_extra=body_of(schemas.ChatRequest),
+    "/chat/completions", **documented(schemas.ChatCompletion, schemas.ChatRequest, stream=True)
 )
 async def create_chat_completion(request: Request) -> Response:
     """The next answer of a conversation about an image."""
@@ -151,17 +147,15 @@ async def create_chat_completion(request: Request) -> Response:
     image = await context.prepare_image(await read_image_url(request, url))
     work = GenerateRequest(image, (prompt,), body.options(new_tokens), body.top_logprobs or 0)
     context.log_content(request, {"prompt": prompt})
-    no_place = any(message.role in ("system", "developer") for message in body.messages)
     decode = partial(context.engine.predictor.generator.tokenizer.decode, skip_special=False)
-    form = ChatFormat(decode, bool(body.logprobs), [NO_SYSTEM] if no_place else [])
-    return await _respond(request, body, work, form)
+    form = ChatFormat(decode, bool(body.logprobs))
+    system = any(message.role in ("system", "developer") for message in body.messages)
+    if body.stream and not system:
+        return await _respond(request, body, work, form)
+    return await _respond(request, body, work, form, warnings=[NO_SYSTEM] if system else None)
 
 
-@openai_routes.post(
-    "/completions",
-    responses=responses_of(schemas.Completion, stream=True),
-    openapi_extra=body_of(schemas.CompletionRequest),
-)
+@openai_routes.post("/completions", **documented(schemas.Completion, schemas.CompletionRequest, stream=True))
 async def create_completion(request: Request) -> Response:
     """Continue a prompt, or each of several, about the image in the extra field `image`."""
     context, body = context_of(request), await read_json(request, schemas.CompletionRequest)
@@ -186,13 +180,13 @@ async def create_completion(request: Request) -> Response:
     return await _respond(request, body, work, CompletionFormat(context.decode, body.logprobs))
 
 
-@openai_routes.get("/models", responses=responses_of(schemas.ModelList))
+@openai_routes.get("/models", **documented(schemas.ModelList))
 async def list_models(request: Request) -> Response:
     """The model that this server has."""
     return JSONResponse({"object": "list", "data": [_model_entry(context_of(request))]})
 
 
-@openai_routes.get("/models/{model}", responses=responses_of(schemas.Model))
+@openai_routes.get("/models/{model}", **documented(schemas.Model))
 async def retrieve_model(request: Request, model: str) -> Response:
     """The same, by name."""
     context = context_of(request)
@@ -292,79 +286,56 @@ async def _respond(
     body: schemas.CompletionSettings,
     work: GenerateRequest,
     form: ChatFormat | CompletionFormat,
+    **extra: Any,
 ) -> Response:
     """All choices in one object, or their chunks as events; with include_usage a last event that counts tokens."""
     context, stops = context_of(request), body.stops()
-    head = {
-        "id": f"{form.prefix}-{uuid.uuid4().hex}",
+    head: dict[str, Any] = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+    head |= {
         "object": form.chunk_object if body.stream else form.object,
-        "created": int(time.time()),
         "model": context.model_name,
+        **extra,
     }
-    if form.warnings:
-        head["warnings"] = form.warnings
 
-    def used(texts: list[GrowingText]) -> dict[str, int]:
+    def count(texts: list[GrowingText]) -> dict[str, int]:
         context.log_content(request, {"answers": [text.text for text in texts]})
         return usage(context, work, sum(text.count for text in texts))
 
-    if not body.stream and not stops:
-        texts = await _whole_texts(request, work)
-    else:
-        texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
-        growth = await _grow(request, work, texts)
-    if not body.stream:
-        if stops:
-            async with aclosing(growth):  # type: ignore[type-var]
-                async for _ in growth:
-                    pass
+    def whole(texts: list[GrowingText]) -> Response:
         choices = [form.choice(i, text) for i, text in enumerate(texts)]
-        return JSONResponse(head | {"choices": choices, "usage": used(texts)})
+        return JSONResponse(head | {"choices": choices, "usage": count(texts)})
+
+    if not body.stream and not stops:
+        return whole(
+            [GrowingText.whole(output, context.decode) for output in await context.result(request, work)]
+        )
+    texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
+    tokens = await context.tokens(request, work)
+
+    async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(tokens):  # type: ignore[type-var]
+            async for index, row, position in tokens:
+                if texts[index].finish_reason is None:
+                    for chunk in form.chunks(index, texts[index], texts[index].add(row, position)):
+                        yield chunk
+                if all(text.finish_reason for text in texts):
+                    return
+
+    if not body.stream:
+        async for _ in chunks():
+            pass
+        return whole(texts)
     counted = body.stream_options is not None and body.stream_options.include_usage
     no_usage = {"usage": None} if counted else {}
 
     async def bodies() -> AsyncIterator[dict[str, Any]]:
-        for i in range(len(texts)):
-            for choice in form.first_chunk(i):
-                yield head | {"choices": [choice]} | no_usage
-        async with aclosing(growth):  # type: ignore[type-var]
-            async for i, piece in growth:
-                for choice in form.chunks(i, texts[i], piece):
-                    yield head | {"choices": [choice]} | no_usage
-        total = used(texts)
+        for chunk in form.first_chunks(len(texts)):
+            yield head | {"choices": [chunk]} | no_usage
+        async with aclosing(chunks()) as following:
+            async for chunk in following:
+                yield head | {"choices": [chunk]} | no_usage
+        total = count(texts)
         if counted:
             yield head | {"choices": [], "usage": total}
 
     return event_stream(request, bodies())
-
-
-async def _grow(
-    request: Request, work: GenerateRequest, texts: list[GrowingText]
-) -> AsyncIterator[tuple[int, str]]:
-    """Fills the texts: an iterator over (index of a text, what was added to it), which ends when all are finished."""
-    tokens = await context_of(request).tokens(request, work)
-
-    async def follow() -> AsyncIterator[tuple[int, str]]:
-        async with aclosing(tokens):  # type: ignore[type-var]
-            async for index, row, position in tokens:
-                if texts[index].finish_reason is None:
-                    yield index, texts[index].add(row, position)
-                if all(text.finish_reason for text in texts):
-                    return
-
-    return follow()
-
-
-async def _whole_texts(request: Request, work: GenerateRequest) -> list[GrowingText]:
-    """The texts when all are finished."""
-    context = context_of(request)
-    texts = []
-    for output in await context.result(request, work):
-        ids = output.text.tokens
-        top_logprobs = output.top_logprobs or [[] for _ in ids]
-        tokens = list(zip(ids, output.text.token_logprobs, top_logprobs, strict=True))
-        text = GrowingText(StreamDetokenizer(context.decode), text=str(output.text), count=len(ids))
-        text.tokens = tokens[:-1] if output.finished else tokens
-        text.finish_reason = "stop" if output.finished else "length"
-        texts.append(text)
-    return texts

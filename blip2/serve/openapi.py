@@ -35,34 +35,37 @@ ERRORS = {
 _REFERENCE = "#/components/schemas/{model}"
 
 
-def body_of(schema: type[BaseModel], *files: str) -> dict[str, Any]:
-    """A route's entry for a body that arrives as JSON, or as a form whose fields `files` are files."""
-    content: dict[str, Any] = {
-        "application/json": {"schema": {"$ref": _REFERENCE.format(model=schema.__name__)}}
-    }
-    if files:
-        document = schema.model_json_schema(ref_template=_REFERENCE)
-        properties = dict(document["properties"])
-        properties.pop("turns", None)  # a form has no place for them
-        for name in files:
-            file = {"type": "string", "format": "binary"}
-            properties[name] = {"type": "array", "items": file} if properties[name].get("items") else file
-        form = {key: document[key] for key in ("type", "required", "additionalProperties") if key in document}
-        content["multipart/form-data"] = {"schema": form | {"properties": properties}}
-    return {"requestBody": {"required": True, "content": content}}
+def documented(
+    result: type[BaseModel], body: type[BaseModel] | None = None, *, files: str = "", stream: bool = False
+) -> dict[str, Any]:
+    """Keywords for a route's decorator: what it answers, the errors included, and the body that it reads.
 
-
-def responses_of(schema: type[BaseModel], *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
-    """A route's entry for what it answers: a result, or any of the errors."""
-    result: dict[str, Any] = {"model": schema, "description": "the result"}
+    files: the body's field for images; a form, where they are files, is read too. stream: the answer may be events.
+    """
+    answer: dict[str, Any] = {"model": result, "description": "the result"}
     if stream:
-        event = {"data": {"type": "string"}}
-        result["content"] = {
-            "text/event-stream": {"schema": {"type": "object", "properties": event, "required": ["data"]}}
-        }
-    responses: dict[int | str, dict[str, Any]] = {200: result}
-    return responses | {
-        status: {"model": schemas.Error, "description": why} for status, why in ERRORS.items()
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        answer["content"] = {"text/event-stream": {"schema": event}}
+    errors = {status: {"model": schemas.Error, "description": reason} for status, reason in ERRORS.items()}
+    keywords: dict[str, Any] = {"responses": {200: answer, **errors}}
+    if body is not None:
+        content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=body.__name__)}}}
+        if files:
+            content["multipart/form-data"] = {"schema": _form_schema(body, files)}
+        keywords["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
+    return keywords
+
+
+def _form_schema(body: type[BaseModel], files: str) -> dict[str, Any]:
+    document = body.model_json_schema(ref_template=_REFERENCE)
+    properties = document["properties"]
+    properties.pop("turns", None)  # a form has no place for them
+    file = {"type": "string", "format": "binary"}
+    properties[files] = {"type": "array", "items": file} if properties[files].get("items") else file
+    return {
+        key: document[key]
+        for key in ("type", "required", "additionalProperties", "properties")
+        if key in document
     }
 
 
@@ -73,9 +76,9 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         components = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in BODIES:
-            schema = model.model_json_schema(ref_template=_REFERENCE)
+        for body in BODIES:
+            schema = body.model_json_schema(ref_template=_REFERENCE)
             components |= schema.pop("$defs", {})
-            components[model.__name__] = schema
+            components[body.__name__] = schema
         app.openapi_schema = document
     return app.openapi_schema

@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-import types
 from dataclasses import fields
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, field_validator
 from pydantic_core import PydanticCustomError
@@ -66,30 +54,18 @@ def with_options(schema: type[AnyRequest]) -> type[AnyRequest]:
     hints = get_type_hints(GenerationOptions)
     added: dict[str, Any] = {}
     for option in fields(GenerationOptions):
-        about: str = option.metadata["help"]
-        default: Any = option.default
-        if option.name == "num_beams":
+        name, about, default, bounds = option.name, option.metadata["help"], option.default, bounds_of(option)
+        kind: Any = hints[name]
+        if name == "num_beams":
             about, default = f"{about}; 1 where the text is sampled or streamed", DEFAULT_NUM_BEAMS
-        elif option.name == "length_penalty":
+        elif name == "length_penalty":
             default = LENGTH_PENALTY[schema.kind]
-        kind = _in_json(hints[option.name], bounds_of(option))
-        added[option.name] = (
-            kind | None,
-            Field(None, description=about, json_schema_extra={"default": default}),
-        )
-    return create_model(
-        schema.__name__, __base__=schema, __doc__=schema.__doc__, __module__=schema.__module__, **added
-    )
-
-
-def _in_json(hint: Any, bounds: dict[str, float]) -> Any:
-    """An option's type as JSON has it: bounds at its numbers, and lists alone in place of tuples."""
-    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
-        kinds = [kind for kind in get_args(hint) if get_origin(kind) is not tuple]
-        return Union[tuple(_in_json(kind, bounds) for kind in kinds)]  # noqa: UP007
-    if get_origin(hint) is list:
-        return Annotated[list[_in_json(int, bounds)], Field(max_length=MAX_END_TOKENS)]  # type: ignore[misc]
-    return Annotated[hint, Field(**cast(Any, bounds))] if hint in (int, float) else hint
+        elif name == "eos_token_id":  # JSON has no tuples
+            token_id = Annotated[int, Field(**cast(Any, bounds))]
+            kind, bounds = token_id | Annotated[list[token_id], Field(max_length=MAX_END_TOKENS)], {}
+        extra: Any = {"json_schema_extra": {"default": default}, **bounds}
+        added[name] = kind | None, Field(None, description=about, **extra)
+    return create_model(schema.__name__, __base__=schema, __module__=schema.__module__, **added)
 
 
 @with_options

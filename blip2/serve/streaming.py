@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from blip2.generation.batching import SampledSequence
 from blip2.results import StreamDetokenizer
+from blip2.serve.batching_engine import TextOutput
 from blip2.serve.errors import logged_api_error
 
 
@@ -28,6 +29,21 @@ class GrowingText:
     count: int = 0  # generated tokens, the end token included
     finish_reason: Literal["stop", "length"] | None = None
     logprobs_sent: int = 0  # tokens whose log-probabilities a stream has sent
+
+    @classmethod
+    def whole(cls, output: TextOutput, decode: Callable[[list[int]], str]) -> GrowingText:
+        """A text that is finished already."""
+        ids = output.text.tokens
+        top_logprobs = output.top_logprobs or [[] for _ in ids]
+        tokens = list(zip(ids, output.text.token_logprobs, top_logprobs, strict=True))
+        reason: Literal["stop", "length"] = "stop" if output.finished else "length"
+        return cls(
+            StreamDetokenizer(decode),
+            text=str(output.text),
+            tokens=tokens[:-1] if output.finished else tokens,
+            count=len(ids),
+            finish_reason=reason,
+        )
 
     def add(self, row: SampledSequence, position: int) -> str:
         """What a token adds to the released text."""
