@@ -161,17 +161,11 @@ async def create_completion(request: Request) -> Response:
     context, body = context_of(request), await read_json(request, schemas.CompletionRequest)
     _check(context, body)
     if body.image is None:
-        raise ApiError(
-            400,
-            "this model writes about an image, and none arrived: put one in the field image "
-            '(with the openai client: extra_body={"image": "data:image/png;base64,..."})',
-            param="image",
-            code="image_required",
-        )
+        client = 'extra_body={"image": "data:image/png;base64,..."}'
+        raise _image_required("image", f"put one in the field image (with the openai client: {client})")
     prompts = body.prompts()
-    context.check_count(
-        "the number of prompts times n", len(prompts) * (body.n or 1), context.limits.sequences
-    )
+    texts = len(prompts) * (body.n or 1)
+    context.check_count("the number of prompts times n", texts, context.limits.sequences)
     context.check_texts(*prompts)
     options = body.options(_new_tokens(context, body.max_tokens, prompts))
     image = await context.prepare_image(await read_image_url(request, body.image))
@@ -204,12 +198,8 @@ def _model_entry(context: ServerContext) -> dict[str, Any]:
 
 def _check(context: ServerContext, body: schemas.CompletionSettings) -> None:
     if body.model != context.model_name:
-        raise ApiError(
-            404,
-            f"there is no model {body.model!r} here; this server has {context.model_name!r}",
-            param="model",
-            code="model_not_found",
-        )
+        message = f"there is no model {body.model!r} here; this server has {context.model_name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
     context.check_count("n", body.n or 1, context.limits.sequences)
     context.check_texts(*body.stops())
     if "" in body.stops():
@@ -232,9 +222,8 @@ def _new_tokens(context: ServerContext, requested: int | None, prompts: Sequence
 
 def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: int) -> tuple[str, str]:
     """The URL of a conversation's image, and the prompt of its next answer."""
-    context_turns = context.limits.turns
-    if len(body.messages) > context_turns:
-        raise ApiError(400, f"{len(body.messages)} messages; this server reads {context_turns}")
+    if (count := len(body.messages)) > context.limits.turns:
+        raise ApiError(400, f"{count} messages; this server reads {context.limits.turns}")
     turns: list[tuple[str, str]] = []
     question: str | None = None
     image: str | None = None
@@ -253,13 +242,8 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
                 turns.append((question, text))
                 question = None
     if image is None:
-        raise ApiError(
-            400,
-            "this model answers about an image, and none arrived: add a content part "
-            '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}',
-            param="messages",
-            code="image_required",
-        )
+        part = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+        raise _image_required("messages", f"add a content part {part}")
     if question is None:
         raise ApiError(400, "the last message must be the user's", param="messages")
     context.check_texts(question, *(text for turn in turns for text in turn))
@@ -267,6 +251,11 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
         return image, CAPTION_PROMPT
     turns = [turn for turn in turns if turn[0].strip()]
     return image, context.engine.predictor.chat_prompt(turns, question, new_tokens)
+
+
+def _image_required(param: str, remedy: str) -> ApiError:
+    message = f"this model writes about an image, and none arrived: {remedy}"
+    return ApiError(400, message, param=param, code="image_required")
 
 
 def _content(message: schemas.Message) -> tuple[str, list[str]]:
@@ -290,25 +279,21 @@ async def _respond(
 ) -> Response:
     """All choices in one object, or their chunks as events; with include_usage a last event that counts tokens."""
     context, stops = context_of(request), body.stops()
-    head: dict[str, Any] = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
-    head |= {
-        "object": form.chunk_object if body.stream else form.object,
-        "model": context.model_name,
-        **extra,
-    }
+    kind = form.chunk_object if body.stream else form.object
+    head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+    head |= {"model": context.model_name, **extra}
 
     def count(texts: list[GrowingText]) -> dict[str, int]:
         context.log_content(request, {"answers": [text.text for text in texts]})
         return usage(context, work, sum(text.count for text in texts))
 
-    def whole(texts: list[GrowingText]) -> Response:
+    def in_one(texts: list[GrowingText]) -> Response:
         choices = [form.choice(i, text) for i, text in enumerate(texts)]
         return JSONResponse(head | {"choices": choices, "usage": count(texts)})
 
     if not body.stream and not stops:
-        return whole(
-            [GrowingText.whole(output, context.decode) for output in await context.result(request, work)]
-        )
+        outputs = await context.result(request, work)
+        return in_one([GrowingText.from_output(output, context.decode) for output in outputs])
     texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
     tokens = await context.tokens(request, work)
 
@@ -324,7 +309,7 @@ async def _respond(
     if not body.stream:
         async for _ in chunks():
             pass
-        return whole(texts)
+        return in_one(texts)
     counted = body.stream_options is not None and body.stream_options.include_usage
     no_usage = {"usage": None} if counted else {}
 

@@ -70,7 +70,7 @@ def _form_schema(body: type[BaseModel], files: str) -> dict[str, Any]:
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
-    """The document of an application, made once."""
+    """The document of an application, built on its first use."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes

@@ -1,4 +1,4 @@
-"""What arrives and what leaves, as pydantic models: the OpenAPI document is made from these."""
+"""Request and response bodies as pydantic models, from which the OpenAPI document is made."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class TextRequest(Strict):
     image: str = Field(description=IMAGE)
     stream: bool = Field(False, description="server-sent events")
 
-    def given(self) -> dict[str, Any]:
+    def options_set(self) -> dict[str, Any]:
         """The decoding options that the request sets."""
         names = [option.name for option in fields(GenerationOptions)]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def options(self) -> GenerationOptions:
         """Raises ValueError where they contradict each other."""
-        return make_options(self.kind, stream=self.stream, **self.given())
+        return make_options(self.kind, stream=self.stream, **self.options_set())
 
 
 AnyRequest = TypeVar("AnyRequest", bound=TextRequest)

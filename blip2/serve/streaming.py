@@ -31,7 +31,7 @@ class GrowingText:
     logprobs_sent: int = 0  # tokens whose log-probabilities a stream has sent
 
     @classmethod
-    def whole(cls, output: TextOutput, decode: Callable[[list[int]], str]) -> GrowingText:
+    def from_output(cls, output: TextOutput, decode: Callable[[list[int]], str]) -> GrowingText:
         """A text that is finished already."""
         ids = output.text.tokens
         top_logprobs = output.top_logprobs or [[] for _ in ids]

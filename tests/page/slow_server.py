@@ -1,6 +1,6 @@
 """`blip2 serve` with a model that rests between tokens, so that a test can watch an answer grow.
 
-python slow_server.py PORT FILE: the seconds to rest stand in FILE and are read at every token.
+python slow_server.py PORT FILE: FILE holds the seconds to rest, read at every token.
 """
 
 from __future__ import annotations

@@ -150,35 +150,35 @@ def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
         engine.submit(call(lambda: "done"))
 
 
-def test_a_place_is_kept_for_a_request_that_is_still_read(
+def test_a_slot_is_kept_for_a_request_that_is_still_read(
     predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
     engine, gate, first = held_up(predictor, queue=2)
-    places = [engine.acquire_slot(), engine.acquire_slot()]
+    slots = [engine.acquire_slot(), engine.acquire_slot()]
     for ask in (engine.acquire_slot, lambda: engine.submit(call(lambda: "done"))):
         with pytest.raises(BusyError, match="too many"):
             ask()
-    places[0].release()
-    places[0].release()
+    slots[0].release()
+    slots[0].release()
     second = engine.submit(call(lambda: "done"))
     with pytest.raises(BusyError):
         engine.acquire_slot()
-    asked = [engine.submit(call(lambda: "done"), slot=places[1]) for _ in range(2)]  # who asks twice
+    twice = [engine.submit(call(lambda: "done"), slot=slots[1]) for _ in range(2)]  # two jobs of one request
     gate.open.set()
-    assert [job.result.result(60) for job in (first, second, *asked)] == ["through", "done", "done", "done"]
+    assert [job.result.result(60) for job in (first, second, *twice)] == ["through", "done", "done", "done"]
     engine.acquire_slot().release()
     engine.close()
     with pytest.raises(BusyError):
-        engine.submit(call(lambda: "done"), slot=places[1])
+        engine.submit(call(lambda: "done"), slot=slots[1])
 
 
-def test_who_is_cancelled_leaves_the_queue_at_once(predictor: blip2.Predictor) -> None:
+def test_a_cancelled_request_leaves_the_queue_at_once(predictor: blip2.Predictor) -> None:
     engine, gate, first = held_up(predictor, queue=2)
-    place = engine.acquire_slot()
-    waiting = [engine.submit(call(lambda: "done"), slot=place), engine.submit(call(lambda: "done"))]
+    slot = engine.acquire_slot()
+    waiting = [engine.submit(call(lambda: "done"), slot=slot), engine.submit(call(lambda: "done"))]
     with pytest.raises(BusyError):
         engine.acquire_slot()
-    place.release()  # and so does what was asked from a place
+    slot.release()  # its job leaves the queue too
     assert waiting[0].result.cancelled() and engine.waiting == 1
     engine.acquire_slot().release()
     assert waiting[1].result.cancel() and engine.waiting == 0
@@ -191,7 +191,7 @@ def test_who_is_cancelled_leaves_the_queue_at_once(predictor: blip2.Predictor) -
     engine.close()
 
 
-def test_who_is_late_is_told_before_the_others_have_had_their_turn(engine: Engine) -> None:
+def test_a_late_request_fails_before_the_others_have_had_their_turn(engine: Engine) -> None:
     through = threading.Event()
 
     def slices(_: blip2.Predictor) -> Generator[None, None, str]:
@@ -216,12 +216,12 @@ def test_several_prompts_about_one_image(
     options: dict[str, Any] = {"do_sample": True, "seed": 5, "num_return_sequences": 2, "max_new_tokens": 8}
     for way in ({"max_new_tokens": 8}, options, {"num_beams": 3, "num_return_sequences": 2}):
         for _ in range(2):  # the second time from the cache
-            asked = GenerateRequest(engine.prepare_image(images[0]), prompts, GenerationOptions(**way))
-            made = [text.text for text in engine.submit(asked).result.result(60)]
+            request = GenerateRequest(engine.prepare_image(images[0]), prompts, GenerationOptions(**way))
+            made = [text.text for text in engine.submit(request).result.result(60)]
             expected = []
             for prompt in prompts:
-                found = predictor.caption(images[0], prompt=prompt, **({"num_beams": 1} | way))
-                expected += found if isinstance(found, list) else [found]
+                texts = predictor.caption(images[0], prompt=prompt, **({"num_beams": 1} | way))
+                expected += texts if isinstance(texts, list) else [texts]
             assert made == expected
     assert engine.cache.misses == 1
 
@@ -341,9 +341,9 @@ def test_what_fails_fails_alone(
     def broken() -> None:
         raise RuntimeError("secret detail")
 
-    with pytest.raises(EngineError) as told:
+    with pytest.raises(EngineError) as failure:
         engine.submit(call(broken)).result.result(60)
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(failure.value)
     with pytest.raises(ValueError, match="room"):
         engine.submit(GenerateRequest(engine.prepare_image(images[0]), ("word " * 400,), GenerationOptions()))
     with monkeypatch.context() as patch:
@@ -356,7 +356,7 @@ def test_what_fails_fails_alone(
     assert good == predictor.caption(images[0], num_beams=1)
 
 
-def test_a_model_that_does_not_load_is_told() -> None:
+def test_a_model_that_does_not_load_is_reported() -> None:
     def load() -> blip2.Predictor:
         raise ValueError("no such model")
 
