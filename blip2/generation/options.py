@@ -78,9 +78,7 @@ class GenerationOptions:
     )
     eos_token_id: TokenIds | None = field(
         default=None,
-        metadata=_about(
-            "ids that end a text (default: the model's own; none at all in Python: ())", ge=0, lt=2**63
-        ),
+        metadata=_about("ids that end a text (default: the model's own; none at all in Python: ())", ge=0),
     )
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, field_validator
 from pydantic_core import PydanticCustomError
@@ -61,7 +61,7 @@ def with_options(schema: type[AnyRequest]) -> type[AnyRequest]:
         elif name == "length_penalty":
             default = LENGTH_PENALTY[schema.kind]
         elif name == "eos_token_id":  # JSON has no tuples
-            token_id = Annotated[int, Field(**cast(Any, bounds))]
+            token_id = Annotated[int, Field(ge=0, lt=2**63)]
             kind, bounds = token_id | Annotated[list[token_id], Field(max_length=MAX_END_TOKENS)], {}
         extra: Any = {"json_schema_extra": {"default": default}, **bounds}
         added[name] = kind | None, Field(None, description=about, **extra)

@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import openai
@@ -15,8 +16,9 @@ from serving import Running, data_url
 
 import blip2
 from blip2.generation.batching import SampledSequence
-from blip2.generation.options import GenerationOptions
+from blip2.generation.options import GenerationOptions, TextKind, make_options
 from blip2.results import StreamDetokenizer, token_text
+from blip2.serve.batching_engine import GenerateRequest
 from blip2.serve.streaming import GrowingText
 
 
@@ -65,6 +67,51 @@ def test_caption_and_ask_as_form_and_as_json(
         assert [entry["text"] for entry in drawn["answers"]] == predictor.ask(
             images[1], question, do_sample=True, **sampled
         )
+
+
+def test_http_takes_the_options_of_python_with_their_defaults(server: Running) -> None:
+    with server.client() as client:
+        schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    kinds: tuple[tuple[str, TextKind], ...] = (("CaptionRequest", "caption"), ("AskRequest", "answer"))
+    for name, kind in kinds:
+        options = asdict(make_options(kind)) | {"do_sample": None}
+        assert options.keys() == schemas[name]["properties"].keys() - {
+            "image",
+            "prompt",
+            "question",
+            "stream",
+        }
+        for option, default in options.items():
+            assert schemas[name]["properties"][option]["default"] == default
+
+
+def test_options_mean_what_they_mean_in_python(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    image, ends = server.engine.prepare_image(images[0]), predictor.caption(images[0]).tokens[2:4]
+    cases: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0, "top_k": 5},
+        {"early_stopping": "never", "num_beams": 3},
+        {"early_stopping": True, "length_penalty": 2.0},
+        {"eos_token_id": ends[0]},
+        {"eos_token_id": list(ends)},
+        {"max_new_tokens": None, "num_beams": None, "seed": 3, "top_p": 0.5},
+    ]
+
+    def expected(options: dict[str, Any]) -> str:
+        work = GenerateRequest(image, ("a photo of",), make_options("caption", **options))
+        return str(server.engine.submit(work).result.result(60)[0].text)
+
+    with server.client() as client:
+        for options in cases:
+            reply = client.post("/caption", json={"image": data_url(images[0])} | options).json()
+            assert reply["captions"][0]["text"] == expected(options), options
+        form = client.post(
+            "/caption", files={"image": images[0]}, data={"eos_token_id": list(map(str, ends))}
+        )
+    assert form.json()["captions"][0]["text"] == expected({"eos_token_id": ends})
+    assert len({expected(options) for options in cases}) > 2
 
 
 def test_native_streams(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
@@ -165,6 +212,10 @@ def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest
         ({"num_return_sequences": 9, "do_sample": True}, "allows 8"),
         ({"nonsense": 1}, "nonsense"),
         ({"num_beams": "5"}, "num_beams"),
+        ({"early_stopping": "soon"}, "early_stopping"),
+        ({"eos_token_id": [-1]}, "eos_token_id"),
+        ({"do_sample": False, "top_k": 3}, "do_sample"),
+        ({"num_return_sequences": 2, "num_beams": 1}, "num_return_sequences"),
         ({"temperature": 0.5, "num_beams": 2}, "do_sample"),
         ({"stream": True, "num_beams": 2}, "stream"),
         ({"image": "http://example.org/a.png"}, "fetches no images"),
