@@ -31,10 +31,8 @@ from blip2.serve.limits import Limits
 
 log = logging.getLogger("blip2.serve")
 
-MAX_STARTS = 8  # requests started at a time
-MAX_STARTS_BETWEEN_STEPS = (
-    2  # likewise, while texts are being generated: their next step must not wait for long
-)
+# Requests started at a time, and while texts are being generated, whose next step must not wait for long.
+MAX_STARTS, MAX_STARTS_BETWEEN_STEPS = 8, 2
 
 # Any other computation with the model: a generator that yields between slices and returns the result.
 ModelCall = Callable[[Predictor], Generator[None, None, Any]]
@@ -240,9 +238,8 @@ class Engine:
         if encoded is not None and not pixels:
             return PreparedImage(key, encoded.size, None, encoded)
         image = load_image(content, max_pixels=self.limits.pixels)
-        return PreparedImage(
-            key, image.size, to_pixels([image], self.predictor.generator.image_processor), encoded
-        )
+        tensor = to_pixels([image], self.predictor.generator.image_processor)
+        return PreparedImage(key, image.size, tensor, encoded)
 
     def submit(
         self,
@@ -474,11 +471,10 @@ class Engine:
             return [self.output_of(sequence)]
         texts = sequence.found
         assert texts is not None
+        columns = zip(texts.ids, texts.scores, texts.token_logprobs, texts.finished, strict=True)
         return [
             TextOutput(GeneratedText(self._decode(ids, finished), score, ids, logprobs), finished, [])
-            for ids, score, logprobs, finished in zip(
-                texts.ids, texts.scores, texts.token_logprobs, texts.finished, strict=True
-            )
+            for ids, score, logprobs, finished in columns
         ]
 
     def output_of(self, row: SampledSequence) -> TextOutput:

@@ -22,13 +22,11 @@ Schema = TypeVar("Schema", bound=Strict)
 
 async def read_body(request: Request) -> bytes:
     """The body, within its limits of size and time; with it the request gets its slot in the engine's queue."""
-    context = context_of(request)
-    limits = context.limits
-    context.engine.check_room()  # a full queue is reported before the body has arrived
+    engine, limits = context_of(request).engine, context_of(request).limits
+    engine.check_room()  # a full queue is reported before the body has arrived
     closing = {"connection": "close"}
-    too_large = ApiError(
-        413, f"the body is larger than {limits.body_bytes:,} bytes; send a smaller image", headers=closing
-    )
+    message = f"the body is larger than {limits.body_bytes:,} bytes; send a smaller image"
+    too_large = ApiError(413, message, headers=closing)
     if int(request.headers.get("content-length", "0")) > limits.body_bytes:
         raise too_large
     body = bytearray()
@@ -41,7 +39,7 @@ async def read_body(request: Request) -> bytes:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"the body took longer than {limits.body_seconds:g} s", headers=closing) from None
-    request.state.slot = context.engine.acquire_slot()
+    request.state.slot = engine.acquire_slot()
     return bytes(body)
 
 
@@ -127,9 +125,8 @@ async def read_image_url(request: Request, url: str) -> bytes:
         raise ApiError(400, "an image is a data: URL, such as data:image/png;base64,...", param="image")
     fetcher = context_of(request).fetcher
     if fetcher is None:
-        raise ApiError(
-            400, "this server fetches no images; send the image itself as a data: URL", param="image"
-        )
+        message = "this server fetches no images; send the image itself as a data: URL"
+        raise ApiError(400, message, param="image")
     content = await fetcher.fetch(url)
     request.state.count_bytes(len(content))
     return content

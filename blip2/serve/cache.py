@@ -48,6 +48,3 @@ class ImageCache:
             while self.bytes > self._limit:
                 _, (_, freed) = self._entries.popitem(last=False)
                 self.bytes -= freed
-
-    def __len__(self) -> int:
-        return len(self._entries)

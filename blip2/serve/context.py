@@ -62,11 +62,9 @@ class ServerContext:
 
     def check_texts(self, *texts: str) -> None:
         """Raises ApiError where texts are longer, together, than this server reads."""
-        length = sum(map(len, texts))
-        if length > self.limits.text_chars:
-            raise ApiError(
-                400, f"the text has {length:,} characters; this server reads {self.limits.text_chars:,}"
-            )
+        length, limit = sum(map(len, texts)), self.limits.text_chars
+        if length > limit:
+            raise ApiError(400, f"the text has {length:,} characters; this server reads {limit:,}")
 
     def check_count(self, name: str, value: int, limit: int) -> None:
         """Raises ApiError where a request's number is above a limit."""

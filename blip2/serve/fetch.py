@@ -20,9 +20,7 @@ import httpcore2
 REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,252}")
-_NUMBER = re.compile(
-    r"\d+|0x[0-9a-f]*"
-)  # a host that ends so is an address, and must be written in the usual way
+_NUMBER = re.compile(r"\d+|0x[0-9a-f]*")  # a host that ends so is an address, to be written in the usual way
 _UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6's public internet
 _CARRIERS = tuple(  # networks whose addresses hold an IPv4 address, to which packets go in the end
     ipaddress.IPv6Network(net) for net in ("2002::/16", "2001::/32")
@@ -100,11 +98,6 @@ class _PublicHosts(httpcore2.AsyncNetworkBackend):
         if not addresses or not all(map(is_public, addresses)):
             raise FetchError("the image's URL names no public host")
         return await self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
-
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
-    ) -> httpcore2.AsyncNetworkStream:
-        raise FetchError("only hosts are fetched from")
 
     async def sleep(self, seconds: float) -> None:
         await self._inner.sleep(seconds)

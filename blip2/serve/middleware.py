@@ -147,9 +147,8 @@ class RequestLimits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in UNLIMITED and self._requests >= self._limits.requests:
-            error = ApiError(
-                503, "too many requests at once", code="overloaded", headers={"retry-after": "1"}
-            )
+            retry = {"retry-after": "1"}
+            error = ApiError(503, "too many requests at once", code="overloaded", headers=retry)
             return await _refuse(error, scope, receive, send)
         now, state, own_bytes = time.monotonic(), scope["state"], 0
 

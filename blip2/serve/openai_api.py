@@ -68,9 +68,7 @@ class ChatFormat:
             yield self._chunk(index, {}, logprobs, text.finish_reason)
 
     @staticmethod
-    def _chunk(
-        index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
-    ) -> dict[str, Any]:
+    def _chunk(index: int, delta: Any, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, text: GrowingText, start: int = 0) -> dict[str, Any] | None:

@@ -148,9 +148,7 @@ class Matches(BaseModel):
 
 class Embeddings(BaseModel):
     model: str
-    images: list[list[list[float]]] = Field(
-        description="for each image its queries' vectors, each of length 1"
-    )
+    images: list[list[list[float]]] = Field(description="for each image its queries' vectors, of length 1")
     texts: list[list[float]] = Field(description="for each text one vector of length 1")
 
 

@@ -99,7 +99,7 @@ def test_the_cache_is_bounded_and_forgets_the_least_used(
     assert cache.get(b"b") is None and cache.get(b"a") is encoded[0] and cache.bytes == 2 * size
     nothing = ImageCache(0)
     nothing.put(b"a", encoded[0])
-    assert len(nothing) == nothing.bytes == 0
+    assert nothing.peek(b"a") is None and nothing.bytes == 0
 
 
 def call(compute: Callable[[], Any]) -> ModelCall:
