@@ -113,5 +113,5 @@ async def prometheus_metrics(request: Request) -> Response:
 
 
 @state_routes.get("/", include_in_schema=False)
-async def page() -> Response:
+async def index_page() -> Response:
     return FileResponse(PAGE / "index.html")
