@@ -85,6 +85,11 @@ class GenerateRequest:
         return len(self.prompts) * width(self.options)
 
 
+# What a job computes; and its callback after each step of its greedy or sampled texts, on the engine's thread.
+Work = GenerateRequest | ModelCall
+OnStep = Callable[[list[SampledSequence]], None]
+
+
 @dataclass(frozen=True, eq=False)
 class TextOutput:
     """A generated text.
@@ -100,15 +105,12 @@ class TextOutput:
 
 @dataclass(eq=False)
 class Job:
-    """A request in the engine. `result`: a list of `TextOutput`, or what a call returned; cancelling it ends the job.
+    """Work in the engine. `result`: a list of `TextOutput`, or what a call returned; cancelling it ends the job."""
 
-    on_step: called on the engine's thread with the rows after each step of a greedy or sampled text.
-    """
-
-    request: GenerateRequest | ModelCall
+    work: Work
     client: str
     deadline: float
-    on_step: Callable[[list[SampledSequence]], None] | None
+    on_step: OnStep | None
     result: Future[Any] = field(default_factory=Future)
     sequences: list[SampledSequence | BeamSequence] = field(default_factory=list)
 
@@ -125,7 +127,7 @@ class Slot:
     """A request's place in the queue: reserved while its body is read, then that of its job. Always to be released."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine: Engine | None = engine
+        self._engine, self._reserved = engine, True
         self._job: Job | None = None
 
     def assign(self, job: Job) -> None:
@@ -140,9 +142,9 @@ class Slot:
             self._job.result.cancel()
 
     def _end_reservation(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine._end_reservation()
+        with self._engine._lock:
+            self._engine._reserved -= self._reserved
+            self._reserved = False
 
 
 class Engine:
@@ -220,10 +222,6 @@ class Engine:
             self._reserved += 1
         return Slot(self)
 
-    def _end_reservation(self) -> None:
-        with self._lock:
-            self._reserved -= 1
-
     def prepare_image(self, content: bytes, *, pixels: bool = False) -> PreparedImage:
         """A file's image, ready for the model; from the cache where it has it. Slow: not for an event loop's thread.
 
@@ -243,14 +241,14 @@ class Engine:
 
     def submit(
         self,
-        request: GenerateRequest | ModelCall,
+        work: Work,
         *,
         slot: Slot | None = None,
         client: str = "",
         deadline: float | None = None,
-        on_step: Callable[[list[SampledSequence]], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Job:
-        """Queue a request for texts, or a call of the model.
+        """Queue work.
 
         Args:
             slot: from `acquire_slot`; may be used again by an HTTP request that needs two jobs. None: there must be
@@ -262,11 +260,11 @@ class Engine:
             BusyError: the queue is full.
             ValueError: a prompt that with its new tokens is too long for the model.
         """
-        if isinstance(request, GenerateRequest):
-            self._check_prompts(request)
+        if isinstance(work, GenerateRequest):
+            self._check_prompts(work)
         if deadline is None:
             deadline = time.monotonic() + self.limits.request_seconds
-        job = Job(request, client, deadline, on_step)
+        job = Job(work, client, deadline, on_step)
         with self._lock:
             if slot is None or self._closed:
                 self.check_room()
@@ -354,8 +352,8 @@ class Engine:
                 job = self._waiting[client][0]
                 is_text, new_rows = False, 0
                 fits = not calling
-                if isinstance(job.request, GenerateRequest):
-                    is_text, new_rows = True, job.request.rows
+                if isinstance(job.work, GenerateRequest):
+                    is_text, new_rows = True, job.work.rows
                     fits = not rows or rows + new_rows <= self.limits.rows
                 if not fits:
                     held_up.add(is_text)
@@ -382,10 +380,10 @@ class Engine:
     def _start(self, jobs: list[Job]) -> None:
         generating: list[tuple[Job, GenerateRequest]] = []
         for job in jobs:
-            if isinstance(job.request, GenerateRequest):
-                generating.append((job, job.request))
+            if isinstance(job.work, GenerateRequest):
+                generating.append((job, job.work))
             else:
-                self._call = job, job.request(self.predictor)
+                self._call = job, job.work(self.predictor)
         if not generating:
             return
         try:

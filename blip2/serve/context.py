@@ -13,7 +13,7 @@ import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 
 from blip2.generation.batching import SampledSequence
-from blip2.serve.batching_engine import Engine, GenerateRequest, Job, ModelCall, PreparedImage
+from blip2.serve.batching_engine import Engine, GenerateRequest, Job, OnStep, PreparedImage, Work
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
@@ -79,19 +79,14 @@ class ServerContext:
         """A file's image, ready for the model; `pixels` as for `Engine.prepare_image`."""
         return await self.in_thread(lambda: self.engine.prepare_image(content, pixels=pixels))
 
-    def submit(
-        self,
-        request: Request,
-        work: GenerateRequest | ModelCall,
-        on_step: Callable[[list[SampledSequence]], None] | None = None,
-    ) -> Job:
+    def submit(self, request: Request, work: Work, on_step: OnStep | None = None) -> Job:
         """Queue an HTTP request's work for the engine, in the slot that the request has."""
         state = request.state
         return self.engine.submit(
             work, slot=state.slot, client=state.client, deadline=state.deadline, on_step=on_step
         )
 
-    async def result(self, request: Request, work: GenerateRequest | ModelCall) -> Any:
+    async def result(self, request: Request, work: Work) -> Any:
         """The engine's result. Where the client leaves first, the job is cancelled."""
         result = asyncio.wrap_future(self.submit(request, work).result)
         disconnect = asyncio.create_task(_disconnected(request))
@@ -109,28 +104,25 @@ class ServerContext:
 
         The job is queued before the first token is awaited, so that an error in the request gets its own status.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[NewToken | None]()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[NewToken] | None]()
         counts: dict[int, int] = {}
 
-        def put(tokens: list[NewToken | None]) -> None:
-            for token in tokens:
-                queue.put_nowait(token)
-
         def on_step(rows: list[SampledSequence]) -> None:
-            tokens: list[NewToken | None] = []
+            tokens: list[NewToken] = []
             for i, row in enumerate(rows):
                 count = len(row.ids)
                 tokens += [NewToken(i, row, position) for position in range(counts.get(i, 0), count)]
                 counts[i] = count
-            loop.call_soon_threadsafe(put, tokens)
+            loop.call_soon_threadsafe(queue.put_nowait, tokens)
 
         job = self.submit(request, work, on_step)
         job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(queue.put_nowait, None))
 
         async def follow() -> AsyncIterator[NewToken]:
             try:
-                while (token := await queue.get()) is not None:
-                    yield token
+                while (tokens := await queue.get()) is not None:
+                    for token in tokens:
+                        yield token
                 job.result.result()  # raises the job's error
             finally:
                 job.result.cancel()

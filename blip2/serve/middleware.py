@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,15 +41,14 @@ class ResponseHeaders:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sent = _header(scope, b"x-request-id").decode("latin-1")
+        sent = Headers(scope=scope).get("x-request-id", "")
         id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         scope.setdefault("state", {})["id"] = id
         own = HEADERS | {"x-request-id": id}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                kept = [pair for pair in message.get("headers", []) if pair[0].decode() not in own]
-                message["headers"] = kept + [(name.encode(), value.encode()) for name, value in own.items()]
+                MutableHeaders(scope=message).update(own)
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
@@ -102,13 +102,16 @@ class ApiKeys:
         self.app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         client: str | None = str((scope.get("client") or ("", 0))[0])
         if self._keys and scope["path"] != OPEN:
-            client = self._keys.holder(_headers(scope, b"authorization"))
+            client = self._keys.holder(
+                [value.encode("latin-1") for value in headers.getlist("authorization")]
+            )
         if client is not None:
             scope["state"]["client"] = client
             return await self.app(scope, receive, send)
-        is_page = any(b"text/html" in value for value in _headers(scope, b"accept"))
+        is_page = any("text/html" in value for value in headers.getlist("accept"))
         challenge = {"www-authenticate": 'Basic realm="blip2", charset="UTF-8"' if is_page else "Bearer"}
         message = "an API key is needed: Authorization: Bearer KEY"
         error = ApiError(401, message, code="invalid_api_key", headers=challenge)
@@ -126,11 +129,11 @@ class SameSite:
         self.app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = None
+        message, headers = None, Headers(scope=scope)
         if scope["path"] != OPEN:
-            if self._hosts is not None and _host_name(scope) not in self._hosts:
+            if self._hosts is not None and _host_name(headers) not in self._hosts:
                 message = "this server does not answer to that host name; see blip2 serve --allow-host"
-            elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(scope):
+            elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers):
                 message = "pages of other sites may not use this server"
         if message is not None:
             return await _refuse(ApiError(403, message), scope, receive, send)
@@ -183,24 +186,15 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
     await error.response()(scope, receive, send)
 
 
-def _headers(scope: Scope, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key.lower() == name]
-
-
-def _header(scope: Scope, name: bytes, default: bytes = b"") -> bytes:
-    """The first header of a name."""
-    return next(iter(_headers(scope, name)), default)
-
-
-def _host_name(scope: Scope) -> str:
+def _host_name(headers: Headers) -> str:
     """The host name that the client believes it talks to."""
-    value = _header(scope, b"host").decode("latin-1").lower()
+    value = headers.get("host", "").lower()
     return value.rpartition(":")[0] if re.search(r":\d*$", value) else value
 
 
-def _is_cross_site(scope: Scope) -> bool:
+def _is_cross_site(headers: Headers) -> bool:
     """Whether, by what the browser states, the request comes from a page of another site."""
-    if _header(scope, b"sec-fetch-site", b"none") in (b"cross-site", b"same-site"):
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
         return True
-    origin = _header(scope, b"origin").lower()
-    return bool(origin) and origin.partition(b"://")[2] != _header(scope, b"host").lower()
+    origin = headers.get("origin", "").lower()
+    return bool(origin) and origin.partition("://")[2] != headers.get("host", "").lower()
