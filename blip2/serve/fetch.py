@@ -10,7 +10,6 @@ import asyncio
 import ipaddress
 import re
 import socket
-import ssl
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -123,13 +122,7 @@ class Fetcher:
                         return content
         except TimeoutError:
             raise FetchError(f"fetching the image took longer than {self._seconds:g} s") from None
-        except (
-            httpcore2.NetworkError,
-            httpcore2.ProtocolError,
-            httpcore2.TimeoutException,
-            ssl.SSLError,
-            OSError,
-        ):
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError):
             raise FetchError("the image's host could not be reached") from None
         raise FetchError(f"the image's URL led on more than {REDIRECTS} times")
 

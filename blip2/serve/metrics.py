@@ -17,19 +17,16 @@ class _EngineNumbers(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, cache = self._engine, self._engine.cache
-        for name, help, value in (
-            ("waiting", "requests that wait for the model", engine.waiting),
-            ("running", "texts being generated", engine.running),
-            ("image_cache_bytes", "bytes of encoded images", cache.bytes),
+        for family, name, help, value in (
+            (GaugeMetricFamily, "waiting", "requests that wait for the model", engine.waiting),
+            (GaugeMetricFamily, "running", "texts being generated", engine.running),
+            (GaugeMetricFamily, "image_cache_bytes", "bytes of encoded images", cache.bytes),
+            (CounterMetricFamily, "steps", "decoding steps", engine.steps),
+            (CounterMetricFamily, "tokens", "tokens generated, all beams counted", engine.tokens),
+            (CounterMetricFamily, "image_cache_hits", "images whose encoding was in the cache", cache.hits),
+            (CounterMetricFamily, "image_cache_misses", "images whose encoding was not in it", cache.misses),
         ):
-            yield GaugeMetricFamily(f"blip2_{name}", help, value)
-        for name, help, value in (
-            ("steps", "decoding steps", engine.steps),
-            ("tokens", "tokens generated, all beams counted", engine.tokens),
-            ("image_cache_hits", "images whose encoding was in the cache", cache.hits),
-            ("image_cache_misses", "images whose encoding was not in the cache", cache.misses),
-        ):
-            yield CounterMetricFamily(f"blip2_{name}", help, value)
+            yield family(f"blip2_{name}", help, value)
 
 
 class Metrics:
@@ -40,9 +37,8 @@ class Metrics:
         self._registry.register(_EngineNumbers(engine))
         labels = ("route", "status")
         self._requests = Counter("blip2_requests", "requests answered", labels, registry=self._registry)
-        self._seconds = Histogram(
-            "blip2_request_seconds", "from arrival to the answer's end", ("route",), registry=self._registry
-        )
+        about = "from arrival to the answer's end"
+        self._seconds = Histogram("blip2_request_seconds", about, ("route",), registry=self._registry)
 
     def count(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()

@@ -82,15 +82,9 @@ class RequestLog:
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.count(route, status or 499, seconds)
-            record = {
-                "event": "request",
-                "id": state["id"],
-                "method": scope["method"],
-                "route": route,
-                "status": status or (499 if disconnected else 500),
-                "ms": round(1000 * seconds, 1),
-                "client": state.get("client", "refused"),
-            }
+            record = {"event": "request", "id": state["id"], "method": scope["method"], "route": route}
+            record |= {"status": status or (499 if disconnected else 500), "ms": round(1000 * seconds, 1)}
+            record |= {"client": state.get("client", "refused")}
             log.info("%s", json.dumps(record))
 
 

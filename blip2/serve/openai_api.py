@@ -48,12 +48,9 @@ class ChatFormat:
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, text: GrowingText) -> dict[str, Any]:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text.text, "refusal": None},
-            "finish_reason": text.finish_reason,
-            "logprobs": self._logprobs(text),
-        }
+        message = {"role": "assistant", "content": text.text, "refusal": None}
+        reason, logprobs = text.finish_reason, self._logprobs(text)
+        return {"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs}
 
     def first_chunks(self, count: int) -> list[dict[str, Any]]:
         return [self._chunk(i, {"role": "assistant", "content": "", "refusal": None}) for i in range(count)]

@@ -8,14 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from blip2.generation.options import (
-    DEFAULT_NUM_BEAMS,
-    LENGTH_PENALTY,
-    GenerationOptions,
-    TextKind,
-    bounds_of,
-    make_options,
-)
+from blip2.generation.options import GenerationOptions, TextKind, bounds_of, make_options
 from blip2.text import CAPTION_PROMPT
 
 NonEmptyText = Annotated[str, StringConstraints(strip_whitespace=False, min_length=1)]
@@ -51,19 +44,17 @@ AnyRequest = TypeVar("AnyRequest", bound=TextRequest)
 
 def with_options(schema: type[AnyRequest]) -> type[AnyRequest]:
     """A request's schema with the decoding options as fields: those of Python, None where they are not set."""
-    hints = get_type_hints(GenerationOptions)
+    hints, defaults = get_type_hints(GenerationOptions), make_options(schema.kind)
     added: dict[str, Any] = {}
     for option in fields(GenerationOptions):
-        name, about, default, bounds = option.name, option.metadata["help"], option.default, bounds_of(option)
+        name, about, bounds = option.name, option.metadata["help"], bounds_of(option)
         kind: Any = hints[name]
         if name == "num_beams":
-            about, default = f"{about}; 1 where the text is sampled or streamed", DEFAULT_NUM_BEAMS
-        elif name == "length_penalty":
-            default = LENGTH_PENALTY[schema.kind]
+            about = f"{about}; 1 where the text is sampled or streamed"
         elif name == "eos_token_id":  # JSON has no tuples
             token_id = Annotated[int, Field(ge=0, lt=2**63)]
             kind, bounds = token_id | Annotated[list[token_id], Field(max_length=MAX_END_TOKENS)], {}
-        extra: Any = {"json_schema_extra": {"default": default}, **bounds}
+        extra: Any = {"json_schema_extra": {"default": getattr(defaults, name)}, **bounds}
         added[name] = kind | None, Field(None, description=about, **extra)
     return create_model(schema.__name__, __base__=schema, __module__=schema.__module__, **added)
 

@@ -36,13 +36,12 @@ class GrowingText:
         ids = output.text.tokens
         top_logprobs = output.top_logprobs or [[] for _ in ids]
         tokens = list(zip(ids, output.text.token_logprobs, top_logprobs, strict=True))
-        reason: Literal["stop", "length"] = "stop" if output.finished else "length"
         return cls(
             StreamDetokenizer(decode),
             text=str(output.text),
             tokens=tokens[:-1] if output.finished else tokens,
             count=len(ids),
-            finish_reason=reason,
+            finish_reason="stop" if output.finished else "length",
         )
 
     def add(self, row: SampledSequence, position: int) -> str:
