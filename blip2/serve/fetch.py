@@ -98,9 +98,6 @@ class _PublicHosts(httpcore2.AsyncNetworkBackend):
             raise FetchError("the image's URL names no public host")
         return await self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
-    async def sleep(self, seconds: float) -> None:
-        await self._inner.sleep(seconds)
-
 
 class Fetcher:
     """Fetches images within limits of size and of time, redirects included."""

@@ -9,7 +9,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -20,8 +19,6 @@ from blip2.serve.app import LOOPBACK, build_app
 from blip2.serve.batching_engine import Engine
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
-
-log = logging.getLogger("blip2.serve")
 
 
 def http_protocol(limits: Limits) -> type[H11Protocol]:
@@ -62,9 +59,8 @@ def http_protocol(limits: Limits) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._write_timer = self._write_timer or self.loop.call_later(
-                limits.write_seconds, self.transport.abort
-            )
+            if self._write_timer is None:
+                self._write_timer = self.loop.call_later(limits.write_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -182,10 +178,7 @@ def log_to_stderr() -> None:
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
-        entry: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname,
-        }
+        entry = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname}
         entry |= json.loads(text) if text.startswith("{") else {"event": "message", "message": text}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
