@@ -172,6 +172,7 @@ class Engine:
     # --- from any thread ---
 
     def start(self) -> None:
+        """Start the thread, which loads the model first."""
         self._thread.start()
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ class ImageCache:
         self.bytes = self.hits = self.misses = 0
 
     def get(self, key: bytes) -> EncodedImage | None:
+        """The image of a key, counted as a hit or a miss."""
         with self._lock:
             if key not in self._entries:
                 self.misses += 1
@@ -39,6 +40,7 @@ class ImageCache:
             return self._entries[key][0] if key in self._entries else None
 
     def put(self, key: bytes, encoded: EncodedImage) -> None:
+        """Keep an image, dropping others as needed; one larger than the whole cache is not kept."""
         size = size_of(encoded)
         with self._lock:
             if key in self._entries or size > self._limit:

@@ -41,6 +41,7 @@ class Metrics:
         self._seconds = Histogram("blip2_request_seconds", about, ("route",), registry=self._registry)
 
     def count(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 

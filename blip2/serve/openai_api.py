@@ -53,6 +53,7 @@ class ChatFormat:
         return {"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs}
 
     def first_chunks(self, count: int) -> list[dict[str, Any]]:
+        """Those before any text, one for each choice."""
         return [self._chunk(i, {"role": "assistant", "content": "", "refusal": None}) for i in range(count)]
 
     def chunks(self, index: int, text: GrowingText, piece: str) -> Iterator[dict[str, Any]]:
