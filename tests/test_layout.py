@@ -23,16 +23,19 @@ NEED_EXTRA = {
     f"serve.{name}"
     for name in (
         "app",
-        "events",
-        "fetch",
-        "middleware",
+        "bodies",
         "context",
+        "errors",
+        "fetch",
         "metrics",
+        "middleware",
+        "native_api",
         "on_ray",
-        "native",
         "openai_api",
+        "openapi",
         "run",
         "schemas",
+        "streaming",
     )
 } | {"bulk.on_ray", "evaluate.lmms"}
 
