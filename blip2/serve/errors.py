@@ -26,12 +26,7 @@ TYPES = {  # OpenAI's names for kinds of errors; any other of the client's is an
     504: "timeout_error",
 }
 _HTTP_MESSAGES = {404: "there is no such page here", 405: "this page does not support that HTTP method"}
-_KINDS = (
-    "str",
-    "bool",
-    "int",
-    "constrained-int",
-)  # in the place of a fault: the kind of value that was tried
+_KINDS = ("str", "bool", "int", "constrained-int")  # in a fault's place: the kind of value that was tried
 
 
 class ApiError(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -62,7 +62,7 @@ async def _generate(
     work = GenerateRequest(await context.prepare_image(image), (prompt,), options)
     context.log_content(request, {"prompt": prompt})
     if body.stream:
-        return await _stream(request, work, key)
+        return _stream(request, work, key)
     outputs = await context.result(request, work)
     context.log_content(request, {key: [output.text for output in outputs]})
     return JSONResponse(_result(context, work, outputs, key))
@@ -73,11 +73,9 @@ def _result(
 ) -> dict[str, Any]:
     texts = []
     for output in outputs:
-        ids = output.text.tokens
-        steps = list(zip(ids, (None, *ids), output.text.token_logprobs))
         tokens = [
-            {"text": token_text(context.decode, token, before), "logprob": logprob}
-            for token, before, logprob in (steps[:-1] if output.finished else steps)
+            {"text": token_text(context.decode, token.id, token.before), "logprob": token.logprob}
+            for token in GrowingText.from_output(output, context.decode).tokens
         ]
         texts.append({"text": str(output.text), "score": output.text.score, "tokens": tokens})
     count = sum(len(output.text.tokens) for output in outputs)
@@ -93,22 +91,19 @@ def usage(context: ServerContext, work: GenerateRequest, completion_tokens: int)
     return {"prompt_tokens": read, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-async def _stream(request: Request, work: GenerateRequest, key: str) -> Response:
+def _stream(request: Request, work: GenerateRequest, key: str) -> Response:
     """Events {"delta": piece}, then the result as without stream, then [DONE]."""
     context = context_of(request)
-    growing = GrowingText(StreamDetokenizer(context.decode))
-    tokens = await context.tokens(request, work)
+    job, pieces = context.follow(request, work, [GrowingText(StreamDetokenizer(context.decode))])
 
-    async def bodies() -> AsyncIterator[dict[str, Any]]:
-        async with aclosing(tokens):  # type: ignore[type-var]
-            async for token in tokens:
-                piece = growing.add(token.row, token.position)
+    async def bodies() -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(pieces):
+            async for _, piece in pieces:
                 if piece:
                     yield {"delta": piece}
-                if growing.finish_reason:
-                    output = context.engine.output_of(token.row)
-                    context.log_content(request, {key: [output.text]})
-                    yield _result(context, work, [output], key)
+        outputs = job.result.result()
+        context.log_content(request, {key: [output.text for output in outputs]})
+        yield _result(context, work, outputs, key)
 
     return event_stream(request, bodies())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -72,11 +72,10 @@ class ChatFormat:
     def _logprobs(self, text: GrowingText, start: int = 0) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        befores = [None, *(token for token, _, _ in text.tokens)]
         content = [
-            self._token(token, before, logprob)
-            | {"top_logprobs": [self._token(other, before, share) for other, share in top]}
-            for before, (token, logprob, top) in list(zip(befores, text.tokens))[start:]
+            self._token(token.id, token.before, token.logprob)
+            | {"top_logprobs": [self._token(id, token.before, logprob) for id, logprob in token.top_logprobs]}
+            for token in text.tokens[start:]
         ]
         return {"content": content, "refusal": None}
 
@@ -112,15 +111,14 @@ class CompletionFormat:
     def _logprobs(self, text: GrowingText) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        ids = [token for token, _, _ in text.tokens]
-        befores = [None, *ids]
+        ids = [token.id for token in text.tokens]
         top_logprobs = [
-            {token_text(self.decode, other, before): logprob for other, logprob in top}
-            for before, (_, _, top) in zip(befores, text.tokens)
+            {token_text(self.decode, id, token.before): logprob for id, logprob in token.top_logprobs}
+            for token in text.tokens
         ]
         return {
-            "tokens": [token_text(self.decode, token, before) for token, before in zip(ids, befores)],
-            "token_logprobs": [logprob for _, logprob, _ in text.tokens],
+            "tokens": [token_text(self.decode, token.id, token.before) for token in text.tokens],
+            "token_logprobs": [token.logprob for token in text.tokens],
             "top_logprobs": top_logprobs if self.logprobs else None,
             "text_offset": [len(self.decode(ids[:i]).lstrip()) for i in range(len(ids))],
         }
@@ -291,14 +289,13 @@ async def _respond(
         outputs = await context.result(request, work)
         return in_one([GrowingText.from_output(output, context.decode) for output in outputs])
     texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
-    tokens = await context.tokens(request, work)
+    _, pieces = context.follow(request, work, texts)
 
     async def chunks() -> AsyncGenerator[dict[str, Any], None]:
-        async with aclosing(tokens):  # type: ignore[type-var]
-            async for index, row, position in tokens:
-                if texts[index].finish_reason is None:
-                    for chunk in form.chunks(index, texts[index], texts[index].add(row, position)):
-                        yield chunk
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                for chunk in form.chunks(index, texts[index], piece):
+                    yield chunk
                 if all(text.finish_reason for text in texts):
                     return
 
@@ -309,7 +306,7 @@ async def _respond(
     counted = body.stream_options is not None and body.stream_options.include_usage
     no_usage = {"usage": None} if counted else {}
 
-    async def bodies() -> AsyncIterator[dict[str, Any]]:
+    async def bodies() -> AsyncGenerator[dict[str, Any], None]:
         for chunk in form.first_chunks(len(texts)):
             yield head | {"choices": [chunk]} | no_usage
         async with aclosing(chunks()) as following:

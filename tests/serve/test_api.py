@@ -290,8 +290,8 @@ def test_a_token_is_not_taken_for_the_end_that_comes_after_it(predictor: blip2.P
         GenerationOptions(), [], None, (end,), ids=Grows([word], [end]), logprobs=[-1.0, -2.0]
     )
     choice = GrowingText(StreamDetokenizer(tokenizer.decode), [])
-    assert choice.add(row, 0) == "rose" and choice.finish_reason is None
-    assert choice.add(row, 1) == "" and choice.finish_reason == "stop"
+    assert choice.add(row) == "rose" and choice.finish_reason is None
+    assert choice.add(row) == "" and choice.finish_reason == "stop"
     assert (choice.text, choice.count, len(choice.tokens)) == ("rose", 2, 1)
 
 
