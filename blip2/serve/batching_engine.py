@@ -212,23 +212,15 @@ class Engine:
             raise BusyError("too many requests are waiting; try again soon", 1)
 
     def acquire_slot(self) -> Slot:
-        """A slot in the queue, for a request that is still being read.
-
-        Raises:
-            BusyError: there is none free.
-        """
+        """A slot in the queue, for a request that is still being read. Raises BusyError where none is free."""
         with self._lock:
             self.check_room()
             return Slot(self._reserved)
 
     def prepare_image(self, content: bytes, *, pixels: bool = False) -> PreparedImage:
-        """A file's image, ready for the model; from the cache where it has it. Slow: not for an event loop's thread.
+        """A file's image, ready for the model; from the cache where it has it, unless `pixels` are needed too.
 
-        Args:
-            pixels: they are needed even where the cache has the image.
-
-        Raises:
-            ImageError: no image.
+        Slow: not for an event loop's thread. Raises ImageError where it is no image.
         """
         key = hashlib.sha256(content).digest()
         encoded = self.cache.get(key)
@@ -347,11 +339,9 @@ class Engine:
             before = len(jobs)
             for client in list(self._waiting):
                 job = self._waiting[client][0]
-                is_text, new_rows = False, 0
-                fits = not calling
-                if isinstance(job.work, GenerateRequest):
-                    is_text, new_rows = True, job.work.rows
-                    fits = not rows or rows + new_rows <= self.limits.rows
+                new_rows = job.work.rows if isinstance(job.work, GenerateRequest) else 0
+                is_text = new_rows > 0
+                fits = not rows or rows + new_rows <= self.limits.rows if is_text else not calling
                 if not fits:
                     held_up.add(is_text)
                 if is_text in held_up or len(jobs) == most:

@@ -51,8 +51,7 @@ async def resolve_host(host: str, port: int) -> list[str]:
 def check_url(url: str) -> tuple[str, str]:
     """The scheme and host of a URL that may be fetched.
 
-    Raises:
-        FetchError: another scheme or port, a user name, or no plain host name.
+    Raises FetchError where it has another scheme or port, a user name, or no plain host name.
     """
     if len(url) > 4096 or not url.isascii() or not url.isprintable() or any(c in url for c in ' \\"<>^`{|}'):
         raise FetchError("the image's URL holds characters that no URL has")
@@ -99,11 +98,7 @@ class Fetcher:
         self._max_bytes, self._seconds = max_bytes, seconds
 
     async def fetch(self, url: str) -> bytes:
-        """The file a URL names.
-
-        Raises:
-            FetchError: the URL is not allowed, or its file is missing, too large or too slow.
-        """
+        """The file a URL names. Raises FetchError where that is not allowed, missing, too large or too slow."""
         try:
             async with asyncio.timeout(self._seconds):
                 for _ in range(REDIRECTS + 1):

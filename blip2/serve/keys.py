@@ -21,8 +21,7 @@ class Keys:
     def load(cls, path: str | Path) -> Keys:
         """Read a file with a key on each line; empty lines and those that begin with # are left out.
 
-        Raises:
-            ValueError: no such file, no key in it, or one too short.
+        Raises ValueError where there is no such file, no key in it, or one too short.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()

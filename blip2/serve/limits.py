@@ -42,11 +42,7 @@ class Limits:
                 raise ValueError(f"the limit {name} must be a number, {least} or more; got {value!r}")
 
     def changed(self, settings: Iterable[str]) -> Limits:
-        """These limits with some of them set, each written as NAME=NUMBER.
-
-        Raises:
-            ValueError: no such limit, or no number.
-        """
+        """These limits with some set, each written as NAME=NUMBER. Raises ValueError: no such limit, or no number."""
         kinds = {name: float if name.endswith("seconds") else int for name in vars(self)}
         values: dict[str, int | float] = {}
         for setting in settings:

@@ -123,7 +123,8 @@ class SameSite:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if scope["path"] != OPEN:
-            if self._hosts is not None and _host_name(headers) not in self._hosts:
+            host_name = re.sub(r":\d*$", "", headers.get("host", "").lower())
+            if self._hosts is not None and host_name not in self._hosts:
                 raise ApiError(
                     403, "this server does not answer to that host name; see blip2 serve --allow-host"
                 )
@@ -168,12 +169,6 @@ class RequestLimits:
             self._bytes -= own_bytes
             if "slot" in state:
                 state["slot"].release()
-
-
-def _host_name(headers: Headers) -> str:
-    """The host name that the client believes it talks to."""
-    value = headers.get("host", "").lower()
-    return value.rpartition(":")[0] if re.search(r":\d*$", value) else value
 
 
 def _is_cross_site(headers: Headers) -> bool:

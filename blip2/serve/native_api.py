@@ -57,7 +57,7 @@ async def _generate(
     options, limits = body.options(), context.limits
     context.check_count("max_new_tokens", options.max_new_tokens, limits.new_tokens)
     context.check_count("num_return_sequences", options.num_return_sequences, limits.sequences)
-    context.check_count("num_beams", body.options_set().get("num_beams", 1), limits.num_beams)
+    context.check_count("num_beams", body.num_beams or 1, limits.num_beams)
     context.check_texts(prompt)
     work = GenerateRequest(await context.prepare_image(image), (prompt,), options)
     context.log_content(request, {"prompt": prompt})

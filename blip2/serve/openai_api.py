@@ -222,7 +222,7 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
     question: str | None = None
     image: str | None = None
     for i, message in enumerate(body.messages):
-        text, images = _content(message)
+        text, images = message.text_and_images()
         if len(images) > 1:
             raise ApiError(400, "a message may hold one image: the model looks at one", param=f"messages.{i}")
         if message.role == "user":
@@ -250,15 +250,6 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
 def _image_required(param: str, remedy: str) -> ApiError:
     message = f"this model writes about an image, and none arrived: {remedy}"
     return ApiError(400, message, param=param, code="image_required")
-
-
-def _content(message: schemas.Message) -> tuple[str, list[str]]:
-    """A message's text and its images' URLs."""
-    if message.content is None or isinstance(message.content, str):
-        return message.content or "", []
-    texts = [part.text for part in message.content if isinstance(part, schemas.TextPart)]
-    images = [part.image_url.url for part in message.content if isinstance(part, schemas.ImagePart)]
-    return " ".join(texts), images
 
 
 # --- from the engine's texts to a response --------------------------------------------------------------------------
