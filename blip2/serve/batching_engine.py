@@ -365,11 +365,9 @@ class Engine:
         return False
 
     def _start(self, jobs: list[Job]) -> None:
-        generating: list[tuple[Job, GenerateRequest]] = []
+        generating = [(job, job.work) for job in jobs if isinstance(job.work, GenerateRequest)]
         for job in jobs:
-            if isinstance(job.work, GenerateRequest):
-                generating.append((job, job.work))
-            else:
+            if not isinstance(job.work, GenerateRequest):
                 self._call = job, job.work(self.predictor)
         if not generating:
             return

@@ -32,7 +32,7 @@ NO_SYSTEM = "system and developer messages are not read: the model's prompt form
 DEFAULT_NEW_TOKENS = 30  # where the client names no number, as in Python
 STARTED = int(time.time())
 
-openai_routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+routes = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
 # --- the two formats of an answer -----------------------------------------------------------------------------------
@@ -94,19 +94,17 @@ class CompletionFormat:
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: GrowingText) -> dict[str, Any]:
-        return self._choice(index, text.text, text)
+    def choice(self, index: int, text: GrowingText, piece: str | None = None) -> dict[str, Any]:
+        shown, reason = text.text if piece is None else piece, text.finish_reason
+        logprobs = self._logprobs(text) if reason else None
+        return {"index": index, "text": shown, "logprobs": logprobs, "finish_reason": reason}
 
     def first_chunks(self, count: int) -> list[dict[str, Any]]:
         return []
 
     def chunks(self, index: int, text: GrowingText, piece: str) -> Iterator[dict[str, Any]]:
         if piece or text.finish_reason:
-            yield self._choice(index, piece, text)
-
-    def _choice(self, index: int, piece: str, text: GrowingText) -> dict[str, Any]:
-        logprobs = self._logprobs(text) if text.finish_reason else None
-        return {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": text.finish_reason}
+            yield self.choice(index, text, piece)
 
     def _logprobs(self, text: GrowingText) -> dict[str, Any] | None:
         if self.logprobs is None:
@@ -124,12 +122,7 @@ class CompletionFormat:
         }
 
 
-# --- routes ---------------------------------------------------------------------------------------------------------
-
-
-@openai_routes.post(
-    "/chat/completions", **documented(schemas.ChatCompletion, schemas.ChatRequest, stream=True)
-)
+@routes.post("/chat/completions", **documented(schemas.ChatCompletion, schemas.ChatRequest, stream=True))
 async def create_chat_completion(request: Request) -> Response:
     """The next answer of a conversation about an image."""
     context, body = context_of(request), await read_json(request, schemas.ChatRequest)
@@ -149,7 +142,7 @@ async def create_chat_completion(request: Request) -> Response:
     return await _respond(request, body, work, form, warnings=[NO_SYSTEM] if system else None)
 
 
-@openai_routes.post("/completions", **documented(schemas.Completion, schemas.CompletionRequest, stream=True))
+@routes.post("/completions", **documented(schemas.Completion, schemas.CompletionRequest, stream=True))
 async def create_completion(request: Request) -> Response:
     """Continue a prompt, or each of several, about the image in the extra field `image`."""
     context, body = context_of(request), await read_json(request, schemas.CompletionRequest)
@@ -168,13 +161,13 @@ async def create_completion(request: Request) -> Response:
     return await _respond(request, body, work, CompletionFormat(context.decode, body.logprobs))
 
 
-@openai_routes.get("/models", **documented(schemas.ModelList))
+@routes.get("/models", **documented(schemas.ModelList))
 async def list_models(request: Request) -> Response:
     """The model that this server has."""
     return JSONResponse({"object": "list", "data": [_model_entry(context_of(request))]})
 
 
-@openai_routes.get("/models/{model}", **documented(schemas.Model))
+@routes.get("/models/{model}", **documented(schemas.Model))
 async def retrieve_model(request: Request, model: str) -> Response:
     """The same, by name."""
     context = context_of(request)
@@ -272,39 +265,32 @@ async def _respond(
         context.log_content(request, {"answers": [text.text for text in texts]})
         return usage(context, work, sum(text.count for text in texts))
 
-    def in_one(texts: list[GrowingText]) -> Response:
-        choices = [form.choice(i, text) for i, text in enumerate(texts)]
-        return JSONResponse(head | {"choices": choices, "usage": count(texts)})
-
-    if not body.stream and not stops:
-        outputs = await context.result(request, work)
-        return in_one([GrowingText.from_output(output, context.decode) for output in outputs])
-    texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
-    _, pieces = context.follow(request, work, texts)
-
-    async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+    async def bodies() -> AsyncGenerator[dict[str, Any], None]:
+        counted = body.stream_options is not None and body.stream_options.include_usage
+        no_usage = {"usage": None} if counted else {}
         async with aclosing(pieces):
+            for chunk in form.first_chunks(len(texts)):
+                yield head | {"choices": [chunk]} | no_usage
             async for index, piece in pieces:
                 for chunk in form.chunks(index, texts[index], piece):
-                    yield chunk
+                    yield head | {"choices": [chunk]} | no_usage
                 if all(text.finish_reason for text in texts):
-                    return
-
-    if not body.stream:
-        async for _ in chunks():
-            pass
-        return in_one(texts)
-    counted = body.stream_options is not None and body.stream_options.include_usage
-    no_usage = {"usage": None} if counted else {}
-
-    async def bodies() -> AsyncGenerator[dict[str, Any], None]:
-        for chunk in form.first_chunks(len(texts)):
-            yield head | {"choices": [chunk]} | no_usage
-        async with aclosing(chunks()) as following:
-            async for chunk in following:
-                yield head | {"choices": [chunk]} | no_usage
+                    break
         total = count(texts)
         if counted:
             yield head | {"choices": [], "usage": total}
 
-    return event_stream(request, bodies())
+    if body.stream or stops:
+        texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
+        _, pieces = context.follow(request, work, texts)
+        if body.stream:
+            return event_stream(request, bodies())
+        async with aclosing(pieces):
+            async for _ in pieces:
+                if all(text.finish_reason for text in texts):
+                    break
+    else:
+        outputs = await context.result(request, work)
+        texts = [GrowingText.from_output(output, context.decode) for output in outputs]
+    choices = [form.choice(i, text) for i, text in enumerate(texts)]
+    return JSONResponse(head | {"choices": choices, "usage": count(texts)})

@@ -140,9 +140,7 @@ class Embeddings(BaseModel):
     texts: list[list[float]] = Field(description="for each text one vector of length 1")
 
 
-class ExplainedWord(BaseModel):
-    text: str
-    logprob: float
+class ExplainedWord(Token):
     heat: list[list[float]] = Field(description="rows of the image encoder's grid, 0 to 1")
 
 
