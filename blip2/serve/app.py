@@ -20,7 +20,6 @@ from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError, error_response
 from blip2.serve.fetch import Fetcher
 from blip2.serve.keys import Keys
-from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.middleware import ApiKeys, RequestLimits, RequestLog, ResponseHeaders, SameSite
 from blip2.serve.openapi import documented, openapi_document
@@ -35,7 +34,6 @@ def build_app(
     engine: Engine,
     *,
     model: str,
-    limits: Limits,
     keys: Keys | None = None,
     hosts: frozenset[str] | None = LOOPBACK,
     fetch_urls: bool = False,
@@ -65,7 +63,7 @@ def build_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    metrics = Metrics(engine)
+    limits, metrics = engine.limits, Metrics(engine)
     fetcher = Fetcher(limits.fetch_bytes, limits.fetch_seconds) if fetch_urls else None
     app.state.context = ServerContext(engine, limits, model, metrics, fetcher, log_contents)
     for routes in (native_api.routes, openai_api.routes, state_routes):

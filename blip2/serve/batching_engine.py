@@ -233,7 +233,6 @@ class Engine:
     def submit(
         self,
         work: Work,
-        *,
         slot: Slot | None = None,
         client: str = "",
         deadline: float | None = None,

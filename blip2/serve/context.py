@@ -76,9 +76,7 @@ class ServerContext:
     def submit(self, request: Request, work: Work, on_step: OnStep | None = None) -> Job:
         """Queue an HTTP request's work for the engine, in the slot that the request has."""
         state = request.state
-        return self.engine.submit(
-            work, slot=state.slot, client=state.client, deadline=state.deadline, on_step=on_step
-        )
+        return self.engine.submit(work, state.slot, state.client, state.deadline, on_step)
 
     async def result(self, request: Request, work: Work) -> Any:
         """The engine's result. Where the client leaves first, the job is cancelled."""

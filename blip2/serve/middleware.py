@@ -98,9 +98,7 @@ class ApiKeys:
         headers = Headers(scope=scope)
         client: str | None = str((scope.get("client") or ("", 0))[0])
         if self._keys and scope["path"] != OPEN:
-            client = self._keys.holder(
-                [value.encode("latin-1") for value in headers.getlist("authorization")]
-            )
+            client = self._keys.holder(headers.getlist("authorization"))
         if client is None:
             is_page = any("text/html" in value for value in headers.getlist("accept"))
             challenge = {"www-authenticate": 'Basic realm="blip2", charset="UTF-8"' if is_page else "Bearer"}
@@ -125,9 +123,8 @@ class SameSite:
         if scope["path"] != OPEN:
             host_name = re.sub(r":\d*$", "", headers.get("host", "").lower())
             if self._hosts is not None and host_name not in self._hosts:
-                raise ApiError(
-                    403, "this server does not answer to that host name; see blip2 serve --allow-host"
-                )
+                message = "this server does not answer to that host name; see blip2 serve --allow-host"
+                raise ApiError(403, message)
             if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers):
                 raise ApiError(403, "pages of other sites may not use this server")
         await self.app(scope, receive, send)

@@ -169,10 +169,7 @@ async def post_explain(request: Request) -> Response:
 
     def compute(model: Predictor) -> Generator[None, None, dict[str, Any]]:
         explanation = yield from model.explain_in_slices(pixels, prompt, text)
-        words = [
-            {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()}
-            for word in explanation.words
-        ]
+        words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
         return {
             "model": context.model_name,
             "text": explanation.text,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -63,10 +62,6 @@ def _form_schema(body: type[BaseModel], files: str) -> dict[str, Any]:
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """The document of an application, built on its first use."""
     if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        _, schemas_of_bodies = models_json_schema(_bodies, ref_template=_REFERENCE)
-        document["components"]["schemas"] |= schemas_of_bodies["$defs"]
-        app.openapi_schema = document
-    return app.openapi_schema
+        _, document = models_json_schema(_bodies, ref_template=_REFERENCE)
+        FastAPI.openapi(app)["components"]["schemas"] |= document["$defs"]
+    return FastAPI.openapi(app)

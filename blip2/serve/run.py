@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -85,12 +86,9 @@ def http_protocol(limits: Limits) -> type[H11Protocol]:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def run_server(
@@ -125,7 +123,6 @@ def run_server(
     app = build_app(
         engine,
         model=model,
-        limits=bounds,
         keys=keys,
         hosts=LOOPBACK | {name.lower() for name in allow_hosts},
         fetch_urls=fetch_urls,

@@ -111,16 +111,17 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Captions(BaseModel):
+class TextResult(BaseModel):
     model: str
+    usage: Usage
+
+
+class Captions(TextResult):
     captions: list[GeneratedTextSchema]
-    usage: Usage
 
 
-class Answers(BaseModel):
-    model: str
+class Answers(TextResult):
     answers: list[GeneratedTextSchema]
-    usage: Usage
 
 
 class MatchSchema(BaseModel):
@@ -308,13 +309,11 @@ class ChatChoice(BaseModel):
     logprobs: ChoiceLogprobs | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(TextResult):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
     warnings: list[str] | None = Field(None, description="parts of the request that were not followed")
 
 
@@ -332,13 +331,11 @@ class PlainChoice(BaseModel):
     logprobs: PlainLogprobs | None
 
 
-class Completion(BaseModel):
+class Completion(TextResult):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
-    model: str
     choices: list[PlainChoice]
-    usage: Usage
 
 
 class Model(BaseModel):

@@ -59,7 +59,6 @@ def running_server(
     app = build_app(
         engine,
         model="default",
-        limits=bounds,
         keys=Keys(keys),
         fetch_urls=fetch_urls,
         log_contents=log_contents,

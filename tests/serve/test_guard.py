@@ -99,7 +99,7 @@ def test_a_key_opens(locked: Running, images: list[bytes]) -> None:
 def test_key_files(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# ours\n\n  {KEY}  \n")
-    assert Keys.load(file).holder([f"Bearer {KEY}".encode()]) == "key 1"
+    assert Keys.load(file).holder([f"Bearer {KEY}"]) == "key 1"
     assert not Keys() and Keys.load(file)
     for content in ("", "# none\n", "short\n"):
         file.write_text(content)

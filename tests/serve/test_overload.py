@@ -132,7 +132,7 @@ def test_a_client_that_leaves_before_the_stream_begins_makes_room(
     full_server: Running, images: list[bytes]
 ) -> None:
     """A stream of which no piece was ever read frees its slot too."""
-    engine, limits = full_server.engine, full_server.engine.limits
+    engine = full_server.engine
     body = json.dumps({"image": data_url(images[0]), "stream": True}).encode()
     arriving: list[dict[str, Any]] = [
         {"type": "http.request", "body": body, "more_body": False},
@@ -159,9 +159,7 @@ def test_a_client_that_leaves_before_the_stream_begins_makes_room(
     }
     # in a thread of its own: the browser's tests leave an event loop running in this one
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(
-            asyncio.run, build_app(engine, model="default", limits=limits)(scope, receive, send)
-        ).result()
+        pool.submit(asyncio.run, build_app(engine, model="default")(scope, receive, send)).result()
     assert engine.waiting == 0 and len(arriving) == 1
 
 
