@@ -111,6 +111,8 @@ class ServerContext:
                     for i, (row, length) in enumerate(rows):
                         while texts[i].count < length and texts[i].finish_reason is None:
                             yield i, texts[i].add(row)
+                    if texts[0].stops and all(text.finish_reason for text in texts):
+                        return  # the job would go on
                 job.result.result()  # raises the job's error
             finally:
                 job.result.cancel()

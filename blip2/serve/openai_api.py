@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from blip2.results import StreamDetokenizer, token_text
 from blip2.serve import schemas
 from blip2.serve.batching_engine import GenerateRequest
-from blip2.serve.bodies import read_image_url, read_json
+from blip2.serve.bodies import read_image_url, read_json_body
 from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError
 from blip2.serve.native_api import usage
@@ -125,7 +125,7 @@ class CompletionFormat:
 @routes.post("/chat/completions", **documented(schemas.ChatCompletion, schemas.ChatRequest, stream=True))
 async def create_chat_completion(request: Request) -> Response:
     """The next answer of a conversation about an image."""
-    context, body = context_of(request), await read_json(request, schemas.ChatRequest)
+    context, body = context_of(request), await read_json_body(request, schemas.ChatRequest)
     _check(context, body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -145,7 +145,7 @@ async def create_chat_completion(request: Request) -> Response:
 @routes.post("/completions", **documented(schemas.Completion, schemas.CompletionRequest, stream=True))
 async def create_completion(request: Request) -> Response:
     """Continue a prompt, or each of several, about the image in the extra field `image`."""
-    context, body = context_of(request), await read_json(request, schemas.CompletionRequest)
+    context, body = context_of(request), await read_json_body(request, schemas.CompletionRequest)
     _check(context, body)
     if body.image is None:
         client = 'extra_body={"image": "data:image/png;base64,..."}'
@@ -274,8 +274,6 @@ async def _respond(
             async for index, piece in pieces:
                 for chunk in form.chunks(index, texts[index], piece):
                     yield head | {"choices": [chunk]} | no_usage
-                if all(text.finish_reason for text in texts):
-                    break
         total = count(texts)
         if counted:
             yield head | {"choices": [], "usage": total}
@@ -285,10 +283,8 @@ async def _respond(
         _, pieces = context.follow(request, work, texts)
         if body.stream:
             return event_stream(request, bodies())
-        async with aclosing(pieces):
-            async for _ in pieces:
-                if all(text.finish_reason for text in texts):
-                    break
+        async for _ in pieces:
+            pass
     else:
         outputs = await context.result(request, work)
         texts = [GrowingText.from_output(output, context.decode) for output in outputs]

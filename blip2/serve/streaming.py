@@ -17,7 +17,7 @@ from blip2.serve.batching_engine import TextOutput, TopLogprobs
 from blip2.serve.errors import logged_api_error
 
 
-class Token(NamedTuple):
+class GeneratedToken(NamedTuple):
     """A token of a text. `before`: the one before it, without which it may lack its space."""
 
     id: int
@@ -34,7 +34,7 @@ class GrowingText:
     stops: list[str] = field(default_factory=list)
     text: str = ""  # released to the client
     pending: str = ""  # may turn out to begin a stop string
-    tokens: list[Token] = field(default_factory=list)  # without the end token
+    tokens: list[GeneratedToken] = field(default_factory=list)  # without the end token
     count: int = 0  # generated tokens, the end token included
     finish_reason: Literal["stop", "length"] | None = None
     logprobs_sent: int = 0  # tokens whose log-probabilities a stream has sent
@@ -44,7 +44,7 @@ class GrowingText:
         """A text that is finished already."""
         ids = output.text.tokens
         top_logprobs = output.top_logprobs or [[] for _ in ids]
-        tokens = list(map(Token, ids, (None, *ids), output.text.token_logprobs, top_logprobs))
+        tokens = list(map(GeneratedToken, ids, (None, *ids), output.text.token_logprobs, top_logprobs))
         return cls(
             StreamDetokenizer(decode),
             text=str(output.text),
@@ -63,7 +63,7 @@ class GrowingText:
             token, before = row.ids[position], self.tokens[-1].id if self.tokens else None
             piece = self.detokenizer.add(token)
             top_logprobs = row.tops[position] if row.tops else []
-            self.tokens.append(Token(token, before, row.logprobs[position], top_logprobs))
+            self.tokens.append(GeneratedToken(token, before, row.logprobs[position], top_logprobs))
         if last:
             piece += self.detokenizer.end()
             self.finish_reason = "stop" if row.finished else "length"
