@@ -19,8 +19,8 @@ from blip2.modeling.opt import Layer as OptLayer
 from blip2.modeling.opt import Opt
 from blip2.modeling.qformer import Layer
 from blip2.modeling.vision import Block, ImageEncoder
-from blip2.train import losses
 from blip2.train.loop import Task
+from default_model import losses
 
 Batch = Mapping[str, Tensor]
 
