@@ -96,8 +96,7 @@ def evaluate(
     for task in tasks:
         if settings.answers and (isinstance(task, Scenes) or task.kind != "questions"):
             raise ValueError("--answers is for tasks that are questions alone, such as easyvqa and vqav2")
-        sets = task.sets if isinstance(task, Scenes) else (task.items,)
-        _check_images([item for items in sets for item in items])
+        _check_images(task.items)
     model = load()
     return [
         scenes_report(model, task, settings, model_name=model_name)
@@ -138,8 +137,9 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
         metrics, outcomes, notes = score(model, task, protocol, settings)
         pixels = model.generator.image_processor.size
     if protocol.image_px not in (None, pixels):
-        size = f"{protocol.image_px} px; this model reads {pixels}"
-        notes.append(f"the published figures are of images of {size}")
+        notes.append(
+            f"the published figures are of images of {protocol.image_px} px; this model reads {pixels}"
+        )
     if settings.limit is not None:
         notes.append(f"the first {len(task.items)} of the set alone")
     figures = published(task.name, model_name) if settings.protocol == "paper" else {}

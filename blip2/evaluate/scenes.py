@@ -36,13 +36,14 @@ class Scenes:
     retrieval: list[EvalItem]
 
     @property
-    def sets(self) -> tuple[list[EvalItem], ...]:
-        """All four."""
-        return self.singles, self.multi, self.questions, self.retrieval
+    def items(self) -> list[EvalItem]:
+        """Those of all sets."""
+        return [*self.singles, *self.multi, *self.questions, *self.retrieval]
 
     def first(self, limit: int | None) -> Scenes:
         """The scenes with the first `limit` items of each set."""
-        return Scenes(self.nouns, *(items[:limit] for items in self.sets))
+        sets = (self.singles, self.multi, self.questions, self.retrieval)
+        return Scenes(self.nouns, *(items[:limit] for items in sets))
 
 
 def read_scenes(data: Path | None) -> Scenes:
