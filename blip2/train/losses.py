@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip2.modeling.blip2 import IGNORE_INDEX
-
+IGNORE_INDEX = -100  # label of a position that is no target
 LABEL_SMOOTHING = 0.1
 
 
