@@ -24,6 +24,10 @@ from torch import Tensor
 from blip2.modeling.config import MAX_IMAGE_PX
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # AVIF last: an older Pillow has none
+# Files that are taken for images when a folder is given; what they really are is read from their content.
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+)
 MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -31,6 +35,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RGB = tuple[float, float, float]
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 
+_STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")  # what BLIP-2 does to every image
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -223,7 +228,7 @@ class ImageProcessor:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], image_size: int) -> ImageProcessor:
         """Settings as preprocessor_config.json holds them; see `load`."""
-        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        for step in _STEPS:
             if raw.get(step) is False:
                 raise ImageError(f"the image settings say {step}: false; BLIP-2 does it, set it to true")
         for step in ("do_center_crop", "do_pad"):
@@ -256,13 +261,10 @@ class ImageProcessor:
         return {
             "image_processor_type": "BlipImageProcessor",
             "processor_class": "Blip2Processor",
-            "do_convert_rgb": True,
-            "do_resize": True,
+            **dict.fromkeys(_STEPS, True),
             "size": {"height": self.size, "width": self.size},
             "resample": self.resample,
-            "do_rescale": True,
             "rescale_factor": self.rescale_factor,
-            "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }

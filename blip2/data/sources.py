@@ -13,10 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
-)
-
 
 class DataError(ValueError):
     """A data file that cannot be understood."""
@@ -93,8 +89,10 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _folder_rows(path: Path) -> list[dict[str, Any]]:
+    from blip2.images import SUFFIXES  # here, as it imports torch
+
     rows = []
-    for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+    for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES):
         text = image.with_suffix(".txt")
         if text.is_file():
             lines = map(str.strip, text.read_text(encoding="utf-8").splitlines())

@@ -55,7 +55,7 @@ def match_tables(
     matched = torch.zeros_like(contrast)
     for row, image in enumerate(images):
         columns = (best_texts[row] | best_images[row]).nonzero().flatten().tolist()
-        features = matcher.features([image])  # [1, N, W]
+        features = matcher.model.vision(matcher.prepare([image]).to(matcher.device))  # [1, N, W]
         for _, candidate_columns in in_batches(columns, batch_size):
             ids, mask = matcher.encode([texts[column] for column in candidate_columns])
             itm = matcher.model.itm_logits(features.expand(len(ids), -1, -1), ids, mask).float()  # [B, 2]
