@@ -68,7 +68,11 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
         ImageError: the message names the source, what arrived and what to do.
     """
     if isinstance(source, np.ndarray):
-        return Image.fromarray(_check_array(source))
+        if source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise ImageError(f"the array has shape {source.shape}, expected [height, width, 3]")
+        if source.dtype != np.uint8:
+            raise ImageError(f"the array holds {source.dtype}, expected uint8 from 0 to 255")
+        return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _decode(source, f"the {source.mode} image", exif, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -182,14 +186,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _check_array(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ImageError(f"the array has shape {array.shape}, expected [height, width, 3]")
-    if array.dtype != np.uint8:
-        raise ImageError(f"the array holds {array.dtype}, expected uint8 from 0 to 255")
-    return array
 
 
 # --- RGB -> pixels -------------------------------------------------------------------------------------------------
