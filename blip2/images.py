@@ -216,10 +216,10 @@ class ImageProcessor:
         Raises:
             ImageError: unreadable settings, or a preparation that BLIP-2's square images do not have.
         """
-        processor = _read_json(Path(folder) / "processor_config.json").get("image_processor")
-        if isinstance(processor, Mapping):
-            return cls.from_dict(processor, image_size)
-        return cls.from_dict(_read_json(Path(folder) / "preprocessor_config.json"), image_size)
+        raw = _read_json(Path(folder) / "processor_config.json").get("image_processor")
+        if not isinstance(raw, Mapping):
+            raw = _read_json(Path(folder) / "preprocessor_config.json")
+        return cls.from_dict(raw, image_size)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], image_size: int) -> ImageProcessor:

@@ -277,7 +277,7 @@ class Predictor:
         """
         chosen = make_options("answer", stream=stream, num_return_sequences=num_return_sequences, **options)
         listed = as_list(images)
-        prompts = [self.question_prompt(text) for text in _questions(question, len(listed))]
+        prompts = self._question_prompts(question, len(listed))
         if stream:
             return self._stream(images, prompts, chosen)
         texts = self._write(Answer, listed, prompts, chosen, batch_size)
@@ -319,7 +319,7 @@ class Predictor:
             raise ValueError("answers to rank: give one or more, none of them empty")
         ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
         listed = as_list(images)
-        prompts = [self.question_prompt(text) for text in _questions(question, len(listed))]
+        prompts = self._question_prompts(question, len(listed))
         ranked: list[list[Ranked]] = []
         for start, batch in in_batches(list(zip(listed, prompts, strict=True)), batch_size):
             prefix, cache, _ = self._read([image for image, _ in batch], start)
@@ -453,6 +453,14 @@ class Predictor:
         ids, mask = self.generator.tokenizer.encode_batch(prompts)
         return ids.to(self.device), mask.to(self.device)
 
+    def _question_prompts(self, question: Texts, images: int) -> list[str]:
+        questions: list[str] = as_list(question) * (1 if is_many(question) else images)
+        if len(questions) != images:
+            raise ValueError(
+                f"{len(questions)} questions for {images} images; give one, or one for each image"
+            )
+        return [self.question_prompt(text) for text in questions]
+
     def question_prompt(self, question: str) -> str:
         """The prompt that `ask` gives this model for a question."""
         return question_prompt(question, short=self.model.config.language.is_encoder_decoder)
@@ -552,13 +560,3 @@ class Chat:
             answer += piece
             yield piece
         self._turns.append((text, answer))
-
-
-# --- small parts ---------------------------------------------------------------------------------------------------
-
-
-def _questions(question: Texts, images: int) -> list[str]:
-    questions: list[str] = as_list(question) * (1 if is_many(question) else images)
-    if len(questions) != images:
-        raise ValueError(f"{len(questions)} questions for {images} images; give one, or one for each image")
-    return questions

@@ -24,25 +24,13 @@ SHORT_QUESTION_PROMPT = "Question: {} Short answer:"
 MAX_WORDS = 50
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",  # never read here, but other tools ask for it
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model",  # the last is never read here, but other tools ask for it
+)  # fmt: skip
 
 # What OPT's, BERT's and T5's tokenizers assume where their files are silent.
 _OPT_SPECIAL = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
-_BERT_SPECIAL = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
+_BERT_SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 _T5_SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _USUAL = {models.WordPiece: _BERT_SPECIAL, models.Unigram: _T5_SPECIAL}
 _SPECIAL_NAMES = tuple(dict.fromkeys((*_OPT_SPECIAL, *_BERT_SPECIAL)))

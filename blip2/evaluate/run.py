@@ -96,7 +96,11 @@ def evaluate(
     for task in tasks:
         if settings.answers and (isinstance(task, Scenes) or task.kind != "questions"):
             raise ValueError("--answers is for tasks that are questions alone, such as easyvqa and vqav2")
-        _check_images(task.items)
+        files = [item.image for item in task.items if isinstance(item.image, str | Path)]
+        if missing := [file for file in files if not Path(file).is_file()]:  # reported now, not after hours
+            raise DataError(
+                f"{len(missing):,} of {len(task.items):,} images are missing, such as {missing[0]}"
+            )
     model = load()
     return [
         scenes_report(model, task, settings, model_name=model_name)
@@ -116,14 +120,6 @@ def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Sc
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise DataError(f"eval {name}: a file of {data} is not in its published form ({reason})") from error
-
-
-def _check_images(items: Sequence[EvalItem]) -> None:
-    """Raises DataError if files are missing: at the beginning, not after hours."""
-    files = [item.image for item in items if isinstance(item.image, str | Path)]
-    missing = [file for file in files if not Path(file).is_file()]
-    if missing:
-        raise DataError(f"{len(missing):,} of {len(items):,} images are missing, such as {missing[0]}")
 
 
 def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, model_name: str) -> Report:

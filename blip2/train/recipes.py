@@ -35,27 +35,15 @@ class Recipe:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
 
-    def options(
-        self,
-        batches_per_epoch: int,
-        *,
-        device: str = "cpu",
-        precision: Literal["fp32", "bf16"] = "bf16",
-        workers: int = 0,
-        accumulate: int = 1,
-        seed: int = 42,
-    ) -> FitOptions:
-        """Options for a dataset of `batches_per_epoch` batches."""
+    def options(self, batches_per_epoch: int, *, accumulate: int = 1) -> FitOptions:
+        """Options for a dataset of `batches_per_epoch` batches; `dataclasses.replace` changes the others."""
         shared = ("lr", "min_lr", "warmup_steps", "warmup_lr", "weight_decay", "betas")
         return FitOptions(
             steps=max(1, self.epochs * batches_per_epoch // accumulate),
             **{name: getattr(self, name) for name in shared},
             clip_norm=None,  # the published runs do not clip
             accumulate=accumulate,
-            precision=precision,
-            device=device,
-            workers=workers,
-            seed=seed,
+            precision="bf16",
         )
 
 

@@ -63,8 +63,9 @@ class Stage1(StageTask):
         self.temp = matcher.temp
         self.dec_token_id = dec_token_id
         self.vision_layer_decay, self.muon_scale = vision_layer_decay, muon_scale
-        parts = [part for part in matcher.children() if train_vision or part is not matcher.vision]
-        train_only(matcher, parts)
+        train_only(
+            matcher, [part for part in matcher.children() if train_vision or part is not matcher.vision]
+        )
         self.temp.requires_grad_(True)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
