@@ -54,7 +54,8 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
     elif not path.is_file():
         raise DataError(f"{path}: no such file or folder")
     elif path.suffix == ".csv":
-        rows = _csv_rows(path)
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     elif path.suffix == ".jsonl":
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
@@ -81,11 +82,6 @@ def _parse(text: str | bytes, source: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise DataError(f"{source}: no valid JSON ({error})") from error
-
-
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def _folder_rows(path: Path) -> list[dict[str, Any]]:

@@ -242,7 +242,7 @@ def _retrieval(
     for text, (image, _) in enumerate(pairs):
         texts_of_image[image].append(text)
     parts = (matcher.model, matcher.image_processor, matcher.tokenizer, matcher.device)
-    tables = match_tables(
+    contrast, ranked_texts, ranked_images = match_tables(
         Matcher(*parts, text_length=protocol.text_length),
         [item.image for item in items],
         texts,
@@ -251,15 +251,15 @@ def _retrieval(
         batch_size=settings.batch_size,
         progress=settings.progress,
     )
-    metrics = {f"text {name}": value for name, value in recalls(tables.texts, texts_of_image).items()}
-    metrics |= {f"image {name}": value for name, value in recalls(tables.images, image_of_text).items()}
+    metrics = {f"text {name}": value for name, value in recalls(ranked_texts, texts_of_image).items()}
+    metrics |= {f"image {name}": value for name, value in recalls(ranked_images, image_of_text).items()}
     metrics |= {
-        "  text R@1 by contrast alone": recalls(tables.contrast, texts_of_image, (1,))["R@1"],
-        "  image R@1 by contrast alone": recalls(tables.contrast.T, image_of_text, (1,))["R@1"],
+        "  text R@1 by contrast alone": recalls(contrast, texts_of_image, (1,))["R@1"],
+        "  image R@1 by contrast alone": recalls(contrast.T, image_of_text, (1,))["R@1"],
     }
     outcomes = [
         Outcome(item, texts[int(row.argmax())], {"rank": float(rank + 1)}, -float(rank))
-        for item, row, rank in zip(items, tables.texts, ranks(tables.texts, texts_of_image), strict=True)
+        for item, row, rank in zip(items, ranked_texts, ranks(ranked_texts, texts_of_image), strict=True)
     ]
     return metrics, outcomes, []
 

@@ -37,6 +37,7 @@ _LINE_END = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
 
 # --- parts of the rules' patterns ---
 
+_FLAGS = re.IGNORECASE | re.ASCII
 _SPACE = "[ \t\xa0\u2000-\u200a\u3000]"
 _SPACE_OR_LINE = "[ \t\xa0\u2000-\u200a\u3000\n]"
 _APOSTROPHE = "(?:['\x92\u2019]|&apos;)"
@@ -273,7 +274,7 @@ _RULES = (
 def _rules(kind: str) -> list[tuple[re.Pattern[str], _Rule]]:
     """The rules for tokens whose first character is of a class, each with its compiled pattern."""
     return [
-        (re.compile(f"({rule.token})(?:{rule.then})", re.IGNORECASE | re.ASCII), rule)
+        (re.compile(f"({rule.token})(?:{rule.then})", _FLAGS), rule)
         for rule in _RULES
         if kind in (*rule.starts, "other")
     ]
@@ -282,9 +283,7 @@ def _rules(kind: str) -> list[tuple[re.Pattern[str], _Rule]]:
 # A shortcut: plain words before a space, except abbreviations and contractions of two words, need no rule.
 _PLAIN = re.compile("[A-Za-z]{2,}(?=[.,;:!?]?[ \n])")
 _TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
-_ABBREVIATION = re.compile(
-    rf"{_BEFORE_LOWER_CASE}|{_BEFORE_NAMES}\.|{_BEFORE_NUMBERS}", re.IGNORECASE | re.ASCII
-)
+_ABBREVIATION = re.compile(rf"{_BEFORE_LOWER_CASE}|{_BEFORE_NAMES}\.|{_BEFORE_NUMBERS}", _FLAGS)
 _SKIPPED = re.compile(f"(?:{_SPACE}|&nbsp;|[\0\u200b\u200e\u200f\ufeff\x7f])+", re.IGNORECASE)
 
 
