@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
-from blip2.commands.images import THREADS, countable, inputs_of, print_rows
+from blip2.commands.images import countable, inputs_of, print_rows, run_settings
 from blip2.commands.terminal import DONE, SOME_FAILED, complain, load_named, print_line, report_error
 from blip2.generation.options import GenerationOptions, TextKind
 
@@ -70,7 +69,7 @@ def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) 
     model = load_named(args)
     describe, prepare = _captioner(args, lambda: model, model, options, questions)
     if args.dry_run:
-        with _settings(args, model) as settings:
+        with run_settings(args, model) as settings:
             return _print_estimate(inputs, settings, describe, prepare, begun)
     columns = ("question", "caption", "answer", "logprob", "match")[args.command == "ask" :]
     hide = "question" if args.command == "ask" else ""
@@ -143,16 +142,6 @@ def _captioner(
     return describe, make_resizer(*processors)
 
 
-@contextlib.contextmanager
-def _settings(args: argparse.Namespace, model: Predictor, **output: Any) -> Iterator[RunSettings]:
-    """How a run is done. output: where it goes, see `RunSettings`."""
-    from blip2.bulk import RunSettings
-    from blip2.bulk.describe import parallel_batches
-
-    with parallel_batches(model) as parallel:
-        yield RunSettings(batch_size=args.batch_size, parallel_batches=parallel, threads=THREADS, **output)
-
-
 def _print_estimate(
     inputs: Inputs, settings: RunSettings, describe: Describe, prepare: Prepare, begun: float
 ) -> int:
@@ -190,7 +179,7 @@ def _write_files(
     run_config = _run_config(args, options, questions, model, kind)
     output = {"out": out, "kind": kind, "existing": args.existing or "skip", "run_config": run_config}
     try:
-        with _settings(args, model, **output) as settings:
+        with run_settings(args, model, **output) as settings:
             if args.dry_run:
                 return _print_estimate(inputs, settings, describe, prepare, begun)
             with progress_bar(countable(inputs), hidden=args.quiet) as show:
