@@ -13,7 +13,7 @@ from blip2.checkpoint.convert import Progress, normalize, write_settings
 from blip2.checkpoint.folder import new_folder, write_json
 from blip2.checkpoint.hub import resolve
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.load import has_tokenizer, SkipInit
+from blip2.checkpoint.load import SkipInit, has_tokenizer
 from blip2.checkpoint.remap import blocks, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip2.checkpoint.folder import copy_file, new_folder, write_json
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.load import parse_dtype, SkipInit
+from blip2.checkpoint.load import SkipInit, parse_dtype
 from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
