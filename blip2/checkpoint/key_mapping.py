@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+# The weights that a tied head shares, by our names and by Hugging Face's.
+HEAD = "language.lm_head.weight"
+OPT_EMBEDDINGS, T5_EMBEDDINGS = "language.embed_tokens.weight", "language.shared.weight"
+HF_HEAD = "language_model.lm_head.weight"
+HF_OPT_EMBEDDINGS = "language_model.model.decoder.embed_tokens.weight"
+HF_T5_EMBEDDINGS = "language_model.shared.weight"
+
 # The position biases that all layers of T5 share are stored with the first of them.
 _T5_BIAS = "language_model.{}.block.0.layer.0.SelfAttention.relative_attention_bias"
 
-# ours -> Hugging Face; the first that fits counts. What follows the prefix is equal on both sides.
+# ours -> Hugging Face; the first match counts. What follows the prefix is equal on both sides.
 HUGGING_FACE: Mapping[str, str] = {
     "vision.class_embedding": "vision_model.embeddings.class_embedding",
     "vision.position_embedding": "vision_model.embeddings.position_embedding",
@@ -43,24 +50,16 @@ HUGGING_FACE: Mapping[str, str] = {
 
 # Hugging Face's other names for one tensor -> ours; files may hold it under all of them.
 _COPIES: Mapping[str, str] = {
-    f"language_model.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")
+    f"language_model.{part}.embed_tokens.weight": T5_EMBEDDINGS for part in ("encoder", "decoder")
 }
-
-
-def translate(name: str, table: Iterable[tuple[str, str]]) -> str | None:
-    """The name on the table's other side, or None where the table has no such name."""
-    for ours, theirs in table:
-        if name == ours or (ours.endswith(".") and name.startswith(ours)):
-            return theirs + name[len(ours) :]
-    return None
 
 
 def to_hugging_face(name: str) -> str:
     """Our parameter name -> Hugging Face's. Raises KeyError for a name that is not ours."""
-    theirs = translate(name, HUGGING_FACE.items())
-    if theirs is None:
+    foreign = _rename(name, HUGGING_FACE.items())
+    if foreign is None:
         raise KeyError(name)
-    return theirs
+    return foreign
 
 
 def from_hugging_face(name: str) -> str | None:
@@ -68,4 +67,12 @@ def from_hugging_face(name: str) -> str | None:
 
     Its word embeddings of T5 have three names.
     """
-    return _COPIES.get(name) or translate(name, ((theirs, ours) for ours, theirs in HUGGING_FACE.items()))
+    return _COPIES.get(name) or _rename(name, ((foreign, ours) for ours, foreign in HUGGING_FACE.items()))
+
+
+def _rename(name: str, table: Iterable[tuple[str, str]]) -> str | None:
+    """The name on the table's other side, or None where the table has no such name."""
+    for old, new in table:
+        if name == old or (old.endswith(".") and name.startswith(old)):
+            return new + name[len(old) :]
+    return None

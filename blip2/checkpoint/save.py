@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.folder import copy_file, new_folder, write_json
-from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.load import parse_dtype, SkipInit
+from blip2.checkpoint.key_mapping import HEAD, to_hugging_face
+from blip2.checkpoint.load import SkipInit, parse_dtype
 from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, to_hf
-from blip2.tensorfiles.tensors import CheckpointError, TensorInfo
-from blip2.tensorfiles.writers import SAFETENSORS, write_files
+from blip2.storage import copy_file, new_folder, sync, write_json
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.tensors import TensorInfo
+from blip2.tensorfiles.writers import SAFETENSORS, FileKind, Read
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
-_HEAD = "language.lm_head.weight"
 
 
 def save_model(
@@ -62,16 +62,38 @@ def save_model(
             write_json(beside / name, value)
         for source in () if tokenizer is None else tokenizer_files(Path(tokenizer)):
             copy_file(source, beside)
-        index = write_files(
+        write_files(
             beside,
             SAFETENSORS,
             info,
             lambda name: (block.to(info[name].dtype) for block in blocks(state[name].detach().cpu())),
             shard_bytes,
         )
-        if index is not None:
-            write_json(beside / SAFETENSORS.index, index)
     return target
+
+
+def write_files(
+    folder: Path, kind: FileKind, info: Mapping[str, TensorInfo], read: Read, limit: int | None
+) -> None:
+    """Write tensors to as many files as `limit`, bytes in each, needs (None: one); to several, with their index."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    room = limit or 0
+    for name, entry in info.items():
+        if limit is not None and shards[-1] and entry.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = entry
+        room -= entry.nbytes
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        path = folder / (kind.single if len(shards) == 1 else kind.shard.format(i, len(shards)))
+        with path.open("wb") as file:
+            kind.write(file, shard, read)
+        sync(path)
+        weight_map |= dict.fromkeys(shard, path.name)
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in info.values())
+        write_json(folder / kind.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
@@ -87,7 +109,7 @@ def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
         raise CheckpointError("the model is quantized or changed; only a model as it was loaded can be saved")
     tied = isinstance(model, Blip2) and model.language.tied
     if tied:
-        del state[_HEAD]
+        del state[HEAD]
     return {to_hugging_face(name): tensor for name, tensor in state.items()}, tied
 
 
@@ -101,7 +123,7 @@ def settings(
     """The JSON files beside the weights of a folder in Hugging Face's layout.
 
     Args:
-        info: the stored tensors. tied: whether the head is left out of them.
+        info: the tensors that are stored. tied: whether the head is left out of them.
     """
     processor: dict[str, Any] = {"processor_class": "Blip2Processor"}
     files: dict[str, dict[str, Any]] = {}
@@ -136,13 +158,14 @@ def settings(
 def _image_token(tokenizer: Path, vocab_size: int) -> int | None:
     """The id transformers' processor lets the queries stand for: `<image>`, or the first id after the tokenizer's."""
     words = Tokenizer.load(tokenizer)
-    found = words.token_id("<image>")
-    found = len(words) if found is None else found
-    return found if found < vocab_size else None
+    image = words.token_id("<image>")
+    image = len(words) if image is None else image
+    return image if image < vocab_size else None
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not found:
+    """The tokenizer files in a folder. Raises CheckpointError where there are none."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
         raise CheckpointError(f"{folder} holds no tokenizer files")
-    return found
+    return files

@@ -1,4 +1,4 @@
-"""The bytes of a file, by place: every place is checked before anything is read, allocated or mapped."""
+"""The bytes of a file, by offset: every range is checked before anything is read, allocated or mapped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.tensorfiles.tensors import BrokenFileError, CheckpointError, TensorInfo, UnsupportedFileError
+from blip2.tensorfiles.errors import BrokenFileError, CheckpointError, UnsupportedFileError
 
 
 class FileBytes:
@@ -39,7 +39,7 @@ class FileBytes:
         return bytes(content)
 
     def read_into(self, start: int, out: memoryview, what: str) -> None:
-        """Fill `out` with what stands at `start`."""
+        """Fill `out` with the bytes from `start`."""
         self._check(start, len(out), what)
         done = 0
         try:
@@ -57,13 +57,13 @@ class FileBytes:
                 f"{self.path}: {what} cannot be read ({error.strerror or error})"
             ) from error
 
-    def mapped(self, start: int, info: TensorInfo, what: str) -> Tensor | None:
-        """Values in a row, mapped privately: changes stay in this process, the mapping outlives the file.
+    def mapped(self, start: int, length: int, dtype: torch.dtype, what: str) -> Tensor | None:
+        """`length` bytes of values in a row, mapped privately: changes stay in this process, the map outlives the file.
 
-        None where the system gives no mapping or the values stand unaligned: then they must be read.
+        None where the system gives no mapping or the values are not aligned: then they must be read.
         """
-        self._check(start, info.nbytes, what)
-        if start % info.dtype.itemsize or not info.nbytes:
+        self._check(start, length, what)
+        if start % dtype.itemsize or not length:
             return None
         if self._map is None:
             try:
@@ -71,7 +71,7 @@ class FileBytes:
             except (OSError, ValueError):
                 return None
             self._map = torch.from_numpy(np.frombuffer(content, np.uint8))
-        return self._map[start : start + info.nbytes].view(info.dtype)
+        return self._map[start : start + length].view(dtype)
 
     def _check(self, start: int, length: int, what: str) -> None:
         if self._file.closed:
@@ -85,7 +85,7 @@ class FileBytes:
 
 
 def swap_bytes(values: Tensor, dtype: torch.dtype) -> None:
-    """Turn big-endian values of `dtype`, held as bytes, into little-endian ones, in place."""
+    """Turn big-endian values of `dtype`, given as bytes, into little-endian ones, in place."""
     width = dtype.itemsize // (2 if dtype.is_complex else 1)
     if width > 1:
         values.numpy().view(f"u{width}").byteswap(inplace=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.tensorfiles.errors import BrokenFileError, UnsafeFileError, UnsupportedFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
 from blip2.tensorfiles.pickles import (
     ORDERED_DICT,
@@ -26,14 +27,7 @@ from blip2.tensorfiles.pickles import (
     find_state_dict,
     read_pickle,
 )
-from blip2.tensorfiles.tensors import (
-    BrokenFileError,
-    TensorInfo,
-    UnsafeFileError,
-    UnsupportedFileError,
-    checked_shape,
-    quoted,
-)
+from blip2.tensorfiles.tensors import TensorInfo, checked_shape
 
 SPLIT_TABLE = "UnpackBigParamInfor@@"
 _CHUNK = 1 << 20
@@ -48,7 +42,7 @@ _TUPLE = frozenset({Global("__builtin__", "tuple"), Global("builtins", "tuple")}
 ALLOWED = _RECONSTRUCT | _BYTES | _TUPLE | {_ARRAY, _DTYPE, _ENCODE, ORDERED_DICT}
 
 # numpy's names of dtypes. Paddle's bfloat16 is numpy's uint16, see above.
-_DTYPES: Mapping[str, torch.dtype] = {
+DTYPES: Mapping[str, torch.dtype] = {
     "b1": torch.bool,
     "u1": torch.uint8,
     "i1": torch.int8,
@@ -81,12 +75,12 @@ def open_paddle(file: FileBytes) -> PaddleFile:
     try:
         pickle = read_pickle(file, 0, file.size, ALLOWED)
     except UnsafeFileError as error:
-        if error.asked not in ("builtins.eval", "__builtin__.eval"):
+        if error.requested not in ("builtins.eval", "__builtin__.eval"):
             raise
         raise UnsafeFileError(
             f"{file.path}: refused: it calls Python's eval, as Paddle does when it saves C++ tensors (and an attacker "
             "could). Nothing was run. In Paddle, save a layer's state_dict() with paddle.save",
-            error.asked,
+            error.requested,
         ) from error
     if pickle.end != file.size:
         raise BrokenFileError(f"{file.path}: {file.size - pickle.end:,} bytes follow the end of its pickle")
@@ -104,8 +98,8 @@ class PaddleFile:
         self.info: dict[str, TensorInfo] = {}
         self._slices: dict[str, list[_Array]] = {}  # one of them is the whole tensor
         table = as_dict(value)
-        found = find_state_dict(value, _is_tensor, file)
-        arrays = {name: self._read_array(name, entry) for name, entry in found.items()}
+        entries = find_state_dict(value, _is_tensor, file)
+        arrays = {name: self._read_array(name, entry) for name, entry in entries.items()}
         split = {} if table is None else table.get(SPLIT_TABLE, {})
         if not isinstance(split, dict):
             raise BrokenFileError(f"{file.path}: {SPLIT_TABLE} is no dict; get the file again")
@@ -121,8 +115,8 @@ class PaddleFile:
         info, (array, *more) = self.info[name], self._slices[name]
         row = None
         if isinstance(array.data, Stored) and not (array.data.text or array.big_endian or more):
-            # None for most: they do not stand aligned in the file.
-            row = self._file.mapped(array.data.start, info, f"tensor {quoted(name)}")
+            # None for most: they are not aligned in the file.
+            row = self._file.mapped(array.data.start, info.nbytes, info.dtype, f"tensor {quoted(name)}")
         return self.copied(name) if row is None else _shaped(row, array, info)
 
     def copied(self, name: str) -> Tensor:
@@ -171,7 +165,7 @@ class PaddleFile:
                     f"{self._file.path}: {what} has {done:,} bytes of values instead of {len(out):,}; get it again"
                 )
 
-    # --- what the pickle says ---
+    # --- the pickle's description of an array ---
 
     def _wrong(self, name: str, why: str) -> BrokenFileError:
         return BrokenFileError(f"{self._file.path}: tensor {quoted(name)} {why}; get the file again")
@@ -180,7 +174,7 @@ class PaddleFile:
         call = _array_call(value)
         state = call.state if call else None
         if call is None or call.arguments[:1] != (_ARRAY,) or not isinstance(state, tuple) or len(state) != 5:
-            raise self._wrong(name, "is described in no way that numpy has")
+            raise self._wrong(name, "is not described as numpy describes an array")
         _, sizes, kind, columns_first, data = state
         code, big_endian = self._read_dtype(name, kind)
         shape = checked_shape(sizes)
@@ -188,7 +182,7 @@ class PaddleFile:
             raise self._wrong(name, "has no valid shape")
         if columns_first not in (0, 1):
             raise self._wrong(name, "has no valid order of values")
-        info = TensorInfo(shape, _DTYPES[code])
+        info = TensorInfo(shape, DTYPES[code])
         data = self._read_data(name, data)
         if isinstance(data, Stored) and data.text:
             fits = data.length // 2 <= info.nbytes <= data.length  # a byte takes one or two
@@ -204,12 +198,12 @@ class PaddleFile:
         if isinstance(value, Call) and value.function == _DTYPE and value.arguments:
             code, state = value.arguments[0], value.state
             order = state[1] if isinstance(state, tuple) and len(state) >= 2 else None
-            if type(code) is str and type(order) is str and code in _DTYPES and order in ("<", ">", "|"):
+            if type(code) is str and type(order) is str and code in DTYPES and order in ("<", ">", "|"):
                 return code, order == ">"
-            if type(code) is str and code not in _DTYPES:
+            if type(code) is str and code not in DTYPES:
                 raise UnsupportedFileError(
                     f"{self._file.path}: tensor {quoted(name)} has numpy's dtype {quoted(code)}; known are "
-                    f"{', '.join(_DTYPES)} (u2 is Paddle's bfloat16)"
+                    f"{', '.join(DTYPES)} (u2 is Paddle's bfloat16)"
                 )
         raise self._wrong(name, "has no valid dtype")
 

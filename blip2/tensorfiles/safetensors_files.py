@@ -11,16 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from blip2.tensorfiles.errors import BrokenFileError, CheckpointError, UnsupportedFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.tensors import (
-    BrokenFileError,
-    CheckpointError,
-    TensorInfo,
-    UnsupportedFileError,
-    checked_shape,
-    parse_json,
-    quoted,
-)
+from blip2.tensorfiles.strict_json import parse_json
+from blip2.tensorfiles.tensors import TensorInfo, checked_shape
 
 MAX_HEADER_BYTES = 4 << 20  # 1,247 tensors (the 6.7B model) take 0.2 MB
 
@@ -82,16 +76,16 @@ class SafetensorsFile:
 
 
 def _read_header(file: FileBytes) -> tuple[dict[str, TensorInfo], dict[str, int], dict[str, str]]:
-    """What a safetensors file says it holds, where in the file each tensor begins, and what it says of itself.
+    """The tensors that the header lists, where in the file each begins, and the header's metadata.
 
-    Checks what the safetensors library lets pass, repeated names and absurd sizes; offsets it checks itself.
+    Checks what the safetensors library lets pass, repeated names and absurd sizes; the library checks offsets.
     """
     length = int.from_bytes(file.read(0, 8, "the header"), "little")
     if length > MAX_HEADER_BYTES:
         raise UnsupportedFileError(
             f"{file.path}: the header announces {length:,} bytes, over {MAX_HEADER_BYTES:,}: no model's file"
         )
-    header = parse_json(file.read(8, length, "the header"), file.path)
+    header = parse_json(file.read(8, length, "the header"), f"{file.path}: its header", unique_names=True)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise BrokenFileError(f"{file.path}: __metadata__ is no table of texts; get the file again")

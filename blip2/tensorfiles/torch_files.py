@@ -1,7 +1,7 @@
 """Files of torch.save: today's zip archives, and the older files without an archive.
 
 Both hold a pickle in which a tensor is a call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`,
-and each storage, a row of values that several tensors may share, stands outside the pickle: in an archive as a record,
+and each storage, a row of values that several tensors may share, is outside the pickle: in an archive as a record,
 in an older file after the pickle. Layout as torch/serialization.py writes it.
 """
 
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.tensorfiles.errors import BrokenFileError, UnsupportedFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
 from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Reference, find_state_dict, read_pickle
-from blip2.tensorfiles.tensors import BrokenFileError, TensorInfo, UnsupportedFileError, checked_shape, quoted
-from blip2.tensorfiles.zips import Record, read_records
+from blip2.tensorfiles.tensors import TensorInfo, checked_shape
+from blip2.tensorfiles.zips import ZipRecord, read_records
 
 # The first pickle of an older file: one large number. Protocols 0 and 1 write it as text.
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -26,7 +27,7 @@ _MAGIC_BYTES = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
 _MAGIC_LINE = f"L{_MAGIC}L\n.".encode()
 _PROTOCOL = 1001
 
-_STORAGES: Mapping[Global, torch.dtype] = {
+STORAGES: Mapping[Global, torch.dtype] = {
     Global("torch", "FloatStorage"): torch.float32,
     Global("torch", "DoubleStorage"): torch.float64,
     Global("torch", "HalfStorage"): torch.float16,
@@ -55,7 +56,7 @@ _TENSOR_3 = Global("torch._utils", "_rebuild_tensor_v3")
 _PARAMETER = Global("torch._utils", "_rebuild_parameter")
 _PARAMETER_2 = Global("torch._utils", "_rebuild_parameter_with_state")
 _TENSORS = frozenset({_TENSOR, _TENSOR_2, _TENSOR_3, _PARAMETER, _PARAMETER_2})
-ALLOWED = _TENSORS | _STORAGES.keys() | _DTYPES.keys() | {ORDERED_DICT}
+ALLOWED = _TENSORS | STORAGES.keys() | _DTYPES.keys() | {ORDERED_DICT}
 
 
 def is_legacy(start: bytes) -> bool:
@@ -135,12 +136,12 @@ def open_legacy(file: FileBytes) -> TorchFile:
     position = keys.end
     for key in keys.value:
         dtype, count = announced[key]
-        told = int.from_bytes(file.read(position, 8, f"storage {quoted(key)}"), "little")
-        record = Record(position + 8, count * dtype.itemsize)
+        stored_count = int.from_bytes(file.read(position, 8, f"storage {quoted(key)}"), "little")
+        record = ZipRecord(position + 8, count * dtype.itemsize)
         position = record.start + record.length
-        if told != count or position > file.size:
+        if stored_count != count or position > file.size:
             raise BrokenFileError(
-                f"{file.path}: storage {quoted(key)} should have {count:,} values, it says {told:,} and "
+                f"{file.path}: storage {quoted(key)} should have {count:,} values, it says {stored_count:,} and "
                 f"{max(file.size - record.start, 0):,} bytes are left; get the file again"
             )
         storages[key] = record
@@ -152,11 +153,11 @@ def open_legacy(file: FileBytes) -> TorchFile:
 def _announced(
     references: Iterable[Reference], length: int, file: FileBytes
 ) -> dict[str, tuple[torch.dtype, int]]:
-    """What the pickle says of its storages: dtype and number of values by key.
+    """The storages that the pickle names: dtype and number of values by key.
 
     A reference is ("storage", class, key, device, number of values), in older files with None at the end.
     """
-    found: dict[str, tuple[torch.dtype, int]] = {}
+    storages: dict[str, tuple[torch.dtype, int]] = {}
     for reference in references:
         fields = reference.id
         if (
@@ -165,7 +166,7 @@ def _announced(
             or type(fields[0]) is not str
             or fields[0] != "storage"
             or not isinstance(fields[1], Global)
-            or fields[1] not in _STORAGES
+            or fields[1] not in STORAGES
             or type(fields[2]) is not str
             or type(fields[4]) is not int
             or not 0 <= fields[4] < 2**48
@@ -174,12 +175,12 @@ def _announced(
             raise UnsupportedFileError(
                 f"{file.path}: it refers to something that is no storage of a tensor; save a plain state dict"
             )
-        announced = (_STORAGES[fields[1]], fields[4])
-        if found.setdefault(fields[2], announced) != announced:
+        announced = (STORAGES[fields[1]], fields[4])
+        if storages.setdefault(fields[2], announced) != announced:
             raise BrokenFileError(
                 f"{file.path}: storage {quoted(fields[2])} is announced in two ways; get the file again"
             )
-    return found
+    return storages
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class TorchFile:
     metadata: Mapping[str, str] = {}
 
     def __init__(
-        self, file: FileBytes, value: Any, storages: Mapping[str, Record], *, big_endian: bool
+        self, file: FileBytes, value: Any, storages: Mapping[str, ZipRecord], *, big_endian: bool
     ) -> None:
         self._file, self._storages, self._big_endian = file, storages, big_endian
         self.info: dict[str, TensorInfo] = {}
@@ -210,9 +211,8 @@ class TorchFile:
         info, view = self.info[name], self._views[name]
         row = None
         if not self._big_endian:
-            row = self._file.mapped(
-                view.start, TensorInfo((view.span,), info.dtype), f"tensor {quoted(name)}"
-            )
+            length = view.span * info.dtype.itemsize
+            row = self._file.mapped(view.start, length, info.dtype, f"tensor {quoted(name)}")
         return self.copied(name) if row is None else row.as_strided(info.shape, view.strides)
 
     def copied(self, name: str) -> Tensor:
@@ -242,12 +242,12 @@ class TorchFile:
             raise BrokenFileError(f"{wrong} is described by {len(call.arguments)} values; get the file again")
         storage, offset, sizes, strides = call.arguments[:4]
         _, kind, key, *_ = storage.id
-        dtype = _STORAGES[kind]
+        dtype = STORAGES[kind]
         if call.function == _TENSOR_3:
-            asked = call.arguments[6]
-            if not isinstance(asked, Global) or asked not in _DTYPES:
-                raise UnsupportedFileError(f"{wrong} has dtype {quoted(str(asked))}")
-            dtype = _DTYPES[asked]
+            name_of_dtype = call.arguments[6]
+            if not isinstance(name_of_dtype, Global) or name_of_dtype not in _DTYPES:
+                raise UnsupportedFileError(f"{wrong} has dtype {quoted(str(name_of_dtype))}")
+            dtype = _DTYPES[name_of_dtype]
         shape = checked_shape(sizes)
         if shape is None:
             raise BrokenFileError(f"{wrong} has no valid shape; get the file again")

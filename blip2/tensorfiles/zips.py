@@ -1,6 +1,6 @@
 """The records of a zip archive as torch.save writes it: stored as they are, one after the other.
 
-Only the list of records is read, and only where all its parts agree: the archive's end stands at the file's end, the
+Only the list of records is read, and only where all its parts agree: the archive's end is at the file's end, the
 directory just before it, no record is compressed, none overlaps another and none has another's name.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from blip2.tensorfiles.errors import BrokenFileError, UnsupportedFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.tensors import BrokenFileError, UnsupportedFileError, quoted
 
 MAX_RECORDS = 20_000  # a record a tensor
 MAX_DIRECTORY_BYTES = 8 << 20
@@ -27,14 +27,14 @@ _IN_64 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Record:
-    """Where a record's bytes stand in the file."""
+class ZipRecord:
+    """The place of a record's bytes in the file."""
 
     start: int
     length: int
 
 
-def read_records(file: FileBytes) -> dict[str, Record]:
+def read_records(file: FileBytes) -> dict[str, ZipRecord]:
     """The records of an archive by name.
 
     Raises:
@@ -47,7 +47,7 @@ def read_records(file: FileBytes) -> dict[str, Record]:
             f"{file.path}: an archive of {count:,} records, listed in {length:,} bytes; no model has so many tensors"
         )
     directory = file.read(start, length, "the archive's directory")
-    records: dict[str, Record] = {}
+    records: dict[str, ZipRecord] = {}
     extents = []
     position = 0
     for _ in range(count):
@@ -93,7 +93,7 @@ def _find_directory(file: FileBytes) -> tuple[int, int, int]:
     return count, start, length
 
 
-def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, Record, int, int]:
+def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, ZipRecord, int, int]:
     """A record's name, its bytes, where its own header begins, and where the next entry of the directory does."""
     fixed = directory[position : position + 4 + _ENTRY.size]
     if len(fixed) < 4 + _ENTRY.size or fixed[:4] != b"PK\x01\x02":
@@ -118,22 +118,22 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
         local[4:]
     )
     start = begin + len(local) + name_size + extra_size
-    told = {local_packed, local_length} - {length}
+    other_lengths = {local_packed, local_length} - {length}
     if local_flags & _DESCRIPTOR_FOLLOWS:
-        told.discard(0)
-    if _IN_64 in told:
+        other_lengths.discard(0)
+    if _IN_64 in other_lengths:
         extra = file.read(start - extra_size, extra_size, what)
-        told = {*_wide_fields(extra, [local_length, local_packed], what, file)} - {length}
+        other_lengths = {*_wide_fields(extra, [local_length, local_packed], what, file)} - {length}
     if (
         local[:4] != b"PK\x03\x04"
         or (local_method, local_flags) != (method, flags)
-        or told
+        or other_lengths
         or file.read(begin + len(local), name_size, what) != raw_name
     ):
         raise BrokenFileError(f"{file.path}: {what} and the archive's directory contradict each other")
     if start + length > file.size:
         raise BrokenFileError(f"{file.path}: {what} ends beyond the end of the file; get the file again")
-    return name, Record(start, length), begin, extra_end + sizes[2]
+    return name, ZipRecord(start, length), begin, extra_end + sizes[2]
 
 
 def _checked_name(raw: bytes, file: FileBytes) -> str:
@@ -155,11 +155,11 @@ def _wide_fields(extra: bytes, narrow: list[int], what: str, file: FileBytes) ->
         if kind == 1:
             wide = extra[position + 4 : position + 4 + size]
         position += 4 + size
-    found = []
+    numbers = []
     for number in narrow:
         if number == _IN_64:
             if len(wide) < 8:
                 raise BrokenFileError(f"{file.path}: {what} has no length or place")
             number, wide = int.from_bytes(wide[:8], "little"), wide[8:]
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers

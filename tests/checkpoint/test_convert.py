@@ -19,7 +19,7 @@ from torch import Tensor
 
 import blip2.checkpoint
 from blip2.checkpoint import CheckpointError, convert, inspect, load_model, load_processors, open_tensors
-from blip2.checkpoint.convert import World
+from blip2.checkpoint.convert import Format
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import T5Config
 from blip2.tensorfiles.writers import write_pdparams
@@ -27,7 +27,7 @@ from blip2.tensorfiles.writers import write_pdparams
 convert_module = importlib.import_module("blip2.checkpoint.convert")  # `convert` names the function
 
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
-WORLDS: tuple[World, ...] = ("hf", "paddle", "lavis")
+WORLDS: tuple[Format, ...] = ("hf", "paddle", "lavis")
 LAYOUT = {"hf": "Hugging Face", "paddle": "PaddleNLP", "lavis": "LAVIS"}
 
 
@@ -64,7 +64,7 @@ def assert_same_bytes(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back(variant: str, world: World, variants: dict[str, Path], tmp_path: Path) -> None:
+def test_there_and_back(variant: str, world: Format, variants: dict[str, Path], tmp_path: Path) -> None:
     source = variants[variant]
     made = convert(source, tmp_path / "there", to=world, verify=True)
     assert "bit by bit" in made.verified
@@ -153,7 +153,7 @@ def test_paddlenlps_safetensors(variants: dict[str, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("world", "pattern"), [("hf", "*.safetensors"), ("paddle", "*.pdparams")])
-def test_shards(world: World, pattern: str, variants: dict[str, Path], tmp_path: Path) -> None:
+def test_shards(world: Format, pattern: str, variants: dict[str, Path], tmp_path: Path) -> None:
     convert(variants["opt"], tmp_path / "there", to=world, shard_bytes=100_000, verify=True)
     files = sorted((tmp_path / "there").glob(pattern))
     assert len(files) > 3
@@ -401,9 +401,8 @@ def test_a_spare_tensor_is_an_error(variants: dict[str, Path], tmp_path: Path) -
     convert(variants["t5"], tmp_path / "paddle", to="paddle")
     tensors = tensors_of(tmp_path / "paddle") | {"language_model.t5.odd": torch.zeros(2)}
     info = {name: blip2.checkpoint.TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    write_pdparams(
-        tmp_path / "paddle" / "model_state.pdparams", info, lambda name: [tensors[name].reshape(-1)]
-    )
+    with (tmp_path / "paddle" / "model_state.pdparams").open("wb") as file:
+        write_pdparams(file, info, lambda name: [tensors[name].reshape(-1)])
     with pytest.raises(CheckpointError, match=r"language_model\.odd"):
         load_model(tmp_path / "paddle")
     assert any("language_model.odd" in problem for problem in inspect(tmp_path / "paddle").problems)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from blip2.tensorfiles.errors import BrokenFileError, UnsafeFileError
 from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.pickles import ORDERED_DICT, SHORT, Call, Global, Pickle, Stored, as_dict, read_pickle
-from blip2.tensorfiles.tensors import BrokenFileError, UnsafeFileError
 
 PROTOCOLS = range(6)
 
@@ -116,7 +116,7 @@ def test_names_stay_words(protocol: int, tmp_path: Path) -> None:
         UnsafeFileError, match=r"asks for 'textwrap\.dedent', which no tensor needs"
     ) as caught:
         read(content, tmp_path)
-    assert caught.value.asked == "textwrap.dedent"
+    assert caught.value.requested == "textwrap.dedent"
     made = read(content, tmp_path, Global("textwrap", "dedent")).value["a"]
     assert isinstance(made, Call)
     assert (str(made.function), made.arguments, made.state) == (

@@ -33,7 +33,8 @@ INFO = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in 
 
 def write(writer: Writer, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remap, "BLOCK_ELEMENTS", 64)  # several pieces a tensor
-    writer(path, INFO, lambda name: blocks(TENSORS[name]))
+    with path.open("wb") as file:
+        writer(file, INFO, lambda name: blocks(TENSORS[name]))
 
 
 def assert_equal(found: dict[str, Tensor]) -> None:
@@ -92,5 +93,8 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
         yield torch.zeros(2).to(torch.float8_e4m3fn)
 
     for writer in (write_torch, write_pdparams):
-        with pytest.raises(CheckpointError, match=r"odd is torch\.float8_e4m3fn"):
-            writer(tmp_path / "file", info, read)
+        with (
+            pytest.raises(CheckpointError, match=r"odd is torch\.float8_e4m3fn"),
+            (tmp_path / "file").open("wb") as file,
+        ):
+            writer(file, info, read)
