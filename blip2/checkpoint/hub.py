@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from blip2.tensorfiles.errors import CheckpointError
+from blip2.text import TOKENIZER_FILES
 
 # Weights that are data alone, and the settings beside them: never code.
 HUB_FILES = (
@@ -13,14 +14,7 @@ HUB_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
+    *TOKENIZER_FILES,
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",

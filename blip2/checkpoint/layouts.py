@@ -1,20 +1,14 @@
-"""How tensors are named and laid out in a checkpoint: the rules between Hugging Face's names and another's.
+"""How the tensors of a checkpoint are named and laid out: what `formats` says of each format.
 
-A rule is a pair of names, Hugging Face's first. `*` stands for a layer's number, and a name that ends in "." for all
-names that begin so; the first rule that fits counts. What a layout stores besides is listed as dropped.
-The layouts themselves are in `formats`.
+Rules (see `key_mapping`) have Hugging Face's name first. What a format stores besides is listed as dropped.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
-from blip2.checkpoint.key_mapping import HF_HEAD
-
-Rules = tuple[tuple[str, str], ...]
+from blip2.checkpoint.key_mapping import HF_HEAD, Rules
 
 # Weights of two dimensions that are no linear layer's.
 _TABLES = (
@@ -79,32 +73,3 @@ class Layout:
 
 
 HUGGING_FACE = Layout("hf")
-
-
-def to_foreign_name(name: str, rules: Rules) -> str | None:
-    """Hugging Face's name -> the layout's, None where it has none."""
-    return _rename(name, _compiled(rules, False))
-
-
-def to_hf_name(name: str, rules: Rules) -> str | None:
-    """The layout's name -> Hugging Face's, None where it has none."""
-    return _rename(name, _compiled(rules, True))
-
-
-def _rename(name: str, patterns: tuple[tuple[re.Pattern[str], str], ...]) -> str | None:
-    for pattern, template in patterns:
-        if match := pattern.fullmatch(name):
-            return template.format(*match.groups())
-    return None
-
-
-@cache
-def _compiled(rules: Rules, back: bool) -> tuple[tuple[re.Pattern[str], str], ...]:
-    def pattern(name: str) -> re.Pattern[str]:
-        return re.compile(re.escape(name).replace(r"\*", r"(\d+)") + ("(.+)" if name.endswith(".") else ""))
-
-    def template(name: str) -> str:
-        return name.replace("*", "{}") + ("{}" if name.endswith(".") else "")
-
-    pairs = ((right, left) if back else (left, right) for left, right in rules)
-    return tuple((pattern(old), template(new)) for old, new in pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from blip2.quantization.formats import MODES, Mode, QuantizedWeight
 from blip2.quantization.stored import parts_of, stored_mode
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.writers import Read
 
 
 @dataclass(frozen=True)
@@ -75,36 +77,34 @@ def quantize_checkpoint(
             entry = tensors.info(name)
             info |= parts_of(name, entry.shape, weights[name]) if name in weights else {name: entry}
         total = sum(tensors.info(name).nbytes for name in tensors)
-        quantizer = _Quantizer(tensors, weights, lambda size: report("write", size, total))
-        with new_checkpoint(Path(target), original, "hf", info, quantizer.read, SHARD_BYTES):
+        read = _reader(tensors, weights, lambda size: report("write", size, total))
+        with new_checkpoint(Path(target), original, "hf", info, read, SHARD_BYTES):
             pass
     return Quantization(Path(target), len(weights), total, sum(entry.nbytes for entry in info.values()))
 
 
-class _Quantizer:
-    """Gives tensors to a writer, which reads the parts of a weight one after another."""
+def _reader(
+    tensors: Tensors, weights: Mapping[str, type[QuantizedWeight]], report: Callable[[int], None]
+) -> Read:
+    """What gives a writer the tensors, and of the weights the parts that are stored, one after another."""
+    owners = {
+        part: name
+        for name, kind in weights.items()
+        for part in parts_of(name, tensors.info(name).shape, kind)
+    }
 
-    def __init__(
-        self, tensors: Tensors, weights: Mapping[str, type[QuantizedWeight]], report: Callable[[int], None]
-    ) -> None:
-        self._tensors, self._weights, self._report = tensors, weights, report
-        self._owner = {
-            part: name
-            for name, kind in weights.items()
-            for part in parts_of(name, tensors.info(name).shape, kind)
-        }
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+    @lru_cache(maxsize=1)  # the parts of a weight are read one after another
+    def quantized_parts(name: str) -> dict[str, Tensor]:
+        weight = weights[name].of(tensors.copy(name))
+        report(tensors.info(name).nbytes)
+        return dict(zip(parts_of(name, tensors.info(name).shape, type(weight)), weight.parts, strict=True))
 
-    def read(self, name: str) -> Iterator[Tensor]:
-        owner = self._owner.get(name)
-        if owner is None:
-            for block in read_blocks(self._tensors, name):
+    def read(name: str) -> Iterator[Tensor]:
+        if name in owners:
+            yield from blocks(quantized_parts(owners[name])[name])
+        else:
+            for block in read_blocks(tensors, name):
                 yield block
-                self._report(block.nbytes)
-            return
-        if self._last[0] != owner:
-            weight = self._weights[owner].of(self._tensors.copy(owner))
-            names = parts_of(owner, self._tensors.info(owner).shape, type(weight))
-            self._last = owner, dict(zip(names, weight.parts, strict=True))
-            self._report(self._tensors.info(owner).nbytes)
-        yield from blocks(self._last[1][name])
+                report(block.nbytes)
+
+    return read

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
-from blip2.checkpoint.layouts import HUGGING_FACE, Layout, to_foreign_name, to_hf_name
+from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS, rename
+from blip2.checkpoint.layouts import HUGGING_FACE, Layout
 from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 
@@ -46,7 +46,6 @@ class RemappedTensors:
     """Tensors made of others: to its users a `TensorFile`."""
 
     format = "remapped"
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, tensors: Tensors, recipes: Mapping[str, TensorRecipe]) -> None:
         self.tensors, self.recipes = tensors, recipes
@@ -178,7 +177,7 @@ def to_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
         if layout.split_qkv_bias and name.endswith(".q_bias"):
             joint = name.removesuffix("q_bias")
             stored = (name, joint + "k_bias" if joint + "k_bias" in tensors else None, joint + "v_bias")
-            target = to_hf_name(joint + "qkv.bias", rules) or name
+            target = rename(joint + "qkv.bias", rules, back=True) or name
             if target == name or stored[2] not in tensors or len(info.shape) != 1:
                 target, recipe = name, TensorRecipe(info, (name,))
             else:
@@ -186,7 +185,7 @@ def to_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
                     raise CheckpointError(f"{name} and the other biases beside it differ in length or dtype")
                 recipe = TensorRecipe(TensorInfo((3 * info.shape[0],), info.dtype), stored)
         else:
-            target = to_hf_name(name, rules) or name
+            target = rename(name, rules, back=True) or name
             recipe = _reshaped(info, name, target, layout, t5=t5)
         if target in recipes:
             raise CheckpointError(
@@ -232,7 +231,7 @@ def from_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
     recipes: dict[str, TensorRecipe] = {}
     for name in tensors:
         info = tensors.info(name)
-        target = to_foreign_name(name, rules)
+        target = rename(name, rules)
         if target is None:
             raise CheckpointError(f"{name} has no place in the layout of {layout.name}")
         if layout.split_qkv_bias and not clip and name.endswith(".self_attn.qkv.bias"):
@@ -249,7 +248,7 @@ def from_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
         recipes[target] = TensorRecipe(TensorInfo(shape, info.dtype), (name,), transposed)
     if layout.transposed and not t5 and HF_OPT_EMBEDDINGS in tensors and HF_HEAD not in tensors:
         # PaddleNLP never ties OPT's head: it is stored, or drawn at random
-        target = to_foreign_name(HF_HEAD, rules)
+        target = rename(HF_HEAD, rules)
         assert target is not None
         recipes[target] = TensorRecipe(tensors.info(HF_OPT_EMBEDDINGS), (HF_OPT_EMBEDDINGS,))
     return remap_tensors(tensors, recipes)

@@ -37,7 +37,6 @@ class RoundedFile:
     """Rounded weights as the floats they stand for: a file of tensors, as far as its users can see."""
 
     format = "safetensors"
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, stored: Tensors, names: list[str]) -> None:
         """`names`: of the weights, as if they were stored as floats. Raises CheckpointError where parts do not fit."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class FileBytes:
         """Opens the file; `stack` closes it. Raises CheckpointError where there is none that can be read."""
         self.path = path
         self._lock = threading.Lock()
-        self._map: Tensor | None = None
+        self._map: npt.NDArray[np.uint8] | None = None
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
                 raise UnsupportedFileError(f"{path}: no regular file; give the path of a tensor file")
@@ -30,6 +31,14 @@ class FileBytes:
             self.size = self._file.seek(0, 2)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+    def broken(self, problem: str) -> BrokenFileError:
+        """The error of a file that is cut short or contradicts itself."""
+        return BrokenFileError(f"{self.path}: {problem}; get the file again")
+
+    def unsupported(self, problem: str) -> UnsupportedFileError:
+        """The error of a file that is none of the kinds read here; `problem` says what to do about it."""
+        return UnsupportedFileError(f"{self.path}: {problem}")
 
     def read(self, start: int, length: int, what: str) -> bytes:
         """`length` bytes. `what`: what is read, for the message of an error."""
@@ -48,9 +57,7 @@ class FileBytes:
                 while done < len(out):
                     count = self._file.readinto(out[done:])
                     if not count:
-                        raise BrokenFileError(
-                            f"{self.path}: {what} cannot be read: the file became shorter; get it again"
-                        )
+                        raise self.broken(f"{what} cannot be read: the file became shorter")
                     done += count
         except OSError as error:
             raise CheckpointError(
@@ -70,8 +77,8 @@ class FileBytes:
                 content = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_COPY)
             except (OSError, ValueError):
                 return None
-            self._map = torch.from_numpy(np.frombuffer(content, np.uint8))
-        return self._map[start : start + length].view(dtype)
+            self._map = np.frombuffer(content, np.uint8)
+        return torch.from_numpy(self._map[start : start + length]).view(dtype)  # a storage of its own
 
     def _check(self, start: int, length: int, what: str) -> None:
         if self._file.closed:
@@ -79,8 +86,8 @@ class FileBytes:
                 f"{self.path}: {what} cannot be read: the file is closed; read tensors inside the `with` block"
             )
         if start < 0 or length < 0 or start + length > self.size:
-            raise BrokenFileError(
-                f"{self.path}: {what} ends beyond the end of the file; it is cut short or lies, get it again"
+            raise self.broken(
+                f"{what} ends beyond the end of the file; it is cut short or contradicts itself"
             )
 
 

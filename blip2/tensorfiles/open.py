@@ -9,7 +9,7 @@ from pathlib import Path
 from blip2.tensorfiles.errors import BrokenFileError, CheckpointError, UnsupportedFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.paddle_files import open_paddle
-from blip2.tensorfiles.safetensors_files import SafetensorsFile
+from blip2.tensorfiles.safetensors_files import open_safetensors
 from blip2.tensorfiles.strict_json import read_json
 from blip2.tensorfiles.tensors import TensorFile, Tensors
 from blip2.tensorfiles.torch_files import is_legacy, open_archive, open_legacy
@@ -78,7 +78,7 @@ def _open_file(path: Path, stack: ExitStack) -> TensorFile:
     start = file.read(0, min(file.size, 64), "its beginning")
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header <= file.size - 8:
-        return SafetensorsFile(file, stack)
+        return open_safetensors(file)
     if start.startswith(b"PK\x03\x04"):
         return open_archive(file)
     if is_legacy(start):
@@ -88,7 +88,7 @@ def _open_file(path: Path, stack: ExitStack) -> TensorFile:
         start[:1] in (b"(", b"}", b"]", b")", b"c") and file.read(file.size - 1, 1, "its end") == b"."
     ):
         return open_paddle(file)
-    raise UnsupportedFileError(f"{path}: {_what_it_is(start, file)}")
+    raise file.unsupported(_what_it_is(start, file))
 
 
 def _what_it_is(start: bytes, file: FileBytes) -> str:

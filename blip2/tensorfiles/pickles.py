@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from blip2.tensorfiles.errors import BrokenFileError, UnsafeFileError, UnsupportedFileError, quoted
+from blip2.tensorfiles.errors import UnsafeFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
 
 SHORT = 1024  # bytes; longer strings stay in the file
@@ -118,32 +118,30 @@ def find_state_dict(value: Any, is_tensor: Callable[[Any], bool], file: FileByte
     """
     outer = as_dict(value)
     if outer is None:
-        raise UnsupportedFileError(
-            f"{file.path}: it holds {quoted(value)}, expected a dict of tensors; save the model's state dict"
+        raise file.unsupported(
+            f"it holds {quoted(value)}, expected a dict of tensors; save the model's state dict"
         )
     tables = {}
     for wrapper, table in [("", outer), *((key, as_dict(outer.get(key))) for key in WRAPPERS)]:
         if entries := {name: entry for name, entry in (table or {}).items() if is_tensor(entry)}:
             tables[wrapper] = entries
     if len(tables) > 1:
-        raise UnsupportedFileError(
-            f"{file.path}: it holds tensors in several places "
+        raise file.unsupported(
+            f"it holds tensors in several places "
             f"({', '.join(repr(key) if key else 'outside' for key in tables)}), so which are the model's is "
             "ambiguous; save the one state dict alone"
         )
     if not tables:
         if not outer:
             return {}
-        raise UnsupportedFileError(
-            f"{file.path}: no tensors at its top nor under {', '.join(WRAPPERS)}; it holds "
+        raise file.unsupported(
+            f"no tensors at its top nor under {', '.join(WRAPPERS)}; it holds "
             f"{', '.join(quoted(key) for key in list(outer)[:10])}: save the model's state dict alone"
         )
     (entries,) = tables.values()
     for name in entries:
         if not isinstance(name, str):
-            raise UnsupportedFileError(
-                f"{file.path}: a tensor has the name {quoted(name)}; names must be strings"
-            )
+            raise file.unsupported(f"a tensor has the name {quoted(name)}; names must be strings")
     return entries
 
 
@@ -226,16 +224,14 @@ class _Machine:
                 self.unsafe(f"the opcode {_REFUSED[opcode]}")
             else:
                 self.broken(f"{opcode:#04x} is no opcode")
-        raise UnsupportedFileError(
-            f"{self.file.path}: its pickle has over {MAX_OPCODES:,} opcodes, more than any model's file"
+        raise self.file.unsupported(
+            f"its pickle has over {MAX_OPCODES:,} opcodes, more than any model's file"
         )
 
     # --- errors, bytes and the stack ---
 
     def broken(self, why: str) -> NoReturn:
-        raise BrokenFileError(
-            f"{self.file.path}: a broken pickle, at byte {self.position:,}: {why}; get the file again"
-        )
+        raise self.file.broken(f"a broken pickle, at byte {self.position:,}: {why}")
 
     def unsafe(self, why: str, requested: str = "") -> NoReturn:
         raise UnsafeFileError(
@@ -284,8 +280,8 @@ class _Machine:
     def count_text(self, length: int) -> None:
         self.text_bytes += length
         if self.text_bytes > MAX_TEXT_BYTES:
-            raise UnsupportedFileError(
-                f"{self.file.path}: its pickle holds over {MAX_TEXT_BYTES:,} bytes of names and settings, more than "
+            raise self.file.unsupported(
+                f"its pickle holds over {MAX_TEXT_BYTES:,} bytes of names and settings, more than "
                 "any model's file"
             )
 
@@ -319,7 +315,7 @@ class _Machine:
         if self.position != self.start + 1:
             self.broken("a second beginning")
         if (version := self.take(1)[0]) > 5:
-            raise UnsupportedFileError(f"{self.file.path}: a pickle of protocol {version}; known are 0 to 5")
+            raise self.file.unsupported(f"a pickle of protocol {version}; known are 0 to 5")
 
     def frame(self) -> None:
         length = int.from_bytes(self.take(8), "little")

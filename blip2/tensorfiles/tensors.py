@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blip2.tensorfiles.filebytes import FileBytes
+from blip2.tensorfiles.errors import quoted
+from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
 
 MAX_ELEMENTS = 2**48
 
@@ -36,10 +37,6 @@ class TensorFile(Protocol):
         """ "safetensors", "torch" or "paddle"."""
 
     @property
-    def metadata(self) -> Mapping[str, str]:
-        """The texts in a safetensors file's header; empty for the others."""
-
-    @property
     def info(self) -> Mapping[str, TensorInfo]:
         """Shapes and dtypes by name."""
 
@@ -51,6 +48,72 @@ class TensorFile(Protocol):
 
     def place(self, name: str) -> tuple[FileBytes, int] | None:
         """The file and the first byte of its values, where these are one after another as in this machine's memory."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its values, from the byte `start` in steps of `strides` values; None: in order.
+
+    start: None where its values are not one after another in the file.
+    """
+
+    info: TensorInfo
+    start: int | None
+    strides: tuple[int, ...] | None = None
+    big_endian: bool = False
+
+    @property
+    def span(self) -> int:
+        """How many values there are from the first to the last, both included."""
+        shape, strides = self.info.shape, self.strides
+        if strides is None or 0 in shape:
+            return math.prod(shape)
+        return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+class StoredTensors:
+    """The tensors of one file: a `TensorFile` of any format."""
+
+    def __init__(self, file: FileBytes, format: str, tensors: Mapping[str, StoredTensor]) -> None:
+        self.format, self._file, self._tensors = format, file, tensors
+        self.info: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in tensors.items()}
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor, mapped from the file where its values are aligned there."""
+        tensor, dtype, row = self._tensors[name], self.info[name].dtype, None
+        if tensor.start is not None and not tensor.big_endian:
+            length = tensor.span * dtype.itemsize
+            row = self._file.mapped(tensor.start, length, dtype, f"tensor {quoted(name)}")
+        return self.copied(name) if row is None else self._shaped(row, tensor)
+
+    def copied(self, name: str) -> Tensor:
+        """The tensor in memory of its own."""
+        tensor, dtype = self._tensors[name], self.info[name].dtype
+        row = torch.empty(tensor.span * dtype.itemsize, dtype=torch.uint8)
+        self._read(name, row.numpy().data)
+        if tensor.big_endian:
+            swap_bytes(row, dtype)
+        values = self._shaped(row.view(dtype), tensor)
+        return values if tensor.span == values.numel() else values.contiguous()
+
+    def place(self, name: str) -> tuple[FileBytes, int] | None:
+        """See `TensorFile`."""
+        tensor = self._tensors[name]
+        in_order = tensor.strides in (None, torch.empty(tensor.info.shape, device="meta").stride())
+        return (
+            None if tensor.start is None or tensor.big_endian or not in_order else (self._file, tensor.start)
+        )
+
+    def _read(self, name: str, out: memoryview) -> None:
+        """Fill `out` with the values as they are in the file."""
+        start = self._tensors[name].start
+        assert start is not None
+        self._file.read_into(start, out, f"tensor {quoted(name)}")
+
+    @staticmethod
+    def _shaped(row: Tensor, tensor: StoredTensor) -> Tensor:
+        shape = tensor.info.shape
+        return row.reshape(shape) if tensor.strides is None else row.as_strided(shape, tensor.strides)
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -86,7 +149,7 @@ class Tensors(Mapping[str, Tensor]):
         return self._files[name].copied(name)
 
     def file(self, name: str) -> TensorFile:
-        """The open file that holds a tensor: its format and metadata."""
+        """The open file that holds a tensor: its format, and where in it the values are."""
         return self._files[name]
 
 

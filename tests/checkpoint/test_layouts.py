@@ -10,7 +10,8 @@ from blip2.checkpoint import open_tensors
 from blip2.checkpoint.formats import detect_layout
 from blip2.checkpoint.formats.lavis import LAVIS
 from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP
-from blip2.checkpoint.layouts import HUGGING_FACE, Layout, to_foreign_name, to_hf_name
+from blip2.checkpoint.key_mapping import rename
+from blip2.checkpoint.layouts import HUGGING_FACE, Layout
 
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
 
@@ -23,12 +24,12 @@ def test_every_name_goes_there_and_back(variant: str, layout: Layout, variants: 
     with open_tensors(variants[variant]) as tensors:
         names = [*tensors]
     rules = layout.rules(names)
-    foreign = [to_foreign_name(name, rules) for name in names]
+    foreign = [rename(name, rules) for name in names]
     assert None not in foreign
     assert len({*foreign}) == len(names)
     for name, other in zip(names, foreign, strict=True):
         assert other is not None
-        assert to_hf_name(other, layout.all_rules) == name
+        assert rename(other, layout.all_rules, back=True) == name
         assert not layout.is_dropped(other)
 
 
@@ -68,8 +69,8 @@ def test_names_of_the_peers() -> None:
         (PADDLEMIX, "Qformer.ln_vision.bias", "vision_model.post_layernorm.bias"),
         (PADDLEMIX, "Qformer.language_projection.weight", "language_projection.weight"),
     ):
-        assert to_hf_name(foreign, layout.all_rules) == hugging_face
-    assert to_hf_name("Qformer.nonesuch", LAVIS.all_rules) is None
+        assert rename(foreign, layout.all_rules, back=True) == hugging_face
+    assert rename("Qformer.nonesuch", LAVIS.all_rules, back=True) is None
     assert LAVIS.is_dropped("Qformer.bert.embeddings.position_ids")
     assert LAVIS.is_dropped("Qformer.cls.predictions.decoder.weight")
     assert not LAVIS.is_dropped("Qformer.cls.predictions.bias")

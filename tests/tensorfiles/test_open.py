@@ -267,7 +267,6 @@ def test_the_content_counts_not_the_name(tmp_path: Path) -> None:
     assert (tmp_path / "odd").read_bytes()[:2] == b"\x80\x02"
     with open_tensors(tmp_path / "odd") as opened:
         assert opened["a"].tolist() == [1, 1]
-        assert opened.file("a").metadata["format"] == "np"
 
 
 @pytest.mark.parametrize(

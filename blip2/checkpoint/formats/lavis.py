@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS, HF_T5_EMBEDDINGS
-from blip2.checkpoint.layouts import Layout, Rules
+from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS, HF_T5_EMBEDDINGS, Rules
+from blip2.checkpoint.layouts import Layout
 from blip2.modeling.config import MAX_LAYERS, Blip2Config, MatcherConfig
 from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.tensors import Tensors

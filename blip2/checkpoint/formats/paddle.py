@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2.checkpoint.formats.lavis import BERT, BERT_DROPPED, EVA
-from blip2.checkpoint.layouts import Layout, Rules
+from blip2.checkpoint.key_mapping import Rules
+from blip2.checkpoint.layouts import Layout
 from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, to_hf
 from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.strict_json import read_json
