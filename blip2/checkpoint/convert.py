@@ -27,6 +27,7 @@ from blip2.checkpoint.save import SHARD_BYTES, settings, tokenizer_files, write_
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.checkpoint.verify import compare_logits, compare_tensors
 from blip2.images import ImageProcessor
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
 from blip2.storage import copy_file, new_folder, write_json, write_text
 from blip2.tensorfiles.errors import CheckpointError
@@ -126,9 +127,13 @@ def _layout(to: Format, config: Blip2Config | MatcherConfig) -> Layout:
 
 @dataclass(frozen=True)
 class NormalizedCheckpoint:
-    """A checkpoint's config and its tensors under Hugging Face's names, each once; tied: the head is left out."""
+    """A checkpoint's tensors under Hugging Face's names, each once; tied: the head is left out.
+
+    model: the model they fill, without values. config: its config.
+    """
 
     checkpoint: Checkpoint
+    model: Blip2 | Blip2Matcher
     config: Blip2Config | MatcherConfig
     tensors: Tensors
     tied: bool
@@ -137,7 +142,7 @@ class NormalizedCheckpoint:
 def normalize(checkpoint: Checkpoint) -> NormalizedCheckpoint:
     """What a checkpoint holds, whatever its layout.
 
-    A head that is the word embeddings' weight is left out, unless the settings say that it is one of its own.
+    A head that is the word embeddings' weight is left out, unless the settings make it a weight of its own.
 
     Raises:
         CheckpointError, ConfigError: as `load_model`.
@@ -152,7 +157,7 @@ def normalize(checkpoint: Checkpoint) -> NormalizedCheckpoint:
             del kept[HF_HEAD]
         config = replace(config, language=replace(config.language, tie_word_embeddings=tied))
     recipes = {name: TensorRecipe(tensors.info(stored), (stored,)) for name, stored in kept.items()}
-    return NormalizedCheckpoint(checkpoint, config, remap_tensors(tensors, recipes), tied)
+    return NormalizedCheckpoint(checkpoint, model, config, remap_tensors(tensors, recipes), tied)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -175,9 +180,9 @@ def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict
     """The dtype to store each tensor in, and how many were made smaller without a change."""
     as_it_is = {name: stored.info(name).dtype for name in stored}
     if target != SMALLEST_EXACT:
-        rounded = parse_dtype(target)
+        narrow = parse_dtype(target)
         return {
-            name: rounded if rounded is not None and dtype.is_floating_point else dtype
+            name: narrow if narrow is not None and dtype.is_floating_point else dtype
             for name, dtype in as_it_is.items()
         }, 0
     wide = [name for name, dtype in as_it_is.items() if dtype in (torch.float32, torch.float64)]

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from blip2.checkpoint.convert import Progress, new_checkpoint, normalize
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.load import SkipInit
 from blip2.checkpoint.remap import blocks, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint
-from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Blip2Config
 from blip2.quantization.apply import layers
 from blip2.quantization.formats import MODES, Mode, QuantizedWeight
 from blip2.quantization.stored import parts_of, stored_mode
@@ -66,11 +62,9 @@ def quantize_checkpoint(
                 f"{source} is quantized to {before} already; start from the original weights"
             )
         original = normalize(checkpoint)
-        config, tensors = original.config, original.tensors
-        with torch.device("meta"), SkipInit():
-            model = Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config)
+        tensors = original.tensors
         # a head that is the word embeddings' weight is not stored: it is quantized when it is loaded
-        kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in layers(model, mode)}
+        kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in layers(original.model, mode)}
         weights = {name: kind for name, kind in kinds.items() if name in tensors}
         info: dict[str, TensorInfo] = {}
         for name in tensors:

@@ -61,16 +61,11 @@ class RemappedTensors:
     def copied(self, name: str) -> Tensor:
         """The tensor in memory of its own."""
         recipe = self.recipes[name]
-        if recipe.transposed:
-            out = torch.empty(recipe.info.shape, dtype=recipe.info.dtype)
-            done = 0
-            for block in self.blocks(name):
-                out.view(-1)[done : done + len(block)] = block
-                done += len(block)
-            return out
         parts = [None if part is None else self.tensors.copy(part) for part in recipe.stored]
         if len(parts) == 1:
             assert parts[0] is not None
+            if recipe.transposed:
+                return parts[0].t().contiguous()
             stored = parts[0] if recipe.third is None else parts[0].chunk(3)[recipe.third].clone()
             return stored.reshape(recipe.info.shape)
         length = next(len(part) for part in parts if part is not None)
@@ -196,7 +191,7 @@ def to_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
 
 
 def _is_other_bias(name: str, tensors: Tensors, layout: Layout) -> bool:
-    """Whether this is the key's or value's bias of a joint one that its query's bias stands for."""
+    """Whether this is the key's or value's bias of a joint one, which is made with the query's bias."""
     if not layout.split_qkv_bias or not name.endswith((".k_bias", ".v_bias")):
         return False
     return name[: -len("k_bias")] + "q_bias" in tensors

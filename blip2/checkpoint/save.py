@@ -41,7 +41,7 @@ def save_model(
     save leaves no half-written model. One tensor at a time is converted. A tied head is stored once.
 
     Args:
-        folder: where to; it must not exist yet, or be empty.
+        folder: the new folder; it must not exist yet, or be empty.
         tokenizer: the folder whose tokenizer files are copied.
         image_processor: how images are prepared; None is BLIP-2's own way at the model's image size.
         dtype: of the stored weights; None as they are in the model.
@@ -156,10 +156,10 @@ def settings(
 
 
 def _image_token(tokenizer: Path, vocab_size: int) -> int | None:
-    """The id transformers' processor lets the queries stand for: `<image>`, or the first id after the tokenizer's."""
-    words = Tokenizer.load(tokenizer)
-    image = words.token_id("<image>")
-    image = len(words) if image is None else image
+    """The id that transformers' processor replaces by the queries: `<image>`, or the first id after the tokenizer's."""
+    known = Tokenizer.load(tokenizer)
+    image = known.token_id("<image>")
+    image = len(known) if image is None else image
     return image if image < vocab_size else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def compare_tensors(
                 equal = equal and _same_bits(a if target is None else a.to(target), b)
                 report("verify", a.numel() * a.dtype.itemsize, total)
         if not equal:
-            raise CheckpointError(f"the result is wrong: {name} differs from what it was made of")
+            raise CheckpointError(f"the result is wrong: {name} differs from the source's")
     return len(expected)
 
 
@@ -78,9 +78,7 @@ def compare_logits(expected: Checkpoint, actual: Checkpoint, dtype: torch.dtype 
     outputs = (_outputs(checkpoint, compute_dtype) for checkpoint in (expected, actual))
     for a, b in zip(*outputs, strict=True):
         if a.shape != b.shape or not bool((a - b).abs().max() <= _TOLERANCE * a.abs().max().clamp(min=1)):
-            raise CheckpointError(
-                "the result is wrong: it gives other outputs for an image than what it was made of"
-            )
+            raise CheckpointError("the result is wrong: it gives other outputs for an image than the source")
     return "outputs for a probe image equal"
 
 
@@ -109,8 +107,8 @@ def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
 def _free_memory() -> int | None:
     """Bytes that can be had without swapping; None where the system does not report them."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        facts = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         return None
-    sizes = dict(line.split(":", 1) for line in lines)
-    return math.prod((int(sizes["MemAvailable"].split()[0]), 1024)) if "MemAvailable" in sizes else None
+    match = re.search(r"^MemAvailable: +(\d+) kB", facts, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None

@@ -1,8 +1,8 @@
 """Pickles read as data: a tree of values and inert descriptions. Nothing is imported, looked up or called.
 
 A pickle is a program for a small stack machine. This machine knows the opcodes that build data. A name (GLOBAL) must
-be on the reader's list and becomes a `Global`, a pair of words; a call of it (REDUCE) becomes a `Call`, which says
-what was to be called with what. The readers of tensor files recognise the few calls that describe tensors. Opcodes are
+be on the reader's list and becomes a `Global`, a pair of words; a call of it (REDUCE) becomes a `Call`: what
+was to be called with what. The readers of tensor files recognise the few calls that describe tensors. Opcodes are
 those of Python's pickletools, protocols 0 to 5.
 
 Long strings, which are the values of tensors, are not read: they become a `Stored`, a place in the file.

@@ -40,7 +40,7 @@ STORAGES: Mapping[Global, torch.dtype] = {
     Global("torch", "ComplexDoubleStorage"): torch.complex128,
     Global("torch.storage", "UntypedStorage"): torch.uint8,
 }
-# Newer dtypes have no storage class; their tensors say the dtype themselves.
+# Newer dtypes have no storage class; their tensors name the dtype themselves.
 _DTYPES: Mapping[Global, torch.dtype] = {
     Global("torch", "uint16"): torch.uint16,
     Global("torch", "uint32"): torch.uint32,
@@ -135,7 +135,7 @@ def open_legacy(file: FileBytes) -> StoredTensors:
         position = record.start + record.length
         if stored_count != count or position > file.size:
             raise file.broken(
-                f"storage {quoted(key)} should have {count:,} values, it says {stored_count:,} and "
+                f"storage {quoted(key)} should have {count:,} values, its length is {stored_count:,} and "
                 f"{max(file.size - record.start, 0):,} bytes are left"
             )
         storages[key] = record

@@ -93,7 +93,7 @@ LAVIS = Layout(
 
 # --- config: read -----------------------------------------------------------------------------------------------------
 
-NEWLINE_OF_OPT = 50118  # with which LAVIS ends captions; OPT's own config.json says </s>
+NEWLINE_OF_OPT = 50118  # with which LAVIS ends captions; OPT's own config.json has </s>
 # Shapes do not show attention heads. EVA-CLIP's are 88 wide, CLIP's and BERT's 64; how many OPT has, by its width.
 _EVA_HEAD_WIDTH, _HEAD_WIDTH = 88, 64
 _OPT_HEADS = {768: 12, 2048: 32, 2560: 32, 4096: 32, 5120: 40, 7168: 56, 9216: 72}

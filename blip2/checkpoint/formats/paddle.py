@@ -76,8 +76,8 @@ PADDLEMIX = Layout(
 
 # --- config -----------------------------------------------------------------------------------------------------------
 
-# Hugging Face's word for a setting of OPT -> PaddleNLP's, and what PaddleNLP takes where config.json is silent.
-_OPT_WORDS = {
+# Hugging Face's name of a setting of OPT -> PaddleNLP's, and what PaddleNLP takes where config.json is silent.
+_OPT_SETTINGS = {
     "ffn_dim": "intermediate_size",
     "activation_function": "hidden_act",
     "do_layer_norm_before": "normalize_before",
@@ -90,7 +90,7 @@ _OPT_DEFAULTS: dict[str, Any] = {
 }
 _PADDLENLP_VISION_EPS = 1e-5
 # The same for PaddleMIX's image encoder.
-_VISION_WORDS = {
+_VISION_SETTINGS = {
     "hidden_size": "embed_dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "num_heads",
@@ -101,7 +101,7 @@ _VISION_WORDS = {
 
 def read_paddle_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Paddle's config.json, parsed -> the same in Hugging Face's spelling, with Paddle's own defaults."""
-    vision = _respelled(_section(raw, "vision_config"), _VISION_WORDS)
+    vision = _renamed(_section(raw, "vision_config"), _VISION_SETTINGS)
     if "intermediate_size" not in vision and {"mlp_ratio", "hidden_size"} <= vision.keys():
         width, ratio = vision["hidden_size"], vision["mlp_ratio"]
         sizes = type(width) is int and 0 < width <= MAX_SIZE and type(ratio) in (int, float)
@@ -113,16 +113,13 @@ def read_paddle_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     vision = {"layer_norm_eps": _PADDLENLP_VISION_EPS} | vision
     text = _section(raw, "text_config")
     if text.get("model_type", "opt") == "opt":
-        text = _OPT_DEFAULTS | _respelled(text, _OPT_WORDS)
+        text = _OPT_DEFAULTS | _renamed(text, _OPT_SETTINGS)
     return {**raw, "vision_config": vision, "text_config": text}
 
 
-def _respelled(section: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
-    settings = dict(section)
-    for hf, paddle in words.items():
-        if paddle in settings and hf not in settings:
-            settings[hf] = settings[paddle]
-    return settings
+def _renamed(section: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A section of Paddle's with Hugging Face's names of settings too."""
+    return {hf: section[paddle] for hf, paddle in names.items() if paddle in section} | dict(section)
 
 
 def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -135,7 +132,7 @@ def to_paddle_config(config: Blip2Config | MatcherConfig, dtype: str) -> dict[st
     raw = to_hf(config) | {"dtype": dtype}
     if isinstance(config, MatcherConfig):
         vision = raw["vision_config"]
-        vision |= {paddle: vision[hf] for hf, paddle in _VISION_WORDS.items()}
+        vision |= {paddle: vision[hf] for hf, paddle in _VISION_SETTINGS.items()}
         vision |= {
             "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
             "in_chans": 3,
@@ -146,7 +143,7 @@ def to_paddle_config(config: Blip2Config | MatcherConfig, dtype: str) -> dict[st
         return raw | {"train_mode": "stage1", "freeze_vit": True, "max_txt_len": 32}
     text = raw["text_config"]
     if text["model_type"] == "opt":
-        raw["text_config"] = {_OPT_WORDS.get(name, name): value for name, value in text.items()}
+        raw["text_config"] = {_OPT_SETTINGS.get(name, name): value for name, value in text.items()}
     return raw
 
 
@@ -182,7 +179,9 @@ def tokenizer_changes(folder: Path, *, paddle: bool) -> dict[str, str]:
         try:
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs or ()]
         except TypeError as error:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: its merges are no pairs of words") from error
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'}: its merges are no pairs of tokens"
+            ) from error
         changes["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
         changes["merges.txt"] = "".join(f"{line}\n" for line in ("#version: 0.2", *merges))
     return changes
