@@ -137,20 +137,16 @@ def _variant(checkpoint: Checkpoint) -> str:
 
 
 def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> dict[str, ComponentSummary]:
-    counts: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {part: Counter() for part in (*_COMPONENTS.values(), "heads")}
     tensors: Counter[str] = Counter()
     for name, info in infos.items():
-        own = ours[name]
-        if own is None:
-            continue
-        part = _COMPONENTS.get(own.split(".", 1)[0], "heads")
+        part = _COMPONENTS.get((ours[name] or "").split(".", 1)[0], "heads")
         tensors[part] += 1
-        counts.setdefault(part, Counter())[str(info.dtype).removeprefix("torch.")] += _count(info)
-    order = [*_COMPONENTS.values(), "heads"]
+        counts[part][str(info.dtype).removeprefix("torch.")] += _count(info)
     return {
-        part: ComponentSummary(tensors[part], counts[part].total(), dict(counts[part]))
-        for part in order
-        if part in counts
+        part: ComponentSummary(tensors[part], count.total(), dict(count))
+        for part, count in counts.items()
+        if count
     }
 
 
@@ -167,35 +163,28 @@ def _head(checkpoint: Checkpoint) -> str:
 
 
 def _problems(checkpoint: Checkpoint, ours: Mapping[str, str | None]) -> list[str]:
-    problems = [] if checkpoint.problem is None else [str(checkpoint.problem)]
-    spare = [name for name, own in ours.items() if own is None and name not in DROPPED]
-    if spare:
-        problems.append(f"names that belong to no BLIP-2 model: {_some(spare)}")
-    odd = [name for name in checkpoint.tensors if checkpoint.tensors.info(name).dtype not in DTYPES.values()]
-    if odd := [name for name in odd if ours[name] is not None]:
-        problems.append(f"no weights of 16, 32 or 64 bit floats: {_some(odd)}")
-    if checkpoint.config is None:
-        return problems
+    tensors, config = checkpoint.tensors, checkpoint.config
     names = {own: name for name, own in ours.items() if own is not None}
-    model = empty_model(checkpoint.config, checkpoint.tensors, names, tied=False)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {own: checkpoint.tensors.info(name).shape for name, own in ours.items() if own is not None}
-    shared = {HEAD, *_EMBEDDINGS}
-    optional = shared if shared & {*shapes} else set()
-    missing = [to_hugging_face(name) for name in expected if name not in shapes and name not in optional]
-    if missing:
-        problems.append(f"missing: {_some(missing)}")
-    unplaced = [to_hugging_face(name) for name in shapes if name not in expected]
-    if unplaced:
-        problems.append(f"no place for: {_some(unplaced)}")
-    unfit = [
-        f"{to_hugging_face(name)} {list(shapes[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if unfit:
-        problems.append(f"shapes that do not fit the settings: {_some(unfit)}")
-    return problems
+    spare = [name for name, own in ours.items() if own is None and name not in DROPPED]
+    odd = [name for name in tensors if ours[name] and tensors.info(name).dtype not in DTYPES.values()]
+    lists = {"names that belong to no BLIP-2 model": spare, "no weights of 16, 32 or 64 bit floats": odd}
+    if config is not None:
+        model = empty_model(config, tensors, names, tied=False)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = {own: tensors.info(name).shape for own, name in names.items()}
+        shared = {HEAD, *_EMBEDDINGS}
+        optional = shared if shared & {*shapes} else set()
+        lists |= {
+            "missing": [to_hugging_face(n) for n in expected if n not in shapes and n not in optional],
+            "no place for": [to_hugging_face(n) for n in shapes if n not in expected],
+            "shapes that do not fit the settings": [
+                f"{to_hugging_face(name)} {list(shapes[name])} instead of {list(shape)}"
+                for name, shape in expected.items()
+                if name in shapes and shapes[name] != shape
+            ],
+        }
+    problems = [] if checkpoint.problem is None else [str(checkpoint.problem)]
+    return problems + [f"{what}: {_some(items)}" for what, items in lists.items() if items]
 
 
 def _some(names: list[str]) -> str:
@@ -204,10 +193,10 @@ def _some(names: list[str]) -> str:
 
 
 def _notes(checkpoint: Checkpoint) -> list[str]:
+    tensors, config, raw = checkpoint.tensors, checkpoint.config, checkpoint.raw
+    if config is None or raw is None:
+        return []
     notes: list[str] = []
-    config = checkpoint.config
-    if config is None:
-        return notes
     if not config.vision.pre_norm and config.vision.layer_norm_eps != 1e-6:
         notes.append(
             f"the image encoder's layer_norm_eps is {config.vision.layer_norm_eps:g}; it was trained with 1e-6, and "
@@ -220,29 +209,15 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
                 f"eos_token_id is {language.eos_token_id}: captions end with a newline, {NEWLINE_OF_OPT}, in all "
                 "published models"
             )
-    text_config = (checkpoint.raw or {}).get("text_config")
+    text_config = raw.get("text_config")
     tied = text_config.get("tie_word_embeddings") if isinstance(text_config, Mapping) else None
     if tied and _head(checkpoint) == "stored" and checkpoint.layout is not LAVIS:
         notes.append("config.json says that the head is tied, but one is stored: what is stored counts")
-    if (
-        checkpoint.layout is HUGGING_FACE
-        and checkpoint.is_matcher
-        and not _configured_as_matcher(checkpoint.path)
-    ):
+    if checkpoint.layout is HUGGING_FACE and checkpoint.is_matcher and "ImageTextRetrieval" not in str(raw):
         notes.append("config.json does not say that this is the stage-1 model; its tensors do")
-    dtypes = {
-        checkpoint.tensors.info(name).dtype for name in checkpoint.tensors if name.startswith("vision_model.")
-    }
+    dtypes = {tensors.info(name).dtype for name in tensors if name.startswith("vision_model.")}
     if torch.float16 in dtypes:
         notes.append("an image encoder in fp16 can overflow when it computes in fp16: use bf16 or fp32")
     if checkpoint.tokenizer is None:
         notes.append("no tokenizer beside it: models that read text need one")
     return notes
-
-
-def _configured_as_matcher(path: Path) -> bool:
-    try:
-        text = ((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "ImageTextRetrieval" in text

@@ -93,7 +93,11 @@ def open_checkpoint(
         raw, config, problem = None, None, None
         try:
             raw = _settings(folder, layout, tensors, decoder)
-            config = read_config(raw)
+            # which model it is, its tensors show: files say it in `architectures`, or not at all
+            is_matcher = "itm_head.weight" in tensors
+            config = read_config(
+                raw | {"architectures": ["Blip2ForImageTextRetrieval"]} if is_matcher else raw
+            )
         except (CheckpointError, ConfigError) as error:
             problem = error
         file_format = next((stored.file(name).format for name in stored), "empty")
@@ -118,11 +122,7 @@ def _settings(folder: Path, layout: Layout, tensors: Tensors, language: Path | N
     file = folder / "config.json"
     if file.is_file() or layout not in (LAVIS, PADDLEMIX):
         raw = read_json(file)
-        if layout.transposed:
-            raw = read_paddle_config(raw)
-        if "itm_head.weight" in tensors:  # tensors count: files show it by `architectures`, or not at all
-            raw["architectures"] = ["Blip2ForImageTextRetrieval"]
-        return raw
+        return read_paddle_config(raw) if layout.transposed else raw
     check_parts(tensors)
     if language is None:
         return read_lavis_config(tensors, None, None)
