@@ -80,7 +80,7 @@ def http(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "message"),
     [
         (
             errors.LocalEntryNotFoundError("offline"),
@@ -96,15 +96,15 @@ def http(kind: type[Exception]) -> Exception:
     ],
 )
 def test_what_the_hub_says_is_put_plainly(
-    hub: Callable[[object], object], answer: Exception, says: str
+    hub: Callable[[object], object], answer: Exception, message: str
 ) -> None:
     hub(answer)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         resolve_path("someone/something", "x")
 
 
 def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """huggingface_hub itself, told to stay offline."""
+    """huggingface_hub itself, set to stay offline."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"someone/something is not in the local cache.*HF_HUB_OFFLINE"):

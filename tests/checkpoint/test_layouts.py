@@ -1,4 +1,4 @@
-"""The name tables: total in both directions, and files told apart by what is in them."""
+"""The name tables: total in both directions, and layouts told apart by the content of files."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_every_name_goes_there_and_back(variant: str, layout: Layout, variants: 
         assert not layout.is_dropped(other)
 
 
-def test_names_of_the_peers() -> None:
-    """A few of each, as the peers' own code spells them."""
+def test_names_of_other_formats() -> None:
+    """A few of each, as their own code spells them."""
     for layout, foreign, hugging_face in (
         (
             LAVIS,
