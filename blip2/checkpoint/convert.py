@@ -6,7 +6,6 @@ again. Values are changed by nothing but a `dtype`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,7 +100,7 @@ def convert(
         stored = from_hf_layout(original.tensors, layout)
         dtypes, narrowed = _dtypes(stored, dtype, report)
         info = {name: replace(stored.info(name), dtype=dtypes[name]) for name in stored}
-        total = sum(stored.info(name).nbytes for name in stored)
+        total = stored.nbytes
         folder, verified = Path(target), ""
 
         def read(name: str) -> Iterator[Tensor]:
@@ -191,7 +190,7 @@ def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict
     counts: Counter[torch.dtype] = Counter()  # one dtype for as much as possible: a model's parts run in one
     for name, dtypes in fits.items():
         for dtype in dtypes:
-            counts[dtype] += math.prod(stored.info(name).shape)
+            counts[dtype] += stored.info(name).numel
     chosen = {
         name: max(dtypes, key=counts.__getitem__) if dtypes else as_it_is[name]
         for name, dtypes in fits.items()

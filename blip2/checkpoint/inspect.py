@@ -85,7 +85,6 @@ def inspect(
         # T5's word embeddings may be there under three names
         once = {own: name for name, own in reversed(ours.items()) if own is not None}
         infos = {name: tensors.info(name) for name in once.values()}
-        stored = [checkpoint.stored.info(name) for name in checkpoint.stored]
         config = checkpoint.config
         return Inspection(
             path=str(path),
@@ -93,9 +92,9 @@ def inspect(
             file_format=checkpoint.file_format,
             variant=_variant(checkpoint),
             parts=_parts(infos, ours),
-            tensors=len(stored),
-            parameters=sum(map(_count, infos.values())),
-            stored_bytes=sum(info.nbytes for info in stored),
+            tensors=len(checkpoint.stored),
+            parameters=sum(info.numel for info in infos.values()),
+            stored_bytes=checkpoint.stored.nbytes,
             head=_head(checkpoint),
             image_px=None if config is None else config.vision.image_size,
             tokenizer=checkpoint.tokenizer is not None,
@@ -115,12 +114,7 @@ def stored_model(path: Path) -> tuple[Blip2Config | MatcherConfig, int, int]:
         names = {own: name for name in checkpoint.tensors if (own := from_hugging_face(name)) is not None}
         tied = isinstance(config, Blip2Config) and config.language.tie_word_embeddings
         model = empty_model(config, checkpoint.tensors, names, tied=tied)
-        stored = sum(checkpoint.stored.info(name).nbytes for name in checkpoint.stored)
-        return config, sum(p.numel() for p in model.parameters()), stored
-
-
-def _count(info: TensorInfo) -> int:
-    return info.nbytes // info.dtype.itemsize
+        return config, sum(p.numel() for p in model.parameters()), checkpoint.stored.nbytes
 
 
 def _variant(checkpoint: Checkpoint) -> str:
@@ -142,7 +136,7 @@ def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> d
     for name, info in infos.items():
         part = _COMPONENTS.get((ours[name] or "").split(".", 1)[0], "heads")
         tensors[part] += 1
-        counts[part][str(info.dtype).removeprefix("torch.")] += _count(info)
+        counts[part][str(info.dtype).removeprefix("torch.")] += info.numel
     return {
         part: ComponentSummary(tensors[part], count.total(), dict(count))
         for part, count in counts.items()

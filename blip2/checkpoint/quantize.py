@@ -70,7 +70,7 @@ def quantize_checkpoint(
         for name in tensors:
             entry = tensors.info(name)
             info |= parts_of(name, entry.shape, weights[name]) if name in weights else {name: entry}
-        total = sum(tensors.info(name).nbytes for name in tensors)
+        total = tensors.nbytes
         read = _reader(tensors, weights, lambda size: report("write", size, total))
         with new_checkpoint(Path(target), original, "hf", info, read, SHARD_BYTES):
             pass

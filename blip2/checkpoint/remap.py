@@ -6,7 +6,6 @@ Linear weights are transposed, a joint bias is concatenated or split; everything
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -261,4 +260,4 @@ def _split_bias(tensors: Tensors, name: str, prefix: str) -> dict[str, TensorRec
 
 def parameters(tensors: Tensors) -> int:
     """How many values the tensors hold."""
-    return sum(math.prod(tensors.info(name).shape) for name in tensors)
+    return sum(tensors.info(name).numel for name in tensors)

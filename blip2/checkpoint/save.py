@@ -16,7 +16,7 @@ from blip2.checkpoint.load import SkipInit, parse_dtype
 from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, to_hf
+from blip2.modeling.config import Blip2Config, MatcherConfig, to_hf
 from blip2.storage import copy_file, new_folder, sync, write_json
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import TensorInfo
@@ -134,15 +134,9 @@ def settings(
         config = replace(config, language=language)
         if config.image_token_id is not None:
             processor["num_query_tokens"] = config.num_query_tokens
-        end = language.eos_token_id
-        files["generation_config.json"] = {
-            "eos_token_id": (list(end) or None) if isinstance(end, tuple) else end,
-            "pad_token_id": language.pad_token_id,
-        } | (
-            {"bos_token_id": language.bos_token_id}
-            if isinstance(language, OptConfig)
-            else {"decoder_start_token_id": language.decoder_start_token_id}
-        )
+        text_config = to_hf(config)["text_config"]
+        names = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+        files["generation_config.json"] = {name: text_config[name] for name in names if name in text_config}
     counts: Counter[torch.dtype] = Counter()
     for entry in info.values():
         counts[entry.dtype] += entry.nbytes

@@ -25,9 +25,8 @@ def parse_json(text: bytes, where: str, *, unique_names: bool = False) -> dict[s
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique if unique_names else None)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
-        reason = f" ({error})" if isinstance(error, _RepeatedNameError) else ""
-        raise BrokenFileError(f"{where} is no valid JSON{reason}; restore the file") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenFileError(f"{where} is no valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
         raise BrokenFileError(f"{where} holds a {type(value).__name__}, expected an object; restore the file")
     return value
@@ -59,12 +58,8 @@ def read_json(
         return parse_json(file.read(0, file.size, "its JSON"), str(path), unique_names=unique_names)
 
 
-class _RepeatedNameError(ValueError):
-    pass
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise _RepeatedNameError("a name occurs twice")
+        raise ValueError("a name occurs twice")
     return entries

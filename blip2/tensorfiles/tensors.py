@@ -24,9 +24,14 @@ class TensorInfo:
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes its values take."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 class TensorFile(Protocol):
@@ -67,7 +72,7 @@ class StoredTensor:
         """How many values there are from the first to the last, both included."""
         shape, strides = self.info.shape, self.strides
         if strides is None or 0 in shape:
-            return math.prod(shape)
+            return self.info.numel
         return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
@@ -142,6 +147,11 @@ class Tensors(Mapping[str, Tensor]):
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype, without reading the tensor."""
         return self._files[name].info[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the values of all tensors take."""
+        return sum(self.info(name).nbytes for name in self)
 
     def copy(self, name: str) -> Tensor:
         """The tensor in memory of its own. For a value that is converted and dropped: a mapped one would leave the

@@ -8,7 +8,7 @@ from blip2.checkpoint.layouts import HUGGING_FACE, Layout
 
 
 def detect_layout(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """The layout of a file, from its tensors' names and shapes.
+    """The layout of a file, from the names and shapes of its tensors.
 
     Where names do not show it, a linear layer does: its bias is as long as its weight's first side in torch, and as the
     second in Paddle.

@@ -303,19 +303,15 @@ def check_parts(tensors: Tensors) -> None:
         CheckpointError: a part is missing.
     """
     missing = []
-    for prefix, problem in (
-        (
-            "query_tokens",
-            "its Q-Former: it is a part of a model, to be given as vision= or language= with another file",
-        ),
-        (
-            "vision_model.encoder.layers.0.",
+    if "query_tokens" not in tensors:
+        missing.append(
+            "its Q-Former: it is a part of a model, to be given as vision= or language= with another file"
+        )
+    if not any(name.startswith("vision_model.encoder.layers.0.") for name in tensors):
+        missing.append(
             "its image encoder (visual_encoder.*), which was frozen and left out; "
-            "give it as vision= (--vision): EVA-CLIP's eva_vit_g.pth, or clip_vit_L.pth for a _vitL model",
-        ),
-    ):
-        if not any(name.startswith(prefix) for name in tensors):
-            missing.append(problem)
+            "give it as vision= (--vision): EVA-CLIP's eva_vit_g.pth, or clip_vit_L.pth for a _vitL model"
+        )
     if "itm_head.weight" not in tensors:
         t5 = any(name.startswith("language_model.encoder.") for name in tensors)
         first = "language_model.decoder.block.0." if t5 else "language_model.model.decoder.layers.0."
