@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,11 +23,10 @@ from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import parse_dtype
 from blip2.checkpoint.remap import from_hf_layout, read_blocks
-from blip2.checkpoint.save import SHARD_BYTES, settings, tokenizer_files, write_files
+from blip2.checkpoint.save import SHARD_BYTES, Content, new_model_folder, settings, tokenizer_files
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config
 from blip2.registry import DEFAULT_FOLDER, PUBLISHED
-from blip2.storage import copy_file, new_folder, write_json
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 
 SCALE = 0.02  # the standard deviation of every parameter; norms' weights stand around 1
@@ -68,21 +67,16 @@ def write_full_size(name: str, folder: Path, to: Format = "hf", dtype: str = "bf
     tensors = from_hf_layout(Tensors(dict.fromkeys(info, RandomTensors(info))), LAYOUTS[to])
     wanted = parse_dtype(dtype) or torch.float32
     stored = {n: TensorInfo(tensors.info(n).shape, wanted) for n in tensors}
-    with new_folder(folder) as beside:
-        write_files(
-            beside,
-            KINDS[to],
-            stored,
-            lambda n: (block.to(wanted) for block in read_blocks(tensors, n)),
-            SHARD_BYTES if to == "hf" else None,
-        )
-        files = settings(config, stored, True, DEFAULT_FOLDER, None)
-        if to == "paddle":
-            files["config.json"] = to_paddle_config(config, str(wanted).removeprefix("torch."))
-        for file, value in files.items():
-            write_json(beside / file, value)
-        for source in tokenizer_files(DEFAULT_FOLDER):
-            copy_file(source, beside)
+    files: dict[str, Content] = {**settings(config, stored, True, DEFAULT_FOLDER, None)}
+    if to == "paddle":
+        files["config.json"] = to_paddle_config(config, str(wanted).removeprefix("torch."))
+    files |= tokenizer_files(DEFAULT_FOLDER)
+
+    def read(name: str) -> Iterator[Tensor]:
+        return (block.to(wanted) for block in read_blocks(tensors, name))
+
+    with new_model_folder(folder, files, KINDS[to], stored, read, SHARD_BYTES if to == "hf" else None):
+        pass
     return folder
 
 

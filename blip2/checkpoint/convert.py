@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,13 +22,12 @@ from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE, Layout
 from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
 from blip2.checkpoint.remap import TensorRecipe, from_hf_layout, read_blocks, remap_tensors
-from blip2.checkpoint.save import SHARD_BYTES, settings, tokenizer_files, write_files
+from blip2.checkpoint.save import SHARD_BYTES, Content, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.checkpoint.verify import compare_logits, compare_tensors
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
-from blip2.storage import copy_file, new_folder, write_json, write_text
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 from blip2.tensorfiles.writers import PDPARAMS, SAFETENSORS, TORCH, FileKind, Read
@@ -217,7 +216,6 @@ def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
 def new_checkpoint(
     folder: Path,
     original: NormalizedCheckpoint,
@@ -225,49 +223,21 @@ def new_checkpoint(
     info: Mapping[str, TensorInfo],
     read: Read,
     shard_bytes: int | None,
-) -> Iterator[Path]:
-    """Write a checkpoint: tensors, settings and tokenizer.
-
-    Gives the folder that holds it until the block has ended without an error; then it takes the place of `folder`.
-
-    Args:
-        info, read: the tensors as they are to be stored, and their values.
-        shard_bytes: see `convert`.
-
-    Raises:
-        CheckpointError: the place is taken, or the disk refuses.
-    """
-    tokenizer = original.checkpoint.tokenizer
-    changes = {} if tokenizer is None else tokenizer_changes(tokenizer, paddle=to == "paddle")
-    with new_folder(folder) as beside:
-        write_files(beside, KINDS[to], info, read, shard_bytes)
-        _write_settings(beside, folder, original, to, info)
-        for file in () if tokenizer is None else tokenizer_files(tokenizer):
-            if file.name not in changes:
-                copy_file(file, beside)
-        for name, text in changes.items():
-            write_text(beside / name, text)
-        yield beside
-
-
-def _write_settings(
-    beside: Path, folder: Path, original: NormalizedCheckpoint, to: Format, info: Mapping[str, TensorInfo]
-) -> None:
-    """Write the files of settings as the format wants them."""
-    checkpoint, config = original.checkpoint, original.config
+) -> AbstractContextManager[Path]:
+    """Write a checkpoint in a format: tensors, settings and tokenizer; see `new_model_folder`."""
+    checkpoint, config, tokenizer = original.checkpoint, original.config, original.checkpoint.tokenizer
     image_processor = ImageProcessor.load(checkpoint.folder, config.vision.image_size)
-    files = settings(config, info, original.tied, checkpoint.tokenizer, image_processor)
+    hf_files = settings(config, info, original.tied, tokenizer, image_processor)
+    files: dict[str, Content] = {**hf_files}
     generation = checkpoint.folder / "generation_config.json"
-    if to == "hf":
-        if checkpoint.layout is HUGGING_FACE and generation.is_file():
-            del files["generation_config.json"]
-            copy_file(generation, beside)
-    else:
-        files = {name: files[name] for name in ("config.json", "preprocessor_config.json")}
-        if to == "paddle":
-            files["config.json"] = to_paddle_config(config, files["config.json"]["torch_dtype"])
-        else:
-            weights = folder.absolute() / TORCH.single
-            write_text(beside / "config.yaml", to_lavis_config(config, str(weights)))
-    for name, value in files.items():
-        write_json(beside / name, value)
+    if to != "hf":
+        files = {name: hf_files[name] for name in ("config.json", "preprocessor_config.json")}
+    elif checkpoint.layout is HUGGING_FACE and generation.is_file():
+        files[generation.name] = generation
+    if to == "paddle":
+        files["config.json"] = to_paddle_config(config, hf_files["config.json"]["torch_dtype"])
+    elif to == "lavis":
+        files["config.yaml"] = to_lavis_config(config, str(folder.absolute() / TORCH.single))
+    if tokenizer is not None:
+        files |= {**tokenizer_files(tokenizer), **tokenizer_changes(tokenizer, paddle=to == "paddle")}
+    return new_model_folder(folder, files, KINDS[to], info, read, shard_bytes)

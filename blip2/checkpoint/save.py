@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, to_hf
-from blip2.storage import copy_file, new_folder, sync, write_json
+from blip2.storage import copy_file, new_folder, sync, write_json, write_text
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import TensorInfo
 from blip2.tensorfiles.writers import SAFETENSORS, FileKind, Read
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
+Content = dict[str, Any] | str | Path  # of a file: JSON, text, or a file to copy
 
 
 def save_model(
@@ -37,7 +39,7 @@ def save_model(
 ) -> Path:
     """Write a model so that `load_model` and transformers open it.
 
-    Everything is written to a folder beside the target, handed to the disk and then renamed, so that an interrupted
+    Everything is written to a folder beside the target, flushed to the disk and then renamed, so that an interrupted
     save leaves no half-written model. One tensor at a time is converted. A tied head is stored once.
 
     Args:
@@ -55,21 +57,52 @@ def save_model(
     """
     target = Path(folder)
     state, tied = _state(model)
-    wanted = parse_dtype(dtype)
-    info = {name: TensorInfo(tuple(tensor.shape), wanted or tensor.dtype) for name, tensor in state.items()}
-    with new_folder(target) as beside:
-        for name, value in settings(model.config, info, tied, tokenizer, image_processor).items():
-            write_json(beside / name, value)
-        for source in () if tokenizer is None else tokenizer_files(Path(tokenizer)):
-            copy_file(source, beside)
-        write_files(
-            beside,
-            SAFETENSORS,
-            info,
-            lambda name: (block.to(info[name].dtype) for block in blocks(state[name].detach().cpu())),
-            shard_bytes,
-        )
-    return target
+    target_dtype = parse_dtype(dtype)
+    info = {
+        name: TensorInfo(tuple(tensor.shape), target_dtype or tensor.dtype) for name, tensor in state.items()
+    }
+    files: dict[str, Content] = {**settings(model.config, info, tied, tokenizer, image_processor)}
+    if tokenizer is not None:
+        files |= tokenizer_files(Path(tokenizer))
+
+    def read(name: str) -> Iterator[Tensor]:
+        return (block.to(info[name].dtype) for block in blocks(state[name].detach().cpu()))
+
+    with new_model_folder(target, files, SAFETENSORS, info, read, shard_bytes):
+        return target
+
+
+@contextmanager
+def new_model_folder(
+    folder: Path,
+    files: Mapping[str, Content],
+    kind: FileKind,
+    info: Mapping[str, TensorInfo],
+    read: Read,
+    shard_bytes: int | None,
+) -> Iterator[Path]:
+    """Write a model's folder.
+
+    Gives the folder that holds it until the block ends without an error; then it takes the place of `folder`.
+
+    Args:
+        files: what is beside the tensors, by name.
+        kind, info, read: the kind of tensor files, the tensors as they are to be stored, and their values.
+        shard_bytes: start another file when one would grow beyond this; None: one file.
+
+    Raises:
+        CheckpointError: the place is taken, or the disk refuses.
+    """
+    with new_folder(folder) as beside:
+        write_files(beside, kind, info, read, shard_bytes)
+        for name, content in files.items():
+            if isinstance(content, Path):
+                copy_file(content, beside)
+            elif isinstance(content, str):
+                write_text(beside / name, content)
+            else:
+                write_json(beside / name, content)
+        yield beside
 
 
 def write_files(
@@ -157,9 +190,9 @@ def _image_token(tokenizer: Path, vocab_size: int) -> int | None:
     return image if image < vocab_size else None
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer files in a folder. Raises CheckpointError where there are none."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer files in a folder, by name. Raises CheckpointError where there are none."""
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     if not files:
         raise CheckpointError(f"{folder} holds no tokenizer files")
     return files

@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_nothing(
         (path / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_module, "write_files", full)
+    monkeypatch.setattr(blip2.checkpoint.save, "write_files", full)
     with pytest.raises(CheckpointError, match="cannot be written"):
         convert(variants["opt"], tmp_path / "new", to="hf")
     assert list(tmp_path.iterdir()) == []
