@@ -23,10 +23,11 @@ from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import parse_dtype
 from blip2.checkpoint.remap import from_hf_layout, read_blocks
-from blip2.checkpoint.save import SHARD_BYTES, Content, new_model_folder, settings, tokenizer_files
+from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config
 from blip2.registry import DEFAULT_FOLDER, PUBLISHED
+from blip2.storage import Content
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 
 SCALE = 0.02  # the standard deviation of every parameter; norms' weights stand around 1

@@ -15,6 +15,7 @@ from blip2.tensorfiles.errors import CheckpointError
 
 UNFINISHED = ".unfinished"  # the suffix of a file that `replace_file` has not renamed yet
 _LOCK = ".lock"
+Content = dict[str, Any] | str | Path  # of a file: JSON, text, or a file to copy
 
 
 def lock_file(file: IO[Any], *, inherited: bool = True) -> bool:
@@ -117,17 +118,11 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file and flush it to the disk."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and flush it to the disk."""
-    path.write_bytes(text.encode())
+def write_file(path: Path, content: Content) -> None:
+    """Write a file and flush it to the disk."""
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    else:
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        path.write_bytes(text.encode())
     sync(path)
-
-
-def copy_file(source: Path, folder: Path) -> None:
-    """Copy a file into a folder and flush it to the disk."""
-    sync(Path(shutil.copyfile(source, folder / source.name)))

@@ -22,12 +22,13 @@ from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE, Layout
 from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
 from blip2.checkpoint.remap import TensorRecipe, from_hf_layout, read_blocks, remap_tensors
-from blip2.checkpoint.save import SHARD_BYTES, Content, new_model_folder, settings, tokenizer_files
+from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.checkpoint.verify import compare_logits, compare_tensors
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
+from blip2.storage import Content
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 from blip2.tensorfiles.writers import PDPARAMS, SAFETENSORS, TORCH, FileKind, Read

@@ -18,14 +18,13 @@ from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, to_hf
-from blip2.storage import copy_file, new_folder, sync, write_json, write_text
+from blip2.storage import Content, new_folder, sync, write_file
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import TensorInfo
 from blip2.tensorfiles.writers import SAFETENSORS, FileKind, Read
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
-Content = dict[str, Any] | str | Path  # of a file: JSON, text, or a file to copy
 
 
 def save_model(
@@ -96,12 +95,7 @@ def new_model_folder(
     with new_folder(folder) as beside:
         write_files(beside, kind, info, read, shard_bytes)
         for name, content in files.items():
-            if isinstance(content, Path):
-                copy_file(content, beside)
-            elif isinstance(content, str):
-                write_text(beside / name, content)
-            else:
-                write_json(beside / name, content)
+            write_file(beside / name, content)
         yield beside
 
 
@@ -126,7 +120,7 @@ def write_files(
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         total = sum(entry.nbytes for entry in info.values())
-        write_json(folder / kind.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_file(folder / kind.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
