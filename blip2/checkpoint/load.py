@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.dialects import read_json_file
-from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.key_mapping import from_hugging_face
+from blip2.checkpoint.hub import resolve_path
+from blip2.checkpoint.key_mapping import HEAD, OPT_EMBEDDINGS, T5_EMBEDDINGS, from_hugging_face
 from blip2.checkpoint.remap import equal_values, parameters, read_blocks
-from blip2.checkpoint.source import open_checkpoint
+from blip2.checkpoint.source import folder_of, has_tokenizer, open_checkpoint
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
@@ -31,8 +30,10 @@ from blip2.quantization.formats import Int4Weight, Mode, QuantizedWeight
 from blip2.quantization.linear import openvino_multiplies
 from blip2.quantization.packed import Linear, cpu_has_bf16, malloc_trim
 from blip2.quantization.stored import rounded, stored_mode
-from blip2.tensorfiles.tensors import CheckpointError, Tensors
-from blip2.text import TOKENIZER_FILES, Tokenizer
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.strict_json import read_json
+from blip2.tensorfiles.tensors import Tensors
+from blip2.text import Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -52,11 +53,6 @@ DROPPED = frozenset(
         "qformer.embeddings.position_ids",
         "language_model.model.decoder.version",
     }
-)
-_HEAD, _OPT_WORDS, _T5_WORDS = (
-    "language.lm_head.weight",
-    "language.embed_tokens.weight",
-    "language.shared.weight",
 )
 # The parts whose linear layers are worth laying out.
 _LAID_OUT = ("vision.", "qformer.", "language.")
@@ -118,8 +114,7 @@ def load_model(
         ConfigError: config.json describes no model this package builds.
     """
     wanted = parse_dtype(dtype)
-    parts = [None if part is None else resolve(part) for part in (vision, language)]
-    with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
+    with open_checkpoint(path, revision, vision=vision, language=language) as found:
         config = found.required()  # what is wrong with the settings is told first
         names = our_names(found.tensors)
         return build_model(config, found.tensors, names, wanted, torch.device(device), quantize, lay_out)
@@ -129,8 +124,7 @@ def count_parameters(
     path: Path, *, vision: str | Path | None = None, language: str | Path | None = None
 ) -> int:
     """How many values a checkpoint holds, the parts from elsewhere counted in; arguments as `load_model`'s."""
-    parts = [None if part is None else resolve(part) for part in (vision, language)]
-    with open_checkpoint(path, vision=parts[0], language=parts[1]) as found:
+    with open_checkpoint(path, vision=vision, language=language) as found:
         return parameters(found.tensors)
 
 
@@ -152,26 +146,20 @@ def load_processors(
     Raises:
         CheckpointError, ConfigError, ImageError, TextError: a file is missing or broken.
     """
-    found = resolve(path, revision)
-    folder = found if found.is_dir() else found.parent
+    found = resolve_path(path, revision)
+    folder = folder_of(found)
     if (folder / "config.json").is_file():
         size = read_config_file(folder).vision.image_size
     else:
-        parts = [None if part is None else resolve(part) for part in (vision, language)]
-        with open_checkpoint(found, vision=parts[0], language=parts[1]) as checkpoint:
+        with open_checkpoint(found, vision=vision, language=language) as checkpoint:
             size = checkpoint.required().vision.image_size
-    words = folder if language is None or has_tokenizer(folder) else resolve(language)
+    words = folder if language is None or has_tokenizer(folder) else resolve_path(language)
     return ImageProcessor.load(folder, size), Tokenizer.load(words)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds tokenizer files."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_config_file(folder: Path) -> Blip2Config | MatcherConfig:
     """The config.json of a checkpoint's folder."""
-    return read_config(read_json_file(folder / "config.json"))
+    return read_config(read_json(folder / "config.json"))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -217,13 +205,13 @@ def build_model(
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
     if lay_out and device.type == "cpu" and cpu_has_bf16():
         # a head that is the word embeddings' weight is needed as it is
-        plain = {ours: stored for ours, stored in names.items() if not (tied and ours == _HEAD)}
+        plain = {ours: stored for ours, stored in names.items() if not (tied and ours == HEAD)}
         # beside rounded weights, where nothing else is asked for, what is left of the linear layers is bf16 too
         narrow = dict.fromkeys(dtypes, torch.bfloat16) if quantize is not None and dtype is None else dtypes
         done = _lay_out(model, tensors, plain, narrow)
         names = {ours: stored for ours, stored in names.items() if ours not in done}
     for ours, stored in names.items():
-        if not (tied and ours == _HEAD):
+        if not (tied and ours == HEAD):
             target = dtypes[_part(ours)]
             if target == torch.float16 and ours.endswith(_OVERFLOWS):
                 target = torch.float32
@@ -231,7 +219,7 @@ def build_model(
             state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
     if tied:
         assert isinstance(config, Blip2Config)
-        state[_HEAD] = state[words_of(config)]
+        state[HEAD] = state[words_of(config)]
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
         assert isinstance(model, Blip2)
@@ -305,7 +293,7 @@ def empty_model(
 
 def words_of(config: Blip2Config) -> str:
     """Our name for the weight that a tied head shares."""
-    return _OPT_WORDS if isinstance(config.language, OptConfig) else _T5_WORDS
+    return OPT_EMBEDDINGS if isinstance(config.language, OptConfig) else T5_EMBEDDINGS
 
 
 def our_names(tensors: Tensors) -> dict[str, str]:
@@ -330,11 +318,11 @@ def our_names(tensors: Tensors) -> dict[str, str]:
 
 def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> bool:
     """Whether the head is the word embeddings' weight: absent, or stored and equal. One that differs counts."""
-    stored = [name for name in (_HEAD, embeddings) if name in names]
+    stored = [name for name in (HEAD, embeddings) if name in names]
     if len(stored) == 1:
-        names[_HEAD] = names[embeddings] = names[stored[0]]
+        names[HEAD] = names[embeddings] = names[stored[0]]
         return True
-    return bool(stored) and _equal(tensors, names[_HEAD], names[embeddings])
+    return bool(stored) and _equal(tensors, names[HEAD], names[embeddings])
 
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
@@ -355,7 +343,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str,
     problems = []
     if missing:
         problems.append(f"lacks {_listed(missing)}")
-        if all(name in missing for name in expected if name.startswith("language.")) and _HEAD in expected:
+        if all(name in missing for name in expected if name.startswith("language.")) and HEAD in expected:
             problems.append(
                 "so it has no language model: it is a part of a model, such as its Q-Former alone"
             )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from blip2.quantization.formats import GROUP, Int4Weight, Int8Weight, Mode, QuantizedWeight
-from blip2.tensorfiles.tensors import CheckpointError, TensorInfo, Tensors
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.tensors import TensorInfo, Tensors
 
 INT8, SCALE = "weight_int8", "weight_scale"
 INT4, SCALES, ZEROS = "weight_int4", "weight_scales", "weight_zeros"
@@ -36,7 +37,6 @@ class RoundedFile:
     """Rounded weights as the floats they stand for: a file of tensors, as far as its users can see."""
 
     format = "safetensors"
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, stored: Tensors, names: list[str]) -> None:
         """`names`: of the weights, as if they were stored as floats. Raises CheckpointError where parts do not fit."""
