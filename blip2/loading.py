@@ -11,8 +11,8 @@ from blip2.checkpoint import count_parameters, load_model, load_processors
 from blip2.checkpoint import resolve as find_files
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.quantization.formats import Mode
-from blip2.registry import default_dtype, resolve
+from blip2.modeling.config import Mode
+from blip2.registry import default_dtype, resolve_alias
 from blip2.text import Tokenizer
 
 
@@ -35,7 +35,7 @@ def load_components(
     quantize: Mode | None = None,
 ) -> LoadedModel:
     """Load what a name or a folder holds; arguments as for `predict.load`."""
-    files = find_files(resolve(name) if isinstance(name, str) else name, revision)
+    files = find_files(resolve_alias(name) if isinstance(name, str) else name, revision)
     if dtype is None and quantize is None:
         dtype = default_dtype(count_parameters(files, vision=vision, language=language))
         if (
@@ -46,7 +46,7 @@ def load_components(
             dtype = "fp16"
     image_processor, tokenizer = load_processors(files, vision=vision, language=language)
     model = load_model(
-        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, lay_out=True
+        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, prepack=True
     )
     return LoadedModel(model, image_processor, tokenizer)
 

@@ -23,9 +23,8 @@ from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import T5Config
+from blip2.modeling.config import MODES, Mode, T5Config
 from blip2.modeling.kv_cache import PromptCache, concat_prompt_caches
-from blip2.quantization.formats import MODES, Mode
 from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, default_model
 from blip2.results import Answer, Caption, EncodedImage, Ranked, detokenize_stream
 from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
@@ -160,12 +159,14 @@ class Predictor:
 
     def _encoded(self, prefix: Tensor, sizes: Sequence[tuple[int, int]]) -> list[EncodedImage]:
         """What there is to keep of images whose prefix is [B, Q, W]."""
-        context = self.model.read_prefix(prefix)
+        context = self.model.prefill_prefix(prefix)
         encoded = []
         for i, size in enumerate(sizes):
             row = torch.tensor([i], device=prefix.device)
             encoded.append(
-                EncodedImage(prefix[i : i + 1], None if context is None else context.select(row), size)
+                EncodedImage(
+                    prefix[i : i + 1], None if context is None else context.batch_select_indices(row), size
+                )
             )
         return encoded
 
@@ -319,7 +320,7 @@ class Predictor:
             asked, mask = (
                 part.to(self.device) for part in self.generator.tokenizer.encode_batch([p for _, p in batch])
             )
-            logprobs = answer_logprobs(self.model, prefix, asked, mask, ids, context=context)  # [B, N]
+            logprobs = answer_logprobs(self.model, prefix, asked, mask, ids, prompt_cache=context)  # [B, N]
             for row, shares in zip(logprobs.tolist(), logprobs.softmax(-1).tolist(), strict=True):
                 ranked.append(sorted(map(Ranked, offered, shares, row), key=lambda each: -each.logprob))
         return ranked if is_many(images) else ranked[0]
@@ -422,7 +423,7 @@ class Predictor:
             prefix, context, _ = self._read([picture for picture, _ in batch], start)
             ids, mask = self.generator.tokenizer.encode_batch([prompt for _, prompt in batch])
             made = generate(
-                self.model, prefix, ids.to(self.device), mask.to(self.device), options, context=context
+                self.model, prefix, ids.to(self.device), mask.to(self.device), options, prompt_cache=context
             )
             texts = [
                 kind(self._decode(row[:-1] if ended else row).strip(), score, row, logprobs)
@@ -445,7 +446,7 @@ class Predictor:
             prefix, context, _ = self._read([image])
         ids, mask = self.generator.tokenizer.encode_batch([prompt])
         steps = stream(
-            self.model, prefix, ids.to(self.device), mask.to(self.device), options, context=context
+            self.model, prefix, ids.to(self.device), mask.to(self.device), options, prompt_cache=context
         )
         ends = self.model.config.language.eos_token_id
         end_ids = {ends} if isinstance(ends, int) else {*ends}

@@ -18,10 +18,9 @@ from blip2.checkpoint.remap import blocks, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Blip2Config
-from blip2.quantization.apply import layers
-from blip2.quantization.formats import MODES, Mode, QuantizedWeight
-from blip2.quantization.stored import parts_of, stored_mode
+from blip2.modeling.config import MODES, Blip2Config, Mode
+from blip2.quantization.apply import quantized_layers
+from blip2.quantization.formats import QuantizedWeight, parts_of, stored_mode
 from blip2.tensorfiles.tensors import CheckpointError, TensorInfo, Tensors
 from blip2.tensorfiles.writers import SAFETENSORS, write_files
 
@@ -68,7 +67,7 @@ def quantize_checkpoint(
         with torch.device("meta"), SkipInit():
             model = Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config)
         # a head that is the word embeddings' weight is not stored: it is rounded when it is loaded
-        kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in layers(model, mode)}
+        kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in quantized_layers(model, mode)}
         weights = {name: kind for name, kind in kinds.items() if name in tensors}
         info: dict[str, TensorInfo] = {}
         for name in tensors:

@@ -12,7 +12,7 @@ from blip2.checkpoint.dialects import LANGUAGES, derive, from_paddle, read_json_
 from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
 from blip2.checkpoint.remap import Piece, as_hugging_face, joined, view
 from blip2.modeling.config import Blip2Config, ConfigError, MatcherConfig, read_config
-from blip2.quantization.stored import as_floats
+from blip2.quantization.formats import as_floats
 from blip2.tensorfiles.open import open_tensors
 from blip2.tensorfiles.tensors import CheckpointError, Tensors
 from blip2.text import TextError, Tokenizer

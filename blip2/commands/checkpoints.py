@@ -15,9 +15,9 @@ from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, pri
 
 def inspect(args: argparse.Namespace) -> int:
     from blip2.checkpoint import inspect
-    from blip2.registry import readable, resolve
+    from blip2.registry import readable, resolve_alias
 
-    found = inspect(resolve(args.path), vision=args.vision, language=args.language)
+    found = inspect(resolve_alias(args.path), vision=args.vision, language=args.language)
     if args.json:
         print_json(found.as_json())
         return SOME_FAILED if found.problems else DONE
@@ -60,11 +60,11 @@ def convert(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from blip2.checkpoint import convert
-    from blip2.registry import readable, resolve
+    from blip2.registry import readable, resolve_alias
 
     with _bars(args.quiet) as progress:
         made = convert(
-            resolve(args.source),
+            resolve_alias(args.source),
             args.target,
             to=args.to,
             dtype=args.dtype,
@@ -100,11 +100,11 @@ def quantize(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from blip2.checkpoint import quantize_checkpoint
-    from blip2.registry import readable, resolve
+    from blip2.registry import readable, resolve_alias
 
     with _bars(args.quiet) as progress:
         made = quantize_checkpoint(
-            resolve(args.source),
+            resolve_alias(args.source),
             args.target,
             args.to,
             vision=args.vision,
@@ -124,12 +124,12 @@ def bench(args: argparse.Namespace) -> int:
     from blip2.checkpoint import count_parameters, stored_as
     from blip2.checkpoint import resolve as find_files
     from blip2.loading import device_of
-    from blip2.registry import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve
+    from blip2.registry import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve_alias
 
     if min(args.rounds, *args.batches) < 1:
         raise ValueError("--rounds and --batches are at least 1")
     names = args.model or [DEFAULT]
-    folder, *more = (DEFAULT_FOLDER if name == DEFAULT else find_files(resolve(name)) for name in names)
+    folder, *more = (DEFAULT_FOLDER if name == DEFAULT else find_files(resolve_alias(name)) for name in names)
     dtype = args.dtype or default_dtype(count_parameters(folder))
     device = str(device_of(args.device))
     if args.quantize and stored_as(folder):

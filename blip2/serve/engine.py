@@ -434,7 +434,7 @@ class Engine:
         ids, mask = self.predictor.generator.tokenizer.encode_batch([prompt for _, prompt in asked])
         ids, mask = ids.to(prefix.device), mask.to(prefix.device)
         options, tops = [each.options for each, _ in asked], [each.top_logprobs for each, _ in asked]
-        made, read = self._rows.join(prefix, ids, mask, options, tops=tops, context=context)
+        made, read = self._rows.join(prefix, ids, mask, options, tops=tops, prompt_cache=context)
         for key, image, context in zip(keys, images, read, strict=True):
             self.cache.put(key, replace(image, context=context) if image.context is None else image)
         texts = iter(made)
@@ -469,8 +469,8 @@ class Engine:
     def _written(self, text: SampledSequence | BeamSequence) -> list[Text]:
         if isinstance(text, SampledSequence):
             return [self.text_of(text)]
-        assert text.found is not None
-        found = zip(*(getattr(text.found, name) for name in _PARTS), strict=True)
+        assert text.generated is not None
+        found = zip(*(getattr(text.generated, name) for name in _PARTS), strict=True)
         return [
             Text(GeneratedText(self._words(ids, ended), score, ids, logprobs), ended, [])
             for ids, score, logprobs, ended in found

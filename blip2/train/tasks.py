@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.modeling.blip2 import IGNORE_INDEX, Blip2, Blip2Matcher
-from blip2.modeling.t5 import T5
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.language import IGNORE_INDEX
 from blip2.train import losses
 from blip2.train.loop import Task, decays
 
@@ -69,7 +69,7 @@ class Stage1(Task):
 
         written = ids.clone()
         written[:, 0] = self.dec_token_id
-        queries, itg_logits = matcher.queries_and_itg_logits(features, written, mask)  # [B, Q, W], [B, T, V]
+        queries, itg_logits = matcher.queries_and_text_logits(features, written, mask)  # [B, Q, W], [B, T, V]
         itg = losses.itg_loss(itg_logits, written, mask)
 
         similarity = losses.query_similarity(
@@ -126,7 +126,7 @@ class Stage2(Task):
         right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
         total = (labels != IGNORE_INDEX).sum()
         groups = len(ids) // GROUP_ROWS
-        if isinstance(self.model.language, T5) or not right_padded or not total or groups < 2:
+        if self.model.config.language.is_encoder_decoder or not right_padded or not total or groups < 2:
             return self.model.loss_from_prefix(prefix, ids, mask, labels)
         lengths = mask.sum(1)
         losses = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config, OptConfig, QFormerConfig, VisionConfig
-from blip2.modeling.qformer import Layer, QFormer
+from blip2.modeling.qformer import QFormer, QFormerLayer
 from blip2.train import FitOptions, fit
 from default_model.pretrain import ImageTextEncoders, WordBag, initialise
 from default_model.queries import (
@@ -66,7 +66,7 @@ def test_queries_that_stand_look_at_what_has_its_middle_in_their_part() -> None:
     stand(made, features, middles, shown, seed=2)
     assert not torch.equal(before, made.query_tokens)
     layer = made.layers[0]
-    assert isinstance(layer, Layer) and layer.crossattention is not None
+    assert isinstance(layer, QFormerLayer) and layer.crossattention is not None
     read = layer.crossattention.attention
     with torch.inference_mode():
         query = read.query(layer.attention(made.layernorm(made.query_tokens)))[0]  # [Q, W]

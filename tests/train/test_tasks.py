@@ -133,7 +133,7 @@ def test_stage1_losses_are_the_published_ones() -> None:
         images, said = model.image_embeddings(features), model.text_embeddings(batch["ids"], batch["mask"])
         assert ours["itc"].item() == pytest.approx(losses.itc_loss(images, said, 0.07).item(), rel=1e-5)
         written = torch.cat([torch.full((B, 1), DEC), batch["ids"][:, 1:]], dim=1)
-        logits = model.itg_logits(features, written, batch["mask"])
+        logits = model.text_logits(features, written, batch["mask"])
         target = written.masked_fill(batch["mask"] == 0, -100)[:, 1:].flatten()
         itg = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=-100, label_smoothing=0.1)
         assert ours["itg"].item() == pytest.approx(itg.item(), rel=1e-5)
