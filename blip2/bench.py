@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,20 +54,13 @@ class Contender:
         return f"{self.code} {self.quantize or self.dtype}"
 
 
-class Side(Protocol):
-    """A loaded model, as the measurement uses it."""
-
-    def encode(self, pixels: Tensor) -> Any:
-        """Pixels [B, 3, S, S] -> what the language model reads first."""
-
-    def write(self, prefix: Any, num_beams: int, tokens: int) -> None:
-        """A text of exactly so many tokens for each image."""
-
-    def again(self, prefix: Any) -> Callable[[], None]:
-        """What a second question about the same images costs, up to its first token."""
-
-
 class Ours:
+    """This package's model, loaded.
+
+    encode: pixels [B, 3, S, S] -> what the language model reads first. write: a text of exactly so many tokens for each
+    image. ask_again: a second question about the same images, up to its first token.
+    """
+
     def __init__(self, side: Contender) -> None:
         model = load_model(
             side.folder,
@@ -91,7 +84,7 @@ class Ours:
             self.model, prefix, self.ids.expand(len(prefix), -1), None, options, prompt_cache=prompt_cache
         )
 
-    def again(self, prefix: Tensor) -> Callable[[], None]:
+    def ask_again(self, prefix: Tensor) -> Callable[[], None]:
         prompt_cache = self.model.prefill_prefix(prefix)
         return lambda: self.write(prefix, 1, 1, prompt_cache)
 
@@ -129,9 +122,6 @@ class Theirs:
             min_new_tokens=tokens,
         )
 
-    def again(self, prefix: Tensor) -> Callable[[], None]:
-        raise NotImplementedError("transformers begins anew with every question")
-
 
 # --- one round of one side, in a process of its own ------------------------------------------------------------------
 
@@ -139,7 +129,7 @@ class Theirs:
 def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     """Seconds by figure, and "peak" in bytes. Loads the model; for a fresh process."""
     start = time.perf_counter()
-    loaded: Side = Ours(side) if side.code == "blip2" else Theirs(side)
+    loaded = Ours(side) if side.code == "blip2" else Theirs(side)
     figures = {"load": time.perf_counter() - start}
     size = load_processors(side.folder)[0].size
     pixels = torch.randn(max(batches), 3, size, size, generator=torch.Generator().manual_seed(0)).to(
@@ -160,7 +150,9 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
         first = figures["encode"] + figures["prefill"]
         figures["first token, first question"] = first
         figures["first token, second question"] = (
-            _seconds(loaded.again(prefix)) if side.code == "blip2" else first
+            _seconds(loaded.ask_again(prefix))
+            if isinstance(loaded, Ours)
+            else first  # transformers begins anew
         )
         # of one image, which is what `blip2 doctor` predicts
         figures["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -30,9 +30,7 @@ class Generated:
     """New tokens. B * num_return_sequences rows: those of the first prompt, best first, then the next's."""
 
     ids: list[list[int]]  # new token ids only; the end token, if it came, is the last
-    scores: list[
-        float
-    ]  # sum of log-probabilities / length ** length_penalty; with beams: after the processors
+    scores: list[float]  # sum of log-probabilities (with beams: processed ones) / length ** length_penalty
     token_logprobs: list[list[float]]  # of every id under the model itself, before any processor or warper
     finished: list[bool]  # False: cut at max_new_tokens
 
@@ -107,13 +105,9 @@ def _prefill(
             "expected [B, Q, W], [B, T] and [B, T]"
         )
     rows = options.num_beams if options.num_beams > 1 else options.num_return_sequences
+    limit = options.max_new_tokens
     decoding = model.prefill(
-        prefix,
-        input_ids,
-        attention_mask,
-        rows=rows,
-        max_new_tokens=options.max_new_tokens,
-        prompt_cache=prompt_cache,
+        prefix, input_ids, attention_mask, rows=rows, max_new_tokens=limit, prompt_cache=prompt_cache
     )
     history = history_before(model, prefix, input_ids, attention_mask)
     return decoding, history, options, end_ids_of(model, options, history.device)

@@ -43,13 +43,9 @@ def answer_logprobs(
     # The longest first: those that are read to their end are the last rows, and are dropped.
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i]))
     width = min(max(1, rows // prompts), len(answers))
+    limit = len(answers[order[0]]) + 1
     decoding = model.prefill(
-        prefix,
-        input_ids,
-        attention_mask,
-        rows=width,
-        max_new_tokens=len(answers[order[0]]) + 1,
-        prompt_cache=prompt_cache,
+        prefix, input_ids, attention_mask, rows=width, max_new_tokens=limit, prompt_cache=prompt_cache
     )
     end_ids = torch.tensor(model.config.language.eos_token_ids, device=device)
     first = decoding.logits.log_softmax(-1)  # [B, V]

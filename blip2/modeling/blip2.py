@@ -135,17 +135,12 @@ class Blip2(nn.Module):
         Raises:
             ValueError: prefix, prompt and new tokens are longer than the language model's positions.
         """
+        if prompt_cache is not None:
+            prefix = prefix[:, :0]  # it has been read
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if prompt_cache is None:
-            embeddings, full_mask = self._embed(prefix, input_ids, mask)
-            assert full_mask is not None
-            mask = full_mask
-        else:
-            embeddings = self.language.embed(input_ids).to(prefix.dtype)
-        caches_and_logits = self.language.prefill(
-            embeddings, mask, prompt_cache, rows=rows, max_new_tokens=max_new_tokens
-        )
-        return DecodeState(self.language, *caches_and_logits)
+        embeddings, _ = self._embed(prefix, input_ids, None)
+        mask = F.pad(mask, (prefix.shape[1], 0), value=1)
+        return self.language.prefill(embeddings, mask, prompt_cache, rows=rows, max_new_tokens=max_new_tokens)
 
 
 class TextHead(nn.Module):

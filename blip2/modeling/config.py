@@ -290,19 +290,20 @@ def _check_widths(vision: VisionConfig, qformer: QFormerConfig) -> None:
 
 # --- config.json -> config -----------------------------------------------------------------------------------------
 
-# What transformers assumes where a nested text_config (OPT) is silent.
+# What transformers assumes where a nested text_config is silent, where it differs from the defaults above.
 _OPT_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50272,
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "ffn_dim": 3072,
-    "max_position_embeddings": 2048,
-    "activation_function": "relu",
-    "bos_token_id": 2,
-    "pad_token_id": 1,
     "eos_token_id": 2,
-    "tie_word_embeddings": True,
+}
+_T5_DEFAULTS: dict[str, Any] = {  # `_read_t5` completes the rest
+    "d_model": 512,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "feed_forward_proj": "relu",
 }
 # Settings of OPT that no BLIP-2 checkpoint uses and this package does not build.
 _OPT_REQUIRED: dict[str, Any] = {
@@ -310,15 +311,6 @@ _OPT_REQUIRED: dict[str, Any] = {
     "enable_bias": True,
     "layer_norm_elementwise_affine": True,
     "_remove_final_layer_norm": False,
-}
-
-# The same for T5, where the defaults above differ; `_read_t5` completes the rest.
-_T5_DEFAULTS: dict[str, Any] = {
-    "d_model": 512,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "feed_forward_proj": "relu",
 }
 
 Config = TypeVar("Config", VisionConfig, QFormerConfig, OptConfig, T5Config)
@@ -390,11 +382,10 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
     width = {"encoder_hidden_size": vision.hidden_size}
     architectures = raw.get("architectures") or []
     _check(isinstance(architectures, list), f"architectures is {architectures!r}, expected a list of names")
-    if any("ImageTextRetrieval" in str(name) for name in architectures):
-        qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
-        width_of_both = _whole("image_text_hidden_size", raw.get("image_text_hidden_size") or 256)
-        return MatcherConfig(vision, qformer, queries, width_of_both)
     qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
+    if any("ImageTextRetrieval" in str(name) for name in architectures):
+        shared_width = _whole("image_text_hidden_size", raw.get("image_text_hidden_size") or 256)
+        return MatcherConfig(vision, qformer, queries, shared_width)
     text = _section(raw, "text_config")
     kind = text.get("model_type", "opt")
     _check(

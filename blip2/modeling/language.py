@@ -86,16 +86,12 @@ class LanguageModel(nn.Module, ABC):
         *,
         rows: int,
         max_new_tokens: int,
-    ) -> tuple[PromptCache, KVCache, Tensor]:
+    ) -> DecodeState:
         """Read prompts, ready to write `rows` continuations of each.
 
         Args:
             embeddings, mask: as for `forward`.
             prompt_cache: what the same B prompts begin with, read before.
-
-        Returns:
-            the cache of the prompts, the empty cache of B * rows texts, and logits float32 [B, V] for the first new
-            token.
 
         Raises:
             ValueError: prompt and new tokens take more positions than the model has.

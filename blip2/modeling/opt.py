@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from blip2.modeling.config import OptConfig
 from blip2.modeling.kv_cache import KVCache, PromptCache
-from blip2.modeling.language import IGNORE_INDEX, LanguageModel
+from blip2.modeling.language import IGNORE_INDEX, DecodeState, LanguageModel
 from blip2.modeling.layers import ACTIVATION, attend, merge_heads, split_heads
 
 POSITION_OFFSET = 2  # OPT's position table begins with two entries no position uses
@@ -163,7 +163,7 @@ class Opt(LanguageModel):
         *,
         rows: int,
         max_new_tokens: int,
-    ) -> tuple[PromptCache, KVCache, Tensor]:
+    ) -> DecodeState:
         # Checked before anything is written; the last new token is never read.
         before = 0 if prompt_cache is None else prompt_cache.mask.sum(1)
         self._check_length(int((before + mask.sum(1)).max()) + max_new_tokens - 1)
@@ -172,7 +172,7 @@ class Opt(LanguageModel):
         logits = self.lm_head(hidden[torch.arange(len(last), device=last.device), last]).float()
         heads, width = self.config.num_attention_heads, self.config.hidden_size
         shape = (self.config.num_hidden_layers, len(mask) * rows, heads, max_new_tokens, width // heads)
-        return prompt_cache, KVCache(shape, embeddings), logits
+        return DecodeState(self, prompt_cache, KVCache(shape, embeddings), logits)
 
     def decode_step(self, ids: Tensor, prompt_cache: PromptCache, kv_cache: KVCache) -> Tensor:
         rows = len(ids) // len(prompt_cache.mask)

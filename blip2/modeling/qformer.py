@@ -124,23 +124,23 @@ class QFormer(nn.Module):
 
     def encode_multimodal(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Queries and text see each other (ITM): -> [B, Q + T, W], queries first."""
-        queries = self.query_tokens.shape[1]
-        allowed = F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]  # [B, 1, 1, Q + T]
-        x = torch.cat([self._queries(len(ids)), self._embed(ids)], dim=1)
-        return self._run(x, queries, features, allowed)
+        return self._encode_both(features, ids, mask, causal=False)
 
     def encode_causal(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Text sees the queries and itself causally, the queries see only themselves (ITG): -> [B, Q + T, W].
 
         The queries come out as from `forward`, so one pass serves ITC and ITG.
         """
+        return self._encode_both(features, ids, mask, causal=True)
+
+    def _encode_both(self, features: Tensor, ids: Tensor, mask: Tensor, *, causal: bool) -> Tensor:
         queries = self.query_tokens.shape[1]
-        total = queries + ids.shape[1]
-        causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()
-        causal[:queries, :queries] = True
-        allowed = (
-            causal & F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]
-        )  # [B, 1, Q + T, Q + T]
+        allowed = F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]  # [B, 1, 1, Q + T]
+        if causal:
+            size = allowed.shape[-1]
+            before = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
+            before[:queries, :queries] = True
+            allowed = before & allowed  # [B, 1, Q + T, Q + T]
         x = torch.cat([self._queries(len(ids)), self._embed(ids)], dim=1)
         return self._run(x, queries, features, allowed)
 

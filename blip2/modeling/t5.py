@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from blip2.modeling.config import T5Config
 from blip2.modeling.kv_cache import KVCache, PromptCache
-from blip2.modeling.language import LanguageModel
+from blip2.modeling.language import DecodeState, LanguageModel
 from blip2.modeling.layers import ACTIVATION, attend, merge_heads, split_heads
 
 
@@ -91,16 +91,12 @@ class T5SelfAttentionLayer(nn.Module):
         self.SelfAttention = T5Attention(config)
         self.layer_norm = T5LayerNorm(config)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, W]; mask [B or 1, H, T, T] is added to the scores."""
+    def forward(self, x: Tensor, mask: Tensor, kv_cache: KVCache | None = None, index: int = 0) -> Tensor:
+        """x [R, T, W] after kv_cache, of layer `index`; mask [1 or R, H, T, S] is added to the scores."""
         normed = self.layer_norm(x)
-        out: Tensor = x + self.SelfAttention(normed, self.SelfAttention.keys_values(normed), mask)
-        return out
-
-    def decode_step(self, x: Tensor, mask: Tensor, kv_cache: KVCache, layer: int) -> Tensor:
-        """One token for each row: x [R, 1, W]; mask [1 or R, H, 1, t + 1]."""
-        normed = self.layer_norm(x)
-        keys_values = kv_cache.append(layer, *self.SelfAttention.keys_values(normed))
+        keys_values = self.SelfAttention.keys_values(normed)
+        if kv_cache is not None:
+            keys_values = kv_cache.append(index, *keys_values)
         out: Tensor = x + self.SelfAttention(normed, keys_values, mask)
         return out
 
@@ -146,26 +142,20 @@ class T5DecoderLayer(nn.Module):
             [T5SelfAttentionLayer(config), T5CrossAttentionLayer(config), T5FeedForwardLayer(config)]
         )
 
-    def forward(self, x: Tensor, mask: Tensor, prompt: tuple[Tensor, Tensor], prompt_mask: Tensor) -> Tensor:
-        """x [B, T, W]; mask [1, H, T, T] is added to the scores; the prompt as for `T5CrossAttentionLayer`."""
-        attention, cross, feed_forward = self.layer
-        out: Tensor = feed_forward(cross(attention(x, mask), prompt, prompt_mask))
-        return out
-
-    def decode_step(
+    def forward(
         self,
         x: Tensor,
         mask: Tensor,
-        kv_cache: KVCache,
-        index: int,
         prompt: tuple[Tensor, Tensor],
         prompt_mask: Tensor,
+        kv_cache: KVCache | None,
+        index: int,
     ) -> Tensor:
-        """One token for each row, x [B * n, 1, W], on the prompts' own keys and values [B, H, S, D]."""
+        """x [B * n, T, W]; mask and kv_cache as for `T5SelfAttentionLayer`; the prompts' own keys and values
+        [B, H, S, D], mask bool [B, 1, 1, S]."""
         attention, cross, feed_forward = self.layer
-        assert isinstance(attention, T5SelfAttentionLayer)
-        x = attention.decode_step(x, mask, kv_cache, index)
-        by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])  # [B, n, W]: a prompt's rows are positions
+        x = attention(x, mask, kv_cache, index)
+        by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])  # [B, n * T, W]: a prompt's rows are positions
         out: Tensor = feed_forward(cross(by_prompt, prompt, prompt_mask).view_as(x))
         return out
 
@@ -246,30 +236,22 @@ class T5Decoder(nn.Module):
             layers.append(cross.EncDecAttention.keys_values(memory))
         return PromptCache(tuple(layers), mask)
 
-    def forward(self, x: Tensor, prompt_cache: PromptCache) -> Tensor:
-        """x [B, T, W] -> [B, T, W]."""
-        positions = torch.arange(x.shape[1], device=x.device)
-        distance = positions[None, None, :] - positions[None, :, None]  # [1, T, T]
-        bias = self.relative_attention_bias(distance)
-        mask = bias.masked_fill((distance > 0)[:, None], float("-inf"))  # [1, H, T, T]
-        prompt_mask = prompt_cache.mask[:, None, None, :]
-        for layer, prompt in zip(self.layers, prompt_cache.layers, strict=True):
-            x = layer(x, mask, prompt, prompt_mask)
-        out: Tensor = self.final_layer_norm(x)
-        return out
-
-    def decode_step(self, x: Tensor, prompt_cache: PromptCache, kv_cache: KVCache) -> Tensor:
-        """One token for each row: x [B * n, 1, W] -> [B * n, 1, W]; `kv_cache` grows by one."""
-        distance = torch.arange(-kv_cache.length, 1, device=x.device)[None, None]
-        mask = self.relative_attention_bias(distance)  # [1, H, 1, t + 1]
-        padding = kv_cache.padding
-        if padding is not None:
-            mask = mask.masked_fill(padding[:, None, None], float("-inf"))  # [B * n, H, 1, t + 1]
+    def forward(self, x: Tensor, prompt_cache: PromptCache, kv_cache: KVCache | None = None) -> Tensor:
+        """x [B, T, W] -> [B, T, W]; or one token for each row after those of kv_cache: [B * n, 1, W] -> the same."""
+        before = 0 if kv_cache is None else kv_cache.length
+        positions = torch.arange(-before, x.shape[1], device=x.device)
+        distance = positions[None, None, :] - positions[None, before:, None]  # [1, T, before + T]
+        mask = self.relative_attention_bias(distance)
+        mask = mask.masked_fill((distance > 0)[:, None], float("-inf"))  # [1, H, T, before + T]
+        if kv_cache is not None and kv_cache.padding is not None:
+            mask = mask.masked_fill(
+                kv_cache.padding[:, None, None], float("-inf")
+            )  # [B * n, H, 1, before + 1]
         prompt_mask = prompt_cache.mask[:, None, None, :]
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, T5DecoderLayer)
-            x = layer.decode_step(x, mask, kv_cache, i, prompt_cache.layers[i], prompt_mask)
-        kv_cache.length += 1
+            x = layer(x, mask, prompt_cache.layers[i], prompt_mask, kv_cache, i)
+        if kv_cache is not None:
+            kv_cache.length += 1
         out: Tensor = self.final_layer_norm(x)
         return out
 
@@ -319,7 +301,7 @@ class T5(LanguageModel):
         *,
         rows: int,
         max_new_tokens: int,
-    ) -> tuple[PromptCache, KVCache, Tensor]:
+    ) -> DecodeState:
         if prompt_cache is not None:
             raise ValueError("T5 reads prefix and prompt together and has no cache of a prefix alone")
         prompt_cache = self._read(embeddings, mask)
@@ -328,10 +310,11 @@ class T5(LanguageModel):
         shape = (config.num_decoder_layers, count, config.num_heads, max_new_tokens, config.d_kv)
         kv_cache = KVCache(shape, embeddings)
         first = torch.full((count,), config.decoder_start_token_id, device=mask.device)
-        return prompt_cache, kv_cache, self.decode_step(first, prompt_cache, kv_cache)[::rows]
+        logits = self.decode_step(first, prompt_cache, kv_cache)[::rows]
+        return DecodeState(self, prompt_cache, kv_cache, logits)
 
     def decode_step(self, ids: Tensor, prompt_cache: PromptCache, kv_cache: KVCache) -> Tensor:
-        hidden = self.decoder.decode_step(self.embed(ids).unsqueeze(1), prompt_cache, kv_cache)
+        hidden = self.decoder(self.embed(ids).unsqueeze(1), prompt_cache, kv_cache)
         logits: Tensor = self.lm_head(self._scale(hidden))
         return logits.squeeze(1).float()
 
