@@ -58,13 +58,13 @@ def device_of(device: str | torch.device) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not known; choose auto, cpu, cuda or mps") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {str(device)!r}: torch finds no NVIDIA GPU here; use 'cpu', or see `blip2 doctor`"
         )
-    if place.type == "mps" and not torch.backends.mps.is_available():
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {str(device)!r}: torch finds no Apple GPU here; use 'cpu'")
-    return place
+    return chosen
