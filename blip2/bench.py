@@ -149,11 +149,8 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
         figures[f"caption of {LONG} tokens, {BEAMS} beams"] = figures["encode"] + long
         first = figures["encode"] + figures["prefill"]
         figures["first token, first question"] = first
-        figures["first token, second question"] = (
-            _seconds(loaded.ask_again(prefix))
-            if isinstance(loaded, Ours)
-            else first  # transformers begins anew
-        )
+        second = _seconds(loaded.ask_again(prefix)) if isinstance(loaded, Ours) else first
+        figures["first token, second question"] = second  # transformers begins anew
         # of one image, which is what `blip2 doctor` predicts
         figures["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         for batch in batches:

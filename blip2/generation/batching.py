@@ -21,7 +21,7 @@ from blip2.generation.decoding import (
     choose_next,
     end_ids_of,
     history_before,
-    score_sequence,
+    sequence_score,
     uniform_numbers,
 )
 from blip2.generation.logits import PADDING
@@ -61,7 +61,7 @@ class SampledSequence:
     @property
     def score(self) -> float:
         """As `Generated.scores`."""
-        return score_sequence(self.ids, self.logprobs, self.options).score
+        return sequence_score(self.logprobs, self.options)
 
     @property
     def sampling_key(self) -> tuple[object, ...]:
@@ -253,9 +253,8 @@ class ContinuousBatch:
         rows = [row + i for row, text in left for i in range(text.options.num_beams)]
         index = torch.tensor(rows, device=self._ids.device)
         if len(rows) < len(self):
-            self._decoding.batch_select_indices(
-                self._parents[index]
-            )  # a search's rows have all read the same prompt
+            # all beams of a search have the same prompt
+            self._decoding.batch_select_indices(self._parents[index])
             self._texts = [text for _, text in left]
         elif any(isinstance(text, BeamSequence) for text in self._texts):
             self._decoding.reorder_cache(self._parents)

@@ -60,10 +60,11 @@ def generate(
         return _beam_search(*start)
     steps = list(_decode_steps(*start))
     ids_by_row, logprobs_by_row = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
-    sequences: list[Sequence] = []
+    sequences: list[ScoredSequence] = []
     for padded, logprobs in zip(ids_by_row, logprobs_by_row, strict=True):
         ids = [i for i in padded if i != PADDING]
-        sequences.append(score_sequence(ids, logprobs[: len(ids)], options))
+        logprobs = logprobs[: len(ids)]
+        sequences.append(ScoredSequence(ids, logprobs, sequence_score(logprobs, options)))
     return _generated(sequences, end_ids)
 
 
@@ -129,7 +130,7 @@ def end_ids_of(model: Blip2, options: GenerationOptions, device: torch.device) -
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-class Sequence(NamedTuple):
+class ScoredSequence(NamedTuple):
     """The new tokens of one row, the log-probability of each, and the row's score."""
 
     ids: list[int]
@@ -137,12 +138,12 @@ class Sequence(NamedTuple):
     score: float
 
 
-def score_sequence(ids: list[int], logprobs: list[float], options: GenerationOptions) -> Sequence:
-    """A sequence with its score: the sum of log-probabilities / length ** length_penalty."""
-    return Sequence(ids, logprobs, sum(logprobs) / len(ids) ** options.length_penalty)
+def sequence_score(logprobs: list[float], options: GenerationOptions) -> float:
+    """The sum of a sequence's log-probabilities / length ** length_penalty."""
+    return sum(logprobs) / len(logprobs) ** options.length_penalty
 
 
-def _generated(sequences: list[Sequence], end_ids: Tensor) -> Generated:
+def _generated(sequences: list[ScoredSequence], end_ids: Tensor) -> Generated:
     ends = set(end_ids.tolist())
     return Generated(
         ids=[sequence.ids for sequence in sequences],
@@ -308,7 +309,7 @@ def beam_search(logits: Tensor, history: Tensor, options: GenerationOptions, end
     # A prompt's beams start out equal: only the first may be continued.
     running = finished._replace(scores=(torch.arange(n, device=device) > 0) * _NEVER + logits.new_zeros(b, n))
     searching = torch.ones(b, dtype=torch.bool, device=device)
-    results: list[list[Sequence]] = [[] for _ in prompts]
+    results: list[list[ScoredSequence]] = [[] for _ in prompts]
     width = max(2, 1 + len(end_ids)) * n  # candidates: however many of them end, n are left to run
     for length in range(1, limit + 1):
         # Grow: the best candidates of all beams.
@@ -354,7 +355,7 @@ def beam_search(logits: Tensor, history: Tensor, options: GenerationOptions, end
 
 
 def _store_results(
-    finished: _Beams, prompts: list[int], options: GenerationOptions, results: list[list[Sequence]]
+    finished: _Beams, prompts: list[int], options: GenerationOptions, results: list[list[ScoredSequence]]
 ) -> None:
     """Store the sequences of each prompt at its place in results; a prompt searched further is stored again."""
     ids, logprobs, scores, lengths, _ = (
@@ -362,4 +363,6 @@ def _store_results(
     )
     for i, prompt in enumerate(prompts):
         beams = zip(ids[i], logprobs[i], scores[i], lengths[i], strict=True)
-        results[prompt] = [Sequence(row[:length], logs[:length], score) for row, logs, score, length in beams]
+        results[prompt] = [
+            ScoredSequence(row[:length], logs[:length], score) for row, logs, score, length in beams
+        ]

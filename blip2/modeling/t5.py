@@ -191,9 +191,8 @@ def position_buckets(distance: Tensor, count: int, max_distance: int, *, bidirec
     else:
         size = (-distance).clamp(min=0)
     near = count // 2
-    growth = torch.log(size.clamp(min=near).float() / near) / math.log(
-        max_distance / near
-    )  # 0 .. 1 at `max_distance`
+    # 0 .. 1 at `max_distance`
+    growth = torch.log(size.clamp(min=near).float() / near) / math.log(max_distance / near)
     far = (near + (growth * (count - near)).long()).clamp(max=count - 1)
     return first + torch.where(size < near, size, far)
 
@@ -244,9 +243,8 @@ class T5Decoder(nn.Module):
         mask = self.relative_attention_bias(distance)
         mask = mask.masked_fill((distance > 0)[:, None], float("-inf"))  # [1, H, T, before + T]
         if kv_cache is not None and kv_cache.padding is not None:
-            mask = mask.masked_fill(
-                kv_cache.padding[:, None, None], float("-inf")
-            )  # [B * n, H, 1, before + 1]
+            padding = kv_cache.padding[:, None, None]  # [B * n, 1, 1, before + 1]
+            mask = mask.masked_fill(padding, float("-inf"))
         prompt_mask = prompt_cache.mask[:, None, None, :]
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, prompt_cache.layers[i], prompt_mask, kv_cache, i)

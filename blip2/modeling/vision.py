@@ -95,10 +95,8 @@ class ImageEncoder(nn.Module):
             )
         patches = self._patches(pixels)
         positions = self.positions(patches.shape[-2], patches.shape[-1])
-        x = torch.cat(
-            [self.class_embedding.expand(len(pixels), -1, -1), patches.flatten(2).mT], dim=1
-        )  # [B, N, W]
-        x = x + positions
+        first = self.class_embedding.expand(len(pixels), -1, -1)
+        x = torch.cat([first, patches.flatten(2).mT], dim=1) + positions  # [B, N, W]
         if keep is not None:
             kept = x[:, 1:].gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, K, W]
             x = torch.cat([x[:, :1], kept], dim=1)

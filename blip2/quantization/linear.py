@@ -180,12 +180,9 @@ class Int4Linear(nn.Module):
             self._product = OpenVinoLinear(weight.values, weight.scales, weight.zeros, mapped=weight.mapped)
         else:
             zeros = (8 - weight.zeros.float()) * weight.scales.float()  # torch's kernel adds them
-            pairs = torch.stack([weight.scales, zeros.bfloat16()], dim=-1).transpose(
-                0, 1
-            )  # [K / GROUP, N, 2]
-            rows = max(
-                64, WEIGHTS_AT_ONCE // self.in_features // 64 * 64
-            )  # the layout's blocks have at most 64 outputs
+            pairs = torch.stack([weight.scales.mT, zeros.bfloat16().mT], dim=-1)  # [K / GROUP, N, 2]
+            # the layout's blocks have at most 64 outputs
+            rows = max(64, WEIGHTS_AT_ONCE // self.in_features // 64 * 64)
             parts = (weight.rows(slice(i, i + rows)) for i in range(0, self.out_features, rows))
             packed = torch.cat(
                 [torch._convert_weight_to_int4pack_for_cpu(part.unpacked().int(), 1) for part in parts]
@@ -257,9 +254,8 @@ def _pack(weight: Int8Weight) -> Any:
     """A weight in FBGEMM's layout."""
     zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
     with fbgemm_engine(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # newer releases announce that these tensors will go; see `max_activation_level`
+        # newer releases announce that these tensors will go; see `max_activation_level`
+        warnings.simplefilter("ignore")
         tensor = torch._make_per_channel_quantized_tensor(weight.values, weight.scale.double(), zeros, 0)
         return torch.ops.quantized.linear_prepack(tensor, None)
 
