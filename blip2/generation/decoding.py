@@ -140,7 +140,7 @@ class ScoredSequence(NamedTuple):
 
 def sequence_score(logprobs: list[float], options: GenerationOptions) -> float:
     """The sum of a sequence's log-probabilities / length ** length_penalty."""
-    return sum(logprobs) / len(logprobs) ** options.length_penalty
+    return sum(logprobs) / float(len(logprobs) ** options.length_penalty)
 
 
 def _generated(sequences: list[ScoredSequence], end_ids: Tensor) -> Generated:
