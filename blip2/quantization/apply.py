@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -126,26 +128,30 @@ def prepack(model: nn.Module, read: Mapping[str, Callable[[], Tensor]] | None = 
         read: by the names of the layers to pack, what reads each one's weight, in any float: one is read while the one
             before is packed, and then dropped. None: all that have bf16 weights of their own are packed.
     """
-    layers = dict(linear_layers(model))
     if read is None:
         tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
         read = {
-            name: layer.weight.detach
-            for name, layer in layers.items()
+            name: partial(_own_weight, model, name)
+            for name, layer in linear_layers(model)
             # a head that shares its weight with the word embeddings is needed as it is
             if layer.weight.dtype == torch.bfloat16 and not any(layer.weight is table for table in tables)
         }
-    waiting = list(read)
+    names = list(read)
     with ThreadPoolExecutor(1) as reader:
-        next_weight = reader.submit(read[waiting[0]]) if waiting else None
-        for index, name in enumerate(waiting):
-            assert next_weight is not None
-            weight = next_weight.result()
-            if index + 1 < len(waiting):
-                next_weight = reader.submit(read[waiting[index + 1]])
-            _replace(model, name, PackedLinear(weight.to(torch.bfloat16), layers[name].bias).eval())
+        reading = [reader.submit(read[name]) for name in names[:1]]
+        for name, following in zip_longest(names, names[1:]):
+            weight = reading.pop().result().to(torch.bfloat16)
+            if following is not None:
+                reading.append(reader.submit(read[following]))
+            bias = model.get_submodule(name).bias
+            assert bias is None or isinstance(bias, nn.Parameter)
+            _replace(model, name, PackedLinear(weight, bias).eval())
             del weight
             malloc_trim()
+
+
+def _own_weight(model: nn.Module, name: str) -> Tensor:
+    return model.get_parameter(f"{name}.weight").detach()
 
 
 def unpack(model: nn.Module) -> None:
