@@ -46,10 +46,10 @@ def test_the_6_7b_model_is_as_published() -> None:
 def test_quantized_weights_take_the_estimated_memory(known: KnownModel, mode: Mode) -> None:
     with torch.device("meta"):
         built = Blip2(known.config) if isinstance(known.config, Blip2Config) else Blip2Matcher(known.config)
-        rounded = {name: kind for name, _, kind in quantized_layers(built, mode)}
+        kinds = {name: kind for name, _, kind in quantized_layers(built, mode)}
     stored = 0.0
     for name, values in built.state_dict().items():
-        if (kind := rounded.get(name.removesuffix(".weight"))) is not None:
+        if (kind := kinds.get(name.removesuffix(".weight"))) is not None:
             stored += values.numel() * (1 if kind is Int8Weight else registry.INT4_MEMORY)
         else:
             stored += values.numel() * (2 if name.startswith(EXCLUDED) and name.endswith("weight") else 4)

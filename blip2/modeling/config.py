@@ -94,8 +94,17 @@ class QFormerConfig:
         )
 
 
+class _EndTokens:
+    eos_token_id: int | tuple[int, ...]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+
 @dataclass(frozen=True)
-class OptConfig:
+class OptConfig(_EndTokens):
     """The language model OPT. The defaults are OPT-2.7B as BLIP-2 uses it: captions end at a newline (50118)."""
 
     vocab_size: int = 50272
@@ -131,11 +140,6 @@ class OptConfig:
         return self.num_hidden_layers
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
-        return _as_ids(self.eos_token_id)
-
-    @property
     def keys_per_position(self) -> int:
         """Key values that one position takes, in all layers."""
         return self.depth * self.width
@@ -150,7 +154,7 @@ class OptConfig:
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(_EndTokens):
     """The language model T5. The defaults are FlanT5-XL as BLIP-2 uses it: with plain gelu in its feed-forward."""
 
     vocab_size: int = 32128
@@ -198,11 +202,6 @@ class T5Config:
     def depth(self) -> int:
         """As `OptConfig.depth`."""
         return self.num_decoder_layers
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """As `OptConfig.eos_token_ids`."""
-        return _as_ids(self.eos_token_id)
 
     @property
     def keys_per_position(self) -> int:
@@ -255,10 +254,6 @@ class MatcherConfig:
             self.qformer.use_qformer_text_input,
             "the stage-1 model needs the Q-Former's text branch: qformer_config.use_qformer_text_input must be true",
         )
-
-
-def _as_ids(ids: int | tuple[int, ...]) -> tuple[int, ...]:
-    return ids if isinstance(ids, tuple) else (ids,)
 
 
 def _check_heads(section: str, width: int, heads: int) -> None:
