@@ -67,8 +67,9 @@ format: $(VENV)/.test ## let ruff put the files in order
 types: $(VENV)/.test ## mypy, strict
 	$(BIN)/mypy
 
-docs: $(VENV)/.base ## write docs/cli.md from the command line's own help
+docs: $(VENV)/.base ## write docs/cli.md from the command line's help, the table of docs/architecture.md from docs/layout.toml
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_architecture.py
 
 default-model: $(VENV)/.train ## make the default model anew: hours; goes on where it was stopped
 	$(BIN)/python -m default_model.materials $(RUN)

@@ -23,7 +23,7 @@ from blip2.modeling.config import Mode, OptConfig
 from blip2.modeling.opt import Opt, OptDecoderLayer
 from blip2.quantization.apply import quantize_model, quantized_layers
 from blip2.quantization.linear import Int8Linear
-from default_model.pretrain import initialise
+from default_model.pretrain import init_weights
 
 CHANNELS = (7, 512, 1023, 1900, 2777, 3333, 4000)
 VARIANTS: tuple[
@@ -74,7 +74,7 @@ def main() -> None:
 def build(layers: int, planted: bool) -> Opt:
     """The same model every time; `planted`: seven channels after each norm are 20 to 60 times as large."""
     model = Opt(OptConfig(hidden_size=4096, ffn_dim=16384, num_hidden_layers=layers))
-    initialise(model, seed=0)
+    init_weights(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     for layer in model.layers:
         assert isinstance(layer, OptDecoderLayer)

@@ -10,15 +10,10 @@ Importing this package costs next to nothing: what the names below need is impor
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-# torch's threads wait for their next work spinning, for milliseconds, and keep a processor from OpenVINO's threads
-# meanwhile (and from other programs). Read when torch is first imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 if TYPE_CHECKING:
     from blip2.explain import Explanation
@@ -51,12 +46,18 @@ _HOMES = {
 } | dict.fromkeys(("Answer", "Caption", "EncodedImage", "Match", "Ranked"), "results")
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'blip2' has no attribute {name!r}")
-    value = getattr(import_module(f"blip2.{_HOMES.get(name, 'predict')}"), name)
-    globals()[name] = value  # found without this function from now on
-    return value
+if not TYPE_CHECKING:  # or a type checker would let any name pass
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            import difflib
+
+            meant = difflib.get_close_matches(name, __all__, n=1)
+            hint = f"; did you mean {meant[0]!r}?" if meant else ""
+            raise AttributeError(f"module 'blip2' has no attribute {name!r}{hint}", name=name)
+        value = getattr(import_module(f"blip2.{_HOMES.get(name, 'predict')}"), name)
+        globals()[name] = value  # found without this function from now on
+        return value
 
 
 def __dir__() -> list[str]:

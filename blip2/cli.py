@@ -24,7 +24,7 @@ EVAL_TASKS = (
     "default",
     "captions",
     "questions",
-)  # fmt: skip  (as blip2.evaluate.tasks.NAMES, which is not imported for help)
+)  # fmt: skip  (as blip2.evaluate.tasks.TASK_NAMES, which is not imported for help)
 EPILOG = """\
 Results go to standard output, progress and errors to standard error.
 Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.

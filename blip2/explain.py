@@ -96,6 +96,10 @@ class Explanation:
         _draw_legend(sheet, rows * height)
         return sheet
 
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.image()._repr_png_()
+
     def _word(self, word: int) -> Word:
         if not 0 <= word < len(self.words):
             raise ValueError(f"word {word}: the text has words 0 to {len(self.words) - 1}")

@@ -28,6 +28,7 @@ MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns fr
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+RGB = tuple[float, float, float]
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 
 _EXIF_ORIENTATION = 0x0112
@@ -55,7 +56,7 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
     Args:
         source: a path, the bytes of a file, a file open for reading, a PIL image, or an array uint8 [H, W, 3].
         exif: turn the image as its EXIF orientation says; False leaves it as Pillow decodes it, as transformers does
-            (Pillow turns TIFF files whatever is asked).
+            (Pillow turns TIFF files either way).
         max_pixels: refuse an image with more pixels than this, before decoding it.
 
     Raises:
@@ -76,9 +77,8 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
             raise ImageError(
                 f"an image file must be open for reading bytes (mode 'rb'); it gives {type(content).__name__}"
             )
-        return _open(
-            io.BytesIO(content), name if isinstance(name, str) else "the open file", exif, max_pixels
-        )
+        shown = name if isinstance(name, str) else "the open file"
+        return _open(io.BytesIO(content), shown, exif, max_pixels)
     raise ImageError(
         f"cannot read an image from a {type(source).__name__}; "
         "pass a path, bytes, an open file, a PIL image or a uint8 array [H, W, 3]"
@@ -95,11 +95,8 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except FileNotFoundError:
-        hint = (
-            "; URLs are not fetched here, download it first"
-            if str(path).startswith(("http:", "https:"))
-            else ""
-        )
+        url = str(path).startswith(("http:", "https:"))
+        hint = "; URLs are not fetched here, download it first" if url else ""
         raise ImageError(f"{path}: no such file{hint}") from None
     except PermissionError:
         raise ImageError(f"{path}: no permission to read it") from None
@@ -178,9 +175,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no agreed range")
     if "A" in image.getbands() or "a" in image.getbands() or transparent is not None:
         layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert(
-            "RGB"
-        )
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
 
 
@@ -206,8 +201,8 @@ class ImageProcessor:
     """
 
     size: int = 224
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    mean: RGB = CLIP_MEAN
+    std: RGB = CLIP_STD
     resample: int = int(Image.Resampling.BICUBIC)
     rescale_factor: float = 1 / 255
 
@@ -215,7 +210,7 @@ class ImageProcessor:
     def load(cls, folder: str | Path, image_size: int) -> ImageProcessor:
         """Read a checkpoint's settings; what they leave open is as in BLIP-2, the size `image_size`.
 
-        They stand in processor_config.json under `image_processor` (newer files), else in preprocessor_config.json.
+        They are in processor_config.json under `image_processor` (newer files), else in preprocessor_config.json.
 
         Raises:
             ImageError: unreadable settings, or a preparation that BLIP-2's square images do not have.
@@ -281,22 +276,19 @@ def to_pixels(images: Sequence[Image.Image], image_processor: ImageProcessor) ->
     """
     if not images:
         raise ImageError("no images given")
-    # Only 256 values can stand in a channel, so all of the arithmetic is a table: float64 product rounded to float32,
-    # then float32 differences and quotients.
+    # A channel has only 256 values, so all of the arithmetic is a table: float64 product rounded to float32, then
+    # float32 differences and quotients.
+    size, resample = image_processor.size, Image.Resampling(image_processor.resample)
     levels = (np.arange(256, dtype=np.float64) * image_processor.rescale_factor).astype(np.float32)
     mean, std = np.array(image_processor.mean, np.float32), np.array(image_processor.std, np.float32)
     table = ((levels[:, None] - mean) / std).astype(np.float32)  # [256, 3]
-    pixels = np.empty((len(images), 3, image_processor.size, image_processor.size), np.float32)
+    pixels = np.empty((len(images), 3, size, size), np.float32)  # [B, 3, S, S]
     for image, out in zip(images, pixels, strict=True):
         if image.mode != "RGB":
             raise ImageError(
                 f"an image of mode {image.mode!r} arrived, expected RGB; read images with load_image"
             )
-        resized = np.asarray(
-            image.resize(
-                (image_processor.size, image_processor.size), Image.Resampling(image_processor.resample)
-            )
-        )
+        resized = np.asarray(image.resize((size, size), resample))
         for channel in range(3):
             np.take(table[:, channel], resized[..., channel], out=out[channel])
     return torch.from_numpy(pixels)
@@ -349,9 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _channels(
-    raw: Mapping[str, Any], name: str, default: tuple[float, float, float]
-) -> tuple[float, float, float]:
+def _channels(raw: Mapping[str, Any], name: str, default: RGB) -> RGB:
     value = raw.get(name)
     if value is None:
         return default

@@ -6,7 +6,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
@@ -18,7 +18,18 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
 )
 
-Item = TypeVar("Item")
+T = TypeVar("T")
+Item = TypeVar("Item", covariant=True)
+
+
+class ListOf(Protocol[Item]):
+    """A list for type checkers: `list` is invariant, so that a list[Path] would be no list of images."""
+
+    def __iter__(self) -> Iterator[Item]: ...
+    def reverse(self) -> None: ...
+
+
+Many = ListOf[T] | tuple[T, ...]  # a str is one path, bytes are one file, an array is one image
 
 
 def is_many(images: object) -> bool:
@@ -31,19 +42,25 @@ def as_list(images: Any) -> list[Any]:
     return list(images) if is_many(images) else [images]
 
 
-def in_batches(items: Sequence[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
-    """Items in runs of `size`, each with the place of its first one."""
+def unnest(rows: list[list[T]], many: bool, several: bool) -> T | list[T] | list[list[T]]:
+    """Results [images][texts] -> without the list over images unless `many`, over texts unless `several`."""
+    results: list[list[T]] | list[T] = rows if several else [row[0] for row in rows]
+    return results if many else results[0]
+
+
+def in_batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """Items in batches of `size`, each with the index of its first item."""
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {size}")
     return ((i, items[i : i + size]) for i in range(0, len(items), size))
 
 
-def open_image(image: ImageSource, place: int) -> Image.Image:
-    """The image at `place` in what the user gave, as RGB. Raises ImageError, which says which one it was."""
+def open_image(image: ImageSource, index: int) -> Image.Image:
+    """Image number `index` of a list (0: the first, or the only one) as RGB. Raises ImageError, which names it."""
     try:
         return load_image(image)
     except ImageError as error:
-        raise ImageError(f"image {place + 1}: {error}" if place else str(error)) from error
+        raise ImageError(f"image {index + 1}: {error}" if index else str(error)) from error
 
 
 def expand(argument: str) -> list[str]:
@@ -55,20 +72,20 @@ def expand(argument: str) -> list[str]:
         ImageError: a folder without images, or a pattern that nothing matches.
     """
     if Path(argument).is_dir():
-        found = sorted(_images_under(argument))
-        if not found:
+        paths = sorted(_images_under(argument))
+        if not paths:
             raise ImageError(f"{argument}: the folder holds no images ({' '.join(sorted(SUFFIXES))})")
-        return found
+        return paths
     if Path(argument).exists() or not glob.has_magic(argument):
         return [argument]
-    found = []
+    paths = []
     for path in sorted(glob.glob(argument, recursive=True)):
-        found += _images_under(path) if Path(path).is_dir() else [path]
-    if not found:
+        paths += _images_under(path) if Path(path).is_dir() else [path]
+    if not paths:
         raise ImageError(f"{argument}: no file matches this pattern")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(paths))
 
 
 def _images_under(folder: str) -> list[str]:
-    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
     return sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES)

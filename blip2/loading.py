@@ -12,6 +12,7 @@ from blip2.checkpoint import resolve as find_files
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Mode
+from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.registry import default_dtype, resolve_alias
 from blip2.text import Tokenizer
 
@@ -23,6 +24,15 @@ class LoadedModel:
     model: Blip2 | Blip2Matcher
     image_processor: ImageProcessor
     tokenizer: Tokenizer
+
+    @property
+    def precision(self) -> str:
+        """What the weights are stored in: "int4", "int8", "bf16", ..."""
+        kinds = {type(module) for module in self.model.modules()}
+        if not kinds.isdisjoint((Int4Linear, Int8Linear)):
+            return "int4" if Int4Linear in kinds else "int8"
+        dtype = str(next(self.model.parameters()).dtype)  # torch.bfloat16
+        return dtype.removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
 
 
 def load_components(

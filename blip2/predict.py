@@ -6,31 +6,46 @@ One image gives one result, a list of images a list in the same order, computed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from blip2.explain import Explained, Explanation, explain
 from blip2.generation.decoding import generate, stream
-from blip2.generation.options import GenerationOptions
+from blip2.generation.options import GenerateKwargs, GenerationOptions, make_options
 from blip2.generation.ranking import answer_logprobs
 from blip2.images import ImageSource, to_pixels
-from blip2.inputs import BATCH_SIZE, as_list, in_batches, is_many, open_image
+from blip2.inputs import BATCH_SIZE, Many, as_list, in_batches, is_many, open_image, unnest
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import MODES, Mode, T5Config
+from blip2.modeling.config import MODES, Mode
 from blip2.modeling.kv_cache import PromptCache, concat_prompt_caches
 from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, default_model
-from blip2.results import Answer, Caption, EncodedImage, Ranked, detokenize_stream
+from blip2.results import Answer, Caption, EncodedImage, Match, Ranked, detokenize_stream
 from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
 
-Picture = ImageSource | EncodedImage
+Image = ImageSource | EncodedImage
+Texts = str | Many[str]
 Text = TypeVar("Text", Caption, Answer)
+
+
+class AskKwargs(GenerateKwargs, total=False):
+    """Keywords of `ask` without `stream=True`."""
+
+    stream: Literal[False]
+    batch_size: int
+
+
+class CaptionKwargs(AskKwargs, total=False):
+    """Keywords of `caption` without `stream=True`."""
+
+    prompt: str
+
 
 # --- loading -------------------------------------------------------------------------------------------------------
 
@@ -53,19 +68,20 @@ def load(
             None or "default": the small model that ships with the package, with its matcher.
         device: "cpu", "cuda", "mps"; "auto" takes a GPU where there is one.
         dtype: "fp32", "bf16" or "fp16". None: fp32 up to a billion parameters, bf16 above (see
-            `models.default_dtype`), whatever the file holds.
+            `registry.default_dtype`), whatever the file holds.
         revision: branch, tag or commit of a model on the Hub.
-        matcher: the stage-1 model for `match` and `embed`, as `name`; read when first used.
+        matcher: the stage-1 model for `match` and `embed`, as `name`; loaded when first used.
         vision, language: the image encoder and the language model, for a checkpoint without them, as LAVIS's.
-        quantize: "int8" or "int4": hold the weights in so many bits, a quarter or an eighth of fp32's memory; what is
+        quantize: "int8" or "int4": the bits of a stored weight, a quarter or an eighth of fp32's memory; what is
             computed between them is fp32. See docs/performance.md for what it gains and what it changes.
 
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
     """
-    place = device_of(device)
+    torch_device = device_of(device)
+    shown = DEFAULT if name is None else str(name)
     if name is None or name == DEFAULT:
-        default_model()  # says so where this installation holds none
+        default_model()  # raises where this installation has none
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} is for models on the Hugging Face Hub; the default model has none"
@@ -73,15 +89,16 @@ def load(
         name, matcher = DEFAULT_FOLDER, matcher or DEFAULT_MATCHER_FOLDER
     if quantize is not None and quantize not in MODES:
         raise ValueError(f"quantize is {quantize!r}; choose one of {', '.join(MODES)}")
-    part = load_components(name, place, dtype, revision, vision, language, quantize)
-    if isinstance(part.model, Blip2Matcher):
-        if matcher is not None:
-            raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
-        return Predictor(None, lambda: part, place)
+    loaded = load_components(name, torch_device, dtype, revision, vision, language, quantize)
+    if matcher is None:
+        return Predictor(shown, loaded, None, torch_device)
+    if isinstance(loaded.model, Blip2Matcher):
+        raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
     return Predictor(
-        part,
-        None if matcher is None else lambda: load_components(matcher, place, dtype, None, quantize=quantize),
-        place,
+        shown,
+        loaded,
+        lambda: load_components(matcher, torch_device, dtype, None, quantize=quantize),
+        torch_device,
     )
 
 
@@ -91,111 +108,119 @@ def load(
 class Predictor:
     """A model ready for use, as `blip2.load` gives it.
 
-    The decoding options are the same everywhere:
-        num_beams: how many texts beam search follows. None: 5, or 1 where sampling or streaming needs it.
-        max_new_tokens, min_new_tokens: limits of the text's length; image and prompt do not count.
-        length_penalty: scores are divided by length ** length_penalty, so below 0 short texts win.
-        early_stopping: False, True (stop at `num_beams` finished texts) or "never" (search as if all could grow).
-        repetition_penalty: above 1 makes what has been said less likely.
-        no_repeat_ngram_size: no run of so many tokens comes twice; 0 is off.
-        num_return_sequences: so many texts for each image, best first; above 1 each image's result is a list.
-        do_sample: draw the text by chance, shaped by temperature, top_k (0: off), top_p (1: off) and seed.
+    `caption`, `ask` and `Chat.send` take the same keywords:
+        **options: how the text is decoded, by the names of `blip2.GenerationOptions` (its help lists them). Beam search
+            follows five beams unless `temperature`, `top_k`, `top_p` or `do_sample` asks for sampling, at
+            temperature 0 and while streaming.
+        num_return_sequences: so many texts for each image, best first, as a list, also where it is 1.
         stream: for one image, an iterator over pieces of the text as they are written; together they are the text.
         batch_size: images computed at a time: speed and memory, never the result.
     """
 
     def __init__(
         self,
-        generator: LoadedModel | None,
+        name: str,
+        loaded: LoadedModel,
         load_matcher: Callable[[], LoadedModel] | None,
         device: torch.device,
     ) -> None:
-        """`load_matcher` is called when the matcher is first needed."""
-        self._generator, self._load_matcher = generator, load_matcher
-        self.device = device
+        """`loaded` writes, or is a matcher itself; `load_matcher` is called when a matcher is first needed."""
+        self.name, self.device = name, device
+        self._loaded, self._load_matcher = loaded, load_matcher
+
+    def __repr__(self) -> str:
+        return f"<blip2.Predictor {self.name!r} on {self.device}, {self._loaded.precision}>"
 
     @property
     def generator(self) -> LoadedModel:
         """The model that writes. Raises ValueError where only a matcher was loaded."""
-        if self._generator is None:
+        if isinstance(self._loaded.model, Blip2Matcher):
             raise ValueError(
                 "this model only matches images and texts; load one that writes, such as 'opt-2.7b'"
             )
-        return self._generator
+        return self._loaded
 
     @property
     def model(self) -> Blip2:
         """The generating model itself. In bf16 on a CPU its linear layers' weights are parameters after `.train()`."""
-        assert isinstance(self.generator.model, Blip2)
-        return self.generator.model
+        model = self.generator.model
+        assert isinstance(model, Blip2)
+        return model
 
     @cached_property
     def matcher(self) -> Matcher:
-        """The stage-1 model, read when first used. Raises ValueError where there is none."""
-        if self._load_matcher is None:
-            raise ValueError(
-                "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
-            )
-        part = self._load_matcher()
-        if not isinstance(part.model, Blip2Matcher):
+        """The stage-1 model, loaded when first used. Raises ValueError where there is none."""
+        loaded = self._loaded
+        if isinstance(loaded.model, Blip2):
+            if self._load_matcher is None:
+                raise ValueError(
+                    "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
+                )
+            loaded = self._load_matcher()
+        if not isinstance(loaded.model, Blip2Matcher):
             raise ValueError("the model given as matcher= writes text; matchers are 'itm' and 'itm-coco'")
-        return Matcher(part.model, part.image_processor, part.tokenizer, self.device)
+        return Matcher(loaded.model, loaded.image_processor, loaded.tokenizer, self.device)
 
     # --- writing ---
 
+    @overload
+    def encode(self, images: Image, *, batch_size: int = ...) -> EncodedImage: ...
+    @overload
+    def encode(self, images: Many[Image], *, batch_size: int = ...) -> list[EncodedImage]: ...
     @torch.inference_mode()
-    def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
+    def encode(
+        self, images: Image | Many[Image], *, batch_size: int = BATCH_SIZE
+    ) -> EncodedImage | list[EncodedImage]:
         """Read images once: one gives an `EncodedImage`, a list a list of them.
 
         Raises:
             ImageError: an image that cannot be read; the message names it.
         """
-        many = is_many(images)
         encoded: list[EncodedImage] = []
         for start, batch in in_batches(as_list(images), batch_size):
             prefix, _, sizes = self._read(batch, start)
-            encoded += self._encoded(prefix, sizes)
-        return encoded if many else encoded[0]
+            cache = self.model.prefill_prefix(prefix)
+            for i, size in enumerate(sizes):
+                row = torch.tensor([i], device=prefix.device)
+                own_cache = None if cache is None else cache.batch_select_indices(row)
+                encoded.append(EncodedImage(prefix[i : i + 1], own_cache, size))
+        return encoded if is_many(images) else encoded[0]
 
-    def _encoded(self, prefix: Tensor, sizes: Sequence[tuple[int, int]]) -> list[EncodedImage]:
-        """What there is to keep of images whose prefix is [B, Q, W]."""
-        context = self.model.prefill_prefix(prefix)
-        encoded = []
-        for i, size in enumerate(sizes):
-            row = torch.tensor([i], device=prefix.device)
-            encoded.append(
-                EncodedImage(
-                    prefix[i : i + 1], None if context is None else context.batch_select_indices(row), size
-                )
-            )
-        return encoded
-
+    @overload
+    def caption(
+        self, images: Image, *, num_return_sequences: None = None, **options: Unpack[CaptionKwargs]
+    ) -> Caption: ...
+    @overload
+    def caption(
+        self, images: Image, *, num_return_sequences: int, **options: Unpack[CaptionKwargs]
+    ) -> list[Caption]: ...
+    @overload
+    def caption(
+        self, images: Many[Image], *, num_return_sequences: None = None, **options: Unpack[CaptionKwargs]
+    ) -> list[Caption]: ...
+    @overload
+    def caption(
+        self, images: Many[Image], *, num_return_sequences: int, **options: Unpack[CaptionKwargs]
+    ) -> list[list[Caption]]: ...
+    @overload
+    def caption(
+        self, images: Image, *, prompt: str = ..., stream: Literal[True], **options: Unpack[GenerateKwargs]
+    ) -> Iterator[str]: ...
     def caption(
         self,
-        images: Picture | Sequence[Picture],
+        images: Image | Many[Image],
         *,
         prompt: str = CAPTION_PROMPT,
-        num_beams: int | None = None,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
-        length_penalty: float = 1.0,
-        early_stopping: bool | Literal["never"] = False,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0,
-        num_return_sequences: int = 1,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
+        num_return_sequences: int | None = None,
         stream: bool = False,
         batch_size: int = BATCH_SIZE,
-    ) -> Any:
-        """Say what is in images.
+        **options: Unpack[GenerateKwargs],
+    ) -> Caption | list[Caption] | list[list[Caption]] | Iterator[str]:
+        """Describe images.
 
         Args:
-            prompt: what the caption goes on from; it is not part of the caption. The default is that of the published
-                captioning results; "" leaves the model to begin by itself.
+            prompt: what the caption continues; it is not part of the caption. The default is that of the published
+                captioning results; "" lets the model begin by itself.
             others: see the class.
 
         Returns:
@@ -203,96 +228,90 @@ class Predictor:
 
         Raises:
             ImageError: an image that cannot be read; the message names it.
+            TypeError: an option that does not exist.
             ValueError: options that contradict each other.
         """
-        options = GenerationOptions(
-            num_beams=_beams(num_beams, do_sample or stream),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            num_return_sequences=num_return_sequences,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        chosen = make_options("caption", stream=stream, num_return_sequences=num_return_sequences, **options)
         if stream:
-            return self._stream(images, prompt, options)
+            return self._stream(images, [prompt], chosen)
         listed = as_list(images)
-        texts = self._write(Caption, listed, [prompt] * len(listed), options, batch_size)
-        return texts if is_many(images) else texts[0]
+        texts = self._write(Caption, listed, [prompt] * len(listed), chosen, batch_size)
+        return unnest(texts, is_many(images), num_return_sequences is not None)
 
+    @overload
+    def ask(
+        self, images: Image, question: str, *, num_return_sequences: None = None, **options: Unpack[AskKwargs]
+    ) -> Answer: ...
+    @overload
+    def ask(
+        self, images: Image, question: str, *, num_return_sequences: int, **options: Unpack[AskKwargs]
+    ) -> list[Answer]: ...
+    @overload
     def ask(
         self,
-        images: Picture | Sequence[Picture],
-        question: str | Sequence[str],
+        images: Many[Image],
+        question: Texts,
         *,
-        num_beams: int | None = None,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
-        length_penalty: float = -1.0,
-        early_stopping: bool | Literal["never"] = False,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0,
-        num_return_sequences: int = 1,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
+        num_return_sequences: None = None,
+        **options: Unpack[AskKwargs],
+    ) -> list[Answer]: ...
+    @overload
+    def ask(
+        self, images: Many[Image], question: Texts, *, num_return_sequences: int, **options: Unpack[AskKwargs]
+    ) -> list[list[Answer]]: ...
+    @overload
+    def ask(
+        self, images: Image, question: str, *, stream: Literal[True], **options: Unpack[GenerateKwargs]
+    ) -> Iterator[str]: ...
+    def ask(
+        self,
+        images: Image | Many[Image],
+        question: Texts,
+        *,
+        num_return_sequences: int | None = None,
         stream: bool = False,
         batch_size: int = BATCH_SIZE,
-    ) -> Any:
+        **options: Unpack[GenerateKwargs],
+    ) -> Answer | list[Answer] | list[list[Answer]] | Iterator[str]:
         """Answer a question about an image.
 
         Args:
             question: one for all images, or with a list of images a list of as many questions.
-            length_penalty: -1 as in the published results: short answers.
-            others: see the class.
+            others: see the class. The length penalty is -1 as in the published results: short answers.
 
         Returns:
             One image: an `Answer`. A list: a list of them, in order. See `num_return_sequences` and `stream`.
 
         Raises:
             ImageError: an image that cannot be read; the message names it.
-            ValueError: as many questions as images are needed, or options that contradict each other.
+            TypeError: an option that does not exist.
+            ValueError: not as many questions as images, or options that contradict each other.
         """
-        options = GenerationOptions(
-            num_beams=_beams(num_beams, do_sample or stream),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            num_return_sequences=num_return_sequences,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        chosen = make_options("answer", stream=stream, num_return_sequences=num_return_sequences, **options)
         listed = as_list(images)
-        questions = _questions(question, len(listed))
+        prompts = [self.question_prompt(text) for text in _questions(question, len(listed))]
         if stream:
-            return self._stream(images, self.question_prompt(questions[0]), options)
-        prompts = [self.question_prompt(each) for each in questions]
-        texts = self._write(Answer, listed, prompts, options, batch_size)
-        return texts if is_many(images) else texts[0]
+            return self._stream(images, prompts, chosen)
+        texts = self._write(Answer, listed, prompts, chosen, batch_size)
+        return unnest(texts, is_many(images), num_return_sequences is not None)
 
+    @overload
+    def rank(
+        self, images: Image, question: str, answers: Many[str], *, batch_size: int = ...
+    ) -> list[Ranked]: ...
+    @overload
+    def rank(
+        self, images: Many[Image], question: Texts, answers: Many[str], *, batch_size: int = ...
+    ) -> list[list[Ranked]]: ...
     @torch.inference_mode()
     def rank(
         self,
-        images: Picture | Sequence[Picture],
-        question: str | Sequence[str],
-        answers: Sequence[str],
+        images: Image | Many[Image],
+        question: Texts,
+        answers: Many[str],
         *,
         batch_size: int = BATCH_SIZE,
-    ) -> Any:
+    ) -> list[Ranked] | list[list[Ranked]]:
         """Order answers to a question by how likely the model is to give them.
 
         Image and question are read once for all answers, each of which is then read after them.
@@ -313,19 +332,18 @@ class Predictor:
             raise ValueError("answers to rank: give one or more, none of them empty")
         ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
         listed = as_list(images)
-        prompts = [self.question_prompt(each) for each in _questions(question, len(listed))]
+        prompts = [self.question_prompt(text) for text in _questions(question, len(listed))]
         ranked: list[list[Ranked]] = []
         for start, batch in in_batches(list(zip(listed, prompts, strict=True)), batch_size):
-            prefix, context, _ = self._read([picture for picture, _ in batch], start)
-            asked, mask = (
-                part.to(self.device) for part in self.generator.tokenizer.encode_batch([p for _, p in batch])
-            )
-            logprobs = answer_logprobs(self.model, prefix, asked, mask, ids, prompt_cache=context)  # [B, N]
+            prefix, cache, _ = self._read([image for image, _ in batch], start)
+            prompt_ids, mask = self._prompt_ids([prompt for _, prompt in batch])
+            # [B, N]
+            logprobs = answer_logprobs(self.model, prefix, prompt_ids, mask, ids, prompt_cache=cache)
             for row, shares in zip(logprobs.tolist(), logprobs.softmax(-1).tolist(), strict=True):
-                ranked.append(sorted(map(Ranked, offered, shares, row), key=lambda each: -each.logprob))
+                ranked.append(sorted(map(Ranked, offered, shares, row), key=lambda item: -item.logprob))
         return ranked if is_many(images) else ranked[0]
 
-    def chat(self, image: Picture) -> Chat:
+    def chat(self, image: Image) -> Chat:
         """Begin a conversation about an image, which is read once."""
         if is_many(image):
             raise ValueError("a conversation is about one image; begin one for each")
@@ -346,11 +364,11 @@ class Predictor:
             text: the caption to explain; None: the model's own.
             question: explain the answer to it in place of a caption.
             answer: the answer to explain; None: the model's own.
-            turns: the question was asked in a conversation, after these (question, answer) pairs, as `Chat.turns`.
+            turns: the (question, answer) pairs of a conversation before the question, as `Chat.turns`.
 
         Raises:
             ImageError: an image that cannot be read.
-            ValueError: arguments that contradict each other, an empty text, or a model with rounded weights.
+            ValueError: arguments that contradict each other, an empty text, or a quantized model.
         """
         if text is not None and question is not None:
             raise ValueError("text= is a caption; give the answer to a question as answer=")
@@ -358,104 +376,101 @@ class Predictor:
             raise ValueError("answer= needs the question it answers, turns= the one that came next")
         if isinstance(image, EncodedImage) or is_many(image):
             raise ValueError(
-                "explain takes one image itself: what was encoded shows no more where things were"
+                "explain takes one image itself: an encoded image no longer shows where things were"
             )
         picture = open_image(image, 0)
         if question is None:
-            prompt, given = CAPTION_PROMPT, self.caption(picture) if text is None else text
+            prompt, written = CAPTION_PROMPT, self.caption(picture) if text is None else text
         else:
             prompt = self.asking_prompt(question, turns, answer)
-            options = GenerationOptions(num_beams=5, length_penalty=-1.0)
-            given = self._write(Answer, [picture], [prompt], options, 1)[0] if answer is None else answer
-        slices = self.explain_in_slices(to_pixels([picture], self.generator.image_processor), prompt, given)
+            if answer is None:
+                answer = self._write(Answer, [picture], [prompt], make_options("answer"), 1)[0][0]
+            written = answer
+        slices = self.explain_in_slices(to_pixels([picture], self.generator.image_processor), prompt, written)
         try:
             while True:
                 next(slices)
         except StopIteration as end:
-            found: Explained = end.value
-            return Explanation(found.text, found.words, found.attention, picture)
+            explained: Explained = end.value
+            return Explanation(explained.text, explained.words, explained.attention, picture)
 
     def explain_in_slices(self, pixels: Tensor, prompt: str, text: str) -> Generator[None, None, Explained]:
         """Why `text` follows `prompt` for pixels [1, 3, S, S]: stops wherever the model may do something else."""
         return explain(self.model, self.generator.tokenizer, pixels, prompt, text)
 
     def _read(
-        self, pictures: Sequence[Picture], start: int = 0
+        self, images: Sequence[Image], start: int = 0
     ) -> tuple[Tensor, PromptCache | None, list[tuple[int, int]]]:
-        """The prefix [B, Q, W] of pictures; where all of them are encoded their context too; their sizes.
+        """The prefix [B, Q, W] of images; their prompt cache where all of them have one; their sizes.
 
-        start: the place of the first one in what the user gave, for messages.
+        start: the index of the first one in what the user passed, for messages.
         """
-        encoded = [picture for picture in pictures if isinstance(picture, EncodedImage)]
         width = self.model.config.language.width
-        if any(picture.prefix.shape[-1] != width for picture in encoded):
+        if any(isinstance(image, EncodedImage) and image.prefix.shape[-1] != width for image in images):
             raise ValueError("an encoded image comes from another model; encode it with this one")
-        if len(encoded) == len(pictures):
-            prefix = torch.cat([picture.prefix for picture in encoded])
-            return prefix, _join(encoded), [picture.size for picture in encoded]
-        opened = {
-            i: open_image(picture, start + i)
-            for i, picture in enumerate(pictures)
-            if not isinstance(picture, EncodedImage)
-        }
-        pixels = to_pixels(list(opened.values()), self.generator.image_processor)
-        fresh = iter(self.model.embed_image(pixels.to(self.device)).split(1))
-        rows = [picture.prefix if isinstance(picture, EncodedImage) else next(fresh) for picture in pictures]
-        sizes = [
-            picture.size if isinstance(picture, EncodedImage) else opened[i].size
-            for i, picture in enumerate(pictures)
+        opened = [
+            open_image(image, start + i)
+            for i, image in enumerate(images)
+            if not isinstance(image, EncodedImage)
         ]
-        return torch.cat(rows), None, sizes
+        fresh: Iterator[EncodedImage] = iter(())
+        if opened:
+            pixels = to_pixels(opened, self.generator.image_processor)
+            prefixes = self.model.embed_image(pixels.to(self.device)).split(1)
+            fresh = (EncodedImage(prefix, None, image.size) for prefix, image in zip(prefixes, opened))
+        encoded = [image if isinstance(image, EncodedImage) else next(fresh) for image in images]
+        caches = [image.prompt_cache for image in encoded if image.prompt_cache is not None]
+        cache = concat_prompt_caches(caches) if len(caches) == len(encoded) else None
+        return torch.cat([image.prefix for image in encoded]), cache, [image.size for image in encoded]
 
     @torch.inference_mode()
     def _write(
         self,
         kind: type[Text],
-        pictures: Sequence[Picture],
+        images: Sequence[Image],
         prompts: Sequence[str],
         options: GenerationOptions,
         batch_size: int,
-    ) -> list[Any]:
-        """Texts for pictures with a prompt each; a list of texts each with num_return_sequences > 1."""
-        results: list[Any] = []
-        each = options.num_return_sequences
-        for start, batch in in_batches(list(zip(pictures, prompts, strict=True)), batch_size):
-            prefix, context, _ = self._read([picture for picture, _ in batch], start)
-            ids, mask = self.generator.tokenizer.encode_batch([prompt for _, prompt in batch])
-            made = generate(
-                self.model, prefix, ids.to(self.device), mask.to(self.device), options, prompt_cache=context
-            )
+    ) -> list[list[Text]]:
+        """`num_return_sequences` texts for each image, which has a prompt of its own."""
+        results: list[list[Text]] = []
+        count, tokenizer = options.num_return_sequences, self.generator.tokenizer
+        for start, batch in in_batches(list(zip(images, prompts, strict=True)), batch_size):
+            prefix, cache, _ = self._read([image for image, _ in batch], start)
+            ids, mask = self._prompt_ids([prompt for _, prompt in batch])
+            output = generate(self.model, prefix, ids, mask, options, prompt_cache=cache)
             texts = [
-                kind(self._decode(row[:-1] if ended else row).strip(), score, row, logprobs)
+                kind(tokenizer.decode(row[:-1] if ended else row).strip(), score, row, logprobs)
                 for row, score, logprobs, ended in zip(
-                    made.ids, made.scores, made.token_logprobs, made.finished, strict=True
+                    output.ids, output.scores, output.token_logprobs, output.finished, strict=True
                 )
             ]
-            results += texts if each == 1 else [texts[i : i + each] for i in range(0, len(texts), each)]
+            results += [texts[i : i + count] for i in range(0, len(texts), count)]
         return results
 
-    def _stream(self, image: Any, prompt: str, options: GenerationOptions) -> Iterator[str]:
+    def _stream(
+        self, image: Image | Many[Image], prompts: Sequence[str], options: GenerationOptions
+    ) -> Iterator[str]:
         """One text in pieces. What can be wrong is found here, before the first piece."""
-        if is_many(image) or options.num_return_sequences > 1:
+        if is_many(image):
             raise ValueError("stream=True writes one text about one image; leave it out for several")
-        if options.num_beams > 1:
-            raise ValueError(
-                f"stream=True needs num_beams=1, got num_beams={options.num_beams}: beams know their text at the end"
-            )
         with torch.inference_mode():
-            prefix, context, _ = self._read([image])
-        ids, mask = self.generator.tokenizer.encode_batch([prompt])
-        steps = stream(
-            self.model, prefix, ids.to(self.device), mask.to(self.device), options, prompt_cache=context
+            prefix, cache, _ = self._read(as_list(image))
+        ids, mask = self._prompt_ids(prompts)
+        tokens = (step[0] for step in stream(self.model, prefix, ids, mask, options, prompt_cache=cache))
+        end_ids = options.end_ids(self.model.config.language.eos_token_ids)
+        return detokenize_stream(
+            self.generator.tokenizer.decode, (i for i in tokens if i is not None and i not in end_ids)
         )
-        ends = self.model.config.language.eos_token_id
-        end_ids = {ends} if isinstance(ends, int) else {*ends}
-        written = (step[0] for step in steps)
-        return detokenize_stream(self._decode, (i for i in written if i is not None and i not in end_ids))
+
+    def _prompt_ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask of prompts, int64 [B, T], padded on the left."""
+        ids, mask = self.generator.tokenizer.encode_batch(prompts)
+        return ids.to(self.device), mask.to(self.device)
 
     def question_prompt(self, question: str) -> str:
         """The prompt that `ask` gives this model for a question."""
-        return question_prompt(question, short=isinstance(self.model.config.language, T5Config))
+        return question_prompt(question, short=self.model.config.language.is_encoder_decoder)
 
     def asking_prompt(
         self, question: str, turns: Sequence[tuple[str, str]] | None, answer: str | None = None
@@ -471,36 +486,51 @@ class Predictor:
             turns = turns[1:]
         return chat_prompt(turns, question)
 
-    def _decode(self, ids: Iterable[int]) -> str:
-        return self.generator.tokenizer.decode(ids)
-
     # --- matching: see `matching.Matcher` ---
 
+    @overload
+    def match(self, images: ImageSource, texts: str, *, batch_size: int = ...) -> Match: ...
+    @overload
+    def match(self, images: ImageSource, texts: Many[str], *, batch_size: int = ...) -> list[Match]: ...
+    @overload
+    def match(self, images: Many[ImageSource], texts: str, *, batch_size: int = ...) -> list[Match]: ...
+    @overload
     def match(
-        self,
-        images: ImageSource | Sequence[ImageSource],
-        texts: str | Sequence[str],
-        *,
-        batch_size: int = BATCH_SIZE,
-    ) -> Any:
+        self, images: Many[ImageSource], texts: Many[str], *, batch_size: int = ...
+    ) -> list[list[Match]]: ...
+    def match(
+        self, images: ImageSource | Many[ImageSource], texts: Texts, *, batch_size: int = BATCH_SIZE
+    ) -> Match | list[Match] | list[list[Match]]:
         """How well texts fit images, every text with every image.
 
         Returns:
             One image and one text: a `Match`. One of them a list: a list. Both: for each image a list over the texts.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
         """
-        return self.matcher.match(images, texts, batch_size=batch_size)
+        table = self.matcher.match(as_list(images), as_list(texts), batch_size=batch_size)
+        return unnest(table, is_many(images), is_many(texts))
 
-    def embed(self, images: ImageSource | Sequence[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
-        """Image embeddings for search, float32: [Q, E] for one image, [B, Q, E] for a list; each query of length 1."""
-        return self.matcher.embed(images, batch_size=batch_size)
+    def embed(self, images: ImageSource | Many[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """Image embeddings for search, float32: [Q, E] for one image, [B, Q, E] for a list; each query of length 1.
 
-    def embed_text(self, texts: str | Sequence[str]) -> Tensor:
+        An image's similarity to a text is the greatest product of one of its queries with the text's embedding.
+
+        Raises:
+            ImageError: an image that cannot be read; the message names it.
+        """
+        embeddings = self.matcher.embed(as_list(images), batch_size=batch_size)
+        return embeddings if is_many(images) else embeddings[0]
+
+    def embed_text(self, texts: Texts) -> Tensor:
         """Text embeddings for search, float32, of length 1: [E] for one text, [B, E] for a list."""
-        return self.matcher.embed_text(texts)
+        embeddings = self.matcher.embed_text(as_list(texts))
+        return embeddings if is_many(texts) else embeddings[0]
 
 
 class Chat:
-    """A conversation about one image. Each question is read after all that was said before it."""
+    """A conversation about one image. The model reads each question after all turns before it."""
 
     def __init__(self, predictor: Predictor, image: EncodedImage) -> None:
         self._predictor, self.image = predictor, image
@@ -508,27 +538,20 @@ class Chat:
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
-        """What was said: (question, answer) pairs."""
+        """The conversation so far: (question, answer) pairs."""
         return tuple(self._turns)
 
+    @overload
     def send(
-        self,
-        text: str,
-        *,
-        num_beams: int | None = None,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
-        length_penalty: float = -1.0,
-        early_stopping: bool | Literal["never"] = False,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stream: bool = False,
-    ) -> Any:
+        self, text: str, *, stream: Literal[False] = False, **options: Unpack[GenerateKwargs]
+    ) -> Answer: ...
+    @overload
+    def send(
+        self, text: str, *, stream: Literal[True], **options: Unpack[GenerateKwargs]
+    ) -> Iterator[str]: ...
+    def send(
+        self, text: str, *, stream: bool = False, **options: Unpack[GenerateKwargs]
+    ) -> Answer | Iterator[str]:
         """Ask the next question; options as `Predictor.ask`.
 
         Where the conversation has become longer than the language model can read, it reads the latest turns that fit.
@@ -536,55 +559,27 @@ class Chat:
         Returns:
             An `Answer`; with `stream` an iterator over its pieces, and the turn counts once the last one was taken.
         """
-        options = GenerationOptions(
-            num_beams=_beams(num_beams, do_sample or stream),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
-        prompt = self._prompt(text, max_new_tokens)
+        chosen = make_options("answer", stream=stream, **options)
+        prompt = self._predictor.chat_prompt(self._turns, text, chosen.max_new_tokens)
         if stream:
-            return self._record(text, self._predictor._stream(self.image, prompt, options))
-        answer = self._predictor._write(Answer, [self.image], [prompt], options, 1)[0]
+            return self._record(text, self._predictor._stream(self.image, [prompt], chosen))
+        answer = self._predictor._write(Answer, [self.image], [prompt], chosen, 1)[0][0]
         self._turns.append((text, answer))
         return answer
 
     def _record(self, text: str, pieces: Iterator[str]) -> Iterator[str]:
-        said = []
+        answer = ""
         for piece in pieces:
-            said.append(piece)
+            answer += piece
             yield piece
-        self._turns.append((text, "".join(said)))
-
-    def _prompt(self, text: str, max_new_tokens: int) -> str:
-        return self._predictor.chat_prompt(self._turns, text, max_new_tokens)
+        self._turns.append((text, answer))
 
 
 # --- small parts ---------------------------------------------------------------------------------------------------
 
 
-def _beams(num_beams: int | None, one_by_one: bool) -> int:
-    if num_beams is not None:
-        return num_beams
-    return 1 if one_by_one else 5
-
-
-def _questions(question: str | Sequence[str], images: int) -> list[Any]:
-    questions: list[Any] = list(question) if is_many(question) else [question] * images
+def _questions(question: Texts, images: int) -> list[str]:
+    questions: list[str] = as_list(question) * (1 if is_many(question) else images)
     if len(questions) != images:
         raise ValueError(f"{len(questions)} questions for {images} images; give one, or one for each image")
     return questions
-
-
-def _join(pictures: Sequence[EncodedImage]) -> PromptCache | None:
-    """The contexts of encoded images as the context of all of them; None where the language model keeps none."""
-    contexts = [picture.context for picture in pictures if picture.context is not None]
-    return concat_prompt_caches(contexts) if contexts else None

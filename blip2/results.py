@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ class GeneratedText(str):
         self.score, self.tokens, self.token_logprobs = score, tuple(tokens), tuple(token_logprobs)
         return self
 
+    def _repr_html_(self) -> str:
+        return _html(self, score=self.score)
+
 
 class Caption(GeneratedText):
     """What is in an image: a str with .score, .tokens and .token_logprobs (see `GeneratedText`)."""
@@ -49,13 +53,16 @@ class EncodedImage:
     """An image as the language model reads it: paid for once, good for any number of questions to the same model.
 
     prefix: [1, Q, W], the projected queries.
-    context: what the language model keeps of having read the prefix; None with T5, which reads it with each prompt.
+    prompt_cache: what the language model has read of the prefix; None with T5, which reads it with each prompt.
     size: width and height of the image in pixels.
     """
 
     prefix: Tensor
-    context: PromptCache | None
+    prompt_cache: PromptCache | None
     size: tuple[int, int]
+
+    def __repr__(self) -> str:
+        return f"EncodedImage({self.size[0]}x{self.size[1]} px, {self.prefix.shape[1]} queries)"
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,9 @@ class Match:
 
     probability: float
     similarity: float
+
+    def _repr_html_(self) -> str:
+        return _html("", probability=self.probability, similarity=self.similarity)
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,19 @@ class Ranked:
     probability: float
     logprob: float
 
+    def _repr_html_(self) -> str:
+        return _html(self.answer, probability=self.probability, logprob=self.logprob)
+
+
+def _html(text: str, **figures: float) -> str:
+    """What a notebook shows of a result: its text, and its figures small beside it."""
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if not math.isnan(value))
+    words = html.escape(text) + " " if text else ""
+    return f"<div>{words}<small>{shown}</small></div>"
+
 
 def token_text(decode: Callable[[list[int]], str], token: int, before: int | None) -> str:
-    """A token as it stands in a text: with its space, which T5's tokenizer writes only where another came before."""
+    """A token as part of a text: with its space, which T5's tokenizer writes only after another token."""
     if before is not None:
         first, both = decode([before]), decode([before, token])
         if both.startswith(first) and "\ufffd" not in both:
@@ -96,11 +116,11 @@ class StreamDetokenizer:
     """Ids as they come -> pieces of text that add up to `decode(ids).strip()`.
 
     A token may end within a character: what decodes to the replacement character waits for the tokens that complete it,
-    and white space waits for the word after it, since at the end of a text it goes.
+    and white space waits for the word after it, since it is stripped from the end of a text.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode, self._ids, self._given = decode, list[int](), 0
+        self._decode, self._ids, self._emitted = decode, list[int](), 0
 
     def add(self, token: int) -> str:
         """What the next token adds; "" where it has to wait."""
@@ -108,12 +128,12 @@ class StreamDetokenizer:
         return self._more(self._decode(self._ids).strip().rstrip("\ufffd").rstrip())
 
     def end(self) -> str:
-        """What was still waiting."""
+        """The rest, which was still waiting."""
         return self._more(self._decode(self._ids).strip())
 
     def _more(self, text: str) -> str:
-        more = text[self._given :]
-        self._given = max(self._given, len(text))
+        more = text[self._emitted :]
+        self._emitted = max(self._emitted, len(text))
         return more
 
 

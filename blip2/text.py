@@ -77,7 +77,7 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         special_map = _read_json(folder / "special_tokens_map.json")
         added = config.get("added_tokens_decoder")
-        # The older layout keeps the names of the special tokens in a file of its own, and that file counts.
+        # The older layout keeps the names of the special tokens in a file of its own, which takes precedence.
         named = config if isinstance(added, Mapping) else config | special_map
         tokens = {name: _added_token(named[name]) for name in _SPECIAL_NAMES if named.get(name)}
         try:
@@ -128,30 +128,17 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token, None where there is no such token."""
-        found: int | None = self._backend.token_to_id(token)
-        return found
+        index: int | None = self._backend.token_to_id(token)
+        return index
 
-    @property
-    def bos_id(self) -> int | None:
-        """The token that begins a text: OPT's `</s>`, BERT's `[CLS]`; T5 has none."""
-        return self._special_id("bos_token", "cls_token")
-
-    @property
-    def eos_id(self) -> int | None:
-        """The token that ends a text: `</s>`, BERT's `[SEP]`. BLIP-2's captions by OPT end with a newline instead."""
-        return self._special_id("eos_token", "sep_token")
+    def special_id(self, name: str) -> int | None:
+        """The id of "bos_token", "eos_token", "cls_token", ...; None where the tokenizer has no such token."""
+        return self.token_id(self._special[name]) if name in self._special else None
 
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch; 0 where the files name none, for masked positions change nothing."""
-        found = self._special_id("pad_token")
-        return 0 if found is None else found
-
-    def _special_id(self, *names: str) -> int | None:
-        for name in names:
-            if name in self._special:
-                return self.token_id(self._special[name])
-        return None
+        return self.special_id("pad_token") or 0
 
     def encode(self, text: str, *, max_length: int | None = None, frame: bool = True) -> list[int]:
         """Text -> token ids.
@@ -231,7 +218,8 @@ def _read_wordpiece(folder: Path, config: Mapping[str, Any], unknown: str) -> Ba
 
 
 def _break_special_tokens(backend: Backend) -> None:
-    """A unigram model has its special tokens among its pieces and would find them in text: part their first letter."""
+    """Keep special tokens in text from being found: a unigram model has them among its pieces. Split off their first
+    letter."""
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     first = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special)
     apart = pre_tokenizers.Split(Regex(first), "isolated")
@@ -241,7 +229,7 @@ def _break_special_tokens(backend: Backend) -> None:
 def _ends(
     tokens: Mapping[str, AddedToken], config: Mapping[str, Any]
 ) -> tuple[AddedToken | None, AddedToken | None]:
-    """What the files put before and after every text. Without a tokenizer_config.json they are OPT's: `</s>` first."""
+    """The tokens before and after every text. Without a tokenizer_config.json they are OPT's: `</s>` first."""
     first = tokens.get("bos_token") if config.get("add_bos_token", not config) else None
     return first, tokens.get("eos_token") if config.get("add_eos_token") else None
 
@@ -257,7 +245,7 @@ def _frame(backend: Backend, first: AddedToken | None, last: AddedToken | None) 
 
 
 def _added_tokens(folder: Path, listed: Any, tokens: Mapping[str, AddedToken]) -> dict[int, AddedToken]:
-    """The tokens that stand beside the vocabulary, by id."""
+    """The tokens added to the vocabulary, by id."""
     if isinstance(listed, Mapping):
         return {int(i): _added_token(token) for i, token in listed.items()}
     special = {token.content for token in tokens.values()}
@@ -269,15 +257,13 @@ def _added_tokens(folder: Path, listed: Any, tokens: Mapping[str, AddedToken]) -
 
 def _add(backend: Backend, added: Mapping[int, AddedToken], named: Iterable[AddedToken]) -> None:
     known = {token.content for token in added.values()}
-    for token in [
-        *(added[i] for i in sorted(added)),
-        *(token for token in named if token.content not in known),
-    ]:
+    unlisted = [token for token in named if token.content not in known]
+    for token in [*(added[i] for i in sorted(added)), *unlisted]:
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     for i, token in added.items():
-        if (found := backend.token_to_id(token.content)) != i:
+        if (index := backend.token_to_id(token.content)) != i:
             raise TextError(
-                f"the added token {token.content!r} should have id {i} but gets {found}: "
+                f"the added token {token.content!r} should have id {i} but gets {index}: "
                 "vocabulary and added tokens do not belong together"
             )
 
@@ -323,8 +309,8 @@ def question_prompt(question: str, *, short: bool = False) -> str:
 
 def chat_prompt(turns: Sequence[tuple[str, str]], question: str) -> str:
     """The prompt for the next answer of a conversation: the (question, answer) turns so far, then the question."""
-    said = [f"{question_prompt(asked)} {answer.strip().rstrip('.')}." for asked, answer in turns]
-    return " ".join([*said, question_prompt(question)])
+    before = [f"{question_prompt(earlier)} {answer.strip().rstrip('.')}." for earlier, answer in turns]
+    return " ".join([*before, question_prompt(question)])
 
 
 # --- training text -------------------------------------------------------------------------------------------------

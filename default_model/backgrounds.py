@@ -1,4 +1,4 @@
-"""Backgrounds drawn from numbers alone: plain colours, gradients, noise and textures.
+"""Backgrounds generated from numbers alone: plain colours, gradients, noise and textures.
 
 `background(index, split, side)` is pure. Some families, and a band of hues, are kept for the test split.
 """
@@ -17,10 +17,7 @@ Array = NDArray[np.float32]
 Painter = Callable[[np.random.Generator, int, "Palette"], Array]
 
 POOL = 1500  # different backgrounds of a split, before crops, flips and brightness
-TEST_HUES = (
-    0.44,
-    0.56,
-)  # turns: cyan and teal; families that training knows wear only these in the test split
+TEST_HUES = (0.44, 0.56)  # turns: cyan and teal, the only hues of training's families in the test split
 
 
 class Palette:
@@ -171,7 +168,7 @@ def grass(rng: np.random.Generator, side: int, palette: Palette) -> Array:
 
 
 def horizon(rng: np.random.Generator, side: int, palette: Palette) -> Array:
-    """Ground below, sky above: what stands in most photographs behind the subject."""
+    """Ground below, sky above: the background of most photographs."""
     _, y = _grid(side)
     line = rng.uniform(0.35, 0.8) + 0.06 * (_noise(rng, side, (3, 2), 2)[0] - 0.5)[None]
     sky_tone, ground_tone = palette.draw(), palette.draw()
@@ -223,7 +220,7 @@ def background(index: int, split: str, side: int) -> tuple[NDArray[np.uint8], st
     if split == "test" and index % 4:  # three of four in families that training never shows
         family, held_out = TEST_FAMILIES[index % len(TEST_FAMILIES)], False
     else:
-        # Plain colours and gradients are what users' clean pictures have: more of them.
+        # More plain colours and gradients, as in users' clean pictures.
         place = int(rng.integers(0, len(TRAIN_FAMILIES) + 5))
         family = TRAIN_FAMILIES[
             place if place < len(TRAIN_FAMILIES) else (0, 0, 1, 2, 3)[place - len(TRAIN_FAMILIES)]

@@ -15,16 +15,16 @@ from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
 from default_model import easyvqa, language, recipe
 from default_model.colours import COLOURS
 from default_model.materials import Cutouts, read_table
-from default_model.queries import UNKNOWN, parts_of
+from default_model.queries import UNKNOWN, assign_parts
 from default_model.scenes import SHAPES, Composer, Scene
 
 IGNORE_INDEX = -100
-CROWDED = (12, 18, 28, 42)  # more things to name for the same work
+CROWDED = (12, 18, 28, 42)  # weights of 1 to 4 objects: more of them for the same computing
 EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
-ASKED = (2, 1, 2, 3, 4)  # how often each of language.KINDS is asked: most, what takes longest to learn
+QUESTION_WEIGHTS = (2, 1, 2, 3, 4)  # of each of language.KINDS: highest for what takes longest to learn
 # Column and row of every patch, [N - 1, 2].
 PATCHES = torch.cartesian_prod(*[torch.arange(recipe.VISION.grid)] * 2).flip(1)
-PROCESSING = ImageProcessor(size=recipe.IMAGE_PX)
+IMAGE_PROCESSOR = ImageProcessor(size=recipe.IMAGE_PX)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tokenizers:
 
     @property
     def image(self) -> int:
-        """The language model's place-holder for a query."""
+        """The language model's placeholder for a query."""
         return _id(self.language, "<image>")
 
     @property
@@ -58,9 +58,9 @@ class Tokenizers:
 
 
 def _id(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_id(token)
-    assert found is not None, token
-    return found
+    id_ = tokenizer.token_id(token)
+    assert id_ is not None, token
+    return id_
 
 
 class _Seeded:
@@ -74,12 +74,12 @@ class _Seeded:
 
 
 class Pictures:
-    """Scenes, and with a share of easy-VQA's training images among them. Read when first used, in the data process."""
+    """Scenes and a share of easy-VQA's training images. Files are read at the first use, in the data process."""
 
     def __init__(
         self, folder: Path, easy_share: float, objects: tuple[int, int, int, int] | None = None
     ) -> None:
-        """`objects`: how often a scene has one to four objects, if not as often as the composer would have it."""
+        """`objects`: weights of scenes with one to four objects; None: the composer's own."""
         self.folder, self.easy_share, self.objects = folder, easy_share, objects
         self.composer: Composer | None = None
         self.easy: list[easyvqa.EasyImage] = []
@@ -96,19 +96,19 @@ class Pictures:
 
 def pixels_of(pictures: list[Scene | easyvqa.EasyImage]) -> Tensor:
     """[B, 3, S, S]."""
-    return to_pixels([Image.fromarray(p.image) for p in pictures], PROCESSING)
+    return to_pixels([Image.fromarray(p.image) for p in pictures], IMAGE_PROCESSOR)
 
 
 class VisionBatches:
-    """For the image encoder: scenes, what is in each, which of all noun phrases each patch shows, and where that is.
+    """For the image encoder: scenes, their objects, the noun phrase of each patch's object, and where that is.
 
-    The words of the texts are the words of the nouns and colours, and every phrase is a word besides.
+    The vocabulary has the words of all nouns and colours, and every phrase as a word of its own.
     """
 
     def __init__(self, folder: Path, crowded: int, halved: int, batch: int = 64) -> None:
-        """`crowded`: so many batches are of crowded scenes. `halved`: so many keep half of the patches, for speed."""
+        """`crowded`: how many batches are of crowded scenes. `halved`: how many keep half of the patches, for speed."""
         self.batch, self.crowded, self.halved = batch, crowded, halved
-        self.full, self.seeded = Pictures(folder, 0.0, CROWDED), _Seeded("vision")
+        self.dense, self.seeded = Pictures(folder, 0.0, CROWDED), _Seeded("vision")
         self.plain = Pictures(folder, 0.0)
         named = {_phrase(row.noun, row.colour) for row in read_table()}
         named |= {_phrase(shape, colour) for shape in SHAPES for colour in COLOURS}
@@ -124,7 +124,7 @@ class VisionBatches:
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = self.seeded.at(position)
-        pictures = self.full if position < self.crowded else self.plain
+        pictures = self.dense if position < self.crowded else self.plain
         scenes = [s for s in (pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
         regions = torch.full((len(scenes), recipe.VISION.grid**2), -1)
         places = torch.stack([(PATCHES + 0.5) / recipe.VISION.grid] * len(scenes))  # [B, N - 1, 2]
@@ -161,7 +161,7 @@ class VisionBatches:
 
 
 class Parts:
-    """What has its middle in the part of a picture each query answers for. easy-VQA's shapes are not told."""
+    """The object in each query's part of a picture. easy-VQA's images have no such labels."""
 
     def __init__(self, folder: Path) -> None:
         named = VisionBatches(folder, 0, 0)
@@ -169,7 +169,7 @@ class Parts:
         self.same = {"phrase_ids": named.phrase_ids, "phrase_mask": named.phrase_mask}
 
     def of(self, pictures: list[Scene | easyvqa.EasyImage]) -> dict[str, Tensor]:
-        """What `train.queries` asks of a batch beside its pixels."""
+        """What `QueryPretrain` needs in a batch beside its pixels."""
         parts = torch.full((len(pictures), recipe.QUERIES), -1)
         places = torch.full((len(pictures), recipe.QUERIES, 2), 0.5)
         for part, place, picture in zip(parts, places, pictures, strict=True):
@@ -178,14 +178,14 @@ class Parts:
                 continue
             boxes = torch.tensor([placed.box for placed in picture.objects])
             middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * picture.side)
-            owners = parts_of(middles, recipe.QUERIES)
+            owners = assign_parts(middles, recipe.QUERIES)
             part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in picture.objects])
             place[owners] = middles
         return {"parts": parts, "places": places, **self.same}
 
 
 class SceneBatches:
-    """For the queries: pictures and what is in each query's part of them."""
+    """For the queries: pictures and the object in each query's part of them."""
 
     def __init__(self, folder: Path, batch: int = 128) -> None:
         self.batch, self.parts, self.seeded = batch, Parts(folder), _Seeded("queries")
@@ -236,7 +236,7 @@ class CaptionBatches:
 
 
 class InstructionBatches:
-    """For language model and fine-tuning: pictures with a caption and a conversation each, and what is where."""
+    """For language model and fine-tuning: pictures with a caption and a conversation each, and labels for queries."""
 
     def __init__(self, folder: Path, words: Tokenizers, name: str = "instruction", batch: int = 48) -> None:
         self.words, self.batch, self.parts = words, batch, Parts(folder)
@@ -265,15 +265,15 @@ def caption_of(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> str:
 
 
 def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:
-    """Up to `most` questions with their answers; sometimes such that build on each other."""
+    """Up to `most` questions with their answers; sometimes a conversation in which they build on each other."""
     if not isinstance(picture, Scene):
         return rng.sample(picture.questions, min(len(picture.questions), rng.randint(2, most)))
     if rng.random() < 0.25:
         return language.conversation(picture, rng)
-    kinds = rng.choices(language.KINDS, ASKED, k=rng.randint(2, most))
+    kinds = rng.choices(language.KINDS, QUESTION_WEIGHTS, k=rng.randint(2, most))
     drawn = [language.standard().question(picture, rng, kind) for kind in (*kinds, "presence")]
-    asked = {qa.question: qa.answer for qa in drawn if qa is not None}
-    return list(asked.items())[:most]
+    answers = {qa.question: qa.answer for qa in drawn if qa is not None}
+    return list(answers.items())[:most]
 
 
 def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:
@@ -283,16 +283,16 @@ def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:
 
 
 def chat_row(words: Tokenizers, turns: list[tuple[str, str]]) -> Row:
-    """A conversation; every answer is a target that ends with a newline, though a full stop follows it."""
+    """A conversation; every answer is a target that ends with a newline, although a full stop follows it."""
     ids: list[int] = []
     labels: list[int] = []
     (stop,) = words.language.encode(".", frame=False)
     for i, (question, answer) in enumerate(turns):
         first, last = i == 0, i + 1 == len(turns)
-        asked = words.language.encode(("" if first else " ") + question_prompt(question), frame=first)
-        said = words.language.encode(f" {answer}", frame=False)
-        ids += asked + said + [words.newline if last else stop]
-        labels += [IGNORE_INDEX] * len(asked) + said + [words.newline]
+        prompt = words.language.encode(("" if first else " ") + question_prompt(question), frame=first)
+        target = words.language.encode(f" {answer}", frame=False)
+        ids += prompt + target + [words.newline if last else stop]
+        labels += [IGNORE_INDEX] * len(prompt) + target + [words.newline]
     return ids, labels
 
 
@@ -310,7 +310,7 @@ def pad(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
 
 
 def half(regions: Tensor, rng: random.Random) -> Tensor:
-    """Half of every image's patches, int64 [B, N / 2]: those that show something first, yet a quarter background."""
+    """Half of every image's patches, int64 [B, N / 2]: those with an object first, but a quarter background."""
     rows = []
     for row in regions.tolist():
         shown = [i for i, phrase in enumerate(row) if phrase >= 0]

@@ -1,4 +1,4 @@
-"""Colour names: what to call a pixel, and which colour a whole cut-out has, if any."""
+"""Colour names: of a pixel, and of a whole cut-out if one colour dominates."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def name_pixels(rgb: NDArray[np.uint8]) -> NDArray[np.int8]:
 
     out = np.full(value.shape, -1, np.int8)
 
-    def paint(name: str, where: NDArray[np.bool_]) -> None:
-        out[where] = COLOURS.index(name)
+    def paint(name: str, mask: NDArray[np.bool_]) -> None:
+        out[mask] = COLOURS.index(name)
 
     paint("red", ((hue < 12) | (hue >= 345)) & (saturation >= 0.5))
     paint("pink", ((hue < 12) | (hue >= 345)) & (saturation < 0.5) & (value > 0.75))

@@ -20,7 +20,7 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 class EasyImage:
     """image is [64, 64, 3] uint8; questions are (question, answer) as published.
 
-    caption is read off the answers: "a blue rectangle", or "a rectangle" or "a blue shape" where they tell no more.
+    caption follows from the answers: "a blue rectangle", or "a rectangle" or "a blue shape" if they reveal no more.
     """
 
     image: NDArray[np.uint8]
@@ -37,22 +37,22 @@ def load(folder: Path | str, split: Literal["train", "test"]) -> list[EasyImage]
     loaded = []
     for index in range(len(list((root / "images").glob("*.png")))):
         image = np.array(Image.open(root / "images" / f"{index}.png").convert("RGB"))
-        asked = tuple(questions.get(index, ()))
-        loaded.append(EasyImage(image, asked, caption(asked)))
+        pairs = tuple(questions.get(index, ()))
+        loaded.append(EasyImage(image, pairs, caption(pairs)))
     return loaded
 
 
 def caption(questions: Iterable[tuple[str, str]]) -> str:
-    """What the one shape in an image is, as far as its questions and answers tell."""
-    found: dict[str, str] = {}
+    """The caption of an image's one shape, as far as its questions and answers reveal it."""
+    known: dict[str, str] = {}
     for question, answer in questions:
         words = set(question.rstrip("?").split())
         for kind, values in (("shape", SHAPES), ("colour", COLOURS)):
             if answer in values:
-                found[kind] = answer
+                known[kind] = answer
             named = words & set(values)
-            # "is there (not) a red shape?" tells when it says that there is; "what color is the circle?" always does.
-            told = answer not in ("yes", "no") or (answer == "yes") == words.isdisjoint(("not", "no"))
-            if named and told:
-                found[kind] = next(iter(named))
-    return " ".join(["a", *([found["colour"]] if "colour" in found else []), found.get("shape", "shape")])
+            # "is there (not) a red shape?" reveals it if there is one; "what color is the circle?" always does.
+            true = answer not in ("yes", "no") or (answer == "yes") == words.isdisjoint(("not", "no"))
+            if named and true:
+                known[kind] = next(iter(named))
+    return " ".join(["a", *([known["colour"]] if "colour" in known else []), known.get("shape", "shape")])

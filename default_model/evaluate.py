@@ -1,7 +1,7 @@
-"""The default model's scores on what it has never seen: `python -m default_model.evaluate DIR`, DIR with the materials.
+"""The default model's scores on unseen scenes: `python -m default_model.evaluate DIR`, DIR with the materials.
 
-`blip2 eval default --data DIR` gives the same figures from files; here scenes are composed on the way. Prints a table
-with the goals; the last line is one JSON object. `--model` and `--matcher` name other folders than the shipped ones.
+`blip2 eval default --data DIR` gives the same figures from files; here scenes are composed when needed. Prints a table
+with the goals; the last line is one JSON object. `--model` and `--matcher` name folders other than the shipped ones.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import blip2
-from blip2.evaluate import Settings, read_task, scenes_report
 from blip2.evaluate.report import figure
-from blip2.evaluate.run import task_report
+from blip2.evaluate.run import EvalSettings, scenes_report, task_report
+from blip2.evaluate.tasks import read_task
 from blip2.predict import Predictor
 from default_model.language import Language, standard
 from default_model.make_scenes import compose
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--matcher", type=Path)
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="with rounded weights")
-    parser.add_argument("--limit", type=int, help="so many of each set, for a quick look")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="with quantized weights")
+    parser.add_argument("--limit", type=int, help="items of each set, for a quick look")
     arguments = parser.parse_args()
     model = blip2.load(arguments.model, matcher=arguments.matcher, quantize=arguments.quantize)
     composer = Composer(Cutouts.load(arguments.folder))
@@ -54,17 +54,17 @@ def main() -> None:
 def evaluate(
     model: Predictor, composer: Composer, language: Language, folder: Path, limit: int | None = None
 ) -> dict[str, float]:
-    """Every figure of the table, as shares; with `limit`, on the first so many items of each set."""
+    """Every figure of the table, 0..1; with `limit`, on the first items of each set alone."""
     bars: dict[str, tqdm[None]] = {}
 
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            bars[what] = tqdm(desc=what, total=total, disable=None)
-        bars[what].update(done - bars[what].n)
+    def progress(label: str, done: int, total: int) -> None:
+        if label not in bars:
+            bars[label] = tqdm(desc=label, total=total, disable=None)
+        bars[label].update(done - bars[label].n)
 
-    settings = Settings(limit=limit, progress=progress)
-    shapes = task_report(model, read_task("easyvqa", folder).first(limit), settings, called="default")
-    scenes = scenes_report(model, compose(composer, language, limit), settings, called="default")
+    settings = EvalSettings(limit=limit, progress=progress)
+    shapes = task_report(model, read_task("easyvqa", folder).first(limit), settings, model_name="default")
+    scenes = scenes_report(model, compose(composer, language, limit), settings, model_name="default")
     for bar in bars.values():
         bar.close()
     return {"easy-VQA test, exact match": shapes.metrics["accuracy"]} | scenes.metrics

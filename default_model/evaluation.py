@@ -1,6 +1,6 @@
-"""The sets the default model is judged on, and how: scenes of the test split under fixed numbers.
+"""The sets the default model is evaluated on: scenes of the test split with fixed numbers.
 
-Backgrounds and combinations are unseen in training; the things themselves are known. Every function is deterministic.
+Backgrounds and combinations do not occur in training; the objects themselves do. Every function is deterministic.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def retrieval_pairs(composer: Composer, language: Language, n: int = 1000) -> It
 
 
 def named_objects(text: str, nouns: Mapping[str, Noun]) -> Counter[str]:
-    """The things a text names, with their numbers; see `blip2.evaluate.scenes.named_things`."""
+    """The objects a text names, with their numbers; see `blip2.evaluate.scenes.named_things`."""
     return named_things(text, {noun: entry.plural for noun, entry in nouns.items()})
 
 
 def names_object(text: str, noun: str, nouns: Mapping[str, Noun]) -> bool:
-    """True when the text names the thing, in the singular or the plural."""
+    """Whether the text names the object, in the singular or the plural."""
     return named_objects(text, nouns)[noun] > 0
 
 
 def counts_right(text: str, scene: Scene, nouns: Mapping[str, Noun]) -> bool:
-    """True when the text names exactly the scene's things, each in its number."""
+    """Whether the text names exactly the scene's objects, each in its number."""
     return named_objects(text, nouns) == Counter(o.noun for o in scene.objects)

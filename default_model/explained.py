@@ -1,7 +1,7 @@
-"""Does explaining point at the thing a word names? `python -m default_model.explained DIR`, DIR with the materials.
+"""Do explanations point at the object a word names? `python -m default_model.explained DIR`, DIR with the materials.
 
-Scenes of two different things from the test split. For each thing that the model's own caption names, the peak of its
-word's heat map over the picture must fall into the thing's box. The last line is one JSON object.
+Scenes of two different objects from the test split. For each object that the model's own caption names, the peak of its
+word's heat map over the picture must fall into the object's box. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from default_model import evaluation
 from default_model.materials import Cutouts
 from default_model.scenes import Composer, Noun, Placed, Scene
 
-EXPLAINED = 7_000_000  # scene numbers from here on; evaluation.py has those below
+EXPLAINED = 7_000_000  # the first scene number; evaluation.py uses lower ones
 GOAL = 0.85
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, help="another model than the shipped one")
-    parser.add_argument("--limit", type=int, default=200, help="so many scenes (default: 200)")
+    parser.add_argument("--limit", type=int, default=200, help="number of scenes (default: 200)")
     arguments = parser.parse_args()
     composer = Composer(Cutouts.load(arguments.folder))
     counts = point(blip2.load(arguments.model), composer, arguments.limit)
@@ -47,28 +47,30 @@ def main() -> None:
 
 
 def two_things(composer: Composer, n: int) -> Iterator[Scene]:
-    """The first n scenes of the test split that show two different things."""
+    """The first n scenes of the test split that show two different objects."""
     number = EXPLAINED
     while n:
         number += 1
         scene = composer.compose(number, "test", objects=2)
-        if len({each.noun for each in scene.objects}) == 2:
+        if len({placed.noun for placed in scene.objects}) == 2:
             n -= 1
             yield scene
 
 
 def point(model: Predictor, composer: Composer, n: int) -> Counter[str]:
-    """Count, over n scenes, things, those named, and where the peaks of their words fall."""
+    """Count, over n scenes, the objects, those named, and where the peaks of their words fall."""
     counts: Counter[str] = Counter()
     for scene in tqdm(two_things(composer, n), total=n, desc="scenes", disable=None):
         counts["things"] += len(scene.objects)
-        found = model.explain(Image.fromarray(scene.image))
+        explanation = model.explain(Image.fromarray(scene.image))
         for thing, other in (scene.objects, scene.objects[::-1]):
-            named = evaluation.names_object(found.text, thing.noun, composer.nouns)  # "teddy bear" is no bear
-            places = words_for(found, composer.nouns[thing.noun]) if named else []
+            named = evaluation.names_object(
+                explanation.text, thing.noun, composer.nouns
+            )  # "teddy bear" is no bear
+            places = words_for(explanation, composer.nouns[thing.noun]) if named else []
             if not places:
                 continue
-            x, y = peak(found, places)
+            x, y = peak(explanation, places)
             counts["named"] += 1
             counts["peak in the thing's box"] += inside(thing, x, y)
             counts["peak in the other's box"] += inside(other, x, y)
@@ -77,9 +79,9 @@ def point(model: Predictor, composer: Composer, n: int) -> Counter[str]:
     return counts
 
 
-def words_for(found: Explanation, noun: Noun) -> list[int]:
-    """The places of the words that name a thing, "hot air balloon" all three; empty where none does."""
-    words = [word.text.strip(".,") for word in found.words]
+def words_for(explanation: Explanation, noun: Noun) -> list[int]:
+    """The indices of the words that name an object, all three of "hot air balloon"; empty if none does."""
+    words = [word.text.strip(".,") for word in explanation.words]
     text = " ".join(words)
     for form in sorted((noun.singular, noun.plural), key=len, reverse=True):
         if match := re.search(rf"(?<![\w-]){re.escape(form)}(?![\w-])", text):
@@ -88,15 +90,17 @@ def words_for(found: Explanation, noun: Noun) -> list[int]:
     return []
 
 
-def peak(found: Explanation, places: list[int]) -> tuple[int, int]:
-    """The warmest point (x, y) of the picture for some words together."""
-    heat = spread(np.mean([found.words[place].heat for place in places], axis=0), found.picture.size)
+def peak(explanation: Explanation, places: list[int]) -> tuple[int, int]:
+    """The point (x, y) of the picture with the highest heat for some words together."""
+    heat = spread(
+        np.mean([explanation.words[place].heat for place in places], axis=0), explanation.picture.size
+    )
     y, x = np.unravel_index(int(heat.argmax()), heat.shape)
     return int(x), int(y)
 
 
 def inside(thing: Placed, x: int, y: int) -> bool:
-    """Whether a point falls into the thing's box."""
+    """Whether a point is in the object's box."""
     return thing.box[0] <= x < thing.box[2] and thing.box[1] <= y < thing.box[3]
 
 

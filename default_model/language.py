@@ -1,6 +1,6 @@
-"""What can be said and asked about a scene: captions, questions with answers, conversations, and plain text.
+"""Text about scenes: captions, questions with answers, conversations, and plain text.
 
-Everything follows from the scene's objects, so every sentence is true. Text is lower case; "color" is American.
+Everything is derived from the scene's objects, so every sentence is true. Text is lower case; "color" is American.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from default_model.words import ANIMALS, ASKABLE, OVERLAPS
 KINDS = ("object", "color", "count", "presence", "position")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+EDGES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
@@ -68,7 +69,7 @@ def groups(scene: Scene) -> list[Group]:
 
 
 def place_name(scene: Scene, placed: Placed) -> str | None:
-    """ "on the left", "in the center", "at the top right"...; None where one could argue."""
+    """ "on the left", "in the center", "at the top right"...; None where it is ambiguous."""
     dx = (placed.box[0] + placed.box[2]) / 2 / scene.side - 0.5
     dy = (placed.box[1] + placed.box[3]) / 2 / scene.side - 0.5
     across = "left" if dx < 0 else "right"
@@ -83,7 +84,7 @@ def place_name(scene: Scene, placed: Placed) -> str | None:
 
 
 class Language:
-    """Talks about scenes whose nouns it knows. Immutable; all chance comes from the `rng` given."""
+    """Writes about scenes of known nouns. Immutable; all randomness comes from the `rng` arguments."""
 
     def __init__(
         self, nouns: Mapping[str, Noun], colours: Mapping[str, tuple[str, ...]] | None = None
@@ -129,12 +130,12 @@ class Language:
         return f"{NUMBERS[len(group.members)]} {self.many(group.noun, tint)}"
 
     def category(self, noun: str) -> str:
-        """The word for what kind of thing it is: "animal" for a bird's or fish's noun too."""
-        found = self.nouns[noun].category
-        return "animal" if found in ANIMALS else found
+        """The word for the kind of object; "animal" for birds and fish too."""
+        category = self.nouns[noun].category
+        return "animal" if category in ANIMALS else category
 
     def related(self, a: str, b: str) -> bool:
-        """True where what is called `a` might also be called `b`."""
+        """Whether an object called `a` might also be called `b`."""
         one, two = self.nouns[a], self.nouns[b]
         if (
             a == b
@@ -156,7 +157,7 @@ class Language:
         return self._caption(scene, False, True, False)
 
     def reference_captions(self, scene: Scene, n: int = 5) -> list[str]:
-        """The canonical caption and other true ones, n in all (repeated where a scene has fewer)."""
+        """The canonical caption and other true ones, n in all (repeated if a scene has fewer)."""
         styles = [
             (False, True, False),
             (False, False, False),
@@ -164,21 +165,20 @@ class Language:
             (False, True, True),
             (True, False, False),
         ]
-        found = [self._caption(scene, *style) for style in styles]
-        found = list(dict.fromkeys(found))
-        return [found[i % len(found)] for i in range(n)]
+        captions = list(dict.fromkeys(self._caption(scene, *style) for style in styles))
+        return [captions[i % len(captions)] for i in range(n)]
 
     def _caption(self, scene: Scene, colour: bool, relate: bool, reverse: bool) -> str:
         named = groups(scene)
         if len(scene.objects) == 2 and len(named) == 2 and relate:
             first, second = named
-            found = relation(scene.side, first.members[0], second.members[0])
-            if found in ("right", "below"):
-                first, second, found = second, first, OPPOSITE[found]
-            if found is not None:
+            side = relation(scene.side, first.members[0], second.members[0])
+            if side in ("right", "below"):
+                first, second, side = second, first, OPPOSITE[side]
+            if side is not None:
                 if reverse:
-                    first, second, found = second, first, OPPOSITE[found]
-                return f"{self.some(first, colour)} {PHRASES[found]} {self.some(second, colour)}"
+                    first, second, side = second, first, OPPOSITE[side]
+                return f"{self.some(first, colour)} {PHRASES[side]} {self.some(second, colour)}"
         phrases = [self.some(group, colour) for group in named]
         if len(phrases) == 1:
             return phrases[0]
@@ -188,13 +188,13 @@ class Language:
 
     def questions(self, scene: Scene, rng: random.Random) -> list[QA]:
         """One question of every kind that the scene allows, in random order."""
-        made = [self.question(scene, rng, kind) for kind in KINDS]
-        found = [qa for qa in made if qa is not None]
-        rng.shuffle(found)
-        return found
+        drawn = [self.question(scene, rng, kind) for kind in KINDS]
+        questions = [qa for qa in drawn if qa is not None]
+        rng.shuffle(questions)
+        return questions
 
     def question(self, scene: Scene, rng: random.Random, kind: str) -> QA | None:
-        """A question of a kind, or None where the scene allows none."""
+        """A question of a kind, or None if the scene allows none."""
         if kind == "object":
             return self._object(scene, rng)
         if kind == "color":
@@ -209,57 +209,33 @@ class Language:
 
     def _object(self, scene: Scene, rng: random.Random) -> QA | None:
         named = groups(scene)
-        found: list[tuple[str, str]] = []
+        pairs: list[tuple[str, str]] = []
         if len(named) == 1:
-            noun = named[0].noun
-            if len(scene.objects) == 1:
-                asked = (
-                    "what is this?",
-                    "what is in the picture?",
-                    "what is in the image?",
-                    "what do you see?",
-                )
-                found += [(q, noun) for q in asked]
-            else:
-                asked = (
-                    "what are these?",
-                    "what is in the picture?",
-                    "what is in the image?",
-                    "what do you see?",
-                )
-                found += [(q, self.many(noun)) for q in asked]
+            noun, single = named[0].noun, len(scene.objects) == 1
+            first = "what is this?" if single else "what are these?"
+            questions = (first, "what is in the picture?", "what is in the image?", "what do you see?")
+            pairs += [(question, noun if single else self.many(noun)) for question in questions]
         else:
-            found += self._neighbours(scene)
-            for side, where in (
-                ("left", "on the left"),
-                ("right", "on the right"),
-                ("above", "at the top"),
-                ("below", "at the bottom"),
-            ):
+            pairs += self._neighbours(scene)
+            for side, place in EDGES.items():
                 outer = _outermost(scene, side)
                 if outer is not None:
-                    found += [(f"what is {where}?", outer.noun)] * 2
-            found += [(f"what is the {c} {thing}?", noun) for c, noun, thing in self._by_colour(named)]
+                    pairs += [(f"what is {place}?", outer.noun)] * 2
+            pairs += [(f"what is the {c} {thing}?", noun) for c, noun, thing in self._by_colour(named)]
         for category in ASKABLE:
             members = [g for g in named if category in (self.nouns[g.noun].category, self.category(g.noun))]
             if len(members) == 1:
                 group = members[0]
                 answer = group.noun if len(group.members) == 1 else self.many(group.noun)
-                found += [
-                    (
-                        f"what {category} is this?"
-                        if len(scene.objects) == 1
-                        else f"what {category} is in the picture?",
-                        answer,
-                    )
-                ]
-        if not found:
+                end = "this" if len(scene.objects) == 1 else "in the picture"
+                pairs.append((f"what {category} is {end}?", answer))
+        if not pairs:
             return None
-        question, answer = rng.choice(found)
+        question, answer = rng.choice(pairs)
         return QA(question, answer, "object")
 
     def _by_colour(self, named: list[Group]) -> list[tuple[str, str, str]]:
-        """(colour, noun, "object" or "shape") where the colour picks out a single thing of the scene."""
+        """(colour, noun, "object" or "shape") where the colour identifies a single object of the scene."""
         if any(g.colour is None or len(g.members) > 1 for g in named):
             return []
         colours = [g.colour for g in named]
@@ -272,17 +248,17 @@ class Language:
         """("what is above the cat?", noun) for every such question with exactly one answer."""
         named = groups(scene)
         alone = [g.members[0] for g in named if len(g.members) == 1]
-        found = []
+        pairs = []
         for anchor in alone:
             others = [o for o in scene.objects if o is not anchor]
-            seen = [relation(scene.side, o, anchor) for o in others]
-            if None in seen and len(others) > 1:
+            sides = [relation(scene.side, o, anchor) for o in others]
+            if None in sides and len(others) > 1:
                 continue
             for side in PHRASES:
-                there = [o for o, s in zip(others, seen, strict=True) if s == side]
-                if len(there) == 1:
-                    found.append((f"what is {PHRASES[side]} {self.the(anchor.noun)}?", there[0].noun))
-        return found
+                neighbours = [o for o, s in zip(others, sides, strict=True) if s == side]
+                if len(neighbours) == 1:
+                    pairs.append((f"what is {PHRASES[side]} {self.the(anchor.noun)}?", neighbours[0].noun))
+        return pairs
 
     def _colour(self, scene: Scene, rng: random.Random) -> QA | None:
         known = [g for g in groups(scene) if g.colour is not None]
@@ -292,10 +268,13 @@ class Language:
         assert group.colour is not None
         if len(group.members) > 1:
             return QA(f"what color are the {self.many(group.noun)}?", group.colour, "color")
-        asked = [f"what color is {self.the(group.noun)}?", f"what is the color of {self.the(group.noun)}?"]
+        questions = [
+            f"what color is {self.the(group.noun)}?",
+            f"what is the color of {self.the(group.noun)}?",
+        ]
         if len(scene.objects) == 1:
-            asked.append("what color is the shape?" if group.is_shape else "what color is it?")
-        return QA(rng.choice(asked), group.colour, "color")
+            questions.append("what color is the shape?" if group.is_shape else "what color is it?")
+        return QA(rng.choice(questions), group.colour, "color")
 
     def _count(self, scene: Scene, rng: random.Random) -> QA | None:
         named = groups(scene)
@@ -310,18 +289,18 @@ class Language:
         elif draw < 0.4:
             word, number = self.many(self._absent(scene, rng)), 0
         else:
-            # Groups of several first: most things stand alone, and "1" must not become the answer to everything.
+            # Groups of several first: most objects are single, and "1" must not become the answer to everything.
             group = max(named, key=lambda g: (len(g.members) * rng.random(), g.noun))
             word, number = self.many(group.noun), len(group.members)
-        asked = (
+        questions = (
             f"how many {word} are there?",
             f"how many {word} are in the picture?",
             f"how many {word} do you see?",
         )
-        return QA(rng.choice(asked), str(number), "count")
+        return QA(rng.choice(questions), str(number), "count")
 
     def _absent(self, scene: Scene, rng: random.Random) -> str:
-        """A noun that nothing in the scene could be called; of a present thing's category half of the time."""
+        """A noun that fits no object of the scene; half of the time of the category of one of them."""
         present = [g.noun for g in groups(scene)]
         for _ in range(60):
             pool = self._all
@@ -349,31 +328,32 @@ class Language:
                 question = rng.choice(("are there any {}?", "do you see any {}?")).format(self.many(noun))
                 return QA(question, "yes" if yes else "no", "presence")
             thing = self.one(noun)
-        asked = ("is there {}?", "is there {} in the picture?", "is there {} in the image?", "do you see {}?")
-        return QA(rng.choice(asked).format(thing), "yes" if yes else "no", "presence")
+        questions = (
+            "is there {}?",
+            "is there {} in the picture?",
+            "is there {} in the image?",
+            "do you see {}?",
+        )
+        return QA(rng.choice(questions).format(thing), "yes" if yes else "no", "presence")
 
     def _position(self, scene: Scene, rng: random.Random) -> QA | None:
         named = groups(scene)
         alone = [g.members[0] for g in named if len(g.members) == 1]
-        found: list[list[tuple[str, str]]] = []
+        choices: list[list[tuple[str, str]]] = []
         pairs = [(a, b, relation(scene.side, a, b)) for a in alone for b in alone if a is not b]
         clear = [(a, b, r) for a, b, r in pairs if r is not None]
         if clear:
             a, b, side = rng.choice(clear)
             yes = rng.random() < 0.5
-            asked = side if yes else OPPOSITE[side]
-            question = f"is {self.the(a.noun)} {PHRASES[asked]} {self.the(b.noun)}?"
-            found.append([(question, "yes" if yes else "no")])
+            phrase = PHRASES[side if yes else OPPOSITE[side]]
+            question = f"is {self.the(a.noun)} {phrase} {self.the(b.noun)}?"
+            choices.append([(question, "yes" if yes else "no")])
         places = [(o, place_name(scene, o)) for o in alone]
-        where = [(f"where is {self.the(o.noun)}?", p) for o, p in places if p is not None]
-        if where:
-            found.append(where)
-        neighbours = self._neighbours(scene)
-        if neighbours:
-            found.append(neighbours)
-        if not found:
+        locations = [(f"where is {self.the(o.noun)}?", p) for o, p in places if p is not None]
+        choices += [some for some in (locations, self._neighbours(scene)) if some]
+        if not choices:
             return None
-        question, answer = rng.choice(rng.choice(found))
+        question, answer = rng.choice(rng.choice(choices))
         return QA(question, answer, "position")
 
     # -- conversations
@@ -391,7 +371,7 @@ class Language:
             )
         else:
             side = next(
-                (where for key, where in (("left", "on the left"), ("right", "on the right"), ("above", "at the top"))
+                (EDGES[key] for key in ("left", "right", "above")
                  if _outermost(scene, key) in group.members and alone), None,
             )  # fmt: skip
             first = f"what is {side}?" if side else "what is in the picture?"
@@ -462,8 +442,8 @@ class Language:
             elif kind < 0.4:
                 yield f"a photo of {self.caption(scene, rng)}\n"
             elif kind < 0.7:
-                found = self.questions(scene, rng)
-                yield f"Question: {found[0].question} Answer: {found[0].answer}\n"
+                qa = self.questions(scene, rng)[0]
+                yield f"Question: {qa.question} Answer: {qa.answer}\n"
             elif kind < 0.82:
                 turns = self.conversation(scene, rng)
                 yield ". ".join(f"Question: {q} Answer: {a}" for q, a in turns) + "\n"
@@ -518,7 +498,7 @@ def _a(word: str) -> str:
 
 
 def _outermost(scene: Scene, side: str) -> Placed | None:
-    """The object that alone stands furthest to a side, clearly on that half of the image."""
+    """The one object furthest to a side, clearly on that half of the image."""
     axis = 0 if side in ("left", "right") else 1
     sign = 1 if side in ("left", "above") else -1
     centres = sorted(
@@ -539,12 +519,12 @@ def language_of(rows: Iterable[ObjectRow]) -> Language:
     for row in rows:
         if row.colour:
             colours.setdefault(row.noun, set()).add(row.colour)
-    return Language(nouns_of(rows), {noun: tuple(sorted(found)) for noun, found in colours.items()})
+    return Language(nouns_of(rows), {noun: tuple(sorted(names)) for noun, names in colours.items()})
 
 
 @lru_cache(maxsize=1)
 def standard() -> Language:
-    """The language of objects.csv, which the functions below speak."""
+    """The language of objects.csv, which the functions below use."""
     return language_of(read_table())
 
 
@@ -553,26 +533,6 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return standard().caption(scene, rng)
 
 
-def canonical_caption(scene: Scene) -> str:
-    """`Language.canonical_caption` of the standard language."""
-    return standard().canonical_caption(scene)
-
-
-def reference_captions(scene: Scene, n: int = 5) -> list[str]:
-    """`Language.reference_captions` of the standard language."""
-    return standard().reference_captions(scene, n)
-
-
-def questions(scene: Scene, rng: random.Random) -> list[QA]:
-    """`Language.questions` of the standard language."""
-    return standard().questions(scene, rng)
-
-
 def conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """`Language.conversation` of the standard language."""
     return standard().conversation(scene, rng)
-
-
-def text_corpus(rng: random.Random) -> Iterator[str]:
-    """`Language.text_corpus` of the standard language."""
-    return standard().text_corpus(rng)

@@ -1,7 +1,7 @@
-"""The scenes the default model is judged on, as files: `python -m default_model.make_scenes DIR`.
+"""The scenes the default model is evaluated on, as files: `python -m default_model.make_scenes DIR`.
 
-DIR holds the cut-outs that `default_model.materials` makes; DIR/scenes becomes images and
-scenes.json, which `blip2 eval scenes --data DIR` reads.
+DIR holds the cut-outs that `default_model.materials` makes. DIR/scenes gets images and scenes.json, which
+`blip2 eval scenes --data DIR` reads.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from typing import Any
 
 from PIL import Image
 
-from blip2.evaluate import Item, Scenes
+from blip2.evaluate.scenes import Scenes, scene_item
 from default_model import evaluation
 from default_model.language import Language, standard
 from default_model.materials import Cutouts
 from default_model.scenes import Composer, Scene
 
-Row = tuple[Scene, dict[str, Any]]
-
 
 def compose(composer: Composer, language: Language, limit: int | None = None) -> Scenes:
-    """The sets with their images in memory; with `limit` the first so many of each."""
+    """The sets with their images in memory; with `limit` the first items of each alone."""
     nouns = {noun: entry.plural for noun, entry in composer.nouns.items()}
-    return Scenes(nouns, **{name: [_item(name, i, row) for i, row in enumerate(rows)]
-                            for name, rows in _rows(composer, language, limit).items()})  # fmt: skip
+    sets = {
+        name: [
+            scene_item(f"{name}-{i}", Image.fromarray(scene.image), row)
+            for i, (scene, row) in enumerate(rows)
+        ]
+        for name, rows in _rows(composer, language, limit).items()
+    }
+    return Scenes(nouns, **sets)
 
 
 def write(composer: Composer, language: Language, folder: Path, limit: int | None = None) -> None:
-    """Write DIR/scenes; a folder that is complete already is left alone."""
+    """Write DIR/scenes; a complete folder is left unchanged."""
     target = folder / "scenes/scenes.json"
     if target.is_file():
         return
@@ -39,15 +43,17 @@ def write(composer: Composer, language: Language, folder: Path, limit: int | Non
     content: dict[str, Any] = {"nouns": {noun: entry.plural for noun, entry in composer.nouns.items()}}
     for name, rows in _rows(composer, language, limit).items():
         content[name] = []
-        for i, (scene, told) in enumerate(rows):
+        for i, (scene, row) in enumerate(rows):
             file = f"images/{name}-{i}.png"
             Image.fromarray(scene.image).save(folder / "scenes" / file)
-            content[name].append({"image": file} | told)
+            content[name].append({"image": file} | row)
     target.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _rows(composer: Composer, language: Language, limit: int | None) -> dict[str, list[Row]]:
-    """Scenes and what is true about them, set by set."""
+def _rows(
+    composer: Composer, language: Language, limit: int | None
+) -> dict[str, list[tuple[Scene, dict[str, Any]]]]:
+    """The scenes of each set, with their rows of scenes.json except the image."""
     n, half = limit or 1000, limit or 500
     return {
         "singles": [(scene, _things(scene)) for scene in evaluation.stamp_singles(composer, min(n, 1000))],
@@ -70,21 +76,8 @@ def _things(scene: Scene) -> dict[str, Any]:
     return {"things": dict(Counter(placed.noun for placed in scene.objects))}
 
 
-def _item(name: str, i: int, row: Row) -> Item:
-    scene, told = row
-    return Item(
-        f"{name}-{i}",
-        Image.fromarray(scene.image),
-        tuple(told.get("captions", ())),
-        told.get("question", ""),
-        (told["answer"],) if "answer" in told else (),
-        told.get("kind", ""),
-        told.get("things", {}),
-    )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="write the scenes the default model is judged on")
+    parser = argparse.ArgumentParser(description="write the scenes the default model is evaluated on")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     write(Composer(Cutouts.load(folder)), standard(), folder)

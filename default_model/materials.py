@@ -2,7 +2,7 @@
 
 Three packages, each through its ordinary client: Debian's tuxpaint-stamps-default, npm's openmoji, PyPI's easy-vqa.
 Which of their pictures are used, and what they are called, is the table objects.csv beside this file.
-Rasterising SVG needs `pip install resvg_py`. Everything already there is kept, so the command can be repeated.
+Rasterising SVG needs `pip install resvg_py`. Existing files are kept, so the command can be repeated.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Training the parts BLIP-2 starts from, where no pre-trained ones are at hand.
+"""Pre-training the image encoder, and initial weights, without any pre-trained model.
 
-The image encoder learns from captions (CLIP's loss), from the places of named things (`losses.region_loss`) and where
-they are (`losses.place_loss`); `initialise` gives untrained modules their first weights, `qformer_from_matcher` hands
-stage 1's result to stage 2. Queries and language model: see `queries.py`.
+The image encoder learns from captions (CLIP's loss), which objects its patches show (`losses.region_loss`) and where
+these are (`losses.place_loss`); `init_weights` initializes untrained modules, `qformer_from_matcher` copies stage 1's
+result into stage 2's model. Queries and language model: see `queries.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Batch = Mapping[str, Tensor]
 class WordBag(nn.Module):
     """The simplest text encoder: the mean of a text's word embeddings.
 
-    It costs next to nothing, so that every name there is can stand against every image.
+    It costs next to nothing, so that every image can be compared with all names.
     """
 
     def __init__(self, vocabulary: int, embedding: int) -> None:
@@ -42,7 +42,7 @@ class WordBag(nn.Module):
 
 
 class ImageTextEncoders(nn.Module):
-    """Image encoder and text encoder that meet in one space, E wide."""
+    """Image encoder and text encoder with a shared embedding space, E wide."""
 
     def __init__(self, vision: ImageEncoder, text: WordBag) -> None:
         super().__init__()
@@ -51,28 +51,28 @@ class ImageTextEncoders(nn.Module):
         self.image_projection = nn.Linear(width, shared, bias=False)
         self.patch_projection = nn.Linear(width, shared, bias=False)
         self.place = nn.Linear(width, 2)
-        first = math.log(1 / 0.07)  # where CLIP starts
-        self.image_scale = nn.Parameter(torch.tensor(first))
-        self.patch_scale = nn.Parameter(torch.tensor(first))
+        scale = math.log(1 / 0.07)  # CLIP's initial value
+        self.image_scale = nn.Parameter(torch.tensor(scale))
+        self.patch_scale = nn.Parameter(torch.tensor(scale))
 
 
 class ContrastivePretrain(Task):
     """Image encoder from captions and from places: CLIP's loss on images, `region_loss` and `place_loss` on patches.
 
-    Contrast alone makes an encoder forget where a patch is: names do not ask for it. Counting, ordering and every
-    question of place do, and a Q-Former cannot find what the features do not hold.
+    Contrast alone makes an encoder forget where a patch is, as names do not depend on it. Counting, ordering and every
+    question of place do, and a Q-Former cannot find what the features do not contain.
 
     Batch: pixels [B, 3, S, S]; ids int64 and mask [B, T], a caption each; phrase_ids int64 and phrase_mask [P, T], the
-    different phrases that name things in these images; regions int64 [B, N - 1], which phrase each patch (row by row)
-    shows, -1 for none; places [B, N - 1, 2], the middle of what each patch shows (of the patch itself where that is
-    nothing), column and row as shares of the image's side; optionally text_ids int64 [B], equal where captions say the
-    same, and keep int64 [B, K], the patches to encode, the others being left out to train faster.
+    different phrases that name objects in these images; regions int64 [B, N - 1], the phrase of each patch's object
+    (row by row), -1 for none; places [B, N - 1, 2], the middle of that object (of the patch itself if none), column
+    and row as shares of the image's side; optionally text_ids int64 [B], equal for equal captions, and keep int64
+    [B, K], the patches to encode; leaving out the others makes training faster.
     """
 
     def __init__(
         self, encoders: ImageTextEncoders, *, clip_weight: float = 0.25, muon_scale: float = 6.0
     ) -> None:
-        """`muon_scale`: the encoder's matrices are trained by Muon, at so many times the learning rate of the rest."""
+        """`muon_scale`: the encoder's matrices are trained by Muon, at this multiple of the others' learning rate."""
         self.module = self.encoders = encoders
         self.clip_weight, self.muon_scale = clip_weight, muon_scale
 
@@ -108,11 +108,12 @@ class ContrastivePretrain(Task):
         return {"loss": loss, "clip": clip, "region": region, "place": place}
 
 
-def mimetic(vision: ImageEncoder, seed: int) -> None:
-    """Start an image encoder as trained ones look: it learns from far fewer images. In place.
+def init_mimetic(vision: ImageEncoder, seed: int) -> None:
+    """Initialize an image encoder to resemble trained ones, so that it learns from far fewer images. In place.
 
-    Queries meet keys of like positions, values are handed on with their sign turned; position embeddings are sines and
-    cosines of row and column. Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023).
+    Query and key weights correlate, value and output weights together approximate a negative identity; position
+    embeddings are sines and cosines of row and column. Trockman and Kolter, Mimetic Initialization of Self-Attention
+    Layers (2023).
     """
     generator = torch.Generator().manual_seed(seed)
     width, grid = vision.config.hidden_size, vision.config.grid
@@ -120,8 +121,8 @@ def mimetic(vision: ImageEncoder, seed: int) -> None:
     size = width // heads
 
     def near_identity(noise: float, identity: float) -> tuple[Tensor, Tensor, Tensor]:
-        drawn = torch.randn(width, width, generator=generator) * noise / math.sqrt(width)
-        left, values, right = torch.linalg.svd(drawn + identity * torch.eye(width))
+        matrix = torch.randn(width, width, generator=generator) * noise / math.sqrt(width)
+        left, values, right = torch.linalg.svd(matrix + identity * torch.eye(width))
         return left, values.sqrt(), right
 
     with torch.no_grad():
@@ -142,16 +143,17 @@ def mimetic(vision: ImageEncoder, seed: int) -> None:
         vision.position_embedding[0, 1:] = 0.3 * torch.cat(rows_and_columns, dim=-1).flatten(0, 1)
 
 
-def matching(language: Opt, seed: int, *, heads: int = 2) -> None:
-    """Start some heads of the first layer where a token looks for its equals before it. In place, after `initialise`.
+def init_matching_heads(language: Opt, seed: int, *, heads: int = 2) -> None:
+    """Initialize some heads of the first layer to attend to earlier equal tokens. In place, after `init_weights`.
 
-    What a question names is then found in the prefix from the first step on; a small model takes thousands to come upon
-    it, and says "yes" or "no" by chance until then. Position embeddings start small: a word is the same everywhere.
+    So what a question names is found in the prefix from the first step on; a small model takes thousands of steps to
+    learn it, and answers "yes" or "no" by chance until then. Position embeddings start small, so that a word is similar
+    everywhere.
     """
     width, count = language.config.hidden_size, language.config.num_attention_heads
     rows = heads * (width // count)
-    drawn = torch.randn(width, rows, generator=torch.Generator().manual_seed(seed))
-    directions = torch.linalg.qr(drawn)[0].mT  # [rows, W], orthonormal
+    noise = torch.randn(width, rows, generator=torch.Generator().manual_seed(seed))
+    directions = torch.linalg.qr(noise)[0].mT  # [rows, W], orthonormal
     first = language.layers[0]
     assert isinstance(first, OptDecoderLayer)
     with torch.no_grad():
@@ -160,10 +162,10 @@ def matching(language: Opt, seed: int, *, heads: int = 2) -> None:
         language.embed_positions.weight *= 0.1
 
 
-def initialise(module: nn.Module, seed: int, *, std: float = 0.02) -> None:
-    """First weights, in place: truncated normal for weights, zero for biases, one for norms; scalars stay as they are.
+def init_weights(module: nn.Module, seed: int, *, std: float = 0.02) -> None:
+    """Initial weights, in place: truncated normal for weights, zero for biases, one for norms; scalars stay unchanged.
 
-    The Q-Former's feed-forward for queries begins as a copy of the one for text, where there is one.
+    The Q-Former's feed-forward for queries starts as a copy of the one for text, if there is one.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -181,7 +183,7 @@ def initialise(module: nn.Module, seed: int, *, std: float = 0.02) -> None:
                 part.output_query.load_state_dict(part.output.state_dict())
 
 
-# Parts of stage 1's Q-Former that stage 2 has no use for: its text branch.
+# The text branch of stage 1's Q-Former, which stage 2 does not use.
 _TEXT_BRANCH = (
     ".intermediate.",
     ".output.dense.",
@@ -192,7 +194,7 @@ _TEXT_BRANCH = (
 
 
 def qformer_from_matcher(matcher: Blip2Matcher, model: Blip2) -> None:
-    """Copy stage 1's image encoder, queries and Q-Former into the stage-2 model; its text branch stays behind.
+    """Copy stage 1's image encoder, queries and Q-Former into the stage-2 model, without its text branch.
 
     Raises:
         ValueError: the two are of different sizes.

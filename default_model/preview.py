@@ -1,4 +1,4 @@
-"""Writes a contact sheet of scenes with what is said about them: `python -m default_model.preview MATERIALS OUT`."""
+"""Draws contact sheets of scenes with their captions and questions: `python -m default_model.preview MATERIALS OUT`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""A start for the queries of a small Q-Former and for the language model that reads them.
+"""Pre-training for the queries of a small Q-Former and for the language model that reads them.
 
 BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where; its language model
-knows the world's words. Small ones that have seen thousands get this from their first weights and from images whose
-things and places are known: a query looks at its part of the image (`stand`) and learns to say what has its middle
-there (`QueryPretrain`); the vectors by which it is read become the language model's word embeddings (`speak`), and that
-learns to write about images (`LanguagePretrain`); in fine-tuning the queries are still held to it (`QueryFinetune`).
+is pre-trained on text from the web. Small models with thousands of images get this from their initial weights and from
+images whose objects and places are known: a query attends to its part of the image (`init_query_attention`) and learns
+to name the object whose middle is there (`QueryPretrain`); the vectors by which queries are read become the language
+model's word embeddings (`init_word_embeddings`), and it learns to write about images (`LanguagePretrain`); fine-tuning
+keeps the queries' objective (`QueryFinetune`).
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ Batch = Mapping[str, Tensor]
 
 
 class QueryReaders(nn.Module):
-    """What reads queries: what each shows by name, where that is, and whether there is anything."""
+    """Heads that read queries: the name of what each shows, where that is, and whether there is anything."""
 
     def __init__(self, encoders: ImageTextEncoders) -> None:
-        """`encoders`: as wide as the queries; what has learned to read their patches goes on to read queries."""
+        """`encoders`: as wide as the queries; its heads for patches go on to read queries."""
         super().__init__()
         self.text, self.projection, self.place = encoders.text, encoders.patch_projection, encoders.place
         self.scale = encoders.patch_scale
         self.shown = nn.Linear(encoders.place.in_features, 1)
 
     def phrases(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Phrases, int64 ids and mask [P, T] -> the vector by which each is read, of length one: [P, E]."""
+        """Phrases, int64 ids and mask [P, T] -> the vector that identifies each, of length one: [P, E]."""
         return F.normalize(self.text(ids, mask).float(), dim=-1)
 
     def losses(self, queries: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What is still wrong with queries [B, Q, W]; see `QueryPretrain` for the batch."""
+        """The losses of queries [B, Q, W]; see `QueryPretrain` for the batch."""
         parts, places = batch["parts"], batch["places"]
         full, known = parts >= 0, parts != UNKNOWN
         phrases = self.phrases(batch["phrase_ids"], batch["phrase_mask"])
-        said = F.normalize(self.projection(queries[full]).float(), dim=-1)  # [K, E]
+        names = F.normalize(self.projection(queries[full]).float(), dim=-1)  # [K, E]
         scale = self.scale.clamp(max=losses.MAX_LOGIT_SCALE).exp()
-        name = F.cross_entropy(said @ phrases.mT * scale, parts[full])
+        name = F.cross_entropy(names @ phrases.mT * scale, parts[full])
         shown = F.binary_cross_entropy_with_logits(
             self.shown(queries[known]).squeeze(-1).float(), full[known].float()
         )
@@ -58,7 +59,7 @@ class QueryReaders(nn.Module):
 
 
 class ReadModel(nn.Module):
-    """A generating model and what reads its queries while it is trained."""
+    """A generating model and the heads that read its queries while it is trained."""
 
     def __init__(self, model: Blip2, readers: QueryReaders) -> None:
         super().__init__()
@@ -66,13 +67,13 @@ class ReadModel(nn.Module):
 
 
 class QueryPretrain(Task):
-    """Queries from places: what has its middle in the part of the image a query answers for, and where that is.
+    """Queries from places: the object whose middle is in a query's part of the image, and where that is.
 
     Trains the Q-Former and the readers.
 
-    Batch: pixels [B, 3, S, S]; phrase_ids int64 and phrase_mask [P, T], all phrases that name things; parts int64
-    [B, Q], the phrase of what each query answers for, -1 for nothing, `UNKNOWN` where nobody knows; places [B, Q, 2],
-    its middle, column and row as shares of the image's side.
+    Batch: pixels [B, 3, S, S]; phrase_ids int64 and phrase_mask [P, T], all phrases that name objects; parts int64
+    [B, Q], the phrase of the object in each query's part, -1 for none, `UNKNOWN` without labels; places [B, Q, 2], its
+    middle, column and row as shares of the image's side.
     """
 
     def __init__(self, both: ReadModel, *, muon_scale: float | None = None) -> None:
@@ -86,12 +87,12 @@ class QueryPretrain(Task):
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
             features = self.both.model.vision(batch["pixels"])
-        wrong = self.both.readers.losses(self.both.model.qformer(features), batch)
-        return {"loss": torch.stack(list(wrong.values())).sum(), **wrong}
+        parts = self.both.readers.losses(self.both.model.qformer(features), batch)
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
 
 class LanguagePretrain(Stage2):
-    """A language model that learns to write from what queries hold: its text is about images from the first step on.
+    """A language model that learns to write from frozen queries: its text is about images from the first step on.
 
     Trains the language model and the projection; image encoder and Q-Former are frozen. Batch: as `Stage2`'s.
     """
@@ -102,9 +103,9 @@ class LanguagePretrain(Stage2):
 
 
 class QueryFinetune(Finetune):
-    """Fine-tuning of every part, the language model too, in which queries go on saying what is in their part.
+    """Fine-tuning of every part, the language model included, with the queries' own losses added.
 
-    Texts tell a query little about its part: most of a caption follows from what has been written already.
+    Texts alone teach a query little about its part: most of a caption follows from its earlier words.
 
     Batch: as `Stage2`'s and `QueryPretrain`'s together.
     """
@@ -118,7 +119,7 @@ class QueryFinetune(Finetune):
         vision_layer_decay: float = 1.0,
         muon_scale: float | None = None,
     ) -> None:
-        """`read_weight`: of what the readers find wrong. `language_muon_scale`: `muon_scale` of the language model."""
+        """`read_weight`: of the readers' losses. `language_muon_scale`: `muon_scale` of the language model."""
         super().__init__(
             both.model, vision_layer_decay=vision_layer_decay, train_language=True, muon_scale=muon_scale
         )
@@ -136,28 +137,27 @@ class QueryFinetune(Finetune):
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         queries = self.model.qformer(self.model.vision(batch["pixels"]))
         text = self.text_loss(queries, batch)
-        wrong = self.readers.losses(queries, batch)
-        loss = text + self.read_weight * torch.stack(list(wrong.values())).sum()
-        return {"loss": loss, "text": text, **wrong}
+        parts = self.readers.losses(queries, batch)
+        loss = text + self.read_weight * torch.stack(list(parts.values())).sum()
+        return {"loss": loss, "text": text, **parts}
 
 
-UNKNOWN = -2  # in a batch's parts: an image of which nobody knows where its things are
+UNKNOWN = -2  # in a batch's parts: an image without labels of objects and places
+
+POSITION_SIGMA = 0.1  # of a query's attention around the middle of its part, as a share of the image's side
+VALUE_GAIN = 2.0  # of the attended patches in a query, beside 1 of the query's own embedding
+OBJECTNESS_LOGIT = 4.0  # by how much a patch that shows an object outscores one that does not, in nats
 
 
-REACH = 0.1  # of a query around the middle of its part: a standard deviation, as a share of the image's side
-LOUD = 2.0  # how much of what it has seen a query holds, beside one of what it is
-EAGER = 4.0  # what a patch that shows a thing has over one that does not, in nats
+def assign_parts(middles: Tensor, queries: int) -> Tensor:
+    """The query for each object of one image: int64 [K], all different.
 
-
-def parts_of(middles: Tensor, queries: int) -> Tensor:
-    """Which query answers for each of one image's things: int64 [K], all different.
-
-    Parts are the cells of a square grid, row by row. A thing belongs to the part its middle is in, or to the nearest
+    Parts are the cells of a square grid, row by row. An object belongs to the part its middle is in, or to the nearest
     that is still free.
 
     Args:
         middles: [K, 2], column and row as shares of the image's side; K <= queries.
-        queries: how many parts, a square number.
+        queries: the number of parts, a square number.
     """
     side = math.isqrt(queries)
     distance = torch.cdist(middles.float(), _centres(side))  # [K, Q]
@@ -170,19 +170,21 @@ def parts_of(middles: Tensor, queries: int) -> Tensor:
     return torch.tensor(taken, dtype=torch.int64)
 
 
-def stand(qformer: QFormer, features: Tensor, middles: Tensor, shown: Tensor, seed: int) -> None:
-    """Let every query look at the patches of what has its middle in its part of the image. In place.
+def init_query_attention(
+    qformer: QFormer, features: Tensor, middles: Tensor, shown: Tensor, seed: int
+) -> None:
+    """Let every query attend to the patches of the object whose middle is in its part of the image. In place.
 
     In the first layer, the cross-attention's score of a patch is that of a Gaussian around the middle of the query's
-    part, at the place where the patch says that the middle of what it shows is; what is read is handed on unchanged.
-    The keys are fitted, by ridge regression, to image features whose places are known: -|c - p|^2 is linear in p and
-    |p|^2, and the |c|^2 that is left is the same for all patches.
+    part, at the middle of the patch's object as its features predict it; values are passed on unchanged. The keys are
+    fitted, by ridge regression, to image features with known places: -|c - p|^2 is linear in p and |p|^2, and the
+    remaining |c|^2 is the same for all patches.
 
     Args:
-        qformer: after `initialise`; Q a square number, as wide as the image features, heads of four or more.
+        qformer: after `init_weights`; Q a square number, as wide as the image features, heads of four or more.
         features: [K, W], of patches from many images.
-        middles: [K, 2], the middle of what each patch shows, or of the patch where that is nothing.
-        shown: bool [K], whether the patch shows a thing.
+        middles: [K, 2], the middle of each patch's object, or of the patch itself if it shows none.
+        shown: bool [K], whether the patch shows an object.
         seed: of the queries themselves, which are orthogonal to one another.
 
     Raises:
@@ -193,37 +195,34 @@ def stand(qformer: QFormer, features: Tensor, middles: Tensor, shown: Tensor, se
     side, size = math.isqrt(count), width // heads
     if side * side != count or width != config.encoder_hidden_size or size < 4 or count > width:
         raise ValueError(
-            f"{count} queries {width} wide in {heads} heads cannot stand over image features "
+            f"{count} queries {width} wide in {heads} heads cannot be aimed at image features "
             f"{config.encoder_hidden_size} wide: the number must be square and at most the width, "
             "the widths equal, a head four or wider"
         )
-    wanted = torch.cat(
-        [middles, middles.square().sum(1, keepdim=True), shown.float()[:, None]], dim=1
-    )  # [K, 4]
-    weight, bias = _ridge(features, wanted)
-    sharp = 1 / (2 * REACH**2)
-    codes = torch.cat(
-        [2 * sharp * _centres(side), torch.tensor([[-sharp, EAGER]]).expand(count, -1)], dim=1
-    )  # [Q, 4]
+    squares = middles.square().sum(1, keepdim=True)
+    weight, bias = _ridge(features, torch.cat([middles, squares, shown.float()[:, None]], dim=1))  # to [K, 4]
+    precision = 1 / (2 * POSITION_SIGMA**2)
+    shared = torch.tensor([[-precision, OBJECTNESS_LOGIT]]).expand(count, -1)
+    codes = torch.cat([2 * precision * _centres(side), shared], dim=1)  # [Q, 4]
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.linalg.qr(torch.randn(width, count, generator=generator))[0].mT * math.sqrt(width)
     first = qformer.layers[0]
     assert isinstance(first, QFormerLayer) and first.crossattention is not None
-    read = first.crossattention
+    cross = first.crossattention
     with torch.no_grad():
         qformer.query_tokens[0] = tokens
-        seen = first.attention.output.LayerNorm(qformer.layernorm(qformer.query_tokens[0]))  # [Q, W]
-        query = torch.linalg.lstsq(seen, codes * math.sqrt(size)).solution.mT  # [4, W]
+        inputs = first.attention.output.LayerNorm(qformer.layernorm(qformer.query_tokens[0]))  # [Q, W]
+        query = torch.linalg.lstsq(inputs, codes * math.sqrt(size)).solution.mT  # [4, W]
         for head in range(heads):
             rows = slice(head * size, head * size + 4)
-            read.attention.query.weight[rows] = query
-            read.attention.key.weight[rows] = weight
-            read.attention.key.bias[rows] = bias
-        read.attention.value.weight.copy_(torch.eye(width))
-        read.output.dense.weight.copy_(LOUD * torch.eye(width))
+            cross.attention.query.weight[rows] = query
+            cross.attention.key.weight[rows] = weight
+            cross.attention.key.bias[rows] = bias
+        cross.attention.value.weight.copy_(torch.eye(width))
+        cross.output.dense.weight.copy_(VALUE_GAIN * torch.eye(width))
 
 
-def speak(
+def init_word_embeddings(
     model: Blip2,
     readers: QueryReaders,
     queries: Tensor,
@@ -231,17 +230,17 @@ def speak(
     names: Tensor,
     bags: Sequence[list[int]],
 ) -> None:
-    """Let the projected queries say in the language model's words what they say to their readers. In place.
+    """Initialize word embeddings and projection so that a projected query is near the words of what it shows. In place.
 
-    A name's tokens get embeddings that add up to the vector by which the readers know it; the projection keeps that
-    space as it is. So the word nearest to a projected query names what it shows before anything has been trained, and
-    the head, which shares the embeddings, can write it. No linear map takes queries to words drawn by chance: there are
-    more names than dimensions.
+    A name's tokens get embeddings that add up to the vector that identifies it for the readers; the projection keeps
+    that space. So before any training the word nearest to a projected query names what it shows, and the head, which
+    shares the embeddings, can write it. No linear map could take queries to random word embeddings: there are more
+    names than dimensions.
 
     Args:
-        model: after `initialise`, its language model an OPT at least three wider than the readers' space.
+        model: after `init_weights`; its language model an OPT, at least three wider than the readers' space.
         queries: [K, W], of many images.
-        full: bool [K], whether each shows a thing.
+        full: bool [K], whether each shows an object.
         names: [C, E], the readers' vectors of C names.
         bags: the tokens of each name.
     """
@@ -253,24 +252,24 @@ def speak(
     tokens = torch.zeros(len(bags), language.config.vocab_size)  # how often each name has each token
     for row, bag in zip(tokens, bags, strict=True):
         row += torch.bincount(torch.tensor(bag), minlength=len(row))
-    # The shortest embeddings that add up to the names, nearly.
+    # The shortest embeddings that (nearly) add up to the names.
     words = tokens.mT @ torch.linalg.solve(tokens @ tokens.mT + 0.1 * torch.eye(len(bags)), names)  # [V, E]
-    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(SPOKEN_SEED))
-    directions = torch.linalg.qr(drawn)[0]  # [W, W]
+    noise = torch.randn(width, width, generator=torch.Generator().manual_seed(WORD_SEED))
+    directions = torch.linalg.qr(noise)[0]  # [W, W]
     with torch.no_grad():
         language.embed_tokens.weight += words @ directions[:, :space].mT
-        # Names from what is read of them, places and whether there is a thing in directions of their own.
+        # Names in the readers' space, places and objectness in directions of their own.
         reading = torch.cat([readers.projection.weight, readers.place.weight, readers.shown.weight])
         read = queries @ reading.mT  # [K, E + 3]
         middle = torch.cat([read[full, :space].mean(0), read[:, space:].mean(0)])
         length = (read[full, :space] - middle[:space]).norm(dim=1).mean()
-        loud = torch.cat([(NAMES_LOUD / length).expand(space), OTHERS_LOUD / read[:, space:].std(0)])
-        model.projection.weight.copy_(directions[:, : space + 3] @ (loud[:, None] * reading))
-        model.projection.bias.copy_(directions[:, : space + 3] @ (-loud * middle))
+        gain = torch.cat([(NAME_GAIN / length).expand(space), OTHER_GAIN / read[:, space:].std(0)])
+        model.projection.weight.copy_(directions[:, : space + 3] @ (gain[:, None] * reading))
+        model.projection.bias.copy_(directions[:, : space + 3] @ (-gain * middle))
 
 
-SPOKEN_SEED = 7
-NAMES_LOUD, OTHERS_LOUD = 1.5, 0.7  # lengths of what a projected query says, beside words of one
+WORD_SEED = 7
+NAME_GAIN, OTHER_GAIN = 1.5, 0.7  # lengths of a projected query's parts; words have length 1
 
 
 def _centres(side: int) -> Tensor:
@@ -280,7 +279,7 @@ def _centres(side: int) -> Tensor:
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float = 1e-2) -> tuple[Tensor, Tensor]:
-    """Weight [M, W] and bias [M] that give y [K, M] from x [K, W], by ridge regression."""
+    """Weight [M, W] and bias [M] that map x [K, W] to y [K, M], by ridge regression."""
     mean, target = x.mean(0), y.mean(0)
     gram = (x - mean).mT @ (x - mean) / len(x)
     gram += penalty * gram.diagonal().mean() * torch.eye(len(gram))

@@ -8,7 +8,7 @@ from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormer
 from blip2.train.loop import FitOptions
 
 IMAGE_PX = 128
-QUERIES = 16  # each begins with a part of the image: a square number
+QUERIES = 16  # a square number: each starts with one part of the image
 
 VISION = VisionConfig(
     hidden_size=192,
@@ -34,7 +34,7 @@ def language_config(vocab_size: int, eos_token_id: int) -> OptConfig:
 
 
 def qformer_config(vocab_size: int) -> QFormerConfig:
-    """The Q-Former, its text branch included. It reads the image in every layer, having few."""
+    """The Q-Former, its text branch included. As it has few layers, all of them read the image."""
     return QFormerConfig(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -60,15 +60,15 @@ def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
     return Blip2Config(VISION, qformer, language, QUERIES, image_token_id)
 
 
-# Steps fit two cores in about seven hours altogether. Batches are in batches.py beside what they hold.
+# All steps together take two cores about seven hours. The batches are in batches.py.
 _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, save_every_s=120)
 
-MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at so many times the learning rate of the rest
-QFORMER_MUON_SCALE = 3.0  # the same for the Q-Former, which begins where it should not be torn from
-FINETUNE_MUON_SCALE = 1.5  # with 6 the image encoder forgets, and the loss stands until the rate falls
+MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at this multiple of the others' learning rate
+QFORMER_MUON_SCALE = 3.0  # for the Q-Former, whose initial weights should not change too fast
+FINETUNE_MUON_SCALE = 1.5  # at 6 the image encoder forgets, and the loss does not fall until the rate does
 FINETUNE_LANGUAGE_MUON_SCALE = 5.0
-VISION_CROWDED = 3_750  # of the steps, those on scenes of more things than the other stages have
-VISION_HALVED = 4_750  # of the steps, those on half of the patches
+VISION_CROWDED = 3_750  # the steps on scenes with more objects than in other stages
+VISION_HALVED = 4_750  # the steps on half of the patches
 VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
 QUERIES_OPTIONS = replace(_COMMON, steps=400, lr=6e-4, min_lr=1e-5, warmup_steps=30)
 LANGUAGE_OPTIONS = replace(_COMMON, steps=1_000, lr=1e-3, min_lr=1.5e-4, warmup_steps=60)

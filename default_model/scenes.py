@@ -1,4 +1,4 @@
-"""The composer: a number in, an image of named objects out, with all that is true about it.
+"""The composer: from a number to an image of named objects, with all facts about it.
 
 `Composer(cutouts).compose(seed, split)` is pure. In the test split the backgrounds are of kinds that training never
 shows, and scenes of several things pair things that training never shows together; every cut-out occurs in training.
@@ -64,7 +64,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what is true about it. Objects stand in the order of their centres, left to right."""
+    """An image and the facts about it. Objects are in the order of their centres, left to right."""
 
     seed: int
     split: Split
@@ -84,7 +84,7 @@ def held_out_pair(a: str, b: str) -> bool:
 
 
 def relation(side: int, a: Placed, b: Placed) -> str | None:
-    """Where `a` is, seen from `b`: "left", "right", "above", "below", or None where one could argue."""
+    """Where `a` is, seen from `b`: "left", "right", "above", "below", or None where it is ambiguous."""
     dx = ((a.box[0] + a.box[2]) - (b.box[0] + b.box[2])) / 2 / side
     dy = ((a.box[1] + a.box[3]) - (b.box[1] + b.box[3])) / 2 / side
     if max(abs(dx), abs(dy)) <= RELATION_DISTANCE or max(abs(dx), abs(dy)) < 1.4 * min(abs(dx), abs(dy)):
@@ -146,7 +146,7 @@ def _curve(gain: float, lift: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Thing:
-    """What will be drawn: a cut-out (row, index) or a shape of a colour."""
+    """An object to draw: a cut-out (row, index) or a shape of a colour."""
 
     id: str
     noun: str
@@ -238,10 +238,10 @@ class Composer:
             pairs = [held_out_pair(a, b) for i, a in enumerate(names) for b in names[:i]]
             if kinds == 1 or (any(pairs) if split == "test" else not any(pairs)):
                 break
-            if attempt > 100:  # few nouns, or few shapes, may hold no pair of the kind asked for
+            if attempt > 100:  # few nouns, or few shapes, may have no pair of this kind
                 shapes_only = False
         else:
-            if split == "train":  # nothing that is kept for the test split, whatever the table
+            if split == "train":  # no pair that is kept for the test split, whatever the table
                 names, kinds = names[:1], 1
         copies = [1] * kinds
         for _ in range(count - kinds):

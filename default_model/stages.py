@@ -1,16 +1,16 @@
 """Makes the default model: `python -m default_model.stages STAGE DIR`, one command a stage, each resumable.
 
     vision      image encoder, contrastively from scenes            -> DIR/vision
-    queries     each query answers for a part of the image          -> DIR/queries
-    language    OPT that writes what the queries hold               -> DIR/language
+    queries     each query describes a part of the image            -> DIR/queries
+    language    OPT that writes from frozen queries                 -> DIR/language
     stage1      ITC + ITM + ITG, image encoder frozen               -> DIR/stage1
     stage2      captions through the frozen language model          -> DIR/stage2
     stage2-raw  the same without stage 1, for the comparison        -> DIR/stage2-raw
     finetune    captions, questions and chat, all parts trained     -> DIR/finetune
     export      the two folders that ship with the package          -> DIR/default, DIR/default-matcher
 
-DIR holds what `python -m default_model.materials DIR` and `python -m default_model.vocab DIR` have put there.
-A stage that was killed goes on from its last checkpoint when the command is repeated.
+DIR holds the output of `python -m default_model.materials DIR` and `python -m default_model.vocab DIR`.
+A killed stage resumes from its last checkpoint when the command is repeated.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from default_model.pretrain import (
     ContrastivePretrain,
     ImageTextEncoders,
     WordBag,
-    initialise,
-    matching,
-    mimetic,
+    init_matching_heads,
+    init_mimetic,
+    init_weights,
     qformer_from_matcher,
 )
 from default_model.queries import (
@@ -60,8 +60,8 @@ from default_model.queries import (
     QueryPretrain,
     QueryReaders,
     ReadModel,
-    speak,
-    stand,
+    init_query_attention,
+    init_word_embeddings,
 )
 
 WEIGHTS = "weights.safetensors"
@@ -73,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, help="fewer or more steps than the recipe's")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's number")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -83,7 +83,7 @@ def main() -> None:
 def _train(
     task: Task, data: Dataset, options: FitOptions, folder: Path, steps: int | None, device: str
 ) -> None:
-    # A CPU without bfloat16 of its own takes ten times as long in it, one that has it half as long.
+    # On a CPU without native bfloat16 it takes ten times as long, on one with it half as long.
     precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" and not cpu_has_bf16() else "bf16"
     options = replace(options, steps=steps or options.steps, device=device, precision=precision)
     result = fit(task, data, options, folder)
@@ -95,23 +95,23 @@ def _train(
 
 
 def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
-    """Take a finished stage's weights, or the part of them under a prefix."""
+    """Load a finished stage's weights, or those whose names begin with a prefix."""
     tensors = load_file(folder / WEIGHTS)
     module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
 
 
 def _load_queries(qformer: QFormer, folder: Path) -> None:
-    """Take the query branch that the stage `queries` has trained; a text branch stays as it is."""
-    tensors, start = load_file(folder / "queries" / WEIGHTS), "model.qformer."
-    found = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-    qformer.load_state_dict({n: found.get(n, t) for n, t in qformer.state_dict().items()})
+    """Load the query branch trained by the stage `queries`; a text branch stays unchanged."""
+    tensors, prefix = load_file(folder / "queries" / WEIGHTS), "model.qformer."
+    trained = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    qformer.load_state_dict({n: trained.get(n, t) for n, t in qformer.state_dict().items()})
 
 
 def train_vision(folder: Path, steps: int | None, device: str) -> None:
     data = VisionBatches(folder, recipe.VISION_CROWDED, recipe.VISION_HALVED)
     encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.vocabulary, embedding=192))
-    initialise(encoders, seed=0)
-    mimetic(encoders.vision, seed=0)
+    init_weights(encoders, seed=0)
+    init_mimetic(encoders.vision, seed=0)
     _train(
         ContrastivePretrain(encoders, muon_scale=recipe.MUON_SCALE),
         data,
@@ -123,15 +123,15 @@ def train_vision(folder: Path, steps: int | None, device: str) -> None:
 
 
 def read_model(folder: Path, words: Tokenizers) -> ReadModel:
-    """The generating model and what reads its queries: the image encoder trained, the rest with its first weights."""
+    """The generating model and its queries' readers: the image encoder trained, the rest with initial weights."""
     language = recipe.language_config(len(words.language), words.newline)
     model = Blip2(recipe.generator_config(language, words.image))
-    initialise(model, seed=3)
+    init_weights(model, seed=3)
     vocabulary = VisionBatches(folder, 0, 0).vocabulary
     encoders = ImageTextEncoders(model.vision, WordBag(vocabulary, embedding=recipe.VISION.hidden_size))
     _load(encoders, folder / "vision")
     readers = QueryReaders(encoders)
-    initialise(readers.shown, seed=4)
+    init_weights(readers.shown, seed=4)
     return ReadModel(model, readers)
 
 
@@ -144,7 +144,7 @@ def train_queries(folder: Path, steps: int | None, device: str) -> None:
         features = torch.cat([both.model.vision(batch["pixels"])[:, 1:].flatten(0, 1) for batch in batches])
     middles = torch.cat([batch["places"].flatten(0, 1) for batch in batches])
     shown = torch.cat([batch["regions"].flatten() >= 0 for batch in batches])
-    stand(both.model.qformer, features, middles, shown, seed=4)
+    init_query_attention(both.model.qformer, features, middles, shown, seed=4)
     task = QueryPretrain(both, muon_scale=recipe.QFORMER_MUON_SCALE)
     _train(task, SceneBatches(folder), recipe.QUERIES_OPTIONS, folder / "queries", steps, device)
 
@@ -155,42 +155,42 @@ def train_language(folder: Path, steps: int | None, device: str) -> None:
     _load(both, folder / "queries")
     model, scenes = both.model, SceneBatches(folder)
     assert isinstance(model.language, Opt)
-    matching(model.language, seed=1)
+    init_matching_heads(model.language, seed=1)
     batches = [scenes[recipe.QUERIES_OPTIONS.steps + i] for i in range(16)]
     with torch.inference_mode():
         queries = torch.cat([model.qformer(model.vision(b["pixels"])) for b in batches]).flatten(0, 1)
         phrases = both.readers.phrases(batches[0]["phrase_ids"], batches[0]["phrase_mask"])  # [P, E]
     full = torch.cat([b["parts"].flatten() >= 0 for b in batches])
-    named = names(scenes.parts.phrases, phrases)
-    bags = [words.language.encode(f" {name}", frame=False) for name in named]
-    speak(model, both.readers, queries, full, torch.stack(list(named.values())), bags)
+    names = name_vectors(scenes.parts.phrases, phrases)
+    bags = [words.language.encode(f" {name}", frame=False) for name in names]
+    init_word_embeddings(model, both.readers, queries, full, torch.stack(list(names.values())), bags)
     model.language.tie()
     task = LanguagePretrain(model, muon_scale=recipe.MUON_SCALE)
     data = InstructionBatches(folder, words, "language")
     _train(task, data, recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
 
 
-def names(phrases: dict[str, int], vectors: Tensor) -> dict[str, Tensor]:
-    """Every noun, in the singular and the plural, and every color -> the mean vector of the phrases it stands in."""
+def name_vectors(phrases: dict[str, int], vectors: Tensor) -> dict[str, Tensor]:
+    """Every noun, in the singular and the plural, and every color -> the mean vector of the phrases with it."""
     nouns = standard().nouns
 
-    def mean(those: set[str]) -> Tensor:
-        return vectors[[i for phrase, i in phrases.items() if phrase in those]].mean(0)
+    def mean(selected: set[str]) -> Tensor:
+        return vectors[[i for phrase, i in phrases.items() if phrase in selected]].mean(0)
 
-    found: dict[str, Tensor] = {}
+    names: dict[str, Tensor] = {}
     for noun in nouns:
         coloured = {f"{colour} {noun}" for colour in COLOURS}
-        found[noun] = found[nouns[noun].plural] = mean({noun} | coloured)
+        names[noun] = names[nouns[noun].plural] = mean({noun} | coloured)
     for colour in COLOURS:
-        if colour not in found:  # an orange is orange
-            found[colour] = mean({phrase for phrase in phrases if phrase.startswith(f"{colour} ")})
-    return found
+        if colour not in names:  # "orange" is a noun too
+            names[colour] = mean({phrase for phrase in phrases if phrase.startswith(f"{colour} ")})
+    return names
 
 
 def train_stage1(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
     matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
-    initialise(matcher, seed=2)
+    init_weights(matcher, seed=2)
     _load(matcher.vision, folder / "vision", "vision.")
     _load_queries(matcher.qformer, folder)
     task = Stage1(matcher, words.dec, muon_scale=recipe.QFORMER_MUON_SCALE)
@@ -198,7 +198,7 @@ def train_stage1(folder: Path, steps: int | None, device: str) -> None:
 
 
 def generator(folder: Path, words: Tokenizers) -> Blip2:
-    """The generating model before stage 2: image encoder and language model trained, the Q-Former's queries placed."""
+    """The generating model before stage 2: image encoder, queries and language model are trained."""
     model = Blip2(
         recipe.generator_config(recipe.language_config(len(words.language), words.newline), words.image)
     )
@@ -234,7 +234,7 @@ def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     _load(both, folder / "queries")
     _load(both.model, folder / "language")
     both.model.language.tie()
-    # The language model learns too: one as small as this, frozen, does not make up for what the queries leave open.
+    # The language model is trained too: frozen, one as small as this cannot compensate for errors of the queries.
     task = QueryFinetune(
         both,
         language_muon_scale=recipe.FINETUNE_LANGUAGE_MUON_SCALE,

@@ -1,14 +1,14 @@
-"""What the composer's nouns are to each other: kinds of things, and names that may both be true."""
+"""How the composer's nouns are related: categories, and names that may both be true."""
 
 from __future__ import annotations
 
 ANIMALS = ("animal", "bird", "insect", "fish")
-# Categories one can ask for by name: "what fruit is this?"
+# Categories that questions name: "what fruit is this?"
 ASKABLE = (
     "animal", "bird", "insect", "fruit", "vegetable", "vehicle", "tool", "musical instrument", "piece of clothing",
     "flower", "building", "shape",
 )  # fmt: skip
-# Words of which one may also be true where another is: never asked about as something that is not there.
+# Words that may be true of the same object: none is used in a question about an absent object if another is present.
 OVERLAPS = (
     {"boat", "sailboat", "ship", "submarine"},
     {"circle", "oval"},

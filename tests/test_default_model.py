@@ -1,4 +1,4 @@
-"""The model that ships: what it says of the example images, and that transformers opens both of its folders."""
+"""The model that ships: its captions and answers for the example images; transformers opens both of its folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import blip2
 from blip2.registry import ASSETS, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# What each picture shows, as examples/README.md says it; a good caption holds these words.
+# What each picture shows by examples/README.md; a good caption holds the words.
 SHOWN = {
     "rose.jpg": ["rose"],
     "easy-vqa.png": ["green circle"],
@@ -29,6 +29,10 @@ SHOWN = {
 @pytest.fixture(scope="module")
 def model() -> blip2.Predictor:
     return blip2.load()
+
+
+def test_it_names_itself(model: blip2.Predictor) -> None:
+    assert repr(model) == f"<blip2.Predictor 'default' on {model.device}, fp32>"
 
 
 @pytest.mark.parametrize("name", SHOWN)

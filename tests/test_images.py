@@ -297,7 +297,7 @@ def write(folder: Path, name: str, value: object) -> None:
     (folder / name).write_text(json.dumps(value))
 
 
-def test_settings_are_read_where_they_stand(tmp_path: Path) -> None:
+def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
     assert ImageProcessor.load(tmp_path, 364) == ImageProcessor(364)  # none: the model's size
     write(
         tmp_path,
@@ -373,7 +373,7 @@ def test_random_views_repeat_with_their_seed() -> None:
     assert not np.array_equal(views[0], views[2])
 
 
-def test_random_views_cover_the_asked_part_and_are_mirrored_half_of_the_time() -> None:
+def test_random_views_cover_the_requested_part_and_are_mirrored_half_of_the_time() -> None:
     # Each pixel's red and green are its place, so a view tells what was cut out.
     places = np.zeros((100, 100, 3), np.uint8)
     places[..., 0], places[..., 1] = np.arange(100)[None, :] * 2, np.arange(100)[:, None] * 2

@@ -23,16 +23,19 @@ NEED_EXTRA = {
     f"serve.{name}"
     for name in (
         "app",
-        "events",
-        "fetch",
-        "middleware",
+        "bodies",
         "context",
+        "errors",
+        "fetch",
         "metrics",
+        "middleware",
+        "native_api",
         "on_ray",
-        "native",
         "openai_api",
+        "openapi",
         "run",
         "schemas",
+        "streaming",
     )
 } | {"bulk.on_ray", "evaluate.lmms"}
 
@@ -90,6 +93,12 @@ def test_the_layout_has_no_stale_entries() -> None:
     arrows = {(one, other) for one, other in arrows if one != other}
     print(f"{len(arrows)} import arrows between {len(ROOMS)} rooms")
     assert arrows == {(room, other) for room, others in MAY_IMPORT.items() for other in others}
+
+
+def test_the_architecture_page_shows_the_layout() -> None:
+    program = ROOT / "docs" / "make_architecture.py"
+    done = subprocess.run([sys.executable, program, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:

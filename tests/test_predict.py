@@ -50,10 +50,10 @@ def test_a_caption_is_what_the_parts_underneath_give(model: Predictor, pictures:
     ids, mask = model.generator.tokenizer.encode_batch(["a photo of"])
     options = GenerationOptions(num_beams=5, max_new_tokens=30)
     expected = generate(model.model, prefix, ids, mask, options)
-    said = [i for i in expected.ids[0] if i != model.model.config.language.eos_token_id]
+    tokens = [i for i in expected.ids[0] if i != model.model.config.language.eos_token_id]
 
     assert isinstance(ours, blip2.Caption)
-    assert ours == model.generator.tokenizer.decode(said).strip()
+    assert ours == model.generator.tokenizer.decode(tokens).strip()
     assert (ours.score, list(ours.tokens)) == (expected.scores[0], expected.ids[0])
     assert list(ours.token_logprobs) == expected.token_logprobs[0]
 
@@ -66,7 +66,7 @@ def test_many_images_give_what_each_gives_alone(
 ) -> None:
     alone = [model.caption(picture, max_new_tokens=8, **options) for picture in pictures]
 
-    assert len(set(alone)) > 1, "the test needs images that are told apart"
+    assert len(set(alone)) > 1, "the test needs images that get different texts"
     for batch_size in (1, 2, 8):
         together = model.caption(pictures, max_new_tokens=8, batch_size=batch_size, **options)
         assert together == alone
@@ -99,8 +99,8 @@ def test_every_way_in_gives_the_same(model: Predictor, pictures: list[Path]) -> 
             np.asarray(load_image(path)),
             model.encode(path),
         ]
-        said = {str(model.caption(way, max_new_tokens=6)) for way in ways}
-    assert len(said) == 1
+        captions = {str(model.caption(way, max_new_tokens=6)) for way in ways}
+    assert len(captions) == 1
 
 
 def test_a_turned_photo_is_turned_once(model: Predictor, pictures: list[Path], tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_a_turned_photo_is_turned_once(model: Predictor, pictures: list[Path], t
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     turned = tmp_path / "turned.png"
 
-    said = {
+    captions = {
         model.caption(way, max_new_tokens=8)
         for way in (upright, turned, load_image(turned), turned.read_bytes())
     }
-    assert len(said) == 1
+    assert len(captions) == 1
     stored = load_image(turned, exif=False)
     assert model.encode(stored).size == upright.size[::-1] == load_image(stored).size
 
@@ -129,6 +129,10 @@ def test_several_texts_for_each_image(model: Predictor, pictures: list[Path]) ->
     assert [len(texts) for texts in three] == [3, 3]
     assert three[0] == model.caption(pictures[0], num_return_sequences=3, max_new_tokens=6)
     assert three[0][0] == model.caption(pictures[0], max_new_tokens=6)
+    assert model.caption(pictures[0], num_return_sequences=1, max_new_tokens=6) == three[0][:1]
+    assert model.ask(pictures[:2], "what is it?", num_return_sequences=1, max_new_tokens=6) == [
+        [model.ask(picture, "what is it?", max_new_tokens=6)] for picture in pictures[:2]
+    ]
     assert [text.score for text in three[1]] == sorted((text.score for text in three[1]), reverse=True)
 
 
@@ -158,8 +162,12 @@ def test_a_text_ends_before_the_end_token(model: Predictor, pictures: list[Path]
 def test_unknown_and_contradicting_options_are_errors(model: Predictor, pictures: list[Path]) -> None:
     with pytest.raises(TypeError, match="beam_size"):
         model.caption(pictures[0], beam_size=3)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="do_sample"):
-        model.caption(pictures[0], temperature=0.5)
+    with pytest.raises(TypeError, match="did you mean 'num_beams'"):
+        model.ask(pictures[0], "what is it?", beams=3)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="num_return_sequences"):
+        model.chat(pictures[0]).send("what is it?", num_return_sequence=2)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="do_sample=False"):
+        model.caption(pictures[0], do_sample=False, temperature=0.5)
     with pytest.raises(ValueError, match="batch_size"):
         model.caption(pictures, batch_size=0)
     with pytest.raises(ValueError, match="expected a question, got NoneType"):
@@ -190,6 +198,16 @@ def test_a_caption_survives_pickling_and_copying(model: Predictor, pictures: lis
     assert math.isnan(GeneratedText("typed by hand").score)
 
 
+def test_shaping_asks_for_sampling_and_temperature_0_is_greedy(
+    model: Predictor, pictures: list[Path]
+) -> None:
+    sampled = model.caption(pictures, temperature=3.0, seed=1, max_new_tokens=8)
+    assert sampled == model.caption(pictures, do_sample=True, temperature=3.0, seed=1, max_new_tokens=8)
+    assert sampled != model.caption(pictures, max_new_tokens=8)
+    greedy = model.caption(pictures, num_beams=1, max_new_tokens=8)
+    assert model.caption(pictures, temperature=0, top_p=0.5, max_new_tokens=8) == greedy
+
+
 # --- encoded images ------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +224,7 @@ def test_an_encoded_image_is_not_read_again(
     monkeypatch.setattr(model.model, "prefill_prefix", refuse)
     assert model.ask(encoded, "what is it?") == expected
     assert model.ask(encoded[2], "what is it?") == expected[2]
-    assert [each.size for each in encoded] == [load_image(picture).size for picture in pictures]
+    assert [image.size for image in encoded] == [load_image(picture).size for picture in pictures]
 
 
 def test_encoded_and_other_images_share_a_list(model: Predictor, pictures: list[Path]) -> None:
@@ -216,7 +234,7 @@ def test_encoded_and_other_images_share_a_list(model: Predictor, pictures: list[
 
 def test_an_encoding_of_another_model_is_refused(model: Predictor, pictures: list[Path]) -> None:
     encoded = model.encode(pictures[0])
-    other = blip2.EncodedImage(torch.zeros(1, 4, 5), encoded.context, encoded.size)
+    other = blip2.EncodedImage(torch.zeros(1, 4, 5), encoded.prompt_cache, encoded.size)
     with pytest.raises(ValueError, match="another model"):
         model.caption(other)
 
@@ -232,8 +250,16 @@ def test_pieces_add_up_to_the_text(model: Predictor, pictures: list[Path], optio
         pieces = list(model.caption(picture, stream=True, **options))
         assert "".join(pieces) == model.caption(picture, num_beams=1, **options)
         assert all(pieces)
-        asked = model.ask(model.encode(picture), "what is it?", stream=True, **options)
-        assert "".join(asked) == model.ask(picture, "what is it?", num_beams=1, **options)
+        answer = model.ask(model.encode(picture), "what is it?", stream=True, **options)
+        assert "".join(answer) == model.ask(picture, "what is it?", num_beams=1, **options)
+
+
+def test_a_stream_ends_where_the_text_does(model: Predictor, pictures: list[Path]) -> None:
+    ids = model.caption(pictures[0], num_beams=1, max_new_tokens=12, eos_token_id=()).tokens
+    for end in (ids[5], [ids[3], ids[7]], ()):
+        text = model.caption(pictures[0], num_beams=1, max_new_tokens=12, eos_token_id=end)
+        pieces = model.caption(pictures[0], stream=True, max_new_tokens=12, eos_token_id=end)
+        assert "".join(pieces) == text
 
 
 def test_what_cannot_stream_says_so_at_once(model: Predictor, pictures: list[Path]) -> None:
@@ -293,10 +319,45 @@ def test_pieces_come_as_soon_as_they_can() -> None:
     assert len(taken) == 1
 
 
+# --- how results show themselves -----------------------------------------------------------------------------------
+
+
+def test_a_model_names_itself_its_device_and_its_precision(
+    model: Predictor, generator_folder: Path, matcher_folder: Path, tmp_path: Path
+) -> None:
+    assert repr(model) == f"<blip2.Predictor {str(generator_folder)!r} on cpu, fp32>"
+    for options, precision in (({"dtype": "bf16"}, "bf16"), ({"quantize": "int8"}, "int8")):
+        other = blip2.load(matcher_folder, device="cpu", **options)
+        assert repr(other) == f"<blip2.Predictor {str(matcher_folder)!r} on cpu, {precision}>"
+
+
+def test_an_encoded_image_shows_its_size_not_its_tensors(model: Predictor, pictures: list[Path]) -> None:
+    width, height = load_image(pictures[0]).size
+    assert repr(model.encode(pictures[0])) == f"EncodedImage({width}x{height} px, 4 queries)"
+
+
+def test_a_notebook_shows_an_explanation_as_its_image(model: Predictor, pictures: list[Path]) -> None:
+    explanation = model.explain(pictures[0], text="a red cat")
+    shown = explanation._repr_png_()
+    assert shown is not None
+    assert Image.open(io.BytesIO(shown)).size == explanation.image().size
+
+
+def test_a_notebook_shows_text_and_figures_without_markup_of_their_own() -> None:
+    caption = blip2.Caption("<b>a dog & a cat</b>", -0.25)
+    assert caption._repr_html_() == (
+        "<div>&lt;b&gt;a dog &amp; a cat&lt;/b&gt; <small>score -0.250</small></div>"
+    )
+    assert "score" not in blip2.Answer("typed by hand")._repr_html_()
+    match = blip2.Match(probability=0.75, similarity=0.5)
+    assert match._repr_html_() == "<div><small>probability 0.750, similarity 0.500</small></div>"
+    assert "<div>&lt;i&gt; <small>probability" in blip2.Ranked("<i>", 0.5, -1.0)._repr_html_()
+
+
 # --- conversation --------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_reads_what_was_said(model: Predictor, pictures: list[Path]) -> None:
+def test_a_conversation_reads_its_earlier_turns(model: Predictor, pictures: list[Path]) -> None:
     chat = model.chat(pictures[0])
     first, second = chat.send("what is it?", max_new_tokens=5), chat.send("why?", max_new_tokens=5)
 
@@ -356,7 +417,7 @@ def test_t5_takes_every_way_in(t5: Predictor, pictures: list[Path], monkeypatch:
 def test_t5_forgets_the_beginning_of_a_long_conversation(t5: Predictor, pictures: list[Path]) -> None:
     chat = t5.chat(pictures[0])
     chat._turns = [("what is it?", "a red cat " * 200), ("why?", "yes")]
-    assert chat._prompt("really?", 10) == chat_prompt(chat._turns[1:], "really?")
+    assert t5.chat_prompt(chat.turns, "really?", 10) == chat_prompt(chat._turns[1:], "really?")
 
 
 # --- matching ------------------------------------------------------------------------------------------------------
@@ -393,8 +454,8 @@ def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures
     assert torch.allclose(model.embed(pictures[3]), images[3], atol=1e-5)
     assert torch.allclose(model.embed_text(texts[1]), words[1], atol=1e-5)
     best = (images @ words.T).amax(1)
-    for row, found in zip(model.match(pictures, texts), best.tolist()):
-        assert [cell.similarity for cell in row] == pytest.approx(found, abs=1e-5)
+    for row, similarities in zip(model.match(pictures, texts), best.tolist()):
+        assert [cell.similarity for cell in row] == pytest.approx(similarities, abs=1e-5)
     assert model.embed([]).shape == (0, 4, 16)
     assert model.embed_text([]).shape == (0, 16)
 
@@ -459,6 +520,17 @@ def test_dtypes(generator_folder: Path, pictures: list[Path], monkeypatch: pytes
         blip2.load(generator_folder, dtype="int3")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Encoded", "EncodedImage"), ("Decoding", None), ("loads", "load"), ("predictor", "Predictor")],
+)
+def test_a_name_the_package_does_not_have(old: str, new: str | None) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{old}'") as raised:
+        getattr(blip2, old)
+    assert ("did you mean" in str(raised.value)) == (new is not None)
+    assert new is None or f"did you mean '{new}'?" in str(raised.value)
+
+
 def test_devices_that_are_not_here(generator_folder: Path) -> None:
     with pytest.raises(ValueError, match="choose auto, cpu, cuda or mps"):
         blip2.load(generator_folder, device="gpu")
@@ -468,17 +540,17 @@ def test_devices_that_are_not_here(generator_folder: Path) -> None:
 
 
 def test_an_alias_is_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def find(name: Any, revision: str | None) -> Path:
-        asked.append((name, revision))
+        requests.append((name, revision))
         raise ValueError("not today")
 
     monkeypatch.setattr(loading, "find_files", find)
     for name in ("opt-6.7b-coco", "Salesforce/blip2-opt-6.7b-coco"):
         with pytest.raises(ValueError, match="not today"):
             blip2.load(name, revision="main")
-    assert asked == [("Salesforce/blip2-opt-6.7b-coco", "main")] * 2
+    assert requests == [("Salesforce/blip2-opt-6.7b-coco", "main")] * 2
 
 
 def test_offline_and_not_cached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ def serve(args: argparse.Namespace) -> int:
     try:
         from blip2.serve.keys import Keys
         from blip2.serve.limits import Limits
-        from blip2.serve.run import serve
+        from blip2.serve.run import run_server
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("blip2"):
             raise
         raise ValueError(
             f"serving needs {error.name}, which is not installed: pip install 'blip2[serve]'"
         ) from None
-    serve(
+    run_server(
         lambda: load_named(args),
         model=Path(args.model).name,
         host=args.host,

@@ -179,7 +179,8 @@ def _duration(seconds: float) -> str:
 def evaluate(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from blip2.evaluate import Settings, as_json, evaluate, lines, write
+    from blip2.evaluate.report import lines, report_json, write
+    from blip2.evaluate.run import EvalSettings, evaluate
 
     if args.abstain and not args.answers:
         raise ValueError("--abstain is about answers that are ranked: give them with --answers FILE")
@@ -191,7 +192,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     load = load_matcher if args.task.startswith("retrieval-") and args.matcher is None else load_named
     with _counts(args.quiet) as progress:
-        settings = Settings(
+        settings = EvalSettings(
             protocol=args.protocol,
             limit=args.limit,
             batch_size=args.batch_size,
@@ -201,7 +202,7 @@ def evaluate(args: argparse.Namespace) -> int:
             annotations=annotations,
             progress=progress,
         )
-        reports = evaluate(lambda: load(args), args.task, data, settings, called=args.model)
+        reports = evaluate(lambda: load(args), args.task, data, settings, model_name=args.model)
     for report in reports:
         for line in [] if args.json else lines(report):
             print_line(line)
@@ -210,7 +211,7 @@ def evaluate(args: argparse.Namespace) -> int:
             for path in write(report, folder):
                 print(path, file=sys.stderr)
         if args.json:
-            print_json(as_json(report))
+            print_json(report_json(report))
     return DONE
 
 

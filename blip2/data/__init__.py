@@ -1,14 +1,1 @@
-"""Data: samples from annotation files and folders, and the batches training takes."""
-
-from blip2.data.loader import MatchingBatches, ReadingBatches, Rows, WritingBatches
-from blip2.data.sources import DataError, Sample, read_samples
-
-__all__ = [
-    "DataError",
-    "MatchingBatches",
-    "ReadingBatches",
-    "Rows",
-    "Sample",
-    "WritingBatches",
-    "read_samples",
-]
+"""Data: samples from annotation files and folders (`sources`, without torch), batches for training (`loader`)."""

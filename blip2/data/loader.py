@@ -1,11 +1,12 @@
-"""Samples -> training batches, each a pure function of (seed, position): what lets training go on after a kill.
+"""Samples -> training batches, each a pure function of (seed, position), so that a killed run can be resumed.
 
-Every epoch goes through all texts in an order of its own; what does not fill a batch at its end is left out.
+Every epoch goes through all texts in an order of its own; an incomplete last batch is left out.
 """
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blip2.data.sources import DataError, Sample
 from blip2.images import ImageError, ImageProcessor, load_image, random_resized_crop, to_pixels
@@ -25,15 +27,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainingExample:
     """An image and the texts (captions or answers) that are learned with it in one row of a batch."""
 
     sample: Sample
     texts: tuple[str, ...]
 
 
-class Rows:
-    """What all kinds of batches share: the order of the items, and reading their images."""
+class ExampleBatches:
+    """Batches of examples with their images' pixels; the classes below add the token ids of each kind of model."""
 
     def __init__(
         self,
@@ -48,124 +50,135 @@ class Rows:
         """
         Args:
             batch_size: images in a batch.
-            texts_per_image: so many texts of an image share a row; 1, as published, gives each text a row.
+            texts_per_image: how many texts of an image share a row; 1, as published, gives each text a row.
             augment: random crop and flip; False: images as for evaluation.
 
         Raises:
             DataError: not enough texts for one batch.
         """
-        self.samples, self.image_processor = samples, image_processor
-        self.batch_size, self.seed, self.texts_per_image, self.augment = (
-            batch_size,
-            seed,
-            texts_per_image,
-            augment,
-        )
-        self.items = [
-            Item(sample, texts[start : start + texts_per_image])
+        self.image_processor, self.batch_size, self.seed = image_processor, batch_size, seed
+        self.texts_per_image, self.augment = texts_per_image, augment
+        self.examples = [
+            TrainingExample(sample, texts[start : start + texts_per_image])
             for sample in samples
             for texts in (sample.captions if sample.question is None else sample.answers,)
             for start in range(0, len(texts), texts_per_image)
         ]
-        if len(self.items) < batch_size:
+        if len(self.examples) < batch_size:
             raise DataError(
-                f"{len(self.items)} rows of texts do not fill a batch of {batch_size}; lower the batch size"
+                f"{len(self.examples)} rows of texts do not fill a batch of {batch_size}; lower the batch size"
             )
-        self.image_ids = {
-            path: number for number, path in enumerate(dict.fromkeys(sample.image for sample in samples))
-        }
-        self._order: tuple[int, Any] = (-1, None)  # the epoch at hand and its permutation
+        paths = dict.fromkeys(sample.image for sample in samples)
+        self.image_ids = {path: number for number, path in enumerate(paths)}
+        self._order: tuple[int, Any] = (-1, None)  # the current epoch and its permutation
 
     @property
     def batches_per_epoch(self) -> int:
         """Whole batches in one pass over all texts."""
-        return len(self.items) // self.batch_size
+        return len(self.examples) // self.batch_size
 
-    def _row(self, position: int, row: int) -> tuple[Item, Tensor]:
-        """An item of a batch and its pixels [3, S, S]; an unreadable image gives way to the next item."""
+    def _row(self, position: int, row: int) -> tuple[TrainingExample, Tensor]:
+        """An example of a batch and its pixels [3, S, S]; an unreadable image is replaced by the next example's."""
         epoch, batch = divmod(position, self.batches_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.items)))
-        place = batch * self.batch_size + row
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.examples)))
+        first = batch * self.batch_size + row
         for skipped in range(MAX_BROKEN):
-            item = self.items[self._order[1][(place + skipped) % len(self.items)]]
+            example = self.examples[self._order[1][(first + skipped) % len(self.examples)]]
             try:
-                image = load_image(item.sample.image)
+                image = load_image(example.sample.image)
             except ImageError as error:
                 log.warning("left out: %s", error)
                 continue
             if self.augment:
                 rng = np.random.default_rng((self.seed, 1, position, row))
                 image = random_resized_crop(image, self.image_processor.size, rng)
-            return item, to_pixels([image], self.image_processor)[0]
-        raise DataError(f"{MAX_BROKEN} images in a row cannot be read, the last: {item.sample.image}")
+            return example, to_pixels([image], self.image_processor)[0]
+        raise DataError(f"{MAX_BROKEN} images in a row cannot be read, the last: {example.sample.image}")
 
-    def __getitem__(self, position: int) -> tuple[list[Item], Tensor]:
-        """The items of a batch and their pixels [B, 3, S, S]."""
-        pairs = [self._row(position, row) for row in range(self.batch_size)]
-        return [item for item, _ in pairs], torch.stack([pixels for _, pixels in pairs])
+    def __getitem__(self, position: int) -> tuple[list[TrainingExample], Tensor]:
+        """The examples of a batch and their pixels [B, 3, S, S]."""
+        rows = [self._row(position, row) for row in range(self.batch_size)]
+        return [example for example, _ in rows], torch.stack([pixels for _, pixels in rows])
 
 
-class MatchingBatches:
-    """Stage 1's batches: an image and one caption a row. The tokenizer is the Q-Former's (BERT's)."""
+class MatcherBatches:
+    """Batches of stage 1: an image and one caption a row. The tokenizer is the Q-Former's (BERT's)."""
 
-    def __init__(self, rows: Rows, tokenizer: Tokenizer, *, max_tokens: int = 32) -> None:
+    def __init__(self, examples: ExampleBatches, tokenizer: Tokenizer, *, max_tokens: int = 32) -> None:
         """`max_tokens`: captions are cut to this many token ids, [CLS] and [SEP] included."""
-        if rows.texts_per_image != 1:
-            raise DataError(
-                f"matching takes one text a row, not {rows.texts_per_image}; set texts_per_image to 1"
-            )
-        self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
+        if (texts := examples.texts_per_image) != 1:
+            raise DataError(f"matching takes one text a row, not {texts}; set texts_per_image to 1")
+        self.examples, self.tokenizer, self.max_tokens = examples, tokenizer, max_tokens
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         """pixels [B, 3, S, S]; ids and mask [B, T]; image_ids [B]."""
-        items, pixels = self.rows[position]
-        captions = [clean_caption(item.texts[0]) for item in items]
+        examples, pixels = self.examples[position]
+        captions = [clean_caption(example.texts[0]) for example in examples]
         ids, mask = self.tokenizer.encode_batch(captions, pad="right", max_length=self.max_tokens)
-        image_ids = torch.tensor([self.rows.image_ids[item.sample.image] for item in items])
+        image_ids = torch.tensor([self.examples.image_ids[example.sample.image] for example in examples])
         return {"pixels": pixels, "ids": ids, "mask": mask, "image_ids": image_ids}
 
 
-class WritingBatches:
+class TextBatches(ABC):
+    """Batches of captions and answers for a language model, one row a text, padded on the right."""
+
+    def __init__(self, examples: ExampleBatches, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> None:
+        self.examples, self.tokenizer, self.prompt, self.max_tokens = examples, tokenizer, prompt, max_tokens
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """pixels [B, 3, S, S]; input_ids, attention_mask [R, T]; labels [R, L]; image_index [R]: each text's image."""
+        examples, pixels = self.examples[position]
+        rng = np.random.default_rng((self.examples.seed, 2, position))
+        rows = [self.encode(example.sample, text, rng) for example in examples for text in example.texts]
+        return {
+            "pixels": pixels,
+            "input_ids": _padded([ids for ids, _ in rows], self.tokenizer.pad_id),
+            "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], 0),
+            "labels": _padded([labels for _, labels in rows], IGNORE_INDEX),
+            "image_index": torch.tensor([i for i, example in enumerate(examples) for _ in example.texts]),
+        }
+
+    @abstractmethod
+    def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """The input ids and the labels of a row."""
+
+
+class DecoderBatches(TextBatches):
     """Batches of stage 2 and fine-tuning with OPT: captions after a prompt, answers after their question.
 
-    Targets are the text and the newline that ends it; `</s>`, the prompt and padding are none.
+    Targets are the text and the newline that ends it, but not `</s>`, prompt and padding: labels are [R, T].
     """
 
-    def __init__(self, rows: Rows, tokenizer: Tokenizer, *, prompt: str = "", max_tokens: int = 32) -> None:
+    def __init__(
+        self, examples: ExampleBatches, tokenizer: Tokenizer, *, prompt: str = "", max_tokens: int = 32
+    ) -> None:
         """
         Args:
             tokenizer: the language model's.
-            prompt: stands before every caption; a space between them is added here.
+            prompt: precedes every caption, with a space between them that is added here.
             max_tokens: prompt and text are cut to this many token ids.
         """
-        self.rows, self.tokenizer, self.prompt, self.max_tokens = rows, tokenizer, prompt.rstrip(), max_tokens
+        super().__init__(examples, tokenizer, prompt.rstrip(), max_tokens)
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """pixels [B, 3, S, S]; input_ids, attention_mask, labels [R, T]; image_index [R]: the image of each text."""
-        items, pixels = self.rows[position]
-        texts = [self.encode(item.sample, text) for item in items for text in item.texts]
-        labels = [[IGNORE_INDEX] * prompt + ids[prompt:] for ids, prompt in texts]
-        return _writing_batch(items, pixels, [ids for ids, _ in texts], labels, self.tokenizer.pad_id)
-
-    def encode(self, sample: Sample, text: str) -> tuple[list[int], int]:
-        """Token ids of prompt and text, and how many of them are prompt."""
+    def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         prompt = self.prompt if sample.question is None else question_prompt(clean_question(sample.question))
-        before = self.tokenizer.encode(prompt)  # with `</s>`
-        written = f"{clean_caption(text)}\n"
-        after = self.tokenizer.encode(f" {written}" if prompt else written, frame=False)
-        return (before + after)[: self.max_tokens], len(before)
+        prompt_ids = self.tokenizer.encode(prompt)  # with `</s>`
+        target = f"{clean_caption(text)}\n"
+        target_ids = self.tokenizer.encode(f" {target}" if prompt else target, frame=False)
+        labels = [IGNORE_INDEX] * len(prompt_ids) + target_ids
+        return (prompt_ids + target_ids)[: self.max_tokens], labels[: self.max_tokens]
 
 
-class ReadingBatches:
-    """The same with T5, which reads a prompt or a question and writes the caption or the answer.
+class EncoderDecoderBatches(TextBatches):
+    """The same with T5, whose encoder reads a prompt or a question; the decoder writes the caption or the answer.
 
     Targets are the text and the `</s>` that ends it.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        examples: ExampleBatches,
         tokenizer: Tokenizer,
         *,
         prompt: str = "",
@@ -175,56 +188,27 @@ class ReadingBatches:
         """
         Args:
             tokenizer: the language model's.
-            prompt: is read with every caption's image.
-            max_tokens: what is read and what is written are cut to this many token ids each, `</s>` included.
-            split: cut every caption at a random word: what stands before it is read after the prompt, the rest is
-                written. So T5 is trained in stage 2 (section 3.2 of the paper).
+            prompt: read with every caption's image.
+            max_tokens: inputs and targets are cut to this many token ids each, `</s>` included.
+            split: split every caption at a random word: the words before it are read after the prompt, the rest is
+                the target. This is how T5 is trained in stage 2 (section 3.2 of the paper).
         """
-        self.rows, self.tokenizer, self.prompt = rows, tokenizer, prompt
-        self.max_tokens, self.split = max_tokens, split
-
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """pixels [B, 3, S, S]; input_ids, attention_mask [R, T]; labels [R, L]; image_index [R]: each text's image."""
-        items, pixels = self.rows[position]
-        rng = np.random.default_rng((self.rows.seed, 2, position))
-        pairs = [self.encode(item.sample, text, rng) for item in items for text in item.texts]
-        read, written = ([pair[i] for pair in pairs] for i in (0, 1))
-        return _writing_batch(items, pixels, read, written, self.tokenizer.pad_id)
+        super().__init__(examples, tokenizer, prompt, max_tokens)
+        self.split = split
 
     def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Token ids of what is read and of what is written."""
-        read, written = self.prompt, clean_caption(text)
+        prompt, target = self.prompt, clean_caption(text)
         if sample.question is not None:
-            read = question_prompt(clean_question(sample.question), short=True)
+            prompt = question_prompt(clean_question(sample.question), short=True)
         elif self.split:
-            words = written.split(" ")
+            words = target.split(" ")
             cut = int(rng.integers(len(words)))
-            read, written = " ".join([self.prompt, *words[:cut]]).strip(), " ".join(words[cut:])
-        return (
-            self.tokenizer.encode(read, max_length=self.max_tokens),
-            self.tokenizer.encode(written, max_length=self.max_tokens),
-        )
-
-
-def _writing_batch(
-    items: Sequence[Item],
-    pixels: Tensor,
-    read: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    pad_id: int,
-) -> dict[str, Tensor]:
-    """A batch of texts, one row each, padded on the right."""
-    return {
-        "pixels": pixels,
-        "input_ids": _padded(read, pad_id),
-        "attention_mask": _padded([[1] * len(ids) for ids in read], 0),
-        "labels": _padded(labels, IGNORE_INDEX),
-        "image_index": torch.tensor([i for i, item in enumerate(items) for _ in item.texts]),
-    }
+            prompt, target = " ".join([self.prompt, *words[:cut]]).strip(), " ".join(words[cut:])
+        input_ids, labels = (self.tokenizer.encode(t, max_length=self.max_tokens) for t in (prompt, target))
+        return input_ids, labels
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    out = torch.full((len(rows), max(map(len, rows))), fill)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return out
+    """[R, T], T that of the longest row."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)

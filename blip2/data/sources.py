@@ -1,6 +1,6 @@
-"""Where training and evaluation data comes from: annotation files and folders -> `Sample`s.
+"""Training and evaluation data: annotation files and folders -> `Sample`s. Needs only the standard library.
 
-Understood are COCO's annotation files, JSON lists, JSONL and CSV with a row for an image or a caption, and folders of
+The forms are COCO's annotation files, JSON lists, JSONL and CSV with a row for an image or a caption, and folders of
 images with a text file beside each.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what is said about it, or what is asked and answered.
+    """An image with its captions, or with a question and its answers.
 
-    Samples of one image share its path; there is one with all captions, and one for each question.
+    Samples of one image share its path; one holds all captions, and each question has its own.
     """
 
     id: str
@@ -45,7 +45,7 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
 
     Args:
         path: a .json, .jsonl or .csv file, or a folder of images with the captions of `x.jpg` in `x.txt`, one a line.
-        images: the folder of the images; absent: where the file is.
+        images: the folder of the images; absent: that of the file.
 
     Raises:
         DataError: no such data, or a row without an image or text; the message names the row.
@@ -61,9 +61,9 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
         rows = _csv_rows(path)
     elif path.suffix == ".jsonl":
         lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+        rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".json":
-        rows = _json_rows(_json(path.read_text(encoding="utf-8"), str(path)), path)
+        rows = _json_rows(read_json(path), path)
     else:
         raise DataError(f"{path}: expected .json, .jsonl, .csv or a folder of images with .txt files")
     samples = _merge(_sample(row, root, f"{path}, row {i}") for i, row in enumerate(rows, 1))
@@ -72,11 +72,19 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
     return samples
 
 
-def _json(text: str, where: str) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. DataError: it cannot be read, or is no JSON."""
+    try:
+        return _parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def _parse(text: str | bytes, source: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise DataError(f"{where}: no valid JSON ({error})") from error
+        raise DataError(f"{source}: no valid JSON ({error})") from error
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
@@ -87,10 +95,10 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 def _folder_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        beside = image.with_suffix(".txt")
-        if beside.is_file():
-            lines = [line.strip() for line in beside.read_text(encoding="utf-8").splitlines()]
-            rows.append({"image": str(image.relative_to(path)), "captions": [line for line in lines if line]})
+        text = image.with_suffix(".txt")
+        if text.is_file():
+            lines = map(str.strip, text.read_text(encoding="utf-8").splitlines())
+            rows.append({"image": str(image.relative_to(path)), "captions": list(filter(None, lines))})
     return rows
 
 
@@ -98,36 +106,30 @@ def _json_rows(content: Any, path: Path) -> list[Mapping[str, Any]]:
     """A list of rows, or COCO's object with `images` and `annotations`."""
     if isinstance(content, Mapping) and isinstance(content.get("annotations"), list) and "images" in content:
         names = {image["id"]: image["file_name"] for image in content["images"]}
+        rows = content["annotations"]
         try:
-            return [
-                {"image": names[row["image_id"]], **row, "id": row["image_id"]}
-                for row in content["annotations"]
-            ]
+            return [{"image": names[row["image_id"]], **row, "id": row["image_id"]} for row in rows]
         except KeyError as error:
-            raise DataError(
-                f"{path}: an annotation belongs to image {error}, which is not among its images"
-            ) from error
+            raise DataError(f"{path}: an annotation belongs to image {error}, which is not listed") from error
     if isinstance(content, list):
         return content
-    raise DataError(
-        f"{path}: expected a list of rows, or an object with `images` and `annotations` as COCO has it"
-    )
+    raise DataError(f"{path}: expected a list of rows, or an object with COCO's `images` and `annotations`")
 
 
-def _sample(row: Any, root: Path, where: str) -> Sample:
+def _sample(row: Any, root: Path, source: str) -> Sample:
     if not isinstance(row, Mapping):
-        raise DataError(f"{where} is a {type(row).__name__}, expected an object with `image` and `caption`")
+        raise DataError(f"{source} is a {type(row).__name__}, expected an object with `image` and `caption`")
     image = _first(row, "image", "file_name")
     if not isinstance(image, str):
-        raise DataError(f"{where} names no image; expected `image`, got {sorted(map(str, row))}")
-    captions = _texts(_first(row, "caption", "captions", "text"), where)
+        raise DataError(f"{source} names no image; expected `image`, got {sorted(map(str, row))}")
+    captions = _texts(_first(row, "caption", "captions", "text"), source)
     question = row.get("question")
-    answers = _texts(_first(row, "answer", "answers"), where)
+    answers = _texts(_first(row, "answer", "answers"), source)
     if question is not None and not isinstance(question, str):
-        raise DataError(f"{where}: the question is a {type(question).__name__}, expected text")
+        raise DataError(f"{source}: the question is a {type(question).__name__}, expected text")
     if not captions and question is None:
         raise DataError(
-            f"{where} ({image}) has neither a caption nor a question; got {sorted(map(str, row))}"
+            f"{source} ({image}) has neither a caption nor a question; got {sorted(map(str, row))}"
         )
     identity = _first(row, "question_id", "id", "image_id") if question else _first(row, "id", "image_id")
     return Sample(str(image if identity is None else identity), root / image, captions, question, answers)
@@ -137,32 +139,25 @@ def _first(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def _texts(value: Any, where: str) -> tuple[str, ...]:
+def _texts(value: Any, source: str) -> tuple[str, ...]:
     """One text, or a list of texts or of VQA's {"answer": text}."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     texts = []
     for item in values:
         text = item.get("answer") if isinstance(item, Mapping) else item
         if not isinstance(text, str):
-            raise DataError(f"{where}: {text!r} stands where a text should")
+            raise DataError(f"{source}: expected a text, got {text!r}")
         texts.append(text)
     return tuple(texts)
 
 
 def _merge(samples: Iterable[Sample]) -> list[Sample]:
-    """Put the captions of an image together; questions stay apart. In the order of their first appearance."""
+    """Join the samples with captions of one image; questions stay apart. In the order of their first appearance."""
     merged: dict[Any, Sample] = {}
     for sample in samples:
         key: Any = sample.image if sample.question is None else (sample.image, sample.question, sample.id)
-        before = merged.get(key)
-        if before is None:
-            merged[key] = sample
-        else:
-            merged[key] = Sample(
-                before.id,
-                before.image,
-                before.captions + sample.captions,
-                before.question,
-                before.answers + sample.answers,
-            )
+        if first := merged.get(key):
+            captions, answers = first.captions + sample.captions, first.answers + sample.answers
+            sample = replace(first, captions=captions, answers=answers)
+        merged[key] = sample
     return list(merged.values())

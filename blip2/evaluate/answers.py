@@ -1,7 +1,7 @@
-"""How right an answer is: VQA's rule with ten annotators (Antol et al., 2015), and exact match.
+"""The accuracy of answers: VQA's rule with ten annotators (Antol et al., 2015), and exact match.
 
-Normalisation and accuracy are those of the official evaluation code of VQA, its quirks included: every full stop goes
-that no digit follows, and other marks become spaces unless a space stands beside them somewhere in the answer.
+Normalisation and accuracy are those of VQA's official evaluation code, including its quirks: every full stop that no
+digit follows is dropped, and other marks become spaces unless somewhere in the answer they are next to a space.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_NUMBERS = {"none": "0"} | {
-    word: str(i)
-    for i, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-}
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(_DIGITS)}
 _ARTICLES = frozenset(("a", "an", "the"))
 _MARKS = ";:/'[]\"()=+\\_><@`,?"
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# Written with one of their apostrophes missing, these are put right.
+# These are corrected if one of their apostrophes is missing.
 _APOSTROPHES = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -44,7 +40,7 @@ def normalise(answer: str) -> str:
 
 
 def without_marks(answer: str) -> str:
-    """An answer without its marks: the part of the normalisation that annotators' answers get, too."""
+    """An answer without its marks: the part of the normalisation that VQA applies to annotators' answers too."""
     text = answer = answer.replace("\n", " ").replace("\t", " ").strip()
     together = _COMMA_IN_NUMBER.search(answer) is not None
     for mark in _MARKS:
@@ -54,20 +50,19 @@ def without_marks(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotators: Sequence[str]) -> float:
-    """0..1: the mean, over leaving out one annotator each, of min(1, those of the others who say so / 3)."""
-    said = normalise(answer)
-    given = list(annotators)
-    if len(set(given)) > 1:
-        given = [without_marks(each) for each in given]
-    agree = sum(each == said for each in given)
-    return sum(min(1.0, (agree - (each == said)) / 3) for each in given) / len(given)
+    """0..1: the mean, over leaving out one annotator at a time, of min(1, the others who agree / 3)."""
+    normalised, references = normalise(answer), list(annotators)
+    if len(set(references)) > 1:
+        references = [without_marks(reference) for reference in references]
+    agree = [reference == normalised for reference in references]
+    return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(agree)
 
 
 def gqa_accuracy(answer: str, right: str) -> float:
-    """1 where the normalised answer is the one that is right, else 0."""
+    """1.0 if the normalised answer is the right one, else 0.0."""
     return float(normalise(answer) == right.strip().lower())
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 where the answer, but for case and spaces around it, is one of those that are right, else 0."""
-    return float(answer.strip().lower() in {each.strip().lower() for each in right})
+    """1.0 if the answer is one of the right ones, ignoring case and spaces around it, else 0.0."""
+    return float(answer.strip().lower() in {text.strip().lower() for text in right})

@@ -1,8 +1,8 @@
-"""The scores of captions: BLEU-1..4, ROUGE-L, CIDEr; METEOR and SPICE where there is Java.
+"""The scores of captions: BLEU-1..4, ROUGE-L, CIDEr; METEOR and SPICE where Java is installed.
 
-The scorers are pycocoevalcap's, as COCO's evaluation has them. CIDEr there is CIDEr-D (clipped counts, a penalty for
-length, sigma 6), with words weighted by how many of the evaluated images' references hold them: it means something for
-a set of images, and is 0 for a single one. Words are cut by `tokenizer.tokenize`.
+The scorers are pycocoevalcap's, which COCO's evaluation uses. Their CIDEr is CIDEr-D (clipped counts, a penalty for
+length, sigma 6), with words weighted by how many of the evaluated images' references hold them: it is meaningful for a
+set of images, and 0 for a single one. Captions are split into words by `tokenizer.tokenize`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from blip2.evaluate.tokenizer import tokenize
 class CaptionScores:
     """Scores of a set of captions, 0..1 (CIDEr: 0..10).
 
-    each: the scores of every image. left_out: what could not be computed, and why.
+    per_image: the scores of every image. left_out: scores that could not be computed, and why.
     """
 
     total: dict[str, float]
-    each: list[dict[str, float]]
+    per_image: list[dict[str, float]]
     left_out: list[str] = field(default_factory=list)
 
 
@@ -43,7 +43,7 @@ def caption_scores(
     if not captions or len(listed) != len(captions) or not all(listed):
         raise ValueError(
             f"{len(captions)} captions and references for {len(listed)} images: each image needs one caption and "
-            "one reference at least"
+            "at least one reference"
         )
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -52,29 +52,26 @@ def caption_scores(
     except ImportError as error:
         raise ValueError("caption scores need pycocoevalcap: pip install 'blip2[eval]'") from error
     words = iter(tokenize([text for texts in listed for text in texts]))
-    told = {i: [next(words) for _ in texts] for i, texts in enumerate(listed)}
-    said = {i: [text] for i, text in enumerate(tokenize(captions))}
-    total: dict[str, float] = {}
-    each: list[dict[str, float]] = [{} for _ in captions]
+    right = {i: [next(words) for _ in texts] for i, texts in enumerate(listed)}
+    ours = {i: [text] for i, text in enumerate(tokenize(captions))}
+    scores = CaptionScores({}, [{} for _ in captions])
 
-    def add(name: str, score: Any, scores: Iterable[Any]) -> None:
-        total[name] = float(score)
-        for row, one in zip(each, scores, strict=True):
-            row[name] = float(one)
+    def add(name: str, total: Any, per_image: Iterable[Any]) -> None:
+        scores.total[name] = float(total)
+        for row, score in zip(scores.per_image, per_image, strict=True):
+            row[name] = float(score)
 
-    bleu, bleus = Bleu(4).compute_score(told, said, verbose=0)
+    bleu, per_image = Bleu(4).compute_score(right, ours, verbose=0)
     for n in range(4):
-        add(f"BLEU-{n + 1}", bleu[n], bleus[n])
-    add("ROUGE-L", *Rouge().compute_score(told, said))
-    add("CIDEr", *Cider().compute_score(told, said))
-    left_out = []
-    if java:
-        for name, compute in (("METEOR", _meteor), ("SPICE", _spice)):
-            try:
-                add(name, *compute(told, said))
-            except Exception as error:  # a Java program ended, a file is not there: the others stand
-                left_out.append(f"{name} is left out: {error or type(error).__name__}")
-    return CaptionScores(total, each, left_out)
+        add(f"BLEU-{n + 1}", bleu[n], per_image[n])
+    add("ROUGE-L", *Rouge().compute_score(right, ours))
+    add("CIDEr", *Cider().compute_score(right, ours))
+    for name, compute in (("METEOR", _meteor), ("SPICE", _spice)) if java else ():
+        try:
+            add(name, *compute(right, ours))
+        except Exception as error:  # a Java program failed or a file is missing: the other scores remain
+            scores.left_out.append(f"{name} is left out: {error or type(error).__name__}")
+    return scores
 
 
 def _need_java() -> None:
@@ -82,26 +79,26 @@ def _need_java() -> None:
         raise ValueError("needs Java (on Debian: apt-get install default-jre-headless)")
 
 
-def _meteor(told: dict[int, list[str]], said: dict[int, list[str]]) -> tuple[Any, Any]:
+def _meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[Any, Any]:
     _need_java()
     from pycocoevalcap.meteor.meteor import Meteor
 
-    result: tuple[Any, Any] = Meteor().compute_score(told, said)
-    return result
+    scores: tuple[Any, Any] = Meteor().compute_score(references, captions)
+    return scores
 
 
-def _spice(told: dict[int, list[str]], said: dict[int, list[str]]) -> tuple[Any, Any]:
+def _spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[Any, Any]:
     _need_java()
     from pycocoevalcap import spice
 
-    if not list(
+    if not any(
         Path(spice.__path__[0]).glob("lib/stanford-corenlp-*.jar")
-    ):  # the package would wait for a network
+    ):  # else it would wait for a network
         raise ValueError(
             "needs Stanford's parser, once: python -c 'from pycocoevalcap.spice.get_stanford_models import "
             "get_stanford_models as get; get()'"
         )
     from pycocoevalcap.spice.spice import Spice
 
-    score, scores = Spice().compute_score(told, said)
-    return score, [one["All"]["f"] for one in scores]
+    total, scores = Spice().compute_score(references, captions)
+    return total, [score["All"]["f"] for score in scores]

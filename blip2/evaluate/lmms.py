@@ -1,24 +1,25 @@
-"""A model of ours in lmms-eval, the harness: `python -m lmms_eval --model blip2 --model_args pretrained=opt-2.7b ...`.
+"""The plug-in for the harness lmms-eval: `python -m lmms_eval --model blip2 --model_args pretrained=opt-2.7b ...`.
 
-lmms-eval finds it by the entry point in pyproject.toml, where both are installed.
+lmms-eval finds it by the entry point in pyproject.toml, if both are installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 import blip2
+from blip2.generation.options import GenerateKwargs
 from blip2.inputs import in_batches
 
 MANIFEST = ModelManifest("blip2", simple_class_path="blip2.evaluate.lmms.Blip2Lmms")
 
 
 class Blip2Lmms(lmms):  # type: ignore[misc]  # lmms-eval has no types
-    """Answers the harness's questions with `Predictor.ask`: tasks of the kind generate_until, one image a question."""
+    """Answers questions with `Predictor.ask`: the harness's tasks of the kind generate_until, one image a question."""
 
     def __init__(
         self,
@@ -35,30 +36,21 @@ class Blip2Lmms(lmms):  # type: ignore[misc]  # lmms-eval has no types
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer to each request, in order. Raises ValueError where one has no image, or several."""
-        said: list[str] = []
-        for _, some in in_batches(requests, self._batch_size):
-            images, questions = zip(*map(self._asked, some), strict=True)
-            options = dict(some[0].args[1])
-            if any(each.args[1] != some[0].args[1] for each in some):
+        """An answer to each request, in order. Raises ValueError if one has no image, or several."""
+        answers: list[str] = []
+        for _, batch in in_batches(requests, self._batch_size):
+            images, questions = zip(*map(self._image_and_question, batch), strict=True)
+            settings = batch[0].args[1]
+            if any(request.args[1] != settings for request in batch):
                 raise ValueError("requests of one task differ in their generation settings")
-            sample = bool(options.get("do_sample")) and options.get("temperature") != 0
-            answers = self._predictor.ask(
-                list(images),
-                list(questions),
-                num_beams=1 if sample else int(options.get("num_beams") or 5),
-                max_new_tokens=int(options.get("max_new_tokens") or 30),
-                do_sample=sample,
-                temperature=float(options.get("temperature") or 1.0) if sample else 1.0,
-                top_p=float(options.get("top_p") or 1.0) if sample else 1.0,
-                seed=0 if sample else None,
-                batch_size=len(some),
+            texts = self._predictor.ask(
+                list(images), list(questions), batch_size=len(batch), **_options(settings)
             )
-            ends = options.get("until") or []
-            said += [_until(answer, [ends] if isinstance(ends, str) else ends) for answer in answers]
-        return said
+            ends = settings.get("until") or []
+            answers += [_until(text, [ends] if isinstance(ends, str) else ends) for text in texts]
+        return answers
 
-    def _asked(self, request: Any) -> tuple[Any, str]:
+    def _image_and_question(self, request: Any) -> tuple[Any, str]:
         """The image and the question of a request."""
         question, _, images_of, place, task, split = request.args
         images = images_of(self.task_dict[task][split][place])
@@ -75,6 +67,15 @@ class Blip2Lmms(lmms):  # type: ignore[misc]  # lmms-eval has no types
         raise NotImplementedError("blip2 in lmms-eval answers questions (generate_until) and ranks none")
 
 
+def _options(settings: Mapping[str, Any]) -> GenerateKwargs:
+    """The decoding options among a task's generation settings; samples are repeatable."""
+    options = {name: settings[name] for name in GenerateKwargs.__optional_keys__ if name in settings}
+    if options.get("do_sample") is False:  # as in transformers, what shapes samples has no effect then
+        for name in ("temperature", "top_k", "top_p"):
+            options.pop(name, None)
+    return cast(GenerateKwargs, {"seed": 0} | options)
+
+
 def _until(text: str, ends: Sequence[str]) -> str:
-    """The text up to the first of these."""
+    """The text up to the first of `ends`."""
     return min((text.split(end)[0] for end in ends if end), key=len, default=text).strip()

@@ -1,4 +1,4 @@
-"""A report for people and for machines: a table, JSON, predictions as benchmarks take them, a page to look through."""
+"""A report for people and machines: a table, JSON, predictions in the benchmarks' forms, a page to look through."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,21 +15,20 @@ from typing import Any
 from blip2.evaluate.run import Outcome, Report
 from blip2.images import ImageError, load_image
 
-SHOWN = 500  # items on the page, the worst
+SHOWN = 500  # the worst items, on the page
 _THUMBNAIL = 256  # px
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The table, a line each: figure, ours, the published one."""
+    """The table, a line a figure: its name, ours, the published one."""
     yield f"{report.task}: {report.model}, {len(report.outcomes)} items, protocol {report.protocol.name}"
     for name, value in report.metrics.items():
-        told = report.published.get(name)
-        yield f"{name:48} {figure(name, value):>8}" + (
-            "" if told is None else f"   published {figure(name, told)}"
-        )
-    for name, told in report.published.items():
+        theirs = report.published.get(name)
+        published = "" if theirs is None else f"   published {figure(name, theirs)}"
+        yield f"{name:48} {figure(name, value):>8}{published}"
+    for name, theirs in report.published.items():
         if name not in report.metrics:
-            yield f"{name:48} {'':>8}   published {figure(name, told)}"
+            yield f"{name:48} {'':>8}   published {figure(name, theirs)}"
     for note in report.notes:
         yield f"note: {note}"
 
@@ -38,8 +38,8 @@ def figure(name: str, value: float) -> str:
     return f"{value:.3f}" if "CIDEr" in name else f"{value:.1%}"
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """The report without what was said."""
+def report_json(report: Report) -> dict[str, Any]:
+    """The report without its outcomes."""
     return {
         "task": report.task,
         "about": report.about,
@@ -53,36 +53,34 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def predictions(report: Report) -> list[dict[str, Any]]:
-    """What was said, as the task's own evaluation takes it: COCO's, VQA's or GQA's results."""
+    """The texts, in the form that the task's own evaluation takes: COCO's, VQA's or GQA's results."""
     if report.task == "gqa":
-        return [{"questionId": o.item.id, "prediction": o.said} for o in report.outcomes]
-    if report.outcomes and all(o.item.question for o in report.outcomes):
-        return [{"question_id": o.item.id, "answer": o.said} for o in report.outcomes]
+        return [{"questionId": o.item.id, "prediction": o.text} for o in report.outcomes]
     return [
-        {"question_id": o.item.id, "answer": o.said}
+        {"question_id": o.item.id, "answer": o.text}
         if o.item.question
-        else {"image_id": o.item.id, "caption": o.said}
+        else {"image_id": o.item.id, "caption": o.text}
         for o in report.outcomes
     ]
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """results.json, predictions.json and index.html in `folder`; the files written."""
+    """Write results.json, predictions.json and index.html into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [
-        {"id": o.item.id, "image": _name(o), "said": o.said, "scores": o.scores}
+        {"id": o.item.id, "image": _file_name(o), "text": o.text, "scores": o.scores}
         | ({"question": o.item.question} if o.item.question else {})
-        | ({"ranked": [asdict(each) for each in o.ranked]} if o.ranked else {})
+        | ({"ranked": [asdict(answer) for answer in o.ranked]} if o.ranked else {})
         for o in report.outcomes
     ]
     paths = [folder / name for name in ("results.json", "predictions.json", "index.html")]
-    paths[0].write_text(json.dumps(as_json(report) | {"outcomes": items}, indent=1), encoding="utf-8")
+    paths[0].write_text(json.dumps(report_json(report) | {"outcomes": items}, indent=1), encoding="utf-8")
     paths[1].write_text(json.dumps(predictions(report)), encoding="utf-8")
     paths[2].write_text(page(report), encoding="utf-8")
     return paths
 
 
-def _name(outcome: Outcome) -> str:
+def _file_name(outcome: Outcome) -> str:
     image = outcome.item.image
     return str(image) if isinstance(image, str | Path) else ""
 
@@ -91,13 +89,13 @@ _STYLE = """
 body{font:15px/1.4 sans-serif;margin:2em auto;max-width:70em;padding:0 1em}table{border-collapse:collapse}
 td,th{padding:.2em 1em .2em 0;text-align:left}article{display:flex;gap:1em;border-top:1px solid #ccc;padding:1em 0}
 article img{width:16em;height:16em;object-fit:contain;background:#f4f4f4;flex:none}h2{font-size:1.1em;margin:0}
-p{margin:.3em 0}.told,.scores,.id{color:#555}.scores{font-family:monospace}
+p{margin:.3em 0}.reference,.scores,.id{color:#555}.scores{font-family:monospace}
 """
 
 
 def page(report: Report) -> str:
     """One HTML file that needs nothing else: the figures, then the items, worst first, with their pictures."""
-    shown = sorted(report.outcomes, key=lambda outcome: outcome.worst)[:SHOWN]
+    shown = sorted(report.outcomes, key=lambda outcome: outcome.quality)[:SHOWN]
     title = html.escape(f"{report.task}: {report.model}")
     rows = "".join(
         f"<tr><td>{html.escape(name)}<td>{figure(name, value)}<td>"
@@ -107,27 +105,26 @@ def page(report: Report) -> str:
     head = "<tr><th>figure<th>ours<th>" + ("published" if report.published else "")
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
     about = f"{len(report.outcomes)} items, protocol {html.escape(report.protocol.name)}"
-    some = "" if len(shown) == len(report.outcomes) else f", the worst {len(shown)} shown"
+    worst = "" if len(shown) == len(report.outcomes) else f", the worst {len(shown)} shown"
     body = "\n".join(map(_article, shown))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{about}{some}; worst first</p><table>{head}{rows}</table>{notes}\n{body}</html>\n"
+        f"<h1>{title}</h1><p>{about}{worst}; worst first</p><table>{head}{rows}</table>{notes}\n{body}</html>\n"
     )
 
 
 def _article(outcome: Outcome) -> str:
     item = outcome.item
-    told = item.answers if item.question else item.captions
-    parts = [f"<h2>{html.escape(outcome.said) or '(no answer)'}</h2>"]
+    references = item.answers if item.question else item.captions
+    parts = [f"<h2>{html.escape(outcome.text) or '(no answer)'}</h2>"]
     if item.question:
         parts.insert(0, f"<p>{html.escape(item.question)}</p>")
-    counts = {text: told.count(text) for text in dict.fromkeys(told)}
     parts += [
-        f"<p class=told>{html.escape(text)}{f' ({count})' if count > 1 else ''}</p>"
-        for text, count in counts.items()
+        f"<p class=reference>{html.escape(text)}{f' ({count})' if count > 1 else ''}</p>"
+        for text, count in Counter(references).items()
     ]
     parts += [
-        f"<p class=scores>{each.probability:.3f} {html.escape(each.answer)}</p>" for each in outcome.ranked
+        f"<p class=scores>{best.probability:.3f} {html.escape(best.answer)}</p>" for best in outcome.ranked
     ]
     scores = " ".join(f"{name} {value:.3f}" for name, value in outcome.scores.items())
     parts.append(f"<p class=scores>{html.escape(scores)}</p><p class=id>{html.escape(str(item.id))}</p>")

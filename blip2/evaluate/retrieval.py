@@ -12,14 +12,12 @@ from blip2.images import ImageSource
 from blip2.inputs import in_batches
 from blip2.matching import Matcher
 
-CANDIDATES, TEXT_LENGTH = 128, 35  # of the published figures
-
 
 @dataclass(frozen=True)
-class Tables:
-    """How well I images and T texts fit: by contrast float32 [I, T]; re-ranked for each direction.
+class MatchTables:
+    """How well I images and T texts fit: by contrast, float32 [I, T], and re-ranked in both directions.
 
-    texts: [I, T], for each image; images: [T, I], for each text. What was not re-ranked is -inf there.
+    texts: [I, T], for each image; images: [T, I], for each text; -inf where not re-ranked.
     """
 
     contrast: Tensor
@@ -33,42 +31,40 @@ def match_tables(
     images: Sequence[ImageSource],
     texts: Sequence[str],
     *,
-    candidates: int = CANDIDATES,
-    logits: bool = True,
-    batch_size: int = 32,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Tables:
+    candidates: int,
+    logits: bool,
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> MatchTables:
     """Score every image with every text.
 
     Args:
-        candidates: so many of the best by contrast are re-ranked, for each image and for each text.
-        logits: add the matching head's logit, as the published figures do; False: the probability.
-        progress: called with what is done, how many, of how many.
+        candidates: how many of the best by contrast are re-ranked, for each image and for each text.
+        logits: add the matching head's logit, as for the published figures; False: its probability.
+        progress: called with a label, how many are done, and of how many.
     """
     embedded = []
-    for start, some in in_batches(list(images), batch_size):
-        embedded.append(matcher.embed(list(some)))
-        progress("embedding", start + len(some), len(images))
+    for start, batch in in_batches(list(images), batch_size):
+        embedded.append(matcher.embed(list(batch)))
+        progress("embedding", start + len(batch), len(images))
     words = matcher.embed_text(list(texts))  # [T, E]
     # Image by image: all queries at once would be 32 times the table.
     contrast = torch.stack([(words @ queries.T).amax(1) for queries in torch.cat(embedded)])  # [I, T]
-    wanted = _best(contrast, candidates)
-    wanted_images = _best(contrast.T.contiguous(), candidates).T  # of each text, as [I, T]
+    best_texts = _best(contrast, candidates)  # of each image, [I, T]
+    best_images = _best(contrast.T.contiguous(), candidates).T  # of each text, [I, T]
     matched = torch.zeros_like(contrast)
     for row, image in enumerate(images):
-        columns = (wanted[row] | wanted_images[row]).nonzero().flatten().tolist()
+        columns = (best_texts[row] | best_images[row]).nonzero().flatten().tolist()
         features = matcher.features([image])  # [1, N, W]
-        for start, few in in_batches(columns, batch_size):
-            ids, mask = matcher.encode([texts[column] for column in few])
-            scores = matcher.model.itm_logits(features.expand(len(few), -1, -1), ids, mask).float()
-            one = scores[:, 1] if logits else scores.softmax(-1)[:, 1]
-            matched[row, columns[start : start + len(few)]] = one.cpu()
+        for _, candidate_columns in in_batches(columns, batch_size):
+            ids, mask = matcher.encode([texts[column] for column in candidate_columns])
+            itm = matcher.model.itm_logits(features.expand(len(ids), -1, -1), ids, mask).float()  # [B, 2]
+            scores = itm[:, 1] if logits else itm.softmax(-1)[:, 1]
+            matched[row, candidate_columns] = scores.cpu()
         progress("matching", row + 1, len(images))
     summed = contrast + matched
-    nothing = torch.tensor(-torch.inf)
-    return Tables(
-        contrast, torch.where(wanted, summed, nothing), torch.where(wanted_images, summed, nothing).T
-    )
+    by_texts, by_images = (summed.masked_fill(~best, -torch.inf) for best in (best_texts, best_images))
+    return MatchTables(contrast, by_texts, by_images.T)
 
 
 def _best(table: Tensor, count: int) -> Tensor:
@@ -80,16 +76,16 @@ def _best(table: Tensor, count: int) -> Tensor:
 def recalls(
     table: Tensor, right: Sequence[Sequence[int]], at: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """R@k, 0..1: the share of rows [R, C] that hold one of their right columns among the k greatest."""
+    """R@k, 0..1: the share of rows of [R, C] with one of their right columns among the k greatest."""
     places = ranks(table, right)
     return {f"R@{k}": sum(place < k for place in places) / len(places) for k in at}
 
 
 def ranks(table: Tensor, right: Sequence[Sequence[int]]) -> list[int]:
-    """For each row how many columns are greater than the best of its right ones; 0: it comes first."""
-    found = []
-    for row, columns in zip(table, right, strict=True):
-        best = row[list(columns)].max()
-        # What was not re-ranked comes after all that was, and is never first by a tie.
-        found.append(len(row) if best == -torch.inf else int((row > best).sum()))
-    return found
+    """For each row the number of columns greater than the best of its right ones; 0: it comes first."""
+    bests = [row[list(columns)].max() for row, columns in zip(table, right, strict=True)]
+    # What was not re-ranked comes after everything else, and is never first by a tie.
+    return [
+        len(row) if best == -torch.inf else int((row > best).sum())
+        for row, best in zip(table, bests, strict=True)
+    ]

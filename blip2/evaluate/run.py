@@ -1,48 +1,47 @@
-"""From a model and a task to a report: everything goes through `caption`, `ask`, `rank` and the matcher."""
+"""From a model and a task to a report; all computing is done by `caption`, `ask`, `rank` and the matcher."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from blip2.data import DataError
+from blip2.data.sources import DataError
 from blip2.evaluate.answers import exact_match, gqa_accuracy, vqa_accuracy
 from blip2.evaluate.captions import caption_scores
 from blip2.evaluate.protocols import PAPER_TASKS, PROTOCOLS, Protocol, published
 from blip2.evaluate.retrieval import match_tables, ranks, recalls
 from blip2.evaluate.scenes import Scenes, counts_right, names_all, read_scenes
-from blip2.evaluate.tasks import Item, Task, read_task
+from blip2.evaluate.tasks import EvalItem, EvalTask, read_task
+from blip2.generation.options import GenerateKwargs
+from blip2.inputs import in_batches
 from blip2.matching import Matcher
 from blip2.predict import Predictor
 from blip2.results import Ranked
 
-BATCH = 64
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """No progress."""
+Progress = Callable[[str, int, int], None]  # a label, how many are done, of how many
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model said about an item, and how right it was; worst: what the pages are sorted by."""
+    """A model's text about an item and its scores. quality: the page shows the lowest first."""
 
-    item: Item
-    said: str
+    item: EvalItem
+    text: str
     scores: dict[str, float]
-    worst: float
+    quality: float
     ranked: tuple[Ranked, ...] = ()
+
+
+Scored = tuple[dict[str, float], list[Outcome], list[str]]  # the parts of a report: metrics, outcomes, notes
 
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of a task (0..1; CIDEr 0..10; counts as they are), the published ones, and all that was said."""
+    """The figures of a task (0..1; CIDEr 0..10), the published ones, and the outcome of every item."""
 
     task: str
     about: str
@@ -55,207 +54,180 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to evaluate. answers: rank these in place of writing; below `abstain` the best one is not given."""
+class EvalSettings:
+    """How to evaluate.
+
+    java: METEOR and SPICE too. answers: rank these instead of generating text. abstain: give no answer where the best
+    of them is less probable.
+    """
 
     protocol: str = "default"
     limit: int | None = None
-    batch_size: int = BATCH
+    batch_size: int = 64
     java: bool = True
     answers: tuple[str, ...] = ()
     abstain: float = 0.0
     images: Path | None = None
     annotations: Path | None = None
-    progress: Progress = silent
+    progress: Progress = lambda label, done, total: None
 
 
 def evaluate(
-    load: Callable[[], Predictor], name: str, data: Path | None, settings: Settings, *, called: str
+    load: Callable[[], Predictor], name: str, data: Path | None, settings: EvalSettings, *, model_name: str
 ) -> list[Report]:
     """Evaluate a model on a task, or on both parts of "default".
 
     Args:
-        load: gives the model; called once the data are found.
-        name: one of `tasks.NAMES`.
-        called: the model's name, for the report and the published figures.
+        load: returns the model; called after the data have been read.
+        name: one of `tasks.TASK_NAMES`.
+        model_name: for the report and the published figures.
 
     Raises:
         DataError: data are missing; the message says which, and where they belong.
-        ValueError: a protocol the task does not have, or a model that cannot do it.
+        ValueError: a protocol that does not exist for the task, or a model that cannot do it.
     """
-    for what, number in (("limit", settings.limit), ("batch size", settings.batch_size)):
+    for option, number in (("limit", settings.limit), ("batch size", settings.batch_size)):
         if number is not None and number < 1:
-            raise ValueError(f"the {what} must be 1 or more, got {number}")
-    parts = ("easyvqa", "scenes") if name == "default" else (name,)
-    for part in parts:
-        if settings.protocol == "paper" and part not in PAPER_TASKS:
-            raise ValueError(f"protocol paper is that of {', '.join(PAPER_TASKS)}; there is none for {part}")
-    read = [_read(part, data, settings) for part in parts]
-    for each in read:
-        if settings.answers and (isinstance(each, Scenes) or each.kind != "questions"):
+            raise ValueError(f"the {option} must be 1 or more, got {number}")
+    names = ("easyvqa", "scenes") if name == "default" else (name,)
+    if settings.protocol == "paper" and (others := set(names) - set(PAPER_TASKS)):
+        raise ValueError(f"protocol paper is for {', '.join(PAPER_TASKS)}; there is none for {min(others)}")
+    tasks = [_read(task_name, data, settings) for task_name in names]
+    for task in tasks:
+        if settings.answers and (isinstance(task, Scenes) or task.kind != "questions"):
             raise ValueError("--answers is for tasks that are questions alone, such as easyvqa and vqav2")
-        _need_images(
-            [item for part in each.sets for item in part] if isinstance(each, Scenes) else each.items
-        )
+        sets = task.sets if isinstance(task, Scenes) else (task.items,)
+        _check_images([item for items in sets for item in items])
     model = load()
     return [
-        scenes_report(model, each, settings, called=called)
-        if isinstance(each, Scenes)
-        else task_report(model, each, settings, called=called)
-        for each in read
+        scenes_report(model, task, settings, model_name=model_name)
+        if isinstance(task, Scenes)
+        else task_report(model, task, settings, model_name=model_name)
+        for task in tasks
     ]
 
 
-def _read(name: str, data: Path | None, settings: Settings) -> Task | Scenes:
-    """The first items of a part; raises DataError, also where a file is not of the published form."""
+def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Scenes:
+    """The first items of a task; raises DataError, also if a file is not in the published form."""
     try:
         if name == "scenes":
             return read_scenes(data).first(settings.limit)
         task = read_task(name, data, images=settings.images, annotations=settings.annotations)
         return task.first(settings.limit)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else error
-        raise DataError(
-            f"eval {name}: a file of {data} has not the form it was published in ({told})"
-        ) from error
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"eval {name}: a file of {data} is not in its published form ({reason})") from error
 
 
-def _need_images(items: Sequence[Item]) -> None:
-    """Raises DataError where files are missing: at the beginning, and not after hours."""
-    missing = [
-        item.image for item in items if isinstance(item.image, str | Path) and not Path(item.image).is_file()
-    ]
+def _check_images(items: Sequence[EvalItem]) -> None:
+    """Raises DataError if files are missing: at the beginning, not after hours."""
+    files = [item.image for item in items if isinstance(item.image, str | Path)]
+    missing = [file for file in files if not Path(file).is_file()]
     if missing:
         raise DataError(f"{len(missing):,} of {len(items):,} images are missing, such as {missing[0]}")
 
 
-def task_report(model: Predictor, task: Task, settings: Settings, *, called: str) -> Report:
-    """Evaluate a model on a set; raises ValueError where the model cannot do it."""
+def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, model_name: str) -> Report:
+    """Evaluate a model on a task; raises ValueError if the model cannot do it."""
     protocol = PROTOCOLS[settings.protocol][task.kind]
     if task.kind == "retrieval":
         metrics, outcomes, notes = _retrieval(model.matcher, task.items, protocol, settings)
         pixels = model.matcher.image_processor.size
     else:
-        work = _captions if task.kind == "captions" else _questions
-        metrics, outcomes, notes = work(model, task, protocol, settings)
+        score = _captions if task.kind == "captions" else _questions
+        metrics, outcomes, notes = score(model, task, protocol, settings)
         pixels = model.generator.image_processor.size
     if protocol.image_px not in (None, pixels):
-        notes.append(
-            f"the published figures are of images of {protocol.image_px} px; this model reads {pixels}"
-        )
+        size = f"{protocol.image_px} px; this model reads {pixels}"
+        notes.append(f"the published figures are of images of {size}")
     if settings.limit is not None:
         notes.append(f"the first {len(task.items)} of the set alone")
-    told = published(task.name, called) if settings.protocol == "paper" else {}
-    return Report(task.name, task.about, called, metrics, told, protocol, outcomes, notes)
+    figures = published(task.name, model_name) if settings.protocol == "paper" else {}
+    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes)
 
 
 # --- captions ---
 
 
-def say(
-    model: Predictor, items: Sequence[Item], protocol: Protocol, settings: Settings, what: str
+def write_captions(
+    model: Predictor, items: Sequence[EvalItem], protocol: Protocol, settings: EvalSettings, label: str
 ) -> list[str]:
     """A caption for each item."""
-    said: list[str] = []
-    for batch in _batches(items, settings, what):
-        said += map(
-            str,
-            model.caption(
-                [item.image for item in batch],
-                prompt=protocol.prompt,
-                num_beams=protocol.num_beams,
-                max_new_tokens=protocol.max_new_tokens,
-                min_new_tokens=protocol.min_new_tokens,
-                length_penalty=protocol.length_penalty,
-                repetition_penalty=protocol.repetition_penalty,
-                batch_size=len(batch),
-            ),
-        )
-    return said
+    captions: list[str] = []
+    for batch in _batches(items, settings, label):
+        images = [item.image for item in batch]
+        texts = model.caption(images, prompt=protocol.prompt, batch_size=len(batch), **protocol.options)
+        captions += map(str, texts)
+    return captions
 
 
-def _captions(
-    model: Predictor, task: Task, protocol: Protocol, settings: Settings
-) -> tuple[dict[str, float], list[Outcome], list[str]]:
+def _captions(model: Predictor, task: EvalTask, protocol: Protocol, settings: EvalSettings) -> Scored:
     items = task.items
-    said = say(model, items, protocol, settings, "captions")
-    found = caption_scores([item.captions for item in items], said, java=settings.java)
-    metrics = dict(found.total)
+    captions = write_captions(model, items, protocol, settings, "captions")
+    scores = caption_scores([item.captions for item in items], captions, java=settings.java)
+    metrics = dict(scores.total)
     for kind in sorted({item.kind for item in items} - {""}):
         # A domain is a set of its own: its CIDEr weighs words by its own references.
-        part = [(item, text) for item, text in zip(items, said, strict=True) if item.kind == kind]
-        scores = caption_scores([item.captions for item, _ in part], [text for _, text in part])
-        metrics[f"CIDEr {kind}"] = scores.total["CIDEr"]
+        pairs = [(item, text) for item, text in zip(items, captions, strict=True) if item.kind == kind]
+        domain = caption_scores([item.captions for item, _ in pairs], [text for _, text in pairs])
+        metrics[f"CIDEr {kind}"] = domain.total["CIDEr"]
     outcomes = [
-        Outcome(item, text, scores, scores["CIDEr"])
-        for item, text, scores in zip(items, said, found.each, strict=True)
+        Outcome(item, text, row, row["CIDEr"])
+        for item, text, row in zip(items, captions, scores.per_image, strict=True)
     ]
-    return metrics, outcomes, found.left_out
+    return metrics, outcomes, scores.left_out
 
 
 # --- questions ---
 
 RULES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "vqa": vqa_accuracy,
-    "gqa": lambda said, right: gqa_accuracy(said, right[0]),
+    "gqa": lambda answer, right: gqa_accuracy(answer, right[0]),
     "exact": exact_match,
 }
 
 
-def _questions(
-    model: Predictor, task: Task, protocol: Protocol, settings: Settings
-) -> tuple[dict[str, float], list[Outcome], list[str]]:
+def _questions(model: Predictor, task: EvalTask, protocol: Protocol, settings: EvalSettings) -> Scored:
     outcomes: list[Outcome] = []
     for batch in _batches(task.items, settings, "questions"):
-        images, asked = [item.image for item in batch], [item.question for item in batch]
-        ranked: list[tuple[Ranked, ...]] = [()] * len(batch)
+        rankings: Sequence[Sequence[Ranked]] = [()] * len(batch)
         if settings.answers:
-            found = model.rank(images, asked, settings.answers, batch_size=min(8, settings.batch_size))
-            ranked = [tuple(each) for each in found]
-            said = [each[0].answer if each[0].probability >= settings.abstain else "" for each in ranked]
+            images, questions = [item.image for item in batch], [item.question for item in batch]
+            rankings = model.rank(images, questions, settings.answers, batch_size=min(8, settings.batch_size))
+            answers = [best.answer if best.probability >= settings.abstain else "" for best, *_ in rankings]
         else:
-            said = ask(model, images, asked, protocol)
-        for item, text, each in zip(batch, said, ranked, strict=True):
+            answers = answer_questions(model, batch, protocol.options)
+        for item, text, ranked in zip(batch, answers, rankings, strict=True):
             score = RULES[task.rule](text, item.answers)
-            scores = {"accuracy": score} | ({"probability": each[0].probability} if each else {})
-            outcomes.append(Outcome(item, text, scores, score, each[:5]))
+            scores = {"accuracy": score} | ({"probability": ranked[0].probability} if ranked else {})
+            outcomes.append(Outcome(item, text, scores, score, tuple(ranked[:5])))
     notes = [f"each answer is chosen among {len(settings.answers)}"] if settings.answers else []
-    metrics = _by_kind("accuracy", [(o.item.kind, o.scores["accuracy"]) for o in outcomes])
+    metrics = _by_kind("accuracy", outcomes)
     if settings.answers and settings.abstain > 0:
-        given = [o.scores["accuracy"] for o in outcomes if o.said]
-        metrics["answered"] = len(given) / len(outcomes)
-        metrics["accuracy where answered"] = _mean(given)
+        answered = [o.scores["accuracy"] for o in outcomes if o.text]
+        metrics["answered"] = len(answered) / len(outcomes)
+        metrics["accuracy where answered"] = _mean(answered)
         notes.append(f"no answer below a probability of {settings.abstain}")
     return metrics, outcomes, notes
 
 
-def ask(model: Predictor, images: Sequence[Any], questions: Sequence[str], protocol: Protocol) -> list[str]:
-    """An answer to each question about its image; an image that is a file is read once, however often it comes."""
-    keys = [image if isinstance(image, str | Path) else id(image) for image in images]
-    distinct = dict(zip(keys, images, strict=True))
-    encoded = dict(
-        zip(distinct, model.encode([*distinct.values()], batch_size=max(1, len(distinct))), strict=True)
-    )
-    answers = model.ask(
-        [encoded[key] for key in keys],
-        list(questions),
-        num_beams=protocol.num_beams,
-        max_new_tokens=protocol.max_new_tokens,
-        min_new_tokens=protocol.min_new_tokens,
-        length_penalty=protocol.length_penalty,
-        repetition_penalty=protocol.repetition_penalty,
-        batch_size=max(1, len(images)),
-    )
+def answer_questions(model: Predictor, items: Sequence[EvalItem], options: GenerateKwargs) -> list[str]:
+    """An answer to the question of each item; an image file in several items is encoded once."""
+    keys = [item.image if isinstance(item.image, str | Path) else id(item.image) for item in items]
+    images = {key: item.image for key, item in zip(keys, items, strict=True)}
+    encoded = dict(zip(images, model.encode(list(images.values()), batch_size=len(images)), strict=True))
+    questions = [item.question for item in items]
+    answers = model.ask([encoded[key] for key in keys], questions, batch_size=len(items), **options)
     return [str(answer) for answer in answers]
 
 
-def _by_kind(name: str, scores: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """The mean of all, and of each kind where there are several."""
+def _by_kind(name: str, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The mean accuracy of all outcomes, and of each kind if there are several."""
     kinds: dict[str, list[float]] = defaultdict(list)
-    for kind, score in scores:
-        kinds[kind].append(score)
-    parts = {f"  of which {kind}": _mean(each) for kind, each in kinds.items() if len(kinds) > 1}
-    return {name: _mean([score for _, score in scores])} | parts
+    for outcome in outcomes:
+        kinds[outcome.item.kind].append(outcome.scores["accuracy"])
+    parts = {f"  of which {kind}": _mean(scores) for kind, scores in kinds.items() if len(kinds) > 1}
+    return {name: _mean([outcome.scores["accuracy"] for outcome in outcomes])} | parts
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -266,22 +238,16 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _retrieval(
-    matcher: Matcher, items: Sequence[Item], protocol: Protocol, settings: Settings
-) -> tuple[dict[str, float], list[Outcome], list[str]]:
-    texts = [text for item in items for text in item.captions]
-    owner = [i for i, item in enumerate(items) for _ in item.captions]
-    own: list[list[int]] = [[] for _ in items]
-    for text, image in enumerate(owner):
-        own[image].append(text)
-    cut = Matcher(
-        matcher.model,
-        matcher.image_processor,
-        matcher.tokenizer,
-        matcher.device,
-        text_length=protocol.text_length,
-    )
+    matcher: Matcher, items: Sequence[EvalItem], protocol: Protocol, settings: EvalSettings
+) -> Scored:
+    pairs = [(image, text) for image, item in enumerate(items) for text in item.captions]
+    texts, image_of_text = [text for _, text in pairs], [[image] for image, _ in pairs]
+    texts_of_image: list[list[int]] = [[] for _ in items]
+    for text, (image, _) in enumerate(pairs):
+        texts_of_image[image].append(text)
+    parts = (matcher.model, matcher.image_processor, matcher.tokenizer, matcher.device)
     tables = match_tables(
-        cut,
+        Matcher(*parts, text_length=protocol.text_length),
         [item.image for item in items],
         texts,
         candidates=protocol.candidates,
@@ -289,16 +255,15 @@ def _retrieval(
         batch_size=settings.batch_size,
         progress=settings.progress,
     )
-    of_texts = [[image] for image in owner]
-    metrics = {f"text {name}": value for name, value in recalls(tables.texts, own).items()}
-    metrics |= {f"image {name}": value for name, value in recalls(tables.images, of_texts).items()}
+    metrics = {f"text {name}": value for name, value in recalls(tables.texts, texts_of_image).items()}
+    metrics |= {f"image {name}": value for name, value in recalls(tables.images, image_of_text).items()}
     metrics |= {
-        "  text R@1 by contrast alone": recalls(tables.contrast, own, (1,))["R@1"],
-        "  image R@1 by contrast alone": recalls(tables.contrast.T, of_texts, (1,))["R@1"],
+        "  text R@1 by contrast alone": recalls(tables.contrast, texts_of_image, (1,))["R@1"],
+        "  image R@1 by contrast alone": recalls(tables.contrast.T, image_of_text, (1,))["R@1"],
     }
     outcomes = [
-        Outcome(item, texts[int(row.argmax())], {"place": float(place + 1)}, -float(place))
-        for item, row, place in zip(items, tables.texts, ranks(tables.texts, own), strict=True)
+        Outcome(item, texts[int(row.argmax())], {"rank": float(rank + 1)}, -float(rank))
+        for item, row, rank in zip(items, tables.texts, ranks(tables.texts, texts_of_image), strict=True)
     ]
     return metrics, outcomes, []
 
@@ -306,46 +271,37 @@ def _retrieval(
 # --- the default model's scenes ---
 
 
-def scenes_report(model: Predictor, scenes: Scenes, settings: Settings, *, called: str) -> Report:
-    """The default model's table but for easy-VQA: things named, questions, retrieval."""
-    captions, questions = PROTOCOLS["default"]["captions"], PROTOCOLS["default"]["questions"]
-    outcomes: list[Outcome] = []
-    metrics: dict[str, float] = {}
+def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, model_name: str) -> Report:
+    """The default model's table except easy-VQA: things named, questions, retrieval."""
+    protocols = PROTOCOLS["default"]
+    notes: list[str] = []
 
-    def describe(items: Sequence[Item], what: str) -> list[str]:
-        said = say(model, items, captions, settings, what)
-        for item, text in zip(items, said, strict=True):
-            scores = {
-                "named": names_all(text, item.things, scenes.nouns),
-                "numbers": counts_right(text, item.things, scenes.nouns),
-            }
-            outcomes.append(Outcome(item, text, scores, scores["named"] + scores["numbers"]))
-        return said
+    def describe(items: Sequence[EvalItem], label: str) -> list[Outcome]:
+        captions = write_captions(model, items, protocols["captions"], settings, label)
+        outcomes = []
+        for item, text in zip(items, captions, strict=True):
+            named = names_all(text, item.things, scenes.nouns)
+            counted = counts_right(text, item.things, scenes.nouns)
+            outcomes.append(Outcome(item, text, {"named": named, "numbers": counted}, named + counted))
+        return outcomes
 
-    describe(scenes.singles, "stamps")
-    metrics["one stamp on an unseen background, named"] = _mean([o.scores["named"] for o in outcomes])
-    said = describe(scenes.multi, "scenes")
-    several = outcomes[len(scenes.singles) :]
-    metrics["scenes of 2-4 objects, every object named"] = _mean([o.scores["named"] for o in several])
-    metrics["scenes of 2-4 objects, names and numbers right"] = _mean([o.scores["numbers"] for o in several])
-    notes = []
+    singles, multi = describe(scenes.singles, "stamps"), describe(scenes.multi, "scenes")
+    metrics = {
+        "one stamp on an unseen background, named": _mean([o.scores["named"] for o in singles]),
+        "scenes of 2-4 objects, every object named": _mean([o.scores["named"] for o in multi]),
+        "scenes of 2-4 objects, names and numbers right": _mean([o.scores["numbers"] for o in multi]),
+    }
     try:
-        found = caption_scores([item.captions for item in scenes.multi], said)
-        metrics["scenes of 2-4 objects, CIDEr"] = found.total["CIDEr"]
+        scores = caption_scores([item.captions for item in scenes.multi], [o.text for o in multi])
+        metrics["scenes of 2-4 objects, CIDEr"] = scores.total["CIDEr"]
     except ValueError as error:
         notes.append(f"CIDEr is left out: {error}")
-    longer = dataclasses.replace(questions, max_new_tokens=12)
-    right: list[tuple[str, float]] = []
-    for batch in _batches(scenes.questions, settings, "questions"):
-        answers = ask(model, [item.image for item in batch], [item.question for item in batch], longer)
-        for item, text in zip(batch, answers, strict=True):
-            score = exact_match(text, item.answers)
-            right.append((item.kind, score))
-            outcomes.append(Outcome(item, text, {"accuracy": score}, score))
-    metrics |= _by_kind("unseen questions, exact match", right)
-    retrieval = PROTOCOLS["default"]["retrieval"]
+    questions = EvalTask("scenes", "questions", scenes.questions)
+    longer = replace(protocols["questions"], options={**protocols["questions"].options, "max_new_tokens": 12})
+    _, answers, _ = _questions(model, questions, longer, settings)
+    metrics |= _by_kind("unseen questions, exact match", answers)
     try:
-        table, _, _ = _retrieval(model.matcher, scenes.retrieval, retrieval, settings)
+        table, _, _ = _retrieval(model.matcher, scenes.retrieval, protocols["retrieval"], settings)
         for kind in ("text", "image"):
             metrics[f"{kind} retrieval among {len(scenes.retrieval):,}, R@1"] = table[f"{kind} R@1"]
         for kind in ("text", "image"):
@@ -354,10 +310,11 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: Settings, *, calle
         notes.append(f"retrieval is left out: {error}")
     if settings.limit is not None:
         notes.append(f"the first {settings.limit} of each set alone")
-    return Report("scenes", "composed scenes", called, metrics, {}, captions, outcomes, notes)
+    protocol, outcomes = protocols["captions"], singles + multi + answers
+    return Report("scenes", "composed scenes", model_name, metrics, {}, protocol, outcomes, notes)
 
 
-def _batches(items: Sequence[T], settings: Settings, what: str) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), settings.batch_size):
-        yield items[start : start + settings.batch_size]
-        settings.progress(what, min(start + settings.batch_size, len(items)), len(items))
+def _batches(items: Sequence[T], settings: EvalSettings, label: str) -> Iterator[Sequence[T]]:
+    for start, batch in in_batches(items, settings.batch_size):
+        yield batch
+        settings.progress(label, start + len(batch), len(items))

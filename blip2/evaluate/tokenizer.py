@@ -1,11 +1,11 @@
-"""Captions cut into words as the published scores cut them: Penn Treebank style, lower case, without punctuation.
+"""Captions split into words as the published scores split them: Penn Treebank style, lower case, without punctuation.
 
-COCO's scores are computed on what Stanford's PTBTokenizer (CoreNLP 3.4.1, a Java program) makes of captions. This gives
-the same words without Java; tests/evaluate/ compares the two on sentences of every kind. As there, all sentences are
-one text with a line for each: what stands at the end of one (an abbreviation, say) may be read by how the next begins.
+COCO's scores are computed on the output of Stanford's PTBTokenizer (CoreNLP 3.4.1, a Java program). This gives the same
+words without Java; tests/evaluate/ compares the two on sentences of every kind. As there, all sentences are one text
+with a line for each, so how the end of one is read (an abbreviation, say) may depend on how the next begins.
 
-At each place every rule is tried, and the one that reaches farthest counts, among equals the first. What a rule asks
-for behind its token counts for how far it reaches, and is read again.
+At each position every rule is tried, and the longest match counts, among equals the first. What a rule requires behind
+its token counts towards the length, and is read again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
 
 PUNCTUATION = frozenset(
     ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
@@ -22,7 +23,7 @@ PUNCTUATION = frozenset(
 
 
 def tokenize(sentences: Sequence[str]) -> list[str]:
-    """Sentences -> their words, lower case and without punctuation, one space between two."""
+    """Sentences -> their words in lower case, without punctuation, separated by single spaces."""
     lines: list[list[str]] = [[]]
     for token in _tokens("\n".join(_LINE_END.sub(" ", sentence) for sentence in sentences)):
         if token == "\n":
@@ -34,7 +35,7 @@ def tokenize(sentences: Sequence[str]) -> list[str]:
 
 _LINE_END = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
 
-# --- the pieces that rules are made of ---
+# --- parts of the rules' patterns ---
 
 _SPACE = "[ \t\xa0\u2000-\u200a\u3000]"
 _SPACE_OR_LINE = "[ \t\xa0\u2000-\u200a\u3000\n]"
@@ -46,34 +47,28 @@ _AUXILIARY = f"{_APOSTROPHE}(?:[msd]|re|ve|ll)"  # 's 'm 'd 're 've 'll
 _NEGATION = f"n{_ANY_APOSTROPHE}t"
 
 
-def _ranges(wanted: Callable[[str], bool], end: int = 0x10000) -> str:
-    """The characters below `end` that are wanted, as the inside of a character class."""
-    parts, start = [], None
-    for code in range(end + 1):
-        if code < end and wanted(chr(code)):
-            start = code if start is None else start
-        elif start is not None:
-            parts.append(f"\\u{start:04x}-\\u{code - 1:04x}")
-            start = None
-    return "".join(parts)
-
-
-def _exactly(pattern: str) -> str:
-    """Upper and lower case count in this piece."""
-    return f"(?-i:{pattern})"
+def _ranges(categories: tuple[str, ...], end: int = 0x10000) -> str:
+    """The characters below `end` in these categories of Unicode, as the inside of a character class."""
+    codes = [code for code in range(end) if unicodedata.category(chr(code)).startswith(categories)]
+    runs = groupby(enumerate(codes), lambda pair: pair[1] - pair[0])  # consecutive codes keep their distance
+    bounds = ([code for _, code in run] for _, run in runs)
+    return "".join(f"\\u{run[0]:04x}-\\u{run[-1]:04x}" for run in bounds)
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """The token, in a group, and what must stand behind it.
+    """A token, by what it starts with, its pattern and the pattern of what must follow it.
 
-    write: the token as it is written. back: so many characters at its end are read again, for the next token.
+    write: how the token is written. back: how many characters at its end are read again, for the next token.
+    doubled: the full stop at its end is a token too, as it ends the sentence.
     """
 
-    pattern: re.Pattern[str]
+    starts: str  # with "l" a letter, "d" a digit, "o" another ASCII character
+    token: str
+    then: str = ""
     write: Callable[[str], str] = str
     back: int = 0
-    doubled: bool = False  # the full stop at its end is a token too: it ends the sentence
+    doubled: bool = False
 
 
 # --- how tokens are written ---
@@ -120,12 +115,7 @@ def _quotes(text: str, opening: bool) -> str:
     return re.sub("[\x94\u201d\xbb]", "''", text)
 
 
-def _opening(text: str) -> str:
-    return _quotes(text, True)
-
-
-def _closing(text: str) -> str:
-    return _quotes(text, False)
+_opening, _closing = partial(_quotes, opening=True), partial(_quotes, opening=False)
 
 
 def _dashes(text: str) -> str:
@@ -164,164 +154,175 @@ _STARTERS = r"""
 About According Additionally After An? As At But Earlier He Her Here However If In It Last Many More Mr\. Ms\. Now Once
 One Other Our She Since So Some Such That The Then There These They This We When While What Yet You
 """
-_SENTENCE_STARTERS = "|".join(f"{_exactly(word[0])}{word[1:]}" for word in _STARTERS.split())
+_SENTENCE_STARTERS = "|".join(f"(?-i:{word[0]}){word[1:]}" for word in _STARTERS.split())
 _FILE = (
     r"[a-z0-9]+(?:\.[a-z0-9]+)*\.(?:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|"
     r"pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav|x|xml|zip)"
 )
+_LETTERS = _ranges(("L",))
+_MARKS = _ranges(("Mn", "Mc"), 0xED0)
+_LETTER = f"(?:[{_LETTERS}\xad{_MARKS}]|&[aeiou](?:acute|grave|uml);)"
+_DIGITS = _ranges(("Nd",))
+_ONLY_LETTER, _DIGIT, _ALNUM = f"[{_LETTERS}]", f"[{_DIGITS}]", f"[{_LETTERS}{_DIGITS}]"
+_WORD = rf"{_LETTER}(?:{_LETTER}|{_DIGIT})*(?:[.!?]{_LETTER}(?:{_LETTER}|{_DIGIT})*)*"
+_NUMBER = rf"[-+]?(?:{_DIGIT}+(?:[.:,\xad\u066b\u066c]{_DIGIT}+)*|(?:[.:,\xad\u066b\u066c]{_DIGIT}+)+)"
+_THING = (
+    rf"(?:[dol]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+(?:{_HYPHEN}(?:[dol]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+)*"
+)
+_HYPHENATED = rf"[a-z0-9][a-z0-9.,\xad]*(?:-(?:{_LONG_ACRONYM}\.|[a-z0-9\xad]+))+"
+_TAG = (
+    r"<(?:[!?][a-z-][^>\n]*|[a-z][a-z0-9_:.-]*(?: +(?:[a-z][a-z0-9_:.-]* *= *(?:'[^'\n]*'|\"[^\"\n]*\")|"
+    r"[a-z][a-z0-9_:.-]*))* */?|/[a-z][a-z0-9_:.-]*) *>"
+)
+_SENTENCE_END = f"{_SPACE_OR_LINE}(?:{_SPACE_OR_LINE}|(?-i:[A-Z])|{_TAG})"
+_SLASHED = r"[a-z0-9]+(?:-[a-z]+){0,2}(?:\\?/[a-z0-9]+(?:-[a-z]+){0,2}){1,2}"
+_INITIALS = r"(?-i:[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+)"
+_DOUBLE_QUOTE = '(?:"|&quot;)'
+_STARTER = f"{_SPACE_OR_LINE}+(?:{_SENTENCE_STARTERS}){_SPACE_OR_LINE}"
 
+# --- the rules, in their order ---
 
-@lru_cache(maxsize=1)
-def _rules() -> dict[str, tuple[_Rule, ...]]:
-    """The rules by class of the first character, in their order."""
-    plain = _ranges(lambda char: unicodedata.category(char).startswith("L"))
-    marks = _ranges(lambda char: unicodedata.category(char) in ("Mn", "Mc"), 0xED0)
-    letter = f"(?:[{plain}\xad{marks}]|&[aeiou](?:acute|grave|uml);)"
-    digits = _ranges(lambda char: unicodedata.category(char) == "Nd")
-    only_letter, digit, alnum = f"[{plain}]", f"[{digits}]", f"[{plain}{digits}]"
-    word = rf"{letter}(?:{letter}|{digit})*(?:[.!?]{letter}(?:{letter}|{digit})*)*"
-    number = rf"[-+]?(?:{digit}+(?:[.:,\xad\u066b\u066c]{digit}+)*|(?:[.:,\xad\u066b\u066c]{digit}+)+)"
-    thing = (
-        rf"(?:[dol]{_ANY_APOSTROPHE}{alnum})?{alnum}+(?:{_HYPHEN}(?:[dol]{_ANY_APOSTROPHE}{alnum})?{alnum}+)*"
-    )
-    hyphenated = rf"[a-z0-9][a-z0-9.,\xad]*(?:-(?:{_LONG_ACRONYM}\.|[a-z0-9\xad]+))+"
-    tag = (
-        r"<(?:[!?][a-z-][^>\n]*|[a-z][a-z0-9_:.-]*(?: +(?:[a-z][a-z0-9_:.-]* *= *(?:'[^'\n]*'|\"[^\"\n]*\")|"
-        r"[a-z][a-z0-9_:.-]*))* */?|/[a-z][a-z0-9_:.-]*) *>"
-    )
-    sentence_end = f"{_SPACE_OR_LINE}(?:{_SPACE_OR_LINE}|(?-i:[A-Z])|{tag})"
-    slashed = r"[a-z0-9]+(?:-[a-z]+){0,2}(?:\\?/[a-z0-9]+(?:-[a-z]+){0,2}){1,2}"
-    initials = r"(?-i:[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+)"
-    double = '(?:"|&quot;)'
-    rows: list[tuple[str, str, str, Callable[[str], str], int, bool]] = []
-
-    def rule(
-        starts: str,
-        token: str,
-        then: str = "",
-        write: Callable[[str], str] = str,
-        back: int = 0,
-        stop: bool = False,
-    ) -> None:
-        rows.append((starts, token, then, write, back, stop))
-
-    rule("l", r"c\+\+|[cf]#")
-    rule("lo", "cannot|'twas", back=3)
-    rule("lo", f"{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna", back=2)
-    rule("o", tag, write=_hard_spaces)
-    rule("o", "&(?:MD|mdash|ndash);|[\x96\x97\u2013\u2014\u2015]", write=_always("--"))
-    rule("o", "&amp;", write=_ampersand)
-    rule("o", "&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);")
-    rule("lo", word, _AUXILIARY, _no_soft_hyphens)
-    rule("lo", "[a-z\xad]*[a-mo-z]\xad*", _NEGATION, _no_soft_hyphens)
-    rule("lo", word, write=_no_soft_hyphens)
-    rule(
+# Words, contractions, markup.
+_WORDS = (
+    _Rule("l", r"c\+\+|[cf]#"),
+    _Rule("lo", "cannot|'twas", back=3),
+    _Rule("lo", f"{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna", back=2),
+    _Rule("o", _TAG, write=_hard_spaces),
+    _Rule("o", "&(?:MD|mdash|ndash);|[\x96\x97\u2013\u2014\u2015]", write=_always("--")),
+    _Rule("o", "&amp;", write=_ampersand),
+    _Rule("o", "&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);"),
+    _Rule("lo", _WORD, _AUXILIARY, _no_soft_hyphens),
+    _Rule("lo", "[a-z\xad]*[a-mo-z]\xad*", _NEGATION, _no_soft_hyphens),
+    _Rule("lo", _WORD, write=_no_soft_hyphens),
+    _Rule(
         "lo",
         f"{_APOSTROPHE}n{_APOSTROPHE}?|[ldj]{_APOSTROPHE}|dunkin{_APOSTROPHE}|somethin{_APOSTROPHE}|ol{_APOSTROPHE}|"
-        f"{_APOSTROPHE}em|(?-i:[A-HJ-XZn]){_ANY_APOSTROPHE}{only_letter}{{2,}}|{_APOSTROPHE}[2-9]0s|{_APOSTROPHE}till?|"
-        f"{only_letter}+[aeiouy]{_ANY_APOSTROPHE}(?-i:[aeiouA-Z]){only_letter}*|{_APOSTROPHE}cause|cont'd\\.?|"
+        f"{_APOSTROPHE}em|(?-i:[A-HJ-XZn]){_ANY_APOSTROPHE}{_ONLY_LETTER}{{2,}}|{_APOSTROPHE}[2-9]0s|{_APOSTROPHE}till?|"
+        f"{_ONLY_LETTER}+[aeiouy]{_ANY_APOSTROPHE}(?-i:[aeiouA-Z]){_ONLY_LETTER}*|{_APOSTROPHE}cause|cont'd\\.?|"
         "nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l",
-    )
-    rule("l", f"y{_APOSTROPHE}", only_letter)
-    rule("l", r"https?://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-]")
-    rule(
+    ),
+    _Rule("l", f"y{_APOSTROPHE}", _ONLY_LETTER),
+)
+# Addresses on the internet.
+_ADDRESSES = (
+    _Rule("l", r"https?://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-]"),
+    _Rule(
         "ldo",
         r"(?:www\.(?:[^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-z]{2,4}|"
         r"(?-i:(?:[^ \t\n\f\r\"`'<>|.!?(){},-_$]+\.)+)(?:com|net|org|edu))"
         r"(?:/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-])?",
-    )
-    rule(
+    ),
+    _Rule(
         "ldo",
         r"(?:&lt;|<)?[a-z0-9][^ \t\n\f\r\"<>|()\xa0]*@"
         r"(?:[^ \t\n\f\r\"<>|().\xa0]+\.)*[^ \t\n\f\r\"<>|().\xa0]+(?:&gt;|>)?",
-    )
-    rule("o", f"@[a-z_][a-z_0-9]*|#{letter}+")
-    rule("o", _AUXILIARY, "[^a-z]", _closing)
-    rule("l", _NEGATION, r"[^a-z]|\Z", _closing)
-    rule("d", f"{digit}{{1,2}}[-/]{digit}{{1,2}}[-/]{digit}{{2,4}}")
-    rule("do", number, write=_no_soft_hyphens)
-    rule("o", "[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)")
-    rule("d", rf"(?:{digit}{{1,4}}[- \xa0])?{digit}{{1,4}}(?:\\?/|\u2044){digit}{{1,4}}", write=_hard_spaces)
-    rule("o", "[\xbc\xbd\xbe\u2153-\u215e]", write=_fractions)
-    rule(
+    ),
+    _Rule("o", f"@[a-z_][a-z_0-9]*|#{_LETTER}+"),
+)
+# Contractions after their word, numbers, currencies.
+_NUMBERS = (
+    _Rule("o", _AUXILIARY, "[^a-z]", _closing),
+    _Rule("l", _NEGATION, r"[^a-z]|\Z", _closing),
+    _Rule("d", f"{_DIGIT}{{1,2}}[-/]{_DIGIT}{{1,2}}[-/]{_DIGIT}{{2,4}}"),
+    _Rule("do", _NUMBER, write=_no_soft_hyphens),
+    _Rule("o", "[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)"),
+    _Rule(
+        "d", rf"(?:{_DIGIT}{{1,4}}[- \xa0])?{_DIGIT}{{1,4}}(?:\\?/|\u2044){_DIGIT}{{1,4}}", write=_hard_spaces
+    ),
+    _Rule("o", "[\xbc\xbd\xbe\u2153-\u215e]", write=_fractions),
+    _Rule(
         "lo",
         f"-(?:rrb|lrb|rcb|lcb|rsb|lsb)-|c\\.d\\.s|pro-|anti-|s(?:&amp;|&)p-500|s(?:&amp;|&)ls|cap{_APOSTROPHE}n|c{_APOSTROPHE}est",
         write=_ampersand,
-    )
-    rule("ld", slashed)
-    rule("lo", r"(?-i:[A-Z]*)\$|#")
-    rule("o", "[\xa2\xa3\xa4\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", write=_currency)
-    starter = f"{_SPACE_OR_LINE}+(?:{_SENTENCE_STARTERS}){_SPACE_OR_LINE}"
-    rule("l", rf"{_LONG_ACRONYM}\.", starter, stop=True)
-    rule("l", r"[a-z]\.", starter, back=1)
-    rule("l", _BEFORE_NUMBERS, f"{_SPACE_OR_LINE}?[0-9]")
-    rule("l", r"(?:pt(?-i:[ey])|co)\.", f"{_SPACE}(?:ltd|lim)")
-    rule("l", _BEFORE_LOWER_CASE, sentence_end, stop=True)
-    rule("l", _BEFORE_LOWER_CASE, "(?s:..)")
-    rule("l", _BEFORE_LOWER_CASE, stop=True)
-    rule("l", rf"{_BEFORE_NAMES}\.")
-    rule("l", _BEFORE_NAMES, _SPACE)
-    rule("l", _ACRONYM, _SPACE_OR_LINE)
-    rule("o", f"{_APOSTROPHE}[0-9][0-9]", _SPACE_OR_LINE)
-    rule("ld", _FILE, "[ \t\xa0\n.?!,]")
-    rule("lo", rf"{word}\.", _COLON_LIKE, _no_soft_hyphens)
-    rule(
+    ),
+    _Rule("ld", _SLASHED),
+    _Rule("lo", r"(?-i:[A-Z]*)\$|#"),
+    _Rule(
+        "o", "[\xa2\xa3\xa4\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", write=_currency
+    ),
+)
+# Abbreviations, acronyms, file names.
+_ABBREVIATIONS = (
+    _Rule("l", rf"{_LONG_ACRONYM}\.", _STARTER, doubled=True),
+    _Rule("l", r"[a-z]\.", _STARTER, back=1),
+    _Rule("l", _BEFORE_NUMBERS, f"{_SPACE_OR_LINE}?[0-9]"),
+    _Rule("l", r"(?:pt(?-i:[ey])|co)\.", f"{_SPACE}(?:ltd|lim)"),
+    _Rule("l", _BEFORE_LOWER_CASE, _SENTENCE_END, doubled=True),
+    _Rule("l", _BEFORE_LOWER_CASE, "(?s:..)"),
+    _Rule("l", _BEFORE_LOWER_CASE, doubled=True),
+    _Rule("l", rf"{_BEFORE_NAMES}\."),
+    _Rule("l", _BEFORE_NAMES, _SPACE),
+    _Rule("l", _ACRONYM, _SPACE_OR_LINE),
+    _Rule("o", f"{_APOSTROPHE}[0-9][0-9]", _SPACE_OR_LINE),
+    _Rule("ld", _FILE, "[ \t\xa0\n.?!,]"),
+    _Rule("lo", rf"{_WORD}\.", _COLON_LIKE, _no_soft_hyphens),
+)
+# Telephone numbers, quotes, smileys, brackets, punctuation.
+_MARKS_AND_SIGNS = (
+    _Rule(
         "do",
         r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])[0-9]{3,4}[- \xa0]?[0-9]{3,5}|"
         r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
         write=_telephone,
-    )
-    rule("o", double, "[a-z0-9$]", _opening)
-    rule("o", double, write=_closing)
-    rule("o", "<|&lt;", write=_always("<"))
-    rule("o", ">|&gt;", write=_always(">"))
-    rule("o", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^a-z0-9]", _brackets)
-    rule(
+    ),
+    _Rule("o", _DOUBLE_QUOTE, "[a-z0-9$]", _opening),
+    _Rule("o", _DOUBLE_QUOTE, write=_closing),
+    _Rule("o", "<|&lt;", write=_always("<")),
+    _Rule("o", ">|&gt;", write=_always(">")),
+    _Rule("o", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^a-z0-9]", _brackets),
+    _Rule(
         "lo",
         r"[\^x=~<>]\.\[\^x=~<>]|[-\^x=~<>']_[-\^x=~<>']|\([-\^x=~<>'][_.]?[-\^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)",
         write=_brackets,
-    )
-    for bracket, name in zip("{}[]()", ("-LCB-", "-RCB-", "-LSB-", "-RSB-", "-LRB-", "-RRB-")):
-        rule("o", re.escape(bracket), write=_always(name))
-    rule("o", "-+", write=_dashes)
-    rule("o", r"\.\.\.+|\.[ \xa0](?:\.[ \xa0])+\.|[\x85\u2026]", write=_always("..."))
-    rule("o", r"@+|#+|_+|\*+|(?:\\\*){1,3}")
-    rule("o", _COLON_LIKE)
-    rule("o", "[?!]+")
-    rule("o", "[.\xa1\xbf\u037e\u0589\u061f\u06d4\u0700-\u0702\u07fa\u3002=/]")
-    rule("ld", rf"{hyphenated}\.", _COLON_LIKE, _no_soft_hyphens)
-    rule("ld", hyphenated, write=_no_soft_hyphens)
-    rule("ld", rf"{thing}\.", _COLON_LIKE)
-    rule("ld", thing)
-    rule("l", rf"{initials}\.", _COLON_LIKE, _ampersand)
-    rule("l", initials, write=_ampersand)
-    rule("o", "'", r"[a-z][^ \t\n\r\xa0]", _opening)
-    rule("o", _AUXILIARY, write=_closing)
-    rule("o", f"''|[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{{1,2}}|{_APOSTROPHE}", write=_closing)
-    rule("o", "<<|>>")
-    rule(
+    ),
+    *(
+        _Rule("o", re.escape(bracket), write=_always(name))
+        for bracket, name in zip("{}[]()", ("-LCB-", "-RCB-", "-LSB-", "-RSB-", "-LRB-", "-RRB-"))
+    ),
+    _Rule("o", "-+", write=_dashes),
+    _Rule("o", r"\.\.\.+|\.[ \xa0](?:\.[ \xa0])+\.|[\x85\u2026]", write=_always("...")),
+    _Rule("o", r"@+|#+|_+|\*+|(?:\\\*){1,3}"),
+    _Rule("o", _COLON_LIKE),
+    _Rule("o", "[?!]+"),
+    _Rule("o", "[.\xa1\xbf\u037e\u0589\u061f\u06d4\u0700-\u0702\u07fa\u3002=/]"),
+)
+# Compounds, closing quotes, symbols.
+_COMPOUNDS = (
+    _Rule("ld", rf"{_HYPHENATED}\.", _COLON_LIKE, _no_soft_hyphens),
+    _Rule("ld", _HYPHENATED, write=_no_soft_hyphens),
+    _Rule("ld", rf"{_THING}\.", _COLON_LIKE),
+    _Rule("ld", _THING),
+    _Rule("l", rf"{_INITIALS}\.", _COLON_LIKE, _ampersand),
+    _Rule("l", _INITIALS, write=_ampersand),
+    _Rule("o", "'", r"[a-z][^ \t\n\r\xa0]", _opening),
+    _Rule("o", _AUXILIARY, write=_closing),
+    _Rule("o", f"''|[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{{1,2}}|{_APOSTROPHE}", write=_closing),
+    _Rule("o", "<<|>>"),
+    _Rule(
         "o",
         r"[+%&~\^|\\\xa6\xa7\xa8\xa9\xac\xae\xaf\xb0-\xb3\xb4-\xba\xd7\xf7\u0387\u05be\u05c0\u05c3\u05c6\u05f3\u05f4"
         r"\u0600-\u0603\u0606-\u060a\u060c\u0614\u061b\u061e\u066a\u066d\u0703-\u070d\u07f6\u07f7\u07f8\u0964\u0965\u0e4f"
         r"\u1fbd\u2016\u2017\u2020-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u207a-\u207f\u208a-\u208e\u2100-\u214f"
         r"\u2190-\u21ff\u2200-\u2bff\u3012\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
         r"\uff5b-\uff65]",
-    )
-    flags = re.IGNORECASE | re.ASCII
-    made = [
-        (
-            starts,
-            _Rule(re.compile(f"({token})(?:{then})" if then else f"({token})", flags), write, back, stop),
-        )
-        for starts, token, then, write, back, stop in rows
+    ),
+)
+
+
+@lru_cache(maxsize=1)
+def _rules() -> dict[str, tuple[tuple[re.Pattern[str], _Rule], ...]]:
+    """The rules by class of the first character, each with its compiled pattern."""
+    compiled = [
+        (re.compile(f"({rule.token})(?:{rule.then})", re.IGNORECASE | re.ASCII), rule)
+        for rule in (*_WORDS, *_ADDRESSES, *_NUMBERS, *_ABBREVIATIONS, *_MARKS_AND_SIGNS, *_COMPOUNDS)
     ]
     return {
-        kind: tuple(one for starts, one in made if kind in starts or kind == "other")
+        kind: tuple((pattern, rule) for pattern, rule in compiled if kind in (*rule.starts, "other"))
         for kind in ("l", "d", "o", "other")
     }
 
 
-# A plain word before a space, a mark perhaps between, is what it is, but for abbreviations and what is two words.
+# A shortcut: plain words before a space, except abbreviations and contractions of two words, need no rule.
 _PLAIN = re.compile("[A-Za-z]{2,}(?=[.,;:!?]?[ \n])")
 _TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
 _ABBREVIATION = re.compile(
@@ -349,14 +350,11 @@ def _tokens(text: str) -> Iterator[str]:
             at = skipped.end()
             continue
         kind = "other" if char > "\x7f" else "d" if char.isdigit() else "l" if char.isalpha() else "o"
-        best, match = None, None
-        for rule in rules[kind]:
-            found = rule.pattern.match(text, at)
-            if found and (match is None or found.end() > match.end()):
-                best, match = rule, found
-        if best is None or match is None:  # a character that no rule knows is left out
+        matches = [(match, rule) for pattern, rule in rules[kind] if (match := pattern.match(text, at))]
+        if not matches:  # a character that no rule knows is left out
             at += 1
             continue
+        match, rule = max(matches, key=lambda pair: pair[0].end())  # among equals the first
         token = match[1]
-        at += len(token) - best.back - best.doubled
-        yield best.write(token[: len(token) - best.back])
+        at += len(token) - rule.back - rule.doubled
+        yield rule.write(token[: len(token) - rule.back])

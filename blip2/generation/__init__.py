@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["GenerateKwargs", "Generated", "GenerationOptions", "generate", "stream"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'blip2.generation' has no attribute {name!r}")
-    from blip2.generation import decoding  # needs torch, which the options do not
+if not TYPE_CHECKING:  # or a type checker would let any name pass
 
-    return getattr(decoding, name)
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'blip2.generation' has no attribute {name!r}")
+        from blip2.generation import decoding  # needs torch, which the options do not
+
+        return getattr(decoding, name)

@@ -124,10 +124,8 @@ def history_before(model: Blip2, prefix: Tensor, input_ids: Tensor, attention_ma
 
 def end_ids_of(model: Blip2, options: GenerationOptions, device: torch.device) -> Tensor:
     """The end tokens, int64 [E]."""
-    chosen = options.eos_token_id
-    ends = (chosen,) if isinstance(chosen, int) else chosen
-    ids = sorted({*(model.config.language.eos_token_ids if ends is None else ends)})
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+    ids = options.end_ids(model.config.language.eos_token_ids)
+    return torch.tensor(sorted({*ids}), dtype=torch.int64, device=device)
 
 
 class ScoredSequence(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 DEFAULT_NUM_BEAMS = 5  # what the published results were made with
@@ -19,9 +19,9 @@ EarlyStopping = bool | Literal["never"]
 TokenIds = int | tuple[int, ...] | list[int]
 
 
-def _about(text: str, **bounds: float) -> dict[str, Any]:
-    """A field's metadata: its help, and its bounds ge and le (inclusive), gt and lt (exclusive)."""
-    return {"help": text, "bounds": bounds}
+def _option(default: Any, text: str, **bounds: float) -> Any:
+    """A field with its help and its bounds: ge and le (inclusive), gt and lt (exclusive)."""
+    return field(default=default, metadata={"help": text, "bounds": bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,55 +30,42 @@ class GenerationOptions:
 
     Names and meanings are those of transformers; all lengths count new tokens only. `temperature`, `top_k` or `top_p`
     ask for sampling by being given; a temperature of 0 is greedy search. There is no hidden default such as
-    transformers' top_k of 50.
+    transformers' top_k of 50. With `eos_token_id=()` no token ends a text.
 
     Raises:
         ValueError: an option out of its bounds, or options that contradict each other.
+
+    Options:
     """
 
-    num_beams: int = field(default=1, metadata=_about("sequences that beam search follows", ge=1))
-    max_new_tokens: int = field(default=30, metadata=_about("longest text, in tokens", ge=1))
-    min_new_tokens: int = field(default=0, metadata=_about("shortest text, in tokens", ge=0))
-    length_penalty: float = field(
-        default=1.0,
-        metadata=_about(
-            "scores are divided by length ** length_penalty: above 0 favors long texts, below 0 short ones"
-        ),
+    num_beams: int = _option(1, "sequences that beam search follows", ge=1)
+    max_new_tokens: int = _option(30, "longest text, in tokens", ge=1)
+    min_new_tokens: int = _option(0, "shortest text, in tokens", ge=0)
+    length_penalty: float = _option(
+        1.0, "scores are divided by length ** length_penalty: above 0 favors long texts, below 0 short ones"
     )
-    early_stopping: EarlyStopping = field(
-        default=False,
-        metadata=_about(
-            "when beam search ends: by estimate (false), at num_beams finished texts (true), or never early"
-        ),
+    early_stopping: EarlyStopping = _option(  # noqa: RUF009 (it makes a field)
+        False,
+        "when beam search ends: by estimate (false), at num_beams finished texts (true), or never early",
     )
-    repetition_penalty: float = field(
-        default=1.0, metadata=_about("above 1 makes tokens of the text so far less likely", gt=0)
+    repetition_penalty: float = _option(1.0, "above 1 makes tokens of the text so far less likely", gt=0)
+    no_repeat_ngram_size: int = _option(0, "no sequence of so many tokens twice, 0 for off", ge=0)
+    num_return_sequences: int = _option(1, "texts for each image, best first", ge=1)
+    do_sample: bool | None = _option(
+        None, "draw each token at random; temperature, top_k and top_p ask for it too"
     )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata=_about("no sequence of so many tokens twice, 0 for off", ge=0)
+    temperature: float | None = _option(
+        None, "of sampling: low is safe, high is wild; 0 is greedy search", ge=0
     )
-    num_return_sequences: int = field(default=1, metadata=_about("texts for each image, best first", ge=1))
-    do_sample: bool | None = field(
-        default=None,
-        metadata=_about("draw each token at random; temperature, top_k and top_p ask for it too"),
+    top_k: int | None = _option(None, "sample among the k likeliest tokens, 0 for all", ge=0)
+    top_p: float | None = _option(
+        None, "sample among the likeliest tokens that make up this probability", gt=0, le=1
     )
-    temperature: float | None = field(
-        default=None, metadata=_about("of sampling: low is safe, high is wild; 0 is greedy", ge=0)
+    seed: int | None = _option(
+        None, "makes sampling repeatable: sequence j draws from seed + j", ge=0, lt=2**63
     )
-    top_k: int | None = field(
-        default=None, metadata=_about("sample among the k likeliest tokens, 0 for all", ge=0)
-    )
-    top_p: float | None = field(
-        default=None,
-        metadata=_about("sample among the likeliest tokens that make up this probability", gt=0, le=1),
-    )
-    seed: int | None = field(
-        default=None,
-        metadata=_about("makes sampling repeatable: sequence j draws from seed + j", ge=0, lt=2**63),
-    )
-    eos_token_id: TokenIds | None = field(
-        default=None,
-        metadata=_about("ids that end a text (default: the model's own; none at all in Python: ())", ge=0),
+    eos_token_id: TokenIds | None = _option(  # noqa: RUF009 (it makes a field)
+        None, "ids that end a text (default: the model's own)", ge=0
     )
 
     def __post_init__(self) -> None:
@@ -87,15 +74,18 @@ class GenerationOptions:
         for option in fields(self):
             _check(option, getattr(self, option.name))
         if self.temperature == 0:
-            for name in ("temperature", "top_k", "top_p"):
-                object.__setattr__(self, name, None)
-            object.__setattr__(self, "do_sample", False)
-        shaped = (self.temperature, self.top_k, self.top_p)
+            for name, value in {
+                "temperature": None,
+                "top_k": None,
+                "top_p": None,
+                "do_sample": False,
+            }.items():
+                object.__setattr__(self, name, value)
+        shaping = (self.temperature, self.top_k, self.top_p)
         if self.do_sample is None:
-            object.__setattr__(self, "do_sample", shaped != (None, None, None))
-        if not self.do_sample and any(
-            value not in (None, off) for value, off in zip(shaped, (1, 0, 1), strict=True)
-        ):
+            object.__setattr__(self, "do_sample", shaping != (None, None, None))
+        neutral = all(value in (None, off) for value, off in zip(shaping, (1, 0, 1), strict=True))
+        if not self.do_sample and not neutral:
             raise ValueError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} shape only samples: "
                 "leave out do_sample=False, or leave them out"
@@ -113,6 +103,17 @@ class GenerationOptions:
                 f"num_return_sequences={self.num_return_sequences} is more than num_beams={self.num_beams}: "
                 "search with more beams, or sample with do_sample=True"
             )
+
+    def end_ids(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids that end a text; `default`: the model's own."""
+        ids = default if self.eos_token_id is None else self.eos_token_id
+        return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+# `help(GenerationOptions)` lists the options with the help of their fields.
+GenerationOptions.__doc__ = f"{GenerationOptions.__doc__}" + "".join(
+    f"    {option.name}: {option.metadata['help']}.\n    " for option in fields(GenerationOptions)
+)
 
 
 class GenerateKwargs(TypedDict, total=False):
@@ -138,34 +139,35 @@ def make_options(
     *,
     stream: bool = False,
     num_return_sequences: int | None = None,
-    **given: Unpack[GenerateKwargs],
+    **options: Unpack[GenerateKwargs],
 ) -> GenerationOptions:
-    """The options of a caption or an answer: what is given (not None), the rest by the rules all doors share.
+    """The options of a caption or an answer: those passed (None: left out), the rest by the rules all doors share.
 
-    Beam search follows five beams unless sampling or streaming. The length penalty is 1.0 for captions and -1.0 for
-    answers, as in the published results.
+    Beam search follows five beams unless sampling, streaming or at temperature 0. The length penalty is 1.0 for
+    captions and -1.0 for answers, as in the published results.
 
     Raises:
         TypeError: an option that does not exist; the message names the one that was probably meant.
-        ValueError: as `GenerationOptions`, or several texts where one is streamed.
+        ValueError: as `GenerationOptions`, or beam search or several texts while streaming.
     """
-    names = {option.name for option in fields(GenerationOptions)}
-    for name in given.keys() - names:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(names))}"
-        raise TypeError(f"there is no decoding option {name!r}{hint}")
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    chosen.setdefault("length_penalty", LENGTH_PENALTY[kind])
+    names = [option.name for option in fields(GenerationOptions)]
+    for name in options.keys() - {*names}:
+        meant = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {meant[0]!r}?" if meant else f"there are {', '.join(names)}"
+        raise TypeError(f"there is no decoding option {name!r}; {hint}")
+    chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if stream and (chosen.get("num_beams", 1) != 1 or num_return_sequences not in (None, 1)):
         raise ValueError(
-            "streaming writes one text as it comes, beam search knows its text at the end: "
+            "stream=True writes one text as it comes, but beam search knows its text only at the end: "
             "leave out num_beams and num_return_sequences"
         )
-    samples = GenerationOptions(**{**chosen, "num_beams": 1, "num_return_sequences": 1}).do_sample
-    chosen.setdefault("num_beams", 1 if samples or stream else DEFAULT_NUM_BEAMS)
-    if num_return_sequences is not None:
-        chosen["num_return_sequences"] = num_return_sequences
-    return GenerationOptions(**chosen)
+    result = GenerationOptions(**{"length_penalty": LENGTH_PENALTY[kind]} | chosen)
+    one_path = stream or result.do_sample or chosen.get("temperature") == 0
+    return replace(
+        result,
+        num_beams=chosen.get("num_beams", 1 if one_path else DEFAULT_NUM_BEAMS),
+        num_return_sequences=1 if num_return_sequences is None else num_return_sequences,
+    )
 
 
 def bounds_of(option: Field[Any]) -> dict[str, float]:
@@ -186,22 +188,22 @@ def _check(option: Field[Any], value: object) -> None:
             raise ValueError(f"do_sample must be True or False, got {value!r}")
     else:
         for number in value if isinstance(value, tuple) else (value,):
-            _check_number(name, number, whole=not kind.startswith("float"), **bounds_of(option))
+            _check_number(name, number, float if kind.startswith("float") else int, **bounds_of(option))
 
 
 def _check_number(
     name: str,
-    value: object,
+    value: Any,
+    kind: type,
     *,
-    whole: bool,
     ge: float = -math.inf,
     gt: float = -math.inf,
     le: float = math.inf,
     lt: float = math.inf,
 ) -> None:
-    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if good and (math.isfinite(value) and ge <= value <= le and gt < value < lt):  # type: ignore[arg-type, operator]
+    good = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if good and math.isfinite(value) and ge <= value <= le and gt < value < lt:
         return
     least = f", {ge:g} or more" if ge > -math.inf else f" above {gt:g}" if gt > -math.inf else ""
     most = f", at most {le:g}" if le < math.inf else f" below {lt:g}" if lt < math.inf else ""
-    raise ValueError(f"{name} must be a {'whole ' if whole else ''}number{least}{most}; got {value!r}")
+    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number{least}{most}; got {value!r}")

@@ -91,7 +91,7 @@ class ImageEncoder(nn.Module):
         if not interpolate and pixels.shape[-2:] != (size, size):
             raise ValueError(
                 f"images are {pixels.shape[-1]}x{pixels.shape[-2]} px but the image encoder takes {size}x{size}; "
-                "resize them, or pass interpolate=True"
+                "resize them, or call `vision` or `embed_image` with interpolate=True"
             )
         patches = self._patches(pixels)
         positions = self.positions(patches.shape[-2], patches.shape[-1])

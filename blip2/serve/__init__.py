@@ -1,1 +1,1 @@
-"""A model as a service: an engine that answers many at once, an HTTP API and a page on top of it."""
+"""HTTP: OpenAI's API, endpoints of the package's own and a page, on an engine that batches all clients' requests."""

@@ -1,36 +1,39 @@
-"""The application: all routes, behind the guard."""
+"""The application: context, routes and middleware put together; the routes that report the server's state; the page."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import anyio
-from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import blip2
-from blip2.serve import native, openai_api, schemas
-from blip2.serve.context import ApiError, House, told
-from blip2.serve.engine import BusyError, Engine
+from blip2.serve import schemas
+from blip2.serve.batching_engine import BusyError, Engine, EngineError, TooLateError
+from blip2.serve.context import ServerContext, context_of
+from blip2.serve.errors import ApiError, error_response
 from blip2.serve.fetch import Fetcher
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
-from blip2.serve.middleware import Guard, log_content
+from blip2.serve.middleware import ApiKeys, RequestLimits, RequestLog, ResponseHeaders, SameSite
+from blip2.serve.native_api import native_routes
+from blip2.serve.openai_api import openai_routes
+from blip2.serve.openapi import documented, openapi_document
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]", "testserver"))
-DECODERS = 2  # images decoded at a time: one of the largest takes hundreds of MB
+
+state_routes = APIRouter()
 
 
-def build(
+def build_app(
     engine: Engine,
     *,
     model: str,
@@ -39,33 +42,19 @@ def build(
     hosts: frozenset[str] | None = LOOPBACK,
     fetch_urls: bool = False,
     log_contents: bool = False,
-) -> Guard:
+) -> ASGIApp:
     """The whole ASGI application around an engine, which it starts and closes.
 
     Args:
         model: the name by which clients know the model.
-        keys: None or none in it: no key is asked for.
-        hosts: host names the server answers to where no key is asked for; None: any.
+        keys: None or an empty set: clients need none.
+        hosts: host names that clients may use where they need no key; None: any.
         fetch_urls: let clients name images by http(s) URLs.
         log_contents: write prompts and answers to the log.
     """
-    metrics = Metrics(engine)
-
-    def write_down(request: Request, content: dict[str, Any]) -> None:
-        if log_contents:
-            log_content(request.state.id, content)
-
-    house = House(
-        engine,
-        limits,
-        model,
-        Fetcher(limits.fetch_bytes, limits.fetch_seconds) if fetch_urls else None,
-        anyio.CapacityLimiter(DECODERS),
-        write_down,
-    )
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         engine.close()
@@ -76,73 +65,53 @@ def build(
         description="Captions, answers, conversation and matching for images.",
         docs_url=None,  # its page comes from another host
         redoc_url=None,
-        lifespan=life,
+        lifespan=lifespan,
     )
-    app.include_router(native.router(house))
-    app.include_router(openai_api.router(house))
+    metrics = Metrics(engine)
+    fetcher = Fetcher(limits.fetch_bytes, limits.fetch_seconds) if fetch_urls else None
+    app.state.context = ServerContext(engine, limits, model, metrics, fetcher, log_contents)
+    for routes in (native_routes, openai_routes, state_routes):
+        app.include_router(routes)
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    engine_errors = (BusyError, TooLateError, EngineError)
+    for kind in (ApiError, HTTPException, *engine_errors, ValueError, RuntimeError, OSError, Exception):
+        app.add_exception_handler(kind, error_response)
+    app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
 
-    @app.get("/health", responses={200: {"model": schemas.State}}, tags=["state"])
-    async def health() -> Response:
-        """The process answers."""
-        failed = engine.failure is not None or not engine.alive
-        return JSONResponse({"status": "failed" if failed else "ok"}, 500 if failed else 200)
+    inner = ApiKeys(SameSite(RequestLimits(app, limits), None if keys else hosts), keys or Keys())
+    http = ResponseHeaders(RequestLog(inner, metrics))
 
-    @app.get("/ready", responses=native.answers(schemas.State), tags=["state"])
-    async def ready() -> Response:
-        """The model is loaded."""
-        _ = engine.predictor
-        return JSONResponse({"status": "ready"})
+    async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await http(scope, receive, send)
+        elif scope["type"] == "lifespan":  # there are no websockets
+            await app(scope, receive, send)
 
-    @app.get("/metrics", tags=["state"], responses={200: {"content": {"text/plain": {}}}})
-    async def numbers() -> Response:
-        """Numbers for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    if (PAGE / "index.html").is_file():
-
-        @app.get("/", include_in_schema=False)
-        async def page() -> Response:
-            return FileResponse(PAGE / "index.html")
-
-        app.mount("/page", StaticFiles(directory=PAGE), name="page")
-
-    async def tell(request: Request, error: Exception) -> Response:
-        if isinstance(error, ClientDisconnect):
-            raise error
-        return told(request, error).response()
-
-    async def tell_http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        said = {404: "there is no such page here", 405: "this page is not asked for in that way"}
-        return ApiError(
-            error.status_code, said.get(error.status_code, error.detail), headers=dict(error.headers or {})
-        ).response()
-
-    for kind in (ApiError, BusyError, ValueError, RuntimeError, OSError, Exception):
-        app.add_exception_handler(kind, tell)
-    app.add_exception_handler(HTTPException, tell_http)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
-    return Guard(app, keys=keys or Keys(), limits=limits, metrics=metrics, hosts=None if keys else hosts)
+    return asgi
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the schemas of the bodies that the routes read themselves."""
-    if app.openapi_schema is None:
-        found = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        known = found.setdefault("components", {}).setdefault("schemas", {})
-        for model in (
-            schemas.CaptionRequest,
-            schemas.AskRequest,
-            schemas.MatchRequest,
-            schemas.EmbedRequest,
-            schemas.ExplainRequest,
-            schemas.ChatRequest,
-            schemas.CompletionRequest,
-        ):
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            known |= schema.pop("$defs", {})
-            known[model.__name__] = schema
-        app.openapi_schema = found
-    return app.openapi_schema
+@state_routes.get("/health", responses={200: {"model": schemas.State}}, tags=["state"])
+async def health(request: Request) -> Response:
+    """Whether the process works; its model may still be loading."""
+    engine = context_of(request).engine
+    failed = engine.failure is not None or not engine.alive
+    return JSONResponse({"status": "failed" if failed else "ok"}, 500 if failed else 200)
+
+
+@state_routes.get("/ready", tags=["state"], **documented(schemas.State))
+async def ready(request: Request) -> Response:
+    """Whether the model is loaded."""
+    _ = context_of(request).engine.predictor
+    return JSONResponse({"status": "ready"})
+
+
+@state_routes.get("/metrics", tags=["state"], responses={200: {"content": {"text/plain": {}}}})
+async def prometheus_metrics(request: Request) -> Response:
+    """Numbers for Prometheus."""
+    content = context_of(request).metrics.text()
+    return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@state_routes.get("/", include_in_schema=False)
+async def index_page() -> Response:
+    return FileResponse(PAGE / "index.html")

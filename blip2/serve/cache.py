@@ -1,4 +1,4 @@
-"""Encoded images by the content of their files, the least recently used going first."""
+"""A cache of encoded images by the content of their files; the least recently used is dropped first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from blip2.results import EncodedImage
 
 
 def size_of(encoded: EncodedImage) -> int:
-    """Bytes an encoded image holds."""
+    """Bytes of an encoded image."""
     parts = [encoded.prefix]
-    if encoded.context is not None:
-        parts += [part for layer in encoded.context.layers for part in layer] + [encoded.context.mask]
+    if encoded.prompt_cache is not None:
+        parts += [part for layer in encoded.prompt_cache.layers for part in layer] + [
+            encoded.prompt_cache.mask
+        ]
     return sum(part.numel() * part.element_size() for part in parts)
 
 
@@ -21,35 +23,32 @@ class ImageCache:
 
     def __init__(self, limit: int) -> None:
         self._limit, self._lock = limit, Lock()
-        self._held: OrderedDict[bytes, tuple[EncodedImage, int]] = OrderedDict()
+        self._entries: OrderedDict[bytes, tuple[EncodedImage, int]] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
 
     def get(self, key: bytes) -> EncodedImage | None:
+        """The image of a key, counted as a hit or a miss."""
         with self._lock:
-            found = self._held.get(key)
-            if found is None:
+            if key not in self._entries:
                 self.misses += 1
                 return None
             self.hits += 1
-            self._held.move_to_end(key)
-            return found[0]
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
     def peek(self, key: bytes) -> EncodedImage | None:
-        """As `get`, but not counted: for a second look."""
+        """As `get`, but not counted: for a second look-up."""
         with self._lock:
-            found = self._held.get(key)
-            return None if found is None else found[0]
+            return self._entries[key][0] if key in self._entries else None
 
     def put(self, key: bytes, encoded: EncodedImage) -> None:
+        """Keep an image, dropping others as needed; one larger than the whole cache is not kept."""
         size = size_of(encoded)
         with self._lock:
-            if key in self._held or size > self._limit:
+            if key in self._entries or size > self._limit:
                 return
-            self._held[key] = encoded, size
+            self._entries[key] = encoded, size
             self.bytes += size
             while self.bytes > self._limit:
-                _, (_, freed) = self._held.popitem(last=False)
+                _, (_, freed) = self._entries.popitem(last=False)
                 self.bytes -= freed
-
-    def __len__(self) -> int:
-        return len(self._held)

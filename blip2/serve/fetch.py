@@ -1,7 +1,7 @@
-"""The only way in which the server asks another host for something: an image's URL, where that is switched on.
+"""The only connections that the server makes to other hosts: to fetch an image's URL, where that is switched on.
 
-A name is resolved once, every address it has must be a public one, and the connection is made to an address that was
-checked, so that a second answer of the name server changes nothing. Redirects go through the same gate.
+A name is resolved once, all of its addresses must be public, and the connection is made to an address that was checked,
+so that a second answer of the name server changes nothing. Redirects are checked in the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import ipaddress
 import re
 import socket
-import ssl
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -20,11 +19,9 @@ import httpcore2
 REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,252}")
-_NUMBER = re.compile(
-    r"\d+|0x[0-9a-f]*"
-)  # a host that ends so is an address, and must be spelt in the usual way
-_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6's open internet
-_CARRIERS = tuple(  # networks whose addresses hold an IPv4 address that is where the packet goes in the end
+_NUMBER = re.compile(r"\d+|0x[0-9a-f]*")  # a host that ends so is an address, to be written in the usual way
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6's public internet
+_CARRIERS = tuple(  # networks whose addresses hold an IPv4 address, to which packets go in the end
     ipaddress.IPv6Network(net) for net in ("2002::/16", "2001::/32")
 )
 
@@ -34,7 +31,7 @@ class FetchError(ValueError):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet."""
+    """Whether an IP address is on the public internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:  # a zone, such as fe80::1%eth0, is for links
@@ -47,10 +44,10 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
-async def resolve(host: str, port: int) -> list[str]:
+async def resolve_host(host: str, port: int) -> list[str]:
     """All addresses of a name."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+    addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in addresses]
 
 
 def check_url(url: str) -> tuple[str, str]:
@@ -79,8 +76,8 @@ def check_url(url: str) -> tuple[str, str]:
     return parts.scheme, host
 
 
-class _Gate(httpcore2.AsyncNetworkBackend):
-    """Connects to public addresses alone, and to the very ones that were checked."""
+class _PublicHosts(httpcore2.AsyncNetworkBackend):
+    """Connects only to public addresses, and to the very ones that were checked."""
 
     def __init__(self) -> None:
         self._inner = httpcore2.AnyIOBackend()
@@ -94,20 +91,12 @@ class _Gate(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         try:
-            addresses = await resolve(host, port)
+            addresses = await resolve_host(host, port)
         except (OSError, UnicodeError):
             raise FetchError("the host of the image's URL is not known") from None
         if not addresses or not all(map(is_public, addresses)):
             raise FetchError("the image's URL names no public host")
         return await self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
-
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
-    ) -> httpcore2.AsyncNetworkStream:
-        raise FetchError("only hosts are fetched from")
-
-    async def sleep(self, seconds: float) -> None:
-        await self._inner.sleep(seconds)
 
 
 class Fetcher:
@@ -120,7 +109,7 @@ class Fetcher:
         """The file a URL names.
 
         Raises:
-            FetchError: what is not allowed, not there, too large or too slow.
+            FetchError: the URL is not allowed, or its file is missing, too large or too slow.
         """
         try:
             async with asyncio.timeout(self._seconds):
@@ -130,13 +119,7 @@ class Fetcher:
                         return content
         except TimeoutError:
             raise FetchError(f"fetching the image took longer than {self._seconds:g} s") from None
-        except (
-            httpcore2.NetworkError,
-            httpcore2.ProtocolError,
-            httpcore2.TimeoutException,
-            ssl.SSLError,
-            OSError,
-        ):
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError):
             raise FetchError("the image's host could not be reached") from None
         raise FetchError(f"the image's URL led on more than {REDIRECTS} times")
 
@@ -149,12 +132,12 @@ class Fetcher:
             ("accept-encoding", "identity"),
             ("user-agent", "blip2"),
         ]
-        async with httpcore2.AsyncConnectionPool(network_backend=_Gate(), max_connections=1) as pool:
+        async with httpcore2.AsyncConnectionPool(network_backend=_PublicHosts(), max_connections=1) as pool:
             target = urlsplit(url)._replace(fragment="").geturl()
             async with pool.stream("GET", target, headers=headers) as response:
                 if response.status in (301, 302, 303, 307, 308):
-                    place = dict(response.headers).get(b"location", b"")
-                    return urljoin(url, place.decode("latin-1")), None
+                    location = dict(response.headers).get(b"location", b"")
+                    return urljoin(url, location.decode("latin-1")), None
                 if response.status != 200:
                     raise FetchError(f"the image's host answered with status {response.status}")
                 content = bytearray()

@@ -12,7 +12,7 @@ SHORTEST = 16  # characters: what is shorter can be guessed
 
 
 class Keys:
-    """The keys that open the server. Without any, it is open."""
+    """The keys that give access to the server. Without any, everyone has access."""
 
     def __init__(self, keys: tuple[str, ...] = ()) -> None:
         self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -42,22 +42,22 @@ class Keys:
         return bool(self._hashes)
 
     def holder(self, authorization: list[bytes]) -> str | None:
-        """Whose key a request's Authorization headers bear; None where it is none of ours.
+        """Whose key is in a request's Authorization headers; None where it is no known one.
 
-        `Bearer KEY`, as OpenAI's clients send it, or `Basic` with the key as password, as browsers ask for it.
+        `Bearer KEY`, as OpenAI's clients send it, or `Basic` with the key as password, as browsers send it.
         """
         if len(authorization) != 1:
             return None
-        scheme, _, given = authorization[0].partition(b" ")
+        scheme, _, key = authorization[0].partition(b" ")
         if scheme.lower() == b"basic":
             try:
-                given = base64.b64decode(given, validate=True).partition(b":")[2]
+                key = base64.b64decode(key, validate=True).partition(b":")[2]
             except (binascii.Error, ValueError):
                 return None
         elif scheme.lower() != b"bearer":
             return None
-        shown, holder = hashlib.sha256(given).digest(), None
-        for i, known in enumerate(self._hashes):  # all of them, whichever it is
-            if hmac.compare_digest(shown, known):
+        digest, holder = hashlib.sha256(key).digest(), None
+        for i, known in enumerate(self._hashes):  # all of them, so that the time taken does not tell which
+            if hmac.compare_digest(digest, known):
                 holder = f"key {i + 1}"
         return holder

@@ -1,4 +1,4 @@
-"""Every bound of the server, with a safe default."""
+"""The server's limits, each with a safe default."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Beyond any of these a request gets an error that names it; sizes in bytes, times in seconds."""
+    """A request beyond any of these gets an error that names it; sizes in bytes, times in seconds."""
 
     queue: int = 64  # requests that wait for the model; beyond: 503
-    rows: int = 32  # texts written at a time
-    requests: int = 256  # requests in the house, bodies still arriving included; beyond: 503
+    rows: int = 32  # rows of the batch: texts generated at a time, all beams counted
+    requests: int = 256  # requests at work, those whose bodies still arrive included; beyond: 503
     connections: int = 1024
     body_bytes: int = 20_000_000  # of one request
-    bodies_bytes: int = 200_000_000  # of all requests in the house, images fetched included; beyond: 503
+    bodies_bytes: int = 200_000_000  # of all requests at work, images fetched included; beyond: 503
     pixels: int = 50_000_000  # of one image
     images: int = 8  # in one request
     texts: int = 64  # in one request
@@ -26,7 +26,7 @@ class Limits:
     sequences: int = 8  # texts of one request
     header_seconds: float = 5  # from the connection, or a request's first byte, until its headers are there
     body_seconds: float = 10  # likewise, until its body is there
-    write_seconds: float = 10  # that a client may leave its answer unread
+    write_seconds: float = 10  # for which a client may leave its answer unread
     idle_seconds: float = 5  # between two requests on a connection
     request_seconds: float = 60  # from a request's arrival to its answer's end
     drain_seconds: float = 60  # to finish what was accepted after SIGTERM
@@ -35,15 +35,15 @@ class Limits:
     fetch_seconds: float = 10
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            least = 0 if each.name == "cache_bytes" else 1
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            least = 0 if limit.name == "cache_bytes" else 1
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)
                 or not least <= value < float("inf")
             ):
-                raise ValueError(f"the limit {each.name} must be a number, {least} or more; got {value!r}")
+                raise ValueError(f"the limit {limit.name} must be a number, {least} or more; got {value!r}")
 
     def changed(self, settings: Iterable[str]) -> Limits:
         """These limits with some of them set, each written as NAME=NUMBER.
@@ -51,7 +51,7 @@ class Limits:
         Raises:
             ValueError: no such limit, or no number.
         """
-        kinds = {each.name: float if each.name.endswith("seconds") else int for each in fields(self)}
+        kinds = {limit.name: float if limit.name.endswith("seconds") else int for limit in fields(self)}
         values: dict[str, int | float] = {}
         for setting in settings:
             name, _, number = setting.partition("=")

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from blip2.serve.engine import Engine
+from blip2.serve.batching_engine import Engine
 
 
 class _EngineNumbers(Collector):
@@ -17,34 +17,31 @@ class _EngineNumbers(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, cache = self._engine, self._engine.cache
-        for name, about, value in (
-            ("waiting", "requests that wait for the model", engine.waiting),
-            ("running", "texts being written", engine.running),
-            ("image_cache_bytes", "bytes of encoded images", cache.bytes),
+        for family, name, help, value in (
+            (GaugeMetricFamily, "waiting", "requests that wait for the model", engine.waiting),
+            (GaugeMetricFamily, "running", "texts being generated", engine.running),
+            (GaugeMetricFamily, "image_cache_bytes", "bytes of encoded images", cache.bytes),
+            (CounterMetricFamily, "steps", "decoding steps", engine.steps),
+            (CounterMetricFamily, "tokens", "tokens generated, all beams counted", engine.tokens),
+            (CounterMetricFamily, "image_cache_hits", "images whose encoding was in the cache", cache.hits),
+            (CounterMetricFamily, "image_cache_misses", "images whose encoding was not in it", cache.misses),
         ):
-            yield GaugeMetricFamily(f"blip2_{name}", about, value)
-        for name, about, value in (
-            ("steps", "decoding steps", engine.steps),
-            ("tokens", "tokens written, all beams counted", engine.tokens),
-            ("image_cache_hits", "images that were encoded already", cache.hits),
-            ("image_cache_misses", "images that were not", cache.misses),
-        ):
-            yield CounterMetricFamily(f"blip2_{name}", about, value)
+            yield family(f"blip2_{name}", help, value)
 
 
 class Metrics:
-    """One server's numbers."""
+    """One server's metrics."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineNumbers(engine))
         labels = ("route", "status")
         self._requests = Counter("blip2_requests", "requests answered", labels, registry=self._registry)
-        self._seconds = Histogram(
-            "blip2_request_seconds", "from arrival to the answer's end", ("route",), registry=self._registry
-        )
+        about = "from arrival to the answer's end"
+        self._seconds = Histogram("blip2_request_seconds", about, ("route",), registry=self._registry)
 
     def count(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 

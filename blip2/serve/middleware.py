@@ -1,4 +1,4 @@
-"""What every request passes first: who asks, is there room, and what is written down about it."""
+"""What every HTTP request passes on its way to the routes, outermost first: a class for each concern, in pure ASGI."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2.serve.context import ApiError
-from blip2.serve.engine import BusyError
+from blip2.serve.batching_engine import BusyError
+from blip2.serve.errors import ApiError
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
@@ -21,7 +21,7 @@ from blip2.serve.metrics import Metrics
 log = logging.getLogger("blip2.serve")
 
 OPEN = "/health"  # the only path that needs no key
-ALWAYS = (OPEN, "/ready", "/metrics")  # answered however full the house is
+UNLIMITED = (OPEN, "/ready", "/metrics")  # never refused because of other requests
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 HEADERS = {
@@ -34,144 +34,161 @@ HEADERS = {
 }
 
 
-class Guard:
-    """The ASGI application around the application.
+class ResponseHeaders:
+    """The request's id (the client's own, where it is harmless) and headers that protect the page, on every answer."""
 
-    hosts: names that a Host header may hold, where no key is asked for: a page elsewhere whose name was made to
-        point here (DNS rebinding) must not read answers. None: any.
-    """
-
-    def __init__(
-        self, app: ASGIApp, *, keys: Keys, limits: Limits, metrics: Metrics, hosts: frozenset[str] | None
-    ) -> None:
-        self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
-        self._inside = 0
-        self._bytes = 0  # of the bodies of all requests inside, and of the images fetched for them
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
-            return  # no websockets here
-        headers = _headers(scope)
-        began = time.monotonic()
-        given = (headers.get(b"x-request-id") or [b""])[0].decode("latin-1")
-        id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state |= {
-            "id": id,
-            "began": state.get("began", began),
-            "deadline": began + self._limits.request_seconds,
-        }
-        status = held = 0
+        sent = Headers(scope=scope).get("x-request-id", "")
+        id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["id"] = id
+        own = HEADERS | {"x-request-id": id}
 
-        def hold(size: int) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(own)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class RequestLog:
+    """A log entry and the metrics of every request; an answer where something failed before there was one."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, state = time.monotonic(), scope["state"]
+        status, disconnected = 0, False
+
+        async def send_noting_status(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noting_status)
+        except ClientDisconnect:
+            disconnected = True
+        except Exception:
+            log.exception("request %s failed", state["id"])
+            if status == 0:
+                error = ApiError(500, "something went wrong; the log has the details")
+                await error.response()(scope, receive, send_noting_status)
+        finally:
+            seconds = time.monotonic() - began
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.count(route, status or 499, seconds)
+            record = {"event": "request", "id": state["id"], "method": scope["method"], "route": route}
+            record |= {"status": status or (499 if disconnected else 500), "ms": round(1000 * seconds, 1)}
+            record |= {"client": state.get("client", "refused")}
+            log.info("%s", json.dumps(record))
+
+
+class ApiKeys:
+    """Names the client: by its key, where the server has keys and so needs one of every request but /health, or else
+    by its address."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self.app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        client: str | None = str((scope.get("client") or ("", 0))[0])
+        if self._keys and scope["path"] != OPEN:
+            client = self._keys.holder(
+                [value.encode("latin-1") for value in headers.getlist("authorization")]
+            )
+        if client is not None:
+            scope["state"]["client"] = client
+            return await self.app(scope, receive, send)
+        is_page = any("text/html" in value for value in headers.getlist("accept"))
+        challenge = {"www-authenticate": 'Basic realm="blip2", charset="UTF-8"' if is_page else "Bearer"}
+        message = "an API key is needed: Authorization: Bearer KEY"
+        error = ApiError(401, message, code="invalid_api_key", headers=challenge)
+        return await _refuse(error, scope, receive, send)
+
+
+class SameSite:
+    """Refuses the pages of other sites.
+
+    hosts: names that a Host header may hold: a page elsewhere whose name was made to point here (DNS rebinding) must
+        not read answers. None: any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
+        self.app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message, headers = None, Headers(scope=scope)
+        if scope["path"] != OPEN:
+            if self._hosts is not None and _host_name(headers) not in self._hosts:
+                message = "this server does not answer to that host name; see blip2 serve --allow-host"
+            elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers):
+                message = "pages of other sites may not use this server"
+        if message is not None:
+            return await _refuse(ApiError(403, message), scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+class RequestLimits:
+    """Bounds the requests at work and the bytes they hold; sets a request's deadline, frees its slot at its end."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self._limits = app, limits
+        self._requests = 0
+        self._bytes = 0  # of the bodies of all requests at work, and of the images fetched for them
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in UNLIMITED and self._requests >= self._limits.requests:
+            retry = {"retry-after": "1"}
+            error = ApiError(503, "too many requests at once", code="overloaded", headers=retry)
+            return await _refuse(error, scope, receive, send)
+        now, state, own_bytes = time.monotonic(), scope["state"], 0
+
+        def count_bytes(size: int) -> None:
             """Count what arrived for this request. Raises BusyError where all requests hold too much."""
-            nonlocal held
-            held += size
+            nonlocal own_bytes
+            own_bytes += size
             self._bytes += size
             if self._bytes > self._limits.bodies_bytes:
                 raise BusyError("the requests at work hold as much as this server has room for", 1)
 
-        state["hold"] = hold
-
-        async def take() -> Message:
+        async def receive_counting() -> Message:
             message = await receive()
-            hold(len(message.get("body", b"")))
+            count_bytes(len(message.get("body", b"")))
             return message
 
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                extra = HEADERS | {"x-request-id": id}
-                kept = [pair for pair in message.get("headers", []) if pair[0].decode() not in extra]
-                message["headers"] = kept + [(name.encode(), value.encode()) for name, value in extra.items()]
-            await send(message)
-
-        self._inside += 1
-        gone = False
+        state.setdefault("began", now)  # where the connection has not noted the request's first byte
+        state |= {"deadline": now + self._limits.request_seconds, "count_bytes": count_bytes}
+        self._requests += 1
         try:
-            state["client"] = self._let_in(scope, headers)
-            await self._app(scope, take, answer)
-        except ApiError as error:
-            await error.response()(scope, receive, answer)
-        except ClientDisconnect:
-            gone = True
-        except Exception:
-            log.exception("request %s failed", id)
-            if status == 0:
-                await ApiError(500, "something went wrong; the log has the details").response()(
-                    scope, receive, answer
-                )
+            return await self.app(scope, receive_counting, send)
         finally:
-            self._inside -= 1
-            self._bytes -= held
-            if "place" in state:
-                state["place"].leave()
-            seconds = time.monotonic() - began
-            route = getattr(scope.get("route"), "path", "other")
-            self._metrics.count(route, status or 499, seconds)
-            record = {
-                "event": "request",
-                "id": id,
-                "method": scope["method"],
-                "route": route,
-                "status": status or (499 if gone else 500),
-                "ms": round(1000 * seconds, 1),
-                "client": state.get("client", "refused"),
-            }
-            log.info("%s", json.dumps(record))
-
-    def _let_in(self, scope: Scope, headers: dict[bytes, list[bytes]]) -> str:
-        """Whose request this is. Raises ApiError where it stays outside."""
-        path, address = scope["path"], (scope.get("client") or ("", 0))[0]
-        if path == OPEN:
-            return str(address)
-        if self._keys:
-            holder = self._keys.holder(headers.get(b"authorization", []))
-            if holder is None:
-                page = any(b"text/html" in value for value in headers.get(b"accept", []))
-                challenge = 'Basic realm="blip2", charset="UTF-8"' if page else "Bearer"
-                raise ApiError(
-                    401,
-                    "an API key is needed: Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": challenge},
-                )
-        elif self._hosts is not None and _host(headers) not in self._hosts:
-            raise ApiError(403, "this server does not answer to that host name; see blip2 serve --allow-host")
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _from_elsewhere(headers):
-            raise ApiError(403, "pages of other sites may not use this server")
-        if path not in ALWAYS and self._inside > self._limits.requests:
-            raise ApiError(503, "too many requests at once", code="overloaded", headers={"retry-after": "1"})
-        return holder if self._keys and holder else str(address)
+            self._requests -= 1
+            self._bytes -= own_bytes
+            if "slot" in state:
+                state["slot"].release()
 
 
-def _headers(scope: Scope) -> dict[bytes, list[bytes]]:
-    found: dict[bytes, list[bytes]] = {}
-    for name, value in scope["headers"]:
-        found.setdefault(name.lower(), []).append(value)
-    return found
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request that goes no further."""
+    scope["state"].pop("client", None)  # the log has it as refused
+    await error.response()(scope, receive, send)
 
 
-def _host(headers: dict[bytes, list[bytes]]) -> str:
+def _host_name(headers: Headers) -> str:
     """The host name that the client believes it talks to."""
-    value = (headers.get(b"host") or [b""])[0].decode("latin-1").lower()
+    value = headers.get("host", "").lower()
     return value.rpartition(":")[0] if re.search(r":\d*$", value) else value
 
 
-def _from_elsewhere(headers: dict[bytes, list[bytes]]) -> bool:
-    """Whether a browser says that a page of another site is asking."""
-    if (headers.get(b"sec-fetch-site") or [b"none"])[0] in (b"cross-site", b"same-site"):
+def _is_cross_site(headers: Headers) -> bool:
+    """Whether, by what the browser states, the request comes from a page of another site."""
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
         return True
-    origin = headers.get(b"origin")
-    if not origin:
-        return False
-    host = (headers.get(b"host") or [b""])[0].lower()
-    return origin[0].lower().partition(b"://")[2] != host
-
-
-def log_content(id: str, content: dict[str, Any]) -> None:
-    """Write down what was asked and answered; only where the server was told to."""
-    log.info("%s", json.dumps({"event": "content", "id": id} | content, ensure_ascii=True))
+    origin = headers.get("origin", "").lower()
+    return bool(origin) and origin.partition("://")[2] != headers.get("host", "").lower()

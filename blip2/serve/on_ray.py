@@ -3,22 +3,19 @@
     serve run blip2.serve.on_ray:app model=opt-6.7b-coco replicas=4 api_key_file=/etc/blip2/keys
 
 Each replica is a whole server: an engine and the application around it. Connections, and so the deadlines of slow
-clients, are Ray's; all that the application itself bounds holds as it is.
+clients, are Ray's; all limits of the application itself are kept.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
-import blip2
-from blip2.serve.app import LOOPBACK, build
-from blip2.serve.engine import Engine
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
-from blip2.serve.run import log_to_stderr
 
 
 @serve.deployment
@@ -27,9 +24,15 @@ class Replica:
     """One model, on one machine."""
 
     def __init__(self, model: str, api_key_file: str | None, allow_host: str | None, limits: Limits) -> None:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read once, when these import torch
+        import blip2
+        from blip2.serve.app import LOOPBACK, build_app
+        from blip2.serve.batching_engine import Engine
+        from blip2.serve.run import log_to_stderr
+
         log_to_stderr()
         self._engine = Engine(lambda: blip2.load(model), limits)
-        self._app = build(
+        self._app = build_app(
             self._engine,
             model=Path(model).name,
             limits=limits,
@@ -41,9 +44,9 @@ class Replica:
         return self._app
 
     def check_health(self) -> None:
-        """Asked by Ray, which replaces a replica that raises."""
+        """Called by Ray, which replaces a replica that raises."""
         if self._engine.failure is not None or (self._engine.loaded.is_set() and not self._engine.alive):
-            raise RuntimeError("the model is not there")
+            raise RuntimeError("the model failed to load, or its engine has stopped")
 
 
 def app(args: dict[str, str]) -> serve.Application:
@@ -56,13 +59,13 @@ def app(args: dict[str, str]) -> serve.Application:
     Raises:
         ValueError: an argument that is none of these.
     """
-    rest = dict(args)
-    model, replicas = rest.pop("model", "default"), int(rest.pop("replicas", "1"))
-    resources = {"num_cpus": float(rest.pop("cpus", "1")), "num_gpus": float(rest.pop("gpus", "0"))}
-    keys, host = rest.pop("api_key_file", None), rest.pop("allow_host", None)
-    limits = Limits().changed(f"{name}={value}" for name, value in rest.items())
+    settings = dict(args)
+    model, replicas = settings.pop("model", "default"), int(settings.pop("replicas", "1"))
+    resources = {"num_cpus": float(settings.pop("cpus", "1")), "num_gpus": float(settings.pop("gpus", "0"))}
+    keys, host = settings.pop("api_key_file", None), settings.pop("allow_host", None)
+    limits = Limits().changed(f"{name}={value}" for name, value in settings.items())
     deployment = Replica.options(  # type: ignore[attr-defined]
         num_replicas=replicas, max_ongoing_requests=limits.requests, ray_actor_options=resources
     )
-    made: serve.Application = deployment.bind(model, keys, host, limits)
-    return made
+    application: serve.Application = deployment.bind(model, keys, host, limits)
+    return application

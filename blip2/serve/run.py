@@ -4,85 +4,84 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blip2.predict import Predictor
-from blip2.serve.app import LOOPBACK, build
-from blip2.serve.engine import Engine
+from blip2.serve.app import LOOPBACK, build_app
+from blip2.serve.batching_engine import Engine
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
-from blip2.serve.middleware import Guard
-
-log = logging.getLogger("blip2.serve")
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
+def http_protocol(limits: Limits) -> type[H11Protocol]:
     """uvicorn's HTTP/1.1 with two deadlines it lacks: for a request's headers, and for a client that does not read."""
 
     class Deadlines(H11Protocol):
-        _waiting: asyncio.TimerHandle | None = None  # for a request
-        _idle = False  # answered all that came
-        _stuck: asyncio.TimerHandle | None = None
+        _header_timer: asyncio.TimerHandle | None = None
+        _write_timer: asyncio.TimerHandle | None = None
+        _idle = False  # all requests so far are answered
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._begin()
-            self._wait()
+            self._begin_request()
+            self._start_header_timer()
 
         def data_received(self, data: bytes) -> None:
             if self._idle:
-                self._begin()
+                self._begin_request()
             super().data_received(data)
-            self._wait()
+            self._start_header_timer()
 
         def on_response_complete(self) -> None:
-            self._begin()
+            self._begin_request()
             self._idle = True
             super().on_response_complete()  # which may begin the next request
-            self._stop_waiting()
-            self._wait()
+            self._stop_header_timer()
+            self._start_header_timer()
 
-        def _begin(self) -> None:
-            """From now on a request counts its time; it finds this in its state."""
+        def _begin_request(self) -> None:
+            """A request's time counts from now; it finds this in its state."""
             self._idle = False
             self.app_state = self.app_state | {"began": time.monotonic()}
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
-            self._read_again()
+            self._stop_header_timer()
+            self._stop_write_timer()
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._stuck = self._stuck or self.loop.call_later(limits.write_seconds, self.transport.abort)
+            if self._write_timer is None:
+                self._write_timer = self.loop.call_later(limits.write_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._read_again()
+            self._stop_write_timer()
 
-        def _wait(self) -> None:
-            """Once a request is under way its own deadlines count."""
+        def _start_header_timer(self) -> None:
+            """Once a request is being handled its own deadlines count."""
             if self.cycle is not None and not self.cycle.response_complete:
-                self._stop_waiting()
-            elif self._waiting is None:
-                self._waiting = self.loop.call_later(limits.header_seconds, self.transport.close)
+                self._stop_header_timer()
+            elif self._header_timer is None:
+                self._header_timer = self.loop.call_later(limits.header_seconds, self.transport.close)
 
-        def _stop_waiting(self) -> None:
-            if self._waiting is not None:
-                self._waiting.cancel()
-                self._waiting = None
+        def _stop_header_timer(self) -> None:
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
 
-        def _read_again(self) -> None:
-            if self._stuck is not None:
-                self._stuck.cancel()
-                self._stuck = None
+        def _stop_write_timer(self) -> None:
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+                self._write_timer = None
 
     return Deadlines
 
@@ -97,7 +96,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def serve(
+def run_server(
     load: Callable[[], Predictor],
     *,
     model: str,
@@ -109,11 +108,11 @@ def serve(
     fetch_urls: bool = False,
     log_contents: bool = False,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT; what was accepted by then is answered.
+    """Serve a model until SIGTERM or SIGINT; requests accepted by then are answered.
 
     Args:
-        load: gives the model; called on the engine's thread while /health answers already.
-        others: as for `build`.
+        load: returns the model; called on the engine's thread, while /health already answers.
+        others: as for `build_app`.
 
     Raises:
         ValueError: an address that others reach, without keys.
@@ -126,16 +125,16 @@ def serve(
         )
     log_to_stderr()
     engine = Engine(load, bounds)
-    app = build(
+    app = build_app(
         engine,
         model=model,
         limits=bounds,
         keys=keys,
-        hosts=LOOPBACK | {each.lower() for each in allow_hosts},
+        hosts=LOOPBACK | {name.lower() for name in allow_hosts},
         fetch_urls=fetch_urls,
         log_contents=log_contents,
     )
-    server = listener(app, host=host, port=port, limits=bounds)
+    server = uvicorn_server(app, host=host, port=port, limits=bounds)
 
     def stop() -> None:
         server.should_exit = True
@@ -146,14 +145,14 @@ def serve(
         raise engine.failure
 
 
-def listener(app: Guard, *, host: str, port: int, limits: Limits) -> uvicorn.Server:
-    """The server process's HTTP side, not yet running."""
+def uvicorn_server(app: ASGIApp, *, host: str, port: int, limits: Limits) -> uvicorn.Server:
+    """uvicorn with the limits that are its part, not yet running."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
             host=host,
             port=port,
-            http=protocol(limits),
+            http=http_protocol(limits),
             ws="none",
             log_config=None,
             access_log=False,
@@ -167,24 +166,19 @@ def listener(app: Guard, *, host: str, port: int, limits: Limits) -> uvicorn.Ser
 
 
 def log_to_stderr() -> None:
-    """One JSON object a line for what happens here, and uvicorn's own lines beside it."""
+    """Log to standard error, one JSON object a line: the server's entries and uvicorn's."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines())
+    handler.setFormatter(_JsonLines())
     for name in ("blip2.serve", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
 
 
-class _Lines(logging.Formatter):
+class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        import json
-
         text = record.getMessage()
-        entry: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname,
-        }
+        entry = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname}
         entry |= json.loads(text) if text.startswith("{") else {"event": "message", "message": text}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)

@@ -1,103 +1,97 @@
-"""What arrives and what leaves, as pydantic models: the OpenAPI document is made from these."""
+"""Request and response bodies as pydantic models, from which the OpenAPI document is made."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from blip2.generation.options import GenerationOptions
+from blip2.generation.options import GenerationOptions, TextKind, bounds_of, make_options
 from blip2.text import CAPTION_PROMPT
 
-Words = Annotated[str, StringConstraints(strip_whitespace=False, min_length=1)]
+NonEmptyText = Annotated[str, StringConstraints(strip_whitespace=False, min_length=1)]
+MAX_END_TOKENS = 64  # ids that end a text, in one request
+IMAGE = "a data: URL, such as data:image/png;base64,...; an http(s) URL only where the server fetches them"
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors: a misspelt option must not pass for one that was followed."""
+    """Unknown fields are errors: a misspelt option must not be passed over in silence."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Decoding(Strict):
-    """How a text is written; the same names and defaults as in Python."""
+class TextRequest(Strict):
+    """A request for captions or answers; `with_options` adds the decoding options to a subclass."""
 
-    num_beams: int | None = Field(
-        None, ge=1, description="default: 5; 1 where sampling or streaming needs it"
-    )
-    max_new_tokens: int = Field(30, ge=1)
-    min_new_tokens: int = Field(0, ge=0)
-    length_penalty: float = 1.0
-    repetition_penalty: float = Field(1.0, gt=0)
-    no_repeat_ngram_size: int = Field(0, ge=0)
-    num_return_sequences: int = Field(1, ge=1)
-    temperature: float | None = Field(None, gt=0, description="asks for sampling")
-    top_k: int | None = Field(None, ge=0, description="asks for sampling")
-    top_p: float | None = Field(None, gt=0, le=1, description="asks for sampling")
-    do_sample: bool | None = None
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    kind: ClassVar[TextKind]
+    image: str = Field(description=IMAGE)
     stream: bool = Field(False, description="server-sent events")
+
+    def options_set(self) -> dict[str, Any]:
+        """The decoding options that the request sets."""
+        names = [option.name for option in fields(GenerationOptions)]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def options(self) -> GenerationOptions:
         """Raises ValueError where they contradict each other."""
-        shaped = (self.temperature or 1.0, self.top_k or 0, self.top_p or 1.0)
-        sample = self.do_sample if self.do_sample is not None else shaped != (1.0, 0, 1.0)
-        if self.stream and (self.num_return_sequences > 1 or (self.num_beams or 1) > 1):
-            raise ValueError("stream writes one text as it comes: leave out beams and num_return_sequences")
-        num_beams = self.num_beams if self.num_beams is not None else 1 if sample or self.stream else 5
-        return GenerationOptions(
-            num_beams=num_beams,
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            length_penalty=self.length_penalty,
-            repetition_penalty=self.repetition_penalty,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-            num_return_sequences=self.num_return_sequences,
-            do_sample=sample,
-            temperature=shaped[0],
-            top_k=shaped[1],
-            top_p=shaped[2],
-            seed=self.seed,
-        )
+        return make_options(self.kind, stream=self.stream, **self.options_set())
 
 
-IMAGE = "a data: URL, such as data:image/png;base64,...; an http(s) URL only where the server fetches them"
+AnyRequest = TypeVar("AnyRequest", bound=TextRequest)
 
 
-class CaptionRequest(Decoding):
-    image: str = Field(description=IMAGE)
-    prompt: str = Field(CAPTION_PROMPT, description="what the caption goes on from")
+def with_options(schema: type[AnyRequest]) -> type[AnyRequest]:
+    """A request's schema with the decoding options as fields: those of Python, None where they are not set."""
+    hints, defaults = get_type_hints(GenerationOptions), make_options(schema.kind)
+    added: dict[str, Any] = {}
+    for option in fields(GenerationOptions):
+        name, about, bounds = option.name, option.metadata["help"], bounds_of(option)
+        kind: Any = hints[name]
+        if name == "num_beams":
+            about = f"{about}; 1 where the text is sampled or streamed"
+        elif name == "eos_token_id":  # JSON has no tuples
+            token_id = Annotated[int, Field(ge=0, lt=2**63)]
+            kind, bounds = token_id | Annotated[list[token_id], Field(max_length=MAX_END_TOKENS)], {}
+        extra: Any = {"json_schema_extra": {"default": getattr(defaults, name)}, **bounds}
+        added[name] = kind | None, Field(None, description=about, **extra)
+    return create_model(schema.__name__, __base__=schema, __module__=schema.__module__, **added)
 
 
-class AskRequest(Decoding):
-    image: str = Field(description=IMAGE)
-    question: Words
-    length_penalty: float = -1.0
+@with_options
+class CaptionRequest(TextRequest):
+    kind = "caption"
+    prompt: str = Field(CAPTION_PROMPT, description="what the caption continues")
+
+
+@with_options
+class AskRequest(TextRequest):
+    kind = "answer"
+    question: NonEmptyText
 
 
 class MatchRequest(Strict):
     image: str = Field(description=IMAGE)
-    texts: list[Words] = Field(min_length=1)
+    texts: list[NonEmptyText] = Field(min_length=1)
 
 
 class EmbedRequest(Strict):
     images: list[str] = Field([], description=IMAGE)
-    texts: list[Words] = []
+    texts: list[NonEmptyText] = []
 
 
 class Turn(Strict):
-    question: Words
-    answer: Words
+    question: NonEmptyText
+    answer: NonEmptyText
 
 
 class ExplainRequest(Strict):
     image: str = Field(description=IMAGE)
-    text: Words | None = Field(None, description="the caption to explain; default: the model's own")
-    question: Words | None = Field(None, description="explain the answer to this")
-    answer: Words | None = Field(None, description="the answer to explain; default: the model's own")
-    turns: list[Turn] | None = Field(
-        None, description="the question was asked in a conversation, after these; in JSON only"
-    )
+    text: NonEmptyText | None = Field(None, description="the caption to explain; default: the model's own")
+    question: NonEmptyText | None = Field(None, description="explain the answer to this")
+    answer: NonEmptyText | None = Field(None, description="the answer to explain; default: the model's own")
+    turns: list[Turn] | None = Field(None, description="the conversation before the question; in JSON only")
     layer: int | None = Field(None, ge=0, description="with head and query: the raw attention there")
     head: int | None = Field(None, ge=0)
     query: int | None = Field(None, ge=0)
@@ -108,7 +102,7 @@ class Token(BaseModel):
     logprob: float
 
 
-class Written(BaseModel):
+class GeneratedTextSchema(BaseModel):
     text: str
     score: float
     tokens: list[Token]
@@ -122,17 +116,17 @@ class Usage(BaseModel):
 
 class Captions(BaseModel):
     model: str
-    captions: list[Written]
+    captions: list[GeneratedTextSchema]
     usage: Usage
 
 
 class Answers(BaseModel):
     model: str
-    answers: list[Written]
+    answers: list[GeneratedTextSchema]
     usage: Usage
 
 
-class Match(BaseModel):
+class MatchSchema(BaseModel):
     text: str
     probability: float
     similarity: float
@@ -140,14 +134,12 @@ class Match(BaseModel):
 
 class Matches(BaseModel):
     model: str
-    matches: list[Match]
+    matches: list[MatchSchema]
 
 
 class Embeddings(BaseModel):
     model: str
-    images: list[list[list[float]]] = Field(
-        description="for each image its queries' vectors, each of length 1"
-    )
+    images: list[list[list[float]]] = Field(description="for each image its queries' vectors, of length 1")
     texts: list[list[float]] = Field(description="for each text one vector of length 1")
 
 
@@ -157,7 +149,7 @@ class ExplainedWord(BaseModel):
     heat: list[list[float]] = Field(description="rows of the image encoder's grid, 0 to 1")
 
 
-class Explained(BaseModel):
+class ExplanationSchema(BaseModel):
     model: str
     text: str
     words: list[ExplainedWord]
@@ -197,7 +189,7 @@ class ImagePart(Strict):
 
 
 class Message(BaseModel):
-    """`content` as text or as parts; what else OpenAI's messages carry is not read."""
+    """`content` as text or as parts; other fields of OpenAI's messages are not read."""
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
@@ -209,8 +201,8 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class Sampling(Strict):
-    """What chat and plain completions share. Greedy unless temperature or top_p asks for sampling."""
+class CompletionSettings(Strict):
+    """What chat and plain completions share. Greedy unless temperature, top_p or n above 1 requests sampling."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -232,17 +224,17 @@ class Sampling(Strict):
 
     def options(self, max_new_tokens: int) -> GenerationOptions:
         """Raises ValueError where they contradict each other."""
-        texts = self.n or 1
-        asked = self.temperature is not None or self.top_p is not None or texts > 1
-        sample = asked and 0 not in (self.temperature, self.top_p)
-        if texts > 1 and not sample:
+        texts, greedy = self.n or 1, 0 in (self.temperature, self.top_p)
+        if texts > 1 and greedy:
             raise ValueError("n above 1 needs a temperature above 0: without chance all texts are the same")
-        return GenerationOptions(
+        return make_options(
+            "caption",
+            num_beams=1,
             max_new_tokens=max_new_tokens,
             num_return_sequences=texts,
-            do_sample=sample,
-            temperature=self.temperature or 1.0 if sample else 1.0,
-            top_p=self.top_p or 1.0 if sample else 1.0,
+            do_sample=True if texts > 1 else None,
+            temperature=0 if greedy else self.temperature,
+            top_p=None if greedy else self.top_p,
             seed=None if self.seed is None else self.seed % 2**63,
         )
 
@@ -251,7 +243,7 @@ class PlainText(Strict):
     type: Literal["text"]
 
 
-class ChatRequest(Sampling):
+class ChatRequest(CompletionSettings):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -267,9 +259,9 @@ class ChatRequest(Sampling):
     prompt_cache_key: str | None = Field(None, description="not read")
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(CompletionSettings):
     prompt: str | Annotated[list[str], Field(min_length=1)]
-    image: str | None = Field(None, description="the picture (the client's extra_body): " + IMAGE)
+    image: str | None = Field(None, description="the image (the client's extra_body): " + IMAGE)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -277,8 +269,8 @@ class CompletionRequest(Sampling):
     @field_validator("prompt", mode="before")
     @classmethod
     def _is_text(cls, prompt: Any) -> Any:
-        """Say it plainly where token ids arrive in place of text, as OpenAI's API takes them too."""
-        if isinstance(prompt, list) and any(isinstance(each, int | list) for each in prompt):
+        """Token ids in place of text, which OpenAI's API takes too, get a message of their own."""
+        if isinstance(prompt, list) and any(isinstance(item, int | list) for item in prompt):
             raise PydanticCustomError("token_ids", "token ids are not read here; send the prompt as text")
         return prompt
 
@@ -321,7 +313,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    warnings: list[str] | None = Field(None, description="what in the request could not be followed")
+    warnings: list[str] | None = Field(None, description="parts of the request that were not followed")
 
 
 class PlainLogprobs(BaseModel):

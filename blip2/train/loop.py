@@ -1,8 +1,7 @@
 """The only training loop: `fit` runs a task over a dataset and can be killed at any moment without loss.
 
-Every random number of a step comes from (seed, step), and so does its batch. What a checkpoint holds beside weights
-and optimizer is therefore only the step's number, and a continued run repeats the undisturbed one bit for bit on the
-same device.
+Every random number of a step comes from (seed, step), and so does its batch. Beside weights and optimizer a checkpoint
+therefore needs only the step's number, and a resumed run repeats the uninterrupted one bit for bit on the same device.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from blip2.train import plots, saves
+from blip2.train import checkpoints, plots
+from blip2.train.metrics import TrainingError, TrainingLog
 from blip2.train.muon import Muon
-from blip2.train.record import Record, TrainingError
 
-Batch = Any  # what the dataset gives and the task takes: a dict of tensors, mostly
+Batch = Any  # what the dataset returns and the task takes: mostly a dict of tensors
 PLOT_EVERY_S = 60.0
 
 log = logging.getLogger(__name__)
 
 
 class Dataset(Protocol):
-    """Batches by position. A pure function: the same position always gives the same batch."""
+    """Batches by position, as a pure function: the same position always gives the same batch."""
 
     def __getitem__(self, position: int, /) -> Batch:
         """The batch at a position, 0 or more."""
@@ -55,7 +54,7 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """The losses of a batch, scalars; "loss" is the one to lower, the others are shown beside it."""
+        """The losses of a batch, scalars; "loss" is minimized, the others are shown beside it."""
 
     def train_mode(self) -> None:
         """Set train or eval mode on every part."""
@@ -104,22 +103,17 @@ class FitOptions:
     save_every_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "steps": 1,
-            "accumulate": 1,
-            "log_every": 1,
-            "workers": 0,
-            "warmup_steps": 0,
-        }.items():
+        minima = {"steps": 1, "accumulate": 1, "log_every": 1, "workers": 0, "warmup_steps": 0}
+        for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}, must be 'fp32' or 'bf16'")
 
 
-# Options that decide which batch and which random numbers a step sees: a run cannot go on with others.
+# Options that decide which batch and which random numbers a step gets: a run cannot be resumed with others.
 _FIXED = ("seed", "accumulate")
-# Options that do not touch the result.
+# Options that do not change the result.
 _FREE = ("device", "workers", "log_every", "save_every_s", "save_every_steps")
 
 
@@ -143,15 +137,15 @@ def learning_rate(step: int, options: FitOptions) -> float:
 def fit(
     task: Task, dataset: Dataset, options: FitOptions, folder: str | Path, *, resume: bool = True
 ) -> FitResult:
-    """Train until `options.steps`, going on from the latest checkpoint in `folder` if there is one.
+    """Train until `options.steps`, resuming from the latest checkpoint in `folder` if there is one.
 
-    The folder receives log.csv, loss.png and the last two checkpoints. SIGINT and SIGTERM end the run after the step
-    at hand, with a checkpoint; a second SIGINT ends it at once.
+    The folder receives log.csv, loss.png and the last two checkpoints. SIGINT and SIGTERM end the run after the
+    current step, with a checkpoint; a second SIGINT ends it at once.
 
     Args:
         task: its module is moved to the device and holds the trained weights afterwards.
         dataset: batch i * accumulate + j is the j-th of step i. With workers it is copied to other processes.
-        resume: False: refuse a folder that holds checkpoints already.
+        resume: False: refuse a folder that already holds checkpoints.
 
     Raises:
         ValueError: the folder's checkpoints do not fit the task or the options, or all of them are damaged.
@@ -167,7 +161,7 @@ def fit(
 
 
 class _Run:
-    """One training run: its optimizer, its record, the steps it has done."""
+    """One training run: its optimizers, its log, the steps done."""
 
     def __init__(self, task: Task, options: FitOptions, folder: Path) -> None:
         self.task, self.options, self.folder = task, options, folder
@@ -178,36 +172,36 @@ class _Run:
             raise ValueError("the task trains nothing: no parameter of its module requires a gradient")
         self.optimizers = _optimizers(task.parameter_groups(options.weight_decay), options, self.device)
         self.step = 0
-        self.record = Record(folder / "log.csv")
+        self.training_log = TrainingLog(folder / "log.csv")
         self.plotted_at = time.monotonic()
 
     def train(self, dataset: Dataset, stop: _StopOnSignal) -> FitResult:
-        options, record = self.options, self.record
+        options, training_log = self.options, self.training_log
         self.task.train_mode()
-        record.start(self.step, options.steps)
+        training_log.start(self.step, options.steps)
         saved_at, saved_step = time.monotonic(), self.step
         with self._batches(dataset) as batches:
-            while self.step < options.steps and not stop.asked:
+            while self.step < options.steps and not stop.requested:
                 losses, rows = self._one_step(batches)
                 self.step += 1
-                record.add(losses, rows)
+                training_log.add(losses, rows)
                 if self.step % options.log_every == 0 or self.step == options.steps:
-                    record.write(self.step, learning_rate(self.step - 1, options))
+                    training_log.write(self.step, learning_rate(self.step - 1, options))
                 due = time.monotonic() - saved_at >= options.save_every_s
                 if due or (options.save_every_steps and self.step % options.save_every_steps == 0):
                     self.save()
                     saved_at, saved_step = time.monotonic(), self.step
         if saved_step != self.step:
             self.save()
-        record.end()
-        plots.draw(record.path, self.folder / "loss.png")
-        return FitResult(self.step, self.step >= options.steps, dict(record.latest))
+        training_log.end()
+        plots.draw(training_log.path, self.folder / "loss.png")
+        return FitResult(self.step, self.step >= options.steps, dict(training_log.latest))
 
     @contextlib.contextmanager
     def _batches(self, dataset: Dataset) -> Iterator[Iterator[Batch]]:
         options = self.options
         loader: DataLoader[Batch] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # needs no base class
+            dataset,  # type: ignore[arg-type]  # no base class is needed
             batch_size=None,
             sampler=range(self.step * options.accumulate, options.steps * options.accumulate),
             num_workers=options.workers,
@@ -218,12 +212,12 @@ class _Run:
         try:
             yield batches
         finally:
-            # An error's traceback keeps the iterator, and with it data processes that no signal ends, alive.
+            # An error's traceback keeps the iterator alive, and with it data processes that ignore signals.
             if options.workers:
                 batches._shutdown_workers()  # type: ignore[attr-defined]
 
     def _one_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], int]:
-        """Forward, backward and update; the losses (means over the accumulated batches) and how many rows it saw."""
+        """Forward, backward and update; the losses (means over the accumulated batches) and the number of rows."""
         options = self.options
         rate = learning_rate(self.step, options)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -233,7 +227,7 @@ class _Run:
         rows = 0
         for _ in range(options.accumulate):
             batch = _to_device(next(batches), self.device)
-            rows += _rows(batch)
+            rows += _num_rows(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 losses = self.task.losses(batch, generator)
             (losses["loss"] / options.accumulate).backward()
@@ -250,55 +244,50 @@ class _Run:
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint, unless the losses since the last row of the record are not finite."""
-        self.record.check(self.step)
-        tensors = {f"module.{name}": tensor for name, tensor in self._kept().items()}
+        """Write a checkpoint. TrainingError: a loss since the last row of the log is not finite."""
+        self.training_log.check(self.step)
+        tensors = {f"module.{name}": tensor for name, tensor in self._trained_state().items()}
         for name, parameter in self.trained.items():
             for key, value in self._optimizer_of(parameter).state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        notes = {"options": _plain(self.options), "record": self.record.state()}
-        saves.save(self.folder, self.step, tensors, notes)
+        notes = {"options": _as_json(self.options), "record": self.training_log.state()}
+        checkpoints.save(self.folder, self.step, tensors, notes)
         if time.monotonic() - self.plotted_at >= PLOT_EVERY_S:
-            plots.draw(self.record.path, self.folder / "loss.png")
+            plots.draw(self.training_log.path, self.folder / "loss.png")
             self.plotted_at = time.monotonic()
 
     def restore(self, resume: bool) -> None:
-        """Take up the latest checkpoint, if there is one."""
-        if not resume and saves.checkpoints(self.folder):
+        """Resume from the latest checkpoint, if there is one."""
+        if not resume and checkpoints.list_checkpoints(self.folder):
             raise ValueError(
                 f"{self.folder} holds checkpoints already; choose another folder, or let the run resume"
             )
-        checkpoint = saves.load_latest(self.folder)
+        checkpoint = checkpoints.load_latest(self.folder)
         if checkpoint is None:
-            self.record.restore(0, None)
+            self.training_log.restore(0, None)
             return
         self._check_options(checkpoint.notes["options"])
-        kept = self._kept()
-        saved = {
-            n.removeprefix("module."): t for n, t in checkpoint.tensors.items() if n.startswith("module.")
-        }
-        shapes = {name: tuple(t.shape) for name, t in kept.items()}
-        wrong = {
-            name
-            for name in shapes.keys() | saved.keys()
-            if name not in saved or shapes.get(name) != saved[name].shape
-        }
+        current, prefix = self._trained_state(), "module."
+        saved = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+        shapes, saved_shapes = ({name: t.shape for name, t in state.items()} for state in (current, saved))
+        names = shapes.keys() | saved_shapes.keys()
+        wrong = sorted(name for name in names if shapes.get(name) != saved_shapes.get(name))
         if wrong:
             raise ValueError(
                 f"the checkpoint of step {checkpoint.step} in {self.folder} is of another model: "
-                f"{', '.join(sorted(wrong)[:4])} ({len(wrong)} tensors in all) differ; train in another folder"
+                f"{', '.join(wrong[:4])} ({len(wrong)} tensors in all) differ; train in another folder"
             )
         with torch.no_grad():
-            for name, tensor in kept.items():
+            for name, tensor in current.items():
                 tensor.copy_(saved[name])
             for full, value in checkpoint.tensors.items():
                 if full.startswith("optimizer."):
                     name, key = full.removeprefix("optimizer.").rsplit(".", 1)
-                    # cloned: memory of its own, aligned as the optimizer's own tensors are
+                    # cloned: aligned memory of its own, as the optimizer's tensors have
                     state = self._optimizer_of(self.trained[name]).state
                     state[self.trained[name]][key] = value.to(self.device).clone()
         self.step = checkpoint.step
-        self.record.restore(self.step, checkpoint.notes["record"])
+        self.training_log.restore(self.step, checkpoint.notes["record"])
         log.info("going on from step %d in %s", self.step, self.folder)
 
     def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
@@ -308,50 +297,48 @@ class _Run:
             if any(parameter is p for group in optimizer.param_groups for p in group["params"])
         )
 
-    def _kept(self) -> dict[str, Tensor]:
+    def _trained_state(self) -> dict[str, Tensor]:
         """What training changes: trained parameters, and buffers."""
-        buffers = (
-            self.task.module.state_dict(keep_vars=True).keys() & dict(self.task.module.named_buffers()).keys()
-        )
-        return dict(self.trained) | {name: self.task.module.get_buffer(name) for name in sorted(buffers)}
+        module = self.task.module
+        buffers = module.state_dict(keep_vars=True).keys() & dict(module.named_buffers()).keys()
+        return dict(self.trained) | {name: module.get_buffer(name) for name in sorted(buffers)}
 
     def _check_options(self, saved: Mapping[str, Any]) -> None:
-        now = _plain(self.options)
-        changed = [name for name in now if name not in _FREE and saved.get(name) != now[name]]
+        current = _as_json(self.options)
+        changed = [name for name in current if name not in _FREE and saved.get(name) != current[name]]
         for name in changed:
             if name in _FIXED:
                 raise ValueError(
-                    f"the run in {self.folder} began with {name} {saved.get(name)}, now it is {now[name]}; "
+                    f"the run in {self.folder} began with {name} {saved.get(name)}, now it is {current[name]}; "
                     "that would change which data follows. Keep it, or train in another folder"
                 )
-            log.warning("%s was %s, the run goes on with %s", name, saved.get(name), now[name])
+            log.warning("%s was %s, the run goes on with %s", name, saved.get(name), current[name])
 
 
-# --- small parts -----------------------------------------------------------------------------------------------------
+# --- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _optimizers(
     groups: list[dict[str, Any]], options: FitOptions, device: torch.device
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the groups that ask for it."""
+    """AdamW, and Muon for the groups that request it."""
     by_muon = [group for group in groups if group.get("muon")]
     others = [group for group in groups if not group.get("muon")]
-    found: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if others:
         fused = device.type in ("cpu", "cuda")
-        found.append(torch.optim.AdamW(others, lr=options.lr, betas=options.betas, fused=fused))
+        optimizers.append(torch.optim.AdamW(others, lr=options.lr, betas=options.betas, fused=fused))
     if by_muon:
-        found.append(Muon(by_muon, lr=options.lr))
-    return found
+        optimizers.append(Muon(by_muon, lr=options.lr))
+    return optimizers
 
 
-def _plain(options: FitOptions) -> dict[str, Any]:
-    plain = dataclasses.asdict(options)
-    return plain | {"betas": list(options.betas)}  # as JSON gives it back
+def _as_json(options: FitOptions) -> dict[str, Any]:
+    return dataclasses.asdict(options) | {"betas": list(options.betas)}  # as JSON reads it back
 
 
 def _seed_everything(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Set every source of randomness from (seed, step); the generator is for the task's own draws."""
+    """Set every source of randomness from (seed, step); the generator is for the task's own random numbers."""
     mixed = int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest(), "little") >> 1
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
@@ -369,7 +356,7 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def _rows(batch: Batch) -> int:
+def _num_rows(batch: Batch) -> int:
     """Images in a batch, or rows of its first tensor."""
     if isinstance(batch, Mapping):
         tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
@@ -379,23 +366,23 @@ def _rows(batch: Batch) -> int:
 
 
 def _start_worker(worker: int) -> None:
-    """In a data process: leave the processors to training, and the signals to the main process."""
+    """In a data process: leave the CPU cores to training, and signals to the main process."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _StopOnSignal:
-    """While open, SIGINT and SIGTERM set `asked` instead of ending the process."""
+    """While open, SIGINT and SIGTERM set `requested` instead of ending the process."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _StopOnSignal:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # handlers can only be set there
             self._before = {
-                number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+                number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
             }
         return self
 
@@ -403,16 +390,16 @@ class _StopOnSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        self.asked = True
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.requested = True
         print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it when the process ends, however it ends."""
-    import fcntl  # here, so that the module can be imported where there is no fcntl
+    """Lock a folder for this process; the system releases it when the process ends, however it ends."""
+    import fcntl  # here, so that the module can be imported on systems without fcntl
 
     with open(folder / "lock", "a+") as file:
         try:
@@ -426,7 +413,7 @@ def _lock(folder: Path) -> Iterator[None]:
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
-        with contextlib.suppress(OSError):  # only told to others; on a full disk it may be missing
+        with contextlib.suppress(OSError):  # for the message above only; on a full disk it may be missing
             file.flush()
         yield
 

@@ -1,4 +1,4 @@
-"""The losses BLIP-2 is trained with, as pure functions of tensors.
+"""The losses of BLIP-2's training, as pure functions of tensors.
 
 ITC, ITM and ITG are stage 1's: Li et al., BLIP-2 (2023), section 3.2, as LAVIS computes them in one process. All are
 computed in float32 whatever precision the model runs in.
@@ -164,7 +164,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | No
 
 
 def place_loss(places: Tensor, target: Tensor) -> Tensor:
-    """The share of the variance of places that is not explained: 1 for a guess at the middle, 0 for what is exact.
+    """The share of the variance of places that is not explained: 1 for always the middle, 0 for the exact places.
 
     Args:
         places: [B, N, 2], column and row as shares of the image's side.
@@ -173,13 +173,11 @@ def place_loss(places: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
-    return 12 * F.mse_loss(
-        places.float(), target
-    )  # 1 / 12 is the variance of what lies anywhere in the image
+    return 12 * F.mse_loss(places.float(), target)  # 1 / 12: the variance of a place drawn anywhere
 
 
 def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: Tensor) -> Tensor:
-    """Dense contrast: what stands in an image finds its phrase among all phrases, as a whole and patch by patch.
+    """Dense contrast: every object of an image is classified among all phrases, as a whole and patch by patch.
 
     An object is the patches of one image with one phrase. As a whole it is the mean of its patches; that counts twice
     as much as its single patches, whose mean is taken first, so that large objects do not outweigh small ones.
@@ -187,7 +185,7 @@ def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: T
     Args:
         patches: [B, N, E], of any length; normalised here.
         phrases: [P, E], each different from the others; normalised here.
-        target: int64 [B, N], the phrase of each patch, -1 where the patch counts for nothing.
+        target: int64 [B, N], the phrase of each patch, -1 where the patch is left out.
         logit_scale: scalar, the logarithm of the inverse temperature; bounded by log 100.
 
     Returns:
@@ -200,17 +198,16 @@ def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: T
         image * count + target[image, place], return_inverse=True, return_counts=True
     )  # O objects; the object of each patch; patches of each object
     weight = 1 / sizes[owner]  # [K]
-    whole = labelled.new_zeros(len(objects), labelled.shape[1]).index_add(
-        0, owner, labelled * weight[:, None]
-    )
+    sums = labelled.new_zeros(len(objects), labelled.shape[1])
+    means = sums.index_add(0, owner, labelled * weight[:, None])  # [O, E]
     scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
     names = F.normalize(phrases.float(), dim=-1).mT  # [E, P]
 
-    def cost(features: Tensor, wanted: Tensor) -> Tensor:
+    def cost(features: Tensor, labels: Tensor) -> Tensor:
         logits = _matmul(F.normalize(features, dim=-1), names) * scale
-        return F.cross_entropy(logits, wanted, reduction="none")
+        return F.cross_entropy(logits, labels, reduction="none")
 
-    each = cost(labelled, target[image, place]) * weight  # [K]
-    total: Tensor = 2 * cost(whole, objects % count).sum() + each.sum()
+    patch_costs = cost(labelled, target[image, place]) * weight  # [K]
+    total: Tensor = 2 * cost(means, objects % count).sum() + patch_costs.sum()
     mean: Tensor = total / (3 * max(1, len(objects)))
     return mean

@@ -1,4 +1,4 @@
-"""Muon: momentum, made orthogonal before it is applied. For the matrices of hidden layers."""
+"""Muon: the optimizer that makes momentum orthogonal before applying it. For the matrices of hidden layers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The quintic of Jordan et al. (2024): steepest at zero, and brings singular values to about one in five rounds.
+# The quintic of Jordan et al. (2024): steepest at zero, and brings singular values to about one in five steps.
 A, B, C = 3.4445, -4.7750, 2.0315
-ROUNDS = 5
+NEWTON_SCHULZ_STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
     """Muon with decoupled weight decay and updates as large as AdamW's, so that one learning rate fits both.
 
     Jordan et al., Muon (2024); Liu et al., Muon is Scalable for LLM Training (2025). As `torch.optim.Muon` with
-    adjust_lr_fn="match_rms_adamw", except that it computes in float32: half of the time or less where a CPU has no
-    bfloat16 of its own.
+    adjust_lr_fn="match_rms_adamw", except that it computes in float32: half the time or less on a CPU without
+    bfloat16 instructions.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """[M, N] -> the same with every singular value near one (0.7 to 1.2), by Newton-Schulz rounds.
+    """[M, N] -> the same with every singular value near one (0.7 to 1.2), by Newton-Schulz iteration.
 
-    The rounds run on the smaller Gram matrix; the matrix itself is multiplied once, at the end.
+    It runs on the smaller Gram matrix; the matrix itself is multiplied once, at the end.
     """
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     x = x / x.norm().clamp(min=1e-7)
     gram = x @ x.mT
     total: Tensor | None = None
-    for left in reversed(range(ROUNDS)):
+    for left in reversed(range(NEWTON_SCHULZ_STEPS)):
         factor = torch.addmm(gram, gram, gram, beta=B, alpha=C)
         factor.diagonal().add_(A)
         total = factor if total is None else factor @ total

@@ -10,31 +10,31 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_APART = ("step", "lr", "grad_norm", "images_per_s")  # columns that are no losses
+_NO_LOSSES = ("step", "lr", "grad_norm", "images_per_s")  # the other columns
 
 
-@cache  # say it once
+@cache  # so that the warning comes once
 def _available() -> bool:
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
+    available = importlib.util.find_spec("matplotlib") is not None
+    if not available:
         log.warning("loss.png is not drawn: matplotlib is not installed (pip install 'blip2[train]')")
-    return found
+    return available
 
 
-def draw(record: Path, picture: Path) -> None:
-    """Draw the losses in `record` (a log.csv) over the steps into `picture` (a PNG); without matplotlib do nothing."""
-    if not record.exists() or not _available():
+def draw(csv_path: Path, png_path: Path) -> None:
+    """Draw the losses in log.csv over the steps into a PNG; without matplotlib do nothing."""
+    if not csv_path.exists() or not _available():
         return
-    from matplotlib.figure import Figure  # the figure alone: no window system, no global state
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    with open(record, newline="") as file:
+    with open(csv_path, newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         return
     steps = [int(row["step"]) for row in rows]
     figure = Figure(figsize=(8, 5), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    for name in (name for name in rows[0] if name not in _APART):
+    for name in (name for name in rows[0] if name not in _NO_LOSSES):
         losses.plot(steps, [float(row[name]) for row in rows], label=name, linewidth=1)
     losses.set_ylabel("loss")
     losses.legend()
@@ -43,6 +43,6 @@ def draw(record: Path, picture: Path) -> None:
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     try:
-        figure.savefig(picture, dpi=100)
+        figure.savefig(png_path, dpi=100)
     except OSError as error:  # a full disk: no reason to end the training
-        log.warning("could not draw %s: %s", picture, error)
+        log.warning("could not draw %s: %s", png_path, error)

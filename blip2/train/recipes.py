@@ -6,7 +6,7 @@ published runs used sixteen. The betas are the paper's; LAVIS leaves the second 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from blip2.train.loop import FitOptions
@@ -16,7 +16,7 @@ from blip2.train.loop import FitOptions
 class Recipe:
     """How one stage was trained.
 
-    vision_layer_decay: only with `train_vision`: how much slower each image encoder layer learns than the next.
+    vision_layer_decay: with `train_vision`, the learning rate of each image encoder layer relative to the next.
     prompt: what the language model reads before a caption.
     """
 
@@ -45,7 +45,7 @@ class Recipe:
         accumulate: int = 1,
         seed: int = 42,
     ) -> FitOptions:
-        """The recipe over a data set that fills so many batches an epoch."""
+        """Options for a dataset of `batches_per_epoch` batches."""
         return FitOptions(
             steps=max(1, self.epochs * batches_per_epoch // accumulate),
             lr=self.lr,
@@ -63,44 +63,44 @@ class Recipe:
         )
 
 
+_PRETRAINING = Recipe(
+    task="stage1",
+    lr=1e-4,
+    min_lr=1e-5,
+    warmup_steps=5000,
+    warmup_lr=1e-6,
+    batch_size=100,
+    epochs=10,
+    image_size=224,
+)
+_COCO = Recipe(
+    task="finetune",
+    lr=1e-5,
+    min_lr=0.0,
+    warmup_steps=1000,
+    warmup_lr=1e-8,
+    batch_size=16,
+    epochs=5,
+    image_size=364,
+    train_vision=True,
+)
+
+
 def stage1() -> Recipe:
     """Representation learning: Q-Former on the frozen image encoder, ITC + ITM + ITG."""
-    return Recipe("stage1", 1e-4, 1e-5, 5000, 1e-6, batch_size=100, epochs=10, image_size=224)
+    return _PRETRAINING
 
 
 def stage2() -> Recipe:
     """Generative learning: Q-Former and projection through the frozen language model."""
-    return Recipe("stage2", 1e-4, 1e-5, 2000, 1e-6, batch_size=64, epochs=10, image_size=224)
+    return replace(_PRETRAINING, task="stage2", warmup_steps=2000, batch_size=64)
 
 
 def coco_caption() -> Recipe:
     """Fine-tuning on COCO captions, the image encoder included."""
-    return Recipe(
-        "finetune",
-        1e-5,
-        0.0,
-        1000,
-        1e-8,
-        batch_size=16,
-        epochs=5,
-        image_size=364,
-        prompt="a photo of",
-        train_vision=True,
-    )
+    return replace(_COCO, prompt="a photo of")
 
 
 def coco_retrieval() -> Recipe:
     """Fine-tuning the stage-1 model on COCO for retrieval, the image encoder included."""
-    return Recipe(
-        "stage1",
-        1e-5,
-        0.0,
-        1000,
-        1e-8,
-        batch_size=14,
-        epochs=5,
-        image_size=364,
-        max_tokens=35,
-        train_vision=True,
-        vision_layer_decay=0.95,
-    )
+    return replace(_COCO, task="stage1", batch_size=14, max_tokens=35, vision_layer_decay=0.95)

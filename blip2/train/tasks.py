@@ -1,12 +1,12 @@
 """What is trained in each stage, and on which losses.
 
-Batches are dicts of tensors. Where the image encoder is frozen a batch may hold `features` [B, N, W], what the encoder
-gives for the images, in place of `pixels`: computed once, they serve every epoch.
+Batches are dicts of tensors. With a frozen image encoder a batch may hold `features` [B, N, W], the encoder's
+output for the images, in place of `pixels`: computed once, they serve every epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,27 @@ from blip2.train import losses
 from blip2.train.loop import Task, decays
 
 Batch = Mapping[str, Tensor]
-GROUP_ROWS = 24  # texts of about one length that are read together
+GROUP_ROWS = 24  # texts of similar length that the language model reads together
 
 
-class Stage1(Task):
-    """ITC + ITM + ITG: teaches the queries to take from an image what its text says.
+class StageTask(Task):
+    """What the stages share: the optimizer's groups, and eval mode for the parts that are frozen."""
+
+    vision_layer_decay: float = 1.0
+    muon_scale: float | None = None
+
+    def train_mode(self) -> None:
+        self.module.train()
+        for part in self.module.children():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
+
+
+class Stage1(StageTask):
+    """ITC + ITM + ITG: the queries learn to extract from an image what its text says.
 
     Trains the Q-Former with its heads; with `train_vision` the image encoder too (retrieval fine-tuning).
 
@@ -48,37 +64,27 @@ class Stage1(Task):
         self.temp = matcher.temp
         self.dec_token_id = dec_token_id
         self.vision_layer_decay, self.muon_scale = vision_layer_decay, muon_scale
-        train_only(
-            matcher,
-            [matcher]
-            if train_vision
-            else [part for part in matcher.children() if part is not matcher.vision],
-        )
+        parts = [part for part in matcher.children() if train_vision or part is not matcher.vision]
+        train_only(matcher, parts)
         self.temp.requires_grad_(True)
-
-    def train_mode(self) -> None:
-        _set_modes(self.module)
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         matcher, ids, mask = self.matcher, batch["ids"], batch["mask"]
         features = _features(matcher.vision, batch)  # [B, N, W]
         image_ids = batch.get("image_ids")
 
-        written = ids.clone()
-        written[:, 0] = self.dec_token_id
-        queries, itg_logits = matcher.queries_and_text_logits(features, written, mask)  # [B, Q, W], [B, T, V]
-        itg = losses.itg_loss(itg_logits, written, mask)
+        itg_ids = ids.clone()
+        itg_ids[:, 0] = self.dec_token_id
+        queries, itg_logits = matcher.queries_and_text_logits(features, itg_ids, mask)  # [B, Q, W], [B, T, V]
+        itg = losses.itg_loss(itg_logits, itg_ids, mask)
 
         similarity = losses.query_similarity(
             matcher.project_queries(queries), matcher.text_embeddings(ids, mask), self.temp
         )  # [B, B]
         itc = losses.contrast(similarity, image_ids)
 
-        drawn = similarity.detach()
-        other_text, other_image = losses.hard_negatives(drawn, drawn.mT, generator, image_ids)
+        weights = similarity.detach()
+        other_text, other_image = losses.hard_negatives(weights, weights.mT, generator, image_ids)
         logits = matcher.itm_logits(
             torch.cat([features, features[other_image], features]),
             torch.cat([ids, ids, ids[other_text]]),
@@ -90,7 +96,7 @@ class Stage1(Task):
         return {"loss": itc + itm + itg, "itc": itc, "itm": itm, "itg": itg}
 
 
-class Stage2(Task):
+class Stage2(StageTask):
     """Captions through the frozen language model. Trains the Q-Former, its queries and the projection.
 
     Batch: pixels [B, 3, S, S] (or features [B, N, W]); input_ids, attention_mask int64 [R, T]; labels int64, -100 where
@@ -101,28 +107,22 @@ class Stage2(Task):
 
     def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:
         self.module = self.model = model
-        self.vision_layer_decay, self.muon_scale = 1.0, muon_scale
+        self.muon_scale = muon_scale
         train_only(model, [model.qformer, model.projection])
-
-    def train_mode(self) -> None:
-        _set_modes(self.module)
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layerwise_groups(self.module, weight_decay, self.vision_layer_decay, self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         queries = self.model.qformer(_features(self.model.vision, batch))
         return {"loss": self.text_loss(queries, batch)}
 
     def text_loss(self, queries: Tensor, batch: Batch) -> Tensor:
-        """The mean over all targets of what is written after queries [B, Q, W]."""
-        prefix = self.model.project(queries)  # [B, Q, W of the language model]
+        """The language model's mean loss over all targets, after queries [B, Q, W]."""
+        prefix = self.model.project(queries)  # [B, Q, width of the language model]
         if (index := batch.get("image_index")) is not None:
             prefix = prefix[index]  # [R, Q, W]
         return self._loss(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])
 
     def _loss(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """The mean over all targets. OPT reads rows of about one length together, their common padding cut off."""
+        """The mean over all targets. OPT reads rows of similar length together, without their common padding."""
         right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
         total = (labels != IGNORE_INDEX).sum()
         groups = len(ids) // GROUP_ROWS
@@ -140,7 +140,7 @@ class Stage2(Task):
 
 
 class Finetune(Stage2):
-    """Fine-tuning as for COCO captions: stage 2 with the image encoder trained too, and the language model on demand.
+    """Fine-tuning as for COCO captions: stage 2 with the image encoder, and on request the language model.
 
     vision_layer_decay: each image encoder layer learns at this fraction of the rate of the layer after it.
     """
@@ -155,10 +155,8 @@ class Finetune(Stage2):
     ) -> None:
         super().__init__(model, muon_scale=muon_scale)
         self.vision_layer_decay = vision_layer_decay
-        train_only(
-            model,
-            [model.vision, model.qformer, model.projection, *([model.language] if train_language else [])],
-        )
+        parts = [model.vision, model.qformer, model.projection, *([model.language] if train_language else [])]
+        train_only(model, parts)
 
 
 def layerwise_groups(
@@ -166,9 +164,9 @@ def layerwise_groups(
 ) -> list[dict[str, Any]]:
     """Trained parameters grouped by weight decay, learning rate and optimizer.
 
-    Block i of the image encoder's n learns at decay ** (n - i) times the rate, what comes before the blocks at
-    decay ** (n + 1), everything after them at the full rate. As LAVIS does. With `muon_scale` the matrices of all
-    blocks are trained by Muon, at so many times their rate.
+    Block i of the image encoder's n learns at decay ** (n - i) times the rate, the embeddings before the blocks at
+    decay ** (n + 1), everything after them at the full rate, as in LAVIS. With `muon_scale` the matrices of all
+    blocks are trained by Muon, at that multiple of their rate.
     """
     depth = 1 + max(
         (int(name.split(".")[2]) for name, _ in module.named_parameters() if _in_block(name)), default=-1
@@ -206,16 +204,8 @@ def _features(vision: nn.Module, batch: Batch) -> Tensor:
     return features
 
 
-def train_only(module: nn.Module, parts: list[nn.Module]) -> None:
-    """Freeze a module but for some of its parts."""
+def train_only(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Freeze a module except some of its parts."""
     module.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
-
-
-def _set_modes(module: nn.Module) -> None:
-    """Train mode, but eval mode for every part that is frozen as a whole."""
-    module.train()
-    for part in module.children():
-        if not any(p.requires_grad for p in part.parameters()):
-            part.eval()

@@ -202,4 +202,4 @@ def test_weights_of_another_kind(folder: Path) -> None:
 def test_processing(generator_folder: Path) -> None:
     image_processor, tokenizer = load_processors(generator_folder)
     assert image_processor.size == 32
-    assert tokenizer.encode("a photo")[0] == tokenizer.bos_id
+    assert tokenizer.encode("a photo")[0] == tokenizer.special_id("bos_token")

@@ -4,6 +4,7 @@ import logging
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from PIL import Image
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from blip2.data import DataError, MatchingBatches, ReadingBatches, Rows, Sample, WritingBatches
+from blip2.data.loader import DecoderBatches, EncoderDecoderBatches, ExampleBatches, MatcherBatches
+from blip2.data.sources import DataError, Sample
 from blip2.images import ImageProcessor, load_image, to_pixels
 from blip2.text import Tokenizer
 
-PROCESSING = ImageProcessor(size=8)
+PROCESSOR = ImageProcessor(size=8)
 END, PAD = 2, 1
 
 
@@ -39,11 +41,16 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def samples(tmp_path: Path) -> list[Sample]:
     noise = np.random.default_rng(0)
-    found = []
+    samples = []
     for i in range(5):
         Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-        found.append(Sample(str(i), tmp_path / f"{i}.png", tuple(f"text {i}{c}" for c in "abc"[: 1 + i % 3])))
-    return found  # 1 + 2 + 3 + 1 + 2 = 9 texts
+        texts = tuple(f"text {i}{c}" for c in "abc"[: 1 + i % 3])
+        samples.append(Sample(str(i), tmp_path / f"{i}.png", texts))
+    return samples  # 1 + 2 + 3 + 1 + 2 = 9 texts
+
+
+def batches_of(samples: list[Sample], batch_size: int, seed: int = 0, **options: Any) -> ExampleBatches:
+    return ExampleBatches(samples, PROCESSOR, batch_size=batch_size, seed=seed, **options)
 
 
 def decoded(tokenizer: Tokenizer, ids: torch.Tensor) -> list[str]:
@@ -51,21 +58,21 @@ def decoded(tokenizer: Tokenizer, ids: torch.Tensor) -> list[str]:
 
 
 def test_pure_in_the_position(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    first = WritingBatches(Rows(samples, PROCESSING, batch_size=2, seed=3), tokenizer)
-    again = pickle.loads(pickle.dumps(first))  # as a data process gets it
-    there = {position: first[position] for position in (0, 9, 4, 1)}
+    first = DecoderBatches(batches_of(samples, 2, seed=3), tokenizer)
+    copy = pickle.loads(pickle.dumps(first))  # as a data process gets it
+    batches = {position: first[position] for position in (0, 9, 4, 1)}
     for position in (1, 9, 0, 4):
-        for name, tensor in again[position].items():
-            assert torch.equal(tensor, there[position][name]), name
-    assert not torch.equal(there[0]["pixels"], there[4]["pixels"])
-    other = WritingBatches(Rows(samples, PROCESSING, batch_size=2, seed=4), tokenizer)
-    assert not torch.equal(other[0]["pixels"], there[0]["pixels"])
+        for name, tensor in copy[position].items():
+            assert torch.equal(tensor, batches[position][name]), name
+    assert not torch.equal(batches[0]["pixels"], batches[4]["pixels"])
+    other = DecoderBatches(batches_of(samples, 2, seed=4), tokenizer)
+    assert not torch.equal(other[0]["pixels"], batches[0]["pixels"])
 
 
 def test_every_text_once_an_epoch(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    rows = Rows(samples, PROCESSING, batch_size=3, seed=0)
-    batches = MatchingBatches(rows, tokenizer)
-    assert rows.batches_per_epoch == 3
+    examples = batches_of(samples, 3)
+    batches = MatcherBatches(examples, tokenizer)
+    assert examples.batches_per_epoch == 3
     orders = []
     for epoch in range(2):
         texts = [text for i in range(3) for text in decoded(tokenizer, batches[3 * epoch + i]["ids"])]
@@ -75,47 +82,45 @@ def test_every_text_once_an_epoch(samples: list[Sample], tokenizer: Tokenizer) -
 
 
 def test_image_ids_tell_equal_images(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    batch = MatchingBatches(Rows(samples, PROCESSING, batch_size=9, seed=0), tokenizer)[0]
+    batch = MatcherBatches(batches_of(samples, 9), tokenizer)[0]
     for text, image in zip(decoded(tokenizer, batch["ids"]), batch["image_ids"].tolist()):
         assert text[5] == str(image)
     assert batch["mask"].sum().item() == 9 * 8  # </s> and seven letters each
 
 
 def test_several_texts_an_image(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    rows = Rows(samples, PROCESSING, batch_size=5, seed=0, texts_per_image=3, augment=False)
-    batch = WritingBatches(rows, tokenizer)[0]
+    examples = batches_of(samples, 5, texts_per_image=3, augment=False)
+    batch = DecoderBatches(examples, tokenizer)[0]
     assert batch["pixels"].shape == (5, 3, 8, 8)
     assert batch["input_ids"].shape[0] == 9
     for text, image in zip(decoded(tokenizer, batch["input_ids"]), batch["image_index"].tolist()):
-        expected = to_pixels([load_image(samples[int(text[5])].image)], PROCESSING)[0]
+        expected = to_pixels([load_image(samples[int(text[5])].image)], PROCESSOR)[0]
         assert torch.equal(batch["pixels"][image], expected)
     with pytest.raises(DataError, match="one text a row, not 3"):
-        MatchingBatches(rows, tokenizer)
+        MatcherBatches(examples, tokenizer)
 
 
 def test_targets_are_the_caption_and_its_end(samples: list[Sample], tokenizer: Tokenizer) -> None:
     one = [Sample("x", samples[0].image, ("A Dog.", "cats"))]
-    rows = Rows(one, PROCESSING, batch_size=2, seed=0)
-    batch = WritingBatches(rows, tokenizer, prompt="a photo of ")[0]
-    found = {}
+    examples = batches_of(one, 2)
+    batch = DecoderBatches(examples, tokenizer, prompt="a photo of ")[0]
+    targets = {}
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
         length = int(mask.sum())
         assert ids[0] == END
         assert (ids[length:] == PAD).all()
         assert ((labels == ids) | (labels == -100)).all()
-        found[tokenizer.decode(ids[:length])] = tokenizer.decode(labels[labels != -100])
-    assert found == {"a photo of a dog\n": " a dog\n", "a photo of cats\n": " cats\n"}
-    plain = WritingBatches(rows, tokenizer)[0]
+        targets[tokenizer.decode(ids[:length])] = tokenizer.decode(labels[labels != -100])
+    assert targets == {"a photo of a dog\n": " a dog\n", "a photo of cats\n": " cats\n"}
+    plain = DecoderBatches(examples, tokenizer)[0]
     assert (plain["labels"][:, 0] == -100).all()
     assert sorted(tokenizer.decode(row[row != -100]) for row in plain["labels"]) == ["a dog\n", "cats\n"]
-    assert WritingBatches(rows, tokenizer, max_tokens=4)[0]["input_ids"].shape == (2, 4)
+    assert DecoderBatches(examples, tokenizer, max_tokens=4)[0]["input_ids"].shape == (2, 4)
 
 
 def test_answers_follow_their_question(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    asked = [Sample("x", samples[0].image, (), "How many?", ("Two",))]
-    batch = WritingBatches(
-        Rows(asked, PROCESSING, batch_size=1, seed=0), tokenizer, prompt="unused", max_tokens=64
-    )[0]
+    question = [Sample("x", samples[0].image, (), "How many?", ("Two",))]
+    batch = DecoderBatches(batches_of(question, 1), tokenizer, prompt="unused", max_tokens=64)[0]
     assert decoded(tokenizer, batch["input_ids"]) == ["Question: how many? Answer: two\n"]
     assert tokenizer.decode(batch["labels"][batch["labels"] != -100]) == " two\n"
 
@@ -126,32 +131,32 @@ def test_t5_reads_the_prompt_and_writes_the_text(samples: list[Sample], t5_folde
         Sample("x", samples[0].image, ("A red Cat.", "dogs")),
         Sample("y", samples[1].image, (), "Why?", ("Yes",)),
     ]
-    batch = ReadingBatches(Rows(one, PROCESSING, batch_size=3, seed=0), tokenizer, prompt="a photo of")[0]
-    found = {}
+    batch = EncoderDecoderBatches(batches_of(one, 3), tokenizer, prompt="a photo of")[0]
+    inputs = {}
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
-        read, written = ids[mask.bool()], labels[labels != -100]
-        assert read[-1] == written[-1] == tokenizer.eos_id
-        assert (ids[len(read) :] == tokenizer.pad_id).all()
-        found[tokenizer.decode(written)] = tokenizer.decode(read)
-    assert found == {"a red cat": "a photo of", "dogs": "a photo of", "yes": "Question: why? Short answer:"}
+        prompt, target = ids[mask.bool()], labels[labels != -100]
+        assert prompt[-1] == target[-1] == tokenizer.special_id("eos_token")
+        assert (ids[len(prompt) :] == tokenizer.pad_id).all()
+        inputs[tokenizer.decode(target)] = tokenizer.decode(prompt)
+    assert inputs == {"a red cat": "a photo of", "dogs": "a photo of", "yes": "Question: why? Short answer:"}
 
-    split = ReadingBatches(Rows(one[:1] * 20, PROCESSING, batch_size=40, seed=0), tokenizer, split=True)
-    there = [split[position] for position in (0, 1)]
+    split = EncoderDecoderBatches(batches_of(one[:1] * 20, 40), tokenizer, split=True)
+    batches = [split[position] for position in (0, 1)]
     texts = set()
     for row in range(40):
-        labels = there[0]["labels"][row]
-        read = tokenizer.decode(there[0]["input_ids"][row])
-        texts.add(f"{read}|{tokenizer.decode(labels[labels != -100])}")
+        labels = batches[0]["labels"][row]
+        prompt = tokenizer.decode(batches[0]["input_ids"][row])
+        texts.add(f"{prompt}|{tokenizer.decode(labels[labels != -100])}")
     assert texts == {"|a red cat", "a|red cat", "a red|cat", "|dogs"}
-    assert torch.equal(split[0]["labels"], there[0]["labels"])
-    assert there[0]["labels"].tolist() != there[1]["labels"].tolist()
+    assert torch.equal(split[0]["labels"], batches[0]["labels"])
+    assert batches[0]["labels"].tolist() != batches[1]["labels"].tolist()
 
 
-def test_an_unreadable_image_gives_way(
+def test_an_unreadable_image_is_replaced(
     samples: list[Sample], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples[2].image.write_bytes(b"no image")
-    batches = MatchingBatches(Rows(samples, PROCESSING, batch_size=9, seed=0), tokenizer)
+    batches = MatcherBatches(batches_of(samples, 9), tokenizer)
     with caplog.at_level(logging.WARNING):
         batch = batches[0]
     assert len(batch["pixels"]) == 9
@@ -165,4 +170,4 @@ def test_an_unreadable_image_gives_way(
 
 def test_too_few_texts(samples: list[Sample]) -> None:
     with pytest.raises(DataError, match="9 rows of texts do not fill a batch of 10"):
-        Rows(samples, PROCESSING, batch_size=10, seed=0)
+        batches_of(samples, 10)

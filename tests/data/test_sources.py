@@ -1,4 +1,4 @@
-"""Samples from every kind of file; what is wrong with a file is said."""
+"""Samples from every kind of file; errors name what is wrong with a file."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from blip2.data import DataError, Sample, read_samples
+from blip2.data.sources import DataError, Sample, read_samples
 
 
 def write(path: Path, content: Any) -> Path:
@@ -81,13 +81,13 @@ def test_folder(tmp_path: Path) -> None:
         ("a.json", ["a.jpg"], "row 1 is a str"),
         ("a.json", [{"image": "a.jpg", "caption": "x"}, {"caption": "a dog"}], "row 2 names no image"),
         ("a.json", [{"image": "a.jpg"}], "neither a caption nor a question"),
-        ("a.json", [{"image": "a.jpg", "caption": 3}], "3 stands where a text should"),
+        ("a.json", [{"image": "a.jpg", "caption": 3}], "expected a text, got 3"),
         ("a.json", {"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}, "belongs to image 5"),
         ("a.jsonl", '{"image": "a.jpg", "caption": "x"}\n{', "line 2"),
         ("a.xml", "", "expected .json, .jsonl, .csv or a folder"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_errors_name_what_is_wrong(tmp_path: Path, name: str, content: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_samples(write(tmp_path / name, content))
 

@@ -36,13 +36,13 @@ def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def test_a_caption_is_a_target_and_its_prompt_is_not(words: Tokenizers) -> None:
-    seen = set()
+    texts = set()
     for seed in range(20):
         ids, labels = caption_row(words, "a bear and two mice", random.Random(seed))
         assert decoded(words.language, labels) == " a bear and two mice\n"
-        seen.add(decoded(words.language, ids))
+        texts.add(decoded(words.language, ids))
         assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True))
-    assert seen == {"</s>a photo of a bear and two mice\n", "</s> a bear and two mice\n"}
+    assert texts == {"</s>a photo of a bear and two mice\n", "</s> a bear and two mice\n"}
 
 
 def test_every_answer_of_a_conversation_is_a_target(words: Tokenizers) -> None:
@@ -53,7 +53,9 @@ def test_every_answer_of_a_conversation_is_a_target(words: Tokenizers) -> None:
     assert decoded(words.language, labels) == " a bear\n on the left\n"
     differing = [(i, label) for i, label in zip(ids, labels, strict=True) if label not in (IGNORE_INDEX, i)]
     (stop,) = words.language.encode(".", frame=False)
-    assert differing == [(stop, words.newline)]  # an answer ends in a newline though a full stop stands there
+    assert differing == [
+        (stop, words.newline)
+    ]  # an answer's target ends in a newline, its input in a full stop
 
 
 def test_rows_are_padded_on_the_right() -> None:
@@ -87,9 +89,9 @@ def test_a_batch_follows_from_its_position(
 ) -> None:
     monkeypatch.setattr(batches.language, "standard", lambda: language)
     monkeypatch.setattr(batches, "read_table", lambda: cutouts.rows)
-    made = batches.InstructionBatches(Path(), words, batch=3)
-    made.pictures.composer, made.pictures.easy_share = composer, 0.0
-    first, other, again = made[4], made[5], made[4]
+    data = batches.InstructionBatches(Path(), words, batch=3)
+    data.pictures.composer, data.pictures.easy_share = composer, 0.0
+    first, other, again = data[4], data[5], data[4]
     assert first["pixels"].shape == (3, 3, 128, 128)
     assert first["image_index"].tolist() == [0, 0, 1, 1, 2, 2]
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -99,12 +101,12 @@ def test_a_batch_follows_from_its_position(
 @pytest.fixture
 def scenes(composer: Composer, cutouts: Cutouts, monkeypatch: pytest.MonkeyPatch) -> batches.SceneBatches:
     monkeypatch.setattr(batches, "read_table", lambda: cutouts.rows)
-    made = batches.SceneBatches(Path(), batch=6)
-    made.pictures.composer = composer
-    return made
+    data = batches.SceneBatches(Path(), batch=6)
+    data.pictures.composer = composer
+    return data
 
 
-def test_queries_answer_for_the_things_whose_middles_their_parts_hold(scenes: batches.SceneBatches) -> None:
+def test_queries_belong_to_the_objects_whose_middles_are_in_their_parts(scenes: batches.SceneBatches) -> None:
     batch, rng = scenes[3], scenes.seeded.at(3)
     phrases = {number: phrase for phrase, number in scenes.parts.phrases.items()}
     assert batch["parts"].shape == (6, 16) and len(batch["phrase_ids"]) == len(phrases)
@@ -117,7 +119,7 @@ def test_queries_answer_for_the_things_whose_middles_their_parts_hold(scenes: ba
         assert {tuple(place) for place in places[parts >= 0].tolist()} == middles
 
 
-def test_nobody_says_what_is_where_in_easy_vqas_images(scenes: batches.SceneBatches) -> None:
+def test_easy_vqas_images_have_no_labels_for_queries(scenes: batches.SceneBatches) -> None:
     easy = EasyImage(np.zeros((64, 64, 3), np.uint8), (), "a teal circle")
     assert (scenes.parts.of([easy])["parts"] == UNKNOWN).all()
 
@@ -128,9 +130,9 @@ def test_every_noun_and_color_has_the_vector_of_its_phrases(
     monkeypatch.setattr(stages, "standard", lambda: language)
     named = [*language.nouns, *(f"{colour} square" for colour in COLOURS)]
     phrases = {phrase: i for i, phrase in enumerate(named)}
-    found = stages.names(phrases, torch.eye(len(named)))
+    names = stages.name_vectors(phrases, torch.eye(len(named)))
     noun = next(noun for noun in language.nouns if noun != "square")
-    assert found[noun][phrases[noun]] == 1 and found[noun].sum() == 1
-    assert torch.equal(found[noun], found[language.nouns[noun].plural])
-    assert found["red"][phrases["red square"]] == 1
-    assert found.keys() >= set(COLOURS) | set(language.nouns)
+    assert names[noun][phrases[noun]] == 1 and names[noun].sum() == 1
+    assert torch.equal(names[noun], names[language.nouns[noun].plural])
+    assert names["red"][phrases["red square"]] == 1
+    assert names.keys() >= set(COLOURS) | set(language.nouns)

@@ -7,19 +7,20 @@ from itertools import islice
 import pytest
 
 from default_model import language as standard
+from default_model.colours import COLOURS
 from default_model.evaluation import counts_right, named_objects, names_object, unseen_questions
 from default_model.language import KINDS, PHRASES, Language, groups
 from default_model.scenes import Composer, Placed, Scene, relation
 
 
 @pytest.fixture(scope="module")
-def some(composer: Composer) -> list[Scene]:
+def scenes(composer: Composer) -> list[Scene]:
     return [composer.compose(seed, "test" if seed % 2 else "train") for seed in range(200)]
 
 
-def test_every_caption_names_all_objects_in_their_numbers(language: Language, some: list[Scene]) -> None:
+def test_every_caption_names_all_objects_in_their_numbers(language: Language, scenes: list[Scene]) -> None:
     rng = random.Random(0)
-    for scene in some:
+    for scene in scenes:
         captions = [language.caption(scene, rng), *language.reference_captions(scene)]
         assert len(captions) == 6 and captions[1] == language.canonical_caption(scene)
         for caption in captions:
@@ -27,24 +28,24 @@ def test_every_caption_names_all_objects_in_their_numbers(language: Language, so
             assert re.fullmatch(r"[a-z,\- ]+", caption) and len(caption.split()) <= 50
 
 
-def test_relations_in_captions_are_true(language: Language, some: list[Scene]) -> None:
-    told = 0
-    for scene in some:
+def test_relations_in_captions_are_true(language: Language, scenes: list[Scene]) -> None:
+    count = 0
+    for scene in scenes:
         for caption in language.reference_captions(scene):
             for side, phrase in PHRASES.items():
                 if f" {phrase} " not in caption:
                     continue
-                told += 1
+                count += 1
                 first, _second = caption.split(f" {phrase} ")
                 a, b = scene.objects
                 if not names_object(first, a.noun, language.nouns):
                     a, b = b, a
                 assert relation(scene.side, a, b) == side
-    assert told > 20
+    assert count > 20
 
 
 def _answer(language: Language, scene: Scene, question: str) -> str | None:
-    """What is true, worked out from the objects in another way than the questions are."""
+    """The true answer, derived from the objects in another way than the questions are."""
     named = {g.noun: g for g in groups(scene)}
     if question.startswith("how many "):
         if re.search("how many (objects|things|shapes) ", question):
@@ -54,23 +55,10 @@ def _answer(language: Language, scene: Scene, question: str) -> str | None:
     if re.match("is there|do you see|are there", question):
         (noun,) = named_objects(question, language.nouns)
         colour = re.search(rf"(\w+) (?:of )?{noun}\b", question)
-        wanted = colour.group(1) if colour else ""
         if noun not in named:
             return "no"
-        if wanted in (
-            "red",
-            "green",
-            "brown",
-            "gray",
-            "yellow",
-            "blue",
-            "black",
-            "white",
-            "pink",
-            "purple",
-            "orange",
-        ):
-            return "yes" if named[noun].colour == wanted else "no"
+        if colour and colour.group(1) in COLOURS:
+            return "yes" if named[noun].colour == colour.group(1) else "no"
         return "yes"
     match = re.match(r"is the (.+?) (to the left of|to the right of|above|below) the (.+)\?", question)
     if match:
@@ -81,24 +69,24 @@ def _answer(language: Language, scene: Scene, question: str) -> str | None:
     if match:
         (anchor,) = named_objects(match.group(2), language.nouns)
         one = named[anchor].members[0]
-        there = [
+        answers = [
             o.noun
             for o in scene.objects
             if o is not one and PHRASES.get(relation(scene.side, o, one) or "") == match.group(1)
         ]
-        assert len(there) == 1, question
-        return there[0]
+        assert len(answers) == 1, question
+        return answers[0]
     match = re.match(r"what (?:color (?:is|are)|is the color of) the (.+)\?", question)
     if match:
-        found = list(named_objects(match.group(1), language.nouns)) or list(named)
-        return named[found[0]].colour
+        nouns = list(named_objects(match.group(1), language.nouns)) or list(named)
+        return named[nouns[0]].colour
     return None
 
 
-def test_answers_are_true(language: Language, some: list[Scene]) -> None:
+def test_answers_are_true(language: Language, scenes: list[Scene]) -> None:
     rng = random.Random(0)
     checked = dict.fromkeys(KINDS, 0)
-    for scene in some:
+    for scene in scenes:
         for qa in language.questions(scene, rng):
             assert len(qa.answer.split()) <= 4 and qa.answer == qa.answer.lower()
             truth = _answer(language, scene, qa.question)
@@ -110,13 +98,13 @@ def test_answers_are_true(language: Language, some: list[Scene]) -> None:
     assert all(n > 10 for n in checked.values()), checked
 
 
-def test_yes_and_no_are_balanced_and_zero_occurs(language: Language, some: list[Scene]) -> None:
+def test_yes_and_no_are_balanced_and_zero_occurs(language: Language, scenes: list[Scene]) -> None:
     rng = random.Random(1)
-    asked = [language.question(scene, rng, "presence") for scene in some * 3]
-    share = sum(qa is not None and qa.answer == "yes" for qa in asked) / len(asked)
+    presence = [language.question(scene, rng, "presence") for scene in scenes * 3]
+    share = sum(qa is not None and qa.answer == "yes" for qa in presence) / len(presence)
     assert 0.4 < share < 0.6
-    counted = [language.question(scene, rng, "count") for scene in some]
-    assert {qa.answer for qa in counted if qa is not None} == {"0", "1", "2", "3", "4"}
+    counts = [language.question(scene, rng, "count") for scene in scenes]
+    assert {qa.answer for qa in counts if qa is not None} == {"0", "1", "2", "3", "4"}
 
 
 def test_grammar(language: Language) -> None:
@@ -158,9 +146,9 @@ def test_captions_by_hand(language: Language) -> None:
     assert language.canonical_caption(three) == "two apples and a bear"
 
 
-def test_conversations(language: Language, some: list[Scene]) -> None:
+def test_conversations(language: Language, scenes: list[Scene]) -> None:
     rng = random.Random(0)
-    for scene in some:
+    for scene in scenes:
         turns = language.conversation(scene, rng)
         assert 1 <= len(turns) <= 3
         assert any(names_object(turns[0][1], o.noun, language.nouns) for o in scene.objects)

@@ -1,4 +1,4 @@
-"""The judged scenes as files: read back they are what was composed."""
+"""The evaluated scenes as files: read back they are those that were composed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from blip2.evaluate import read_scenes
+from blip2.evaluate.scenes import read_scenes
 from default_model.language import Language
 from default_model.make_scenes import compose, write
 from default_model.scenes import Composer
@@ -15,10 +15,10 @@ from default_model.scenes import Composer
 
 def test_files_hold_what_is_composed(composer: Composer, language: Language, tmp_path: Path) -> None:
     write(composer, language, tmp_path, limit=3)
-    read, made = read_scenes(tmp_path), compose(composer, language, limit=3)
-    assert read.nouns == made.nouns
+    read, direct = read_scenes(tmp_path), compose(composer, language, limit=3)
+    assert read.nouns == direct.nouns
     for name in ("singles", "multi", "questions", "retrieval"):
-        files, composed = getattr(read, name), getattr(made, name)
+        files, composed = getattr(read, name), getattr(direct, name)
         assert len(files) == len(composed) == 3
         for one, other in zip(files, composed, strict=True):
             assert np.array_equal(np.asarray(Image.open(one.image)), np.asarray(other.image))

@@ -29,7 +29,7 @@ def test_the_table_is_sound() -> None:
     assert {row.source for row in rows} == {"stamps", "openmoji"}
 
 
-def test_shape_colours_are_called_what_they_are() -> None:
+def test_shape_colours_have_their_names() -> None:
     for name, rgb in SHAPE_RGB.items():
         jittered = np.array(rgb)[None] + np.array([[0, 0, 0], [9, 9, 9], [-9, -9, -9]])
         assert [COLOURS[i] for i in name_pixels(np.clip(jittered, 0, 255).astype(np.uint8))] == [name] * 3
@@ -58,7 +58,7 @@ def test_cutting_out_keeps_hidden_colour_out_of_edges(tmp_path: Path) -> None:
         rasterise(tmp_path / "empty.png", 96)
 
 
-def test_cutouts_come_back_as_they_were(
+def test_saved_cutouts_load_unchanged(
     tmp_path: Path, cutouts: Cutouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cutouts.save(tmp_path / "cutouts.npz")
@@ -75,8 +75,8 @@ def test_easy_vqa(tmp_path: Path) -> None:
     (root / "images").mkdir(parents=True)
     for i in range(2):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(root / "images" / f"{i}.png")
-    asked = [["what is the teal shape?", "circle", 1], ["is there a red shape?", "yes", 0]]
-    (root / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
+    rows = [["what is the teal shape?", "circle", 1], ["is there a red shape?", "yes", 0]]
+    (root / "questions.json").write_text(json.dumps(rows), encoding="utf-8")
     first, second = easyvqa.load(tmp_path, "train")
     assert first.image.shape == (64, 64, 3) and second.image[0, 0, 0] == 1
     assert second.questions == (("what is the teal shape?", "circle"),)

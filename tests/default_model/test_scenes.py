@@ -48,7 +48,7 @@ def test_splits_share_no_pairs_and_no_backgrounds(composer: Composer) -> None:
     assert not np.array_equal(background(4, "train", 32)[0], background(4, "test", 32)[0])
 
 
-def test_boxes_lie_in_the_image_and_objects_stand_left_to_right(composer: Composer) -> None:
+def test_boxes_lie_in_the_image_and_objects_are_ordered_left_to_right(composer: Composer) -> None:
     for scene in scenes(composer, "train"):
         assert scene.image.shape == (128, 128, 3) and scene.image.dtype == np.uint8
         assert 1 <= len(scene.objects) <= MAX_OBJECTS
@@ -84,7 +84,7 @@ def test_objects_are_where_the_labels_say(composer: Composer) -> None:
     assert middle[0] > 150 and middle[1] < 110 and middle[2] < 110  # the apple is red
 
 
-def test_relation_is_none_where_one_could_argue() -> None:
+def test_ambiguous_relations_are_none() -> None:
     def at(x: int, y: int) -> Placed:
         return Placed("", "apple", None, (x - 5, y - 5, x + 5, y + 5), False)
 

@@ -1,4 +1,4 @@
-"""Sentences such as captions hold, and odder ones: what the tokenizer is compared on. The same for the same seed."""
+"""Sentences as in captions, and odder ones, to compare tokenizers on. The same for the same seed."""
 
 from __future__ import annotations
 

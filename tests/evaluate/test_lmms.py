@@ -1,4 +1,4 @@
-"""The plug-in for lmms-eval, where that is installed: it is no requirement of ours."""
+"""The plug-in for lmms-eval, if that is installed: it is not a requirement."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def test_the_harness_finds_it_and_gets_our_answers(generator_folder: Path, pictu
 
     registry = ModelRegistryV2()
     registry.register_manifest(MANIFEST)
-    made = registry.get_model_class("blip2").create_from_arg_string(
+    plug_in = registry.get_model_class("blip2").create_from_arg_string(
         f"pretrained={generator_folder}", {"device": "cpu", "batch_size": "2"}
     )
-    made.task_dict = {"task": {"test": pictures}}
+    plug_in.task_dict = {"task": {"test": pictures}}
     model = blip2.load(generator_folder)
     requests = [request(i, max_new_tokens=6, num_beams=3, temperature=0) for i in range(len(pictures))]
     expected = model.ask(pictures, "what is it?", max_new_tokens=6, num_beams=3)
-    assert made.generate_until(requests) == [answer.strip() for answer in expected]
+    assert plug_in.generate_until(requests) == [answer.strip() for answer in expected]
     letter = expected[0].strip()[1]
-    (cut,) = made.generate_until([request(0, max_new_tokens=6, num_beams=3, until=[letter])])
+    (cut,) = plug_in.generate_until([request(0, max_new_tokens=6, num_beams=3, until=[letter])])
     assert cut == expected[0].strip().split(letter)[0].strip()
-    drawn = [request(0, max_new_tokens=6, do_sample=True, temperature=2.0)]
-    assert made.generate_until(drawn) == made.generate_until(drawn)
+    samples = [request(0, max_new_tokens=6, do_sample=True, temperature=2.0)]
+    assert plug_in.generate_until(samples) == plug_in.generate_until(samples)
     with pytest.raises(ValueError, match="2 images at once"):
-        made.generate_until([request(0, images=2)])
+        plug_in.generate_until([request(0, images=2)])
     with pytest.raises(ValueError, match="differ"):
-        made.generate_until([request(0), request(1, num_beams=2)])
+        plug_in.generate_until([request(0), request(1, num_beams=2)])
     with pytest.raises(NotImplementedError, match="generate_until"):
-        made.loglikelihood([])
+        plug_in.loglikelihood([])

@@ -11,11 +11,13 @@ import pytest
 
 import blip2
 from blip2.cli import EVAL_TASKS, main
-from blip2.data import DataError
-from blip2.evaluate import Settings, as_json, evaluate, predictions, read_task, write
+from blip2.data.sources import DataError
 from blip2.evaluate.protocols import PROTOCOLS, PUBLISHED, published
+from blip2.evaluate.report import predictions, report_json, write
+from blip2.evaluate.run import EvalSettings, evaluate
 from blip2.evaluate.scenes import counts_right, named_things, names_all
-from blip2.evaluate.tasks import NAMES, NEEDS
+from blip2.evaluate.tasks import TASK_FILES, TASK_NAMES, read_task
+from blip2.generation.options import GenerationOptions, make_options
 
 TEN = [{"answer": text} for text in ["a cat"] * 6 + ["cat"] * 3 + ["dog"]]
 
@@ -56,13 +58,13 @@ def data(tmp_path: Path, pictures: list[Path]) -> Path:
         {"id": 0, "file_name": "a.jpg", "domain": "in-domain"},
         {"id": 1, "file_name": "b.jpg", "domain": "out-domain"},
     ]
-    told = [{"image_id": i, "caption": text} for i in (0, 1) for text in ("a cat", "the dog")]
-    save("nocaps_val_4500_captions.json", {"images": domains, "annotations": told})
-    asked = [{"question_id": i, "image_id": i, "question": "what is it?"} for i in range(3)]
-    answered = [{"question_id": i, "answers": TEN, "answer_type": "other"} for i in range(3)]
-    for questions, answers in (NEEDS["vqav2"][:2], NEEDS["okvqa"][:2]):
-        save(questions[0], {"data_subtype": "val2014", "questions": asked})
-        save(answers[0], {"annotations": answered})
+    annotations = [{"image_id": i, "caption": text} for i in (0, 1) for text in ("a cat", "the dog")]
+    save("nocaps_val_4500_captions.json", {"images": domains, "annotations": annotations})
+    questions = [{"question_id": i, "image_id": i, "question": "what is it?"} for i in range(3)]
+    answers = [{"question_id": i, "answers": TEN, "answer_type": "other"} for i in range(3)]
+    for task in ("vqav2", "okvqa"):
+        save(TASK_FILES[task][0][0], {"data_subtype": "val2014", "questions": questions})
+        save(TASK_FILES[task][1][0], {"annotations": answers})
     save(
         "testdev_balanced_questions.json",
         {"7": {"imageId": "n1", "question": "what is it?", "answer": "cat"}},
@@ -72,30 +74,22 @@ def data(tmp_path: Path, pictures: list[Path]) -> Path:
     images("scenes/images", ["0.png", "1.png"])
     row = {"image": "images/0.png", "things": {"cat": 1}, "captions": ["a cat"]}
     question = {"image": "images/1.png", "question": "what is it?", "answer": "cat", "kind": "object"}
-    found = [row, row | {"image": "images/1.png", "captions": ["two dogs"]}]
-    save(
-        "scenes/scenes.json",
-        {
-            "nouns": {"cat": "cats"},
-            "singles": [row],
-            "multi": found,
-            "questions": [question],
-            "retrieval": found,
-        },
-    )
+    two = [row, row | {"image": "images/1.png", "captions": ["two dogs"]}]
+    sets = {"singles": [row], "multi": two, "questions": [question], "retrieval": two}
+    save("scenes/scenes.json", {"nouns": {"cat": "cats"}} | sets)
     return tmp_path
 
 
-@pytest.mark.parametrize("task", [name for name in NAMES if name not in ("captions", "questions")])
+@pytest.mark.parametrize("task", [name for name in TASK_NAMES if name not in ("captions", "questions")])
 def test_every_task_runs(task: str, data: Path, generator_folder: Path, matcher_folder: Path) -> None:
     model = blip2.load(generator_folder, matcher=matcher_folder)
-    settings = Settings(java=False, protocol="paper" if task in PUBLISHED else "default")
-    reports = evaluate(lambda: model, task, data, settings, called="opt-2.7b-coco")
+    settings = EvalSettings(java=False, protocol="paper" if task in PUBLISHED else "default")
+    reports = evaluate(lambda: model, task, data, settings, model_name="opt-2.7b-coco")
     for report in reports:
         assert report.outcomes and all(0 <= value <= 10 for value in report.metrics.values())
         assert report.published == (published(task, "opt-2.7b-coco") if settings.protocol == "paper" else {})
         rows = predictions(report)
-        assert len(rows) == len(report.outcomes) and json.dumps(as_json(report))
+        assert len(rows) == len(report.outcomes) and json.dumps(report_json(report))
     if task == "coco":
         assert [row["image_id"] for row in rows] == [0, 1, 2, 3]
         assert {"BLEU-4", "ROUGE-L", "CIDEr"} <= set(reports[0].metrics)
@@ -109,30 +103,31 @@ def test_every_task_runs(task: str, data: Path, generator_folder: Path, matcher_
 
 
 def test_the_settings_of_the_published_tables() -> None:
-    captions, questions = PROTOCOLS["paper"]["captions"], PROTOCOLS["paper"]["questions"]
-    retrieval = PROTOCOLS["paper"]["retrieval"]
-    assert (captions.prompt, captions.num_beams, captions.max_new_tokens) == ("a photo of", 5, 30)
-    assert captions.min_new_tokens == 8 - 4  # the published minimum counts "</s>a photo of"
-    assert (captions.length_penalty, captions.repetition_penalty, captions.image_px) == (1, 1, 364)
-    assert (questions.num_beams, questions.max_new_tokens, questions.length_penalty) == (5, 10, -1)
-    assert questions.image_px == 224
+    captions, questions, retrieval = PROTOCOLS["paper"].values()
+    assert (captions.prompt, captions.image_px, questions.image_px) == ("a photo of", 364, 224)
+    shortest = 8 - 4  # the published minimum counts "</s>a photo of"
+    expected = GenerationOptions(num_beams=5, max_new_tokens=30, min_new_tokens=shortest)
+    assert make_options("caption", **captions.options) == expected
+    assert (expected.length_penalty, expected.repetition_penalty) == (1, 1)
+    expected = GenerationOptions(num_beams=5, max_new_tokens=10, length_penalty=-1.0)
+    assert make_options("answer", **questions.options) == expected
     assert (retrieval.candidates, retrieval.text_length, retrieval.logits) == (128, 35, True)
     assert published("coco", "opt-6.7b-coco")["CIDEr"] == 1.451
     assert published("vqav2", "Salesforce/blip2-flan-t5-xxl") == {"accuracy": 0.652}
     assert published("coco", "default") == published("easyvqa", "opt-2.7b") == {}
-    assert set(EVAL_TASKS) == set(NAMES)
+    assert set(EVAL_TASKS) == set(TASK_NAMES)
 
 
 def test_ranked_answers_and_abstention(data: Path, generator_folder: Path) -> None:
     model = blip2.load(generator_folder)
-    settings = Settings(answers=("cat", "dog", "yes"))
-    (report,) = evaluate(lambda: model, "vqav2", data, settings, called="x")
-    assert {outcome.said for outcome in report.outcomes} <= {"cat", "dog", "yes"}
+    settings = EvalSettings(answers=("cat", "dog", "yes"))
+    (report,) = evaluate(lambda: model, "vqav2", data, settings, model_name="x")
+    assert {outcome.text for outcome in report.outcomes} <= {"cat", "dog", "yes"}
     assert all(
-        sum(each.probability for each in o.ranked) == pytest.approx(1, abs=1e-5) for o in report.outcomes
+        sum(answer.probability for answer in o.ranked) == pytest.approx(1, abs=1e-5) for o in report.outcomes
     )
     (report,) = evaluate(
-        lambda: model, "vqav2", data, Settings(answers=("cat", "dog"), abstain=1.0), called="x"
+        lambda: model, "vqav2", data, EvalSettings(answers=("cat", "dog"), abstain=1.0), model_name="x"
     )
     assert report.metrics["answered"] < 1 and report.metrics["accuracy"] >= 0
     assert report.notes == ["each answer is chosen among 2", "no answer below a probability of 1.0"]
@@ -144,14 +139,16 @@ def test_the_page_needs_nothing_else(data: Path, generator_folder: Path, tmp_pat
         json.dumps({"image": "val2014/COCO_val2014_000000000000.jpg", "question": "<b>?", "answer": "a & b"}) + "\n"
         + json.dumps({"image": "val2014/COCO_val2014_000000000001.jpg", "question": "what?", "answer": "cat"}) + "\n"
     )  # fmt: skip
-    (report,) = evaluate(lambda: blip2.load(generator_folder), "questions", task, Settings(), called="x")
-    results, said, page = write(report, tmp_path / "out")
+    (report,) = evaluate(
+        lambda: blip2.load(generator_folder), "questions", task, EvalSettings(), model_name="x"
+    )
+    results, rows, page = write(report, tmp_path / "out")
     text = page.read_text(encoding="utf-8")
     assert text.count("<article>") == text.count('src="data:image/jpeg;base64,') == 2
     assert "&lt;b&gt;?" in text and "a &amp; b" in text and "<b>" not in text
     assert not re.search(r"(src|href)=(?!\"data:)", text)
     assert len(json.loads(results.read_text())["outcomes"]) == 2
-    assert {row["question_id"] for row in json.loads(said.read_text())} == {
+    assert {row["question_id"] for row in json.loads(rows.read_text())} == {
         o.item.id for o in report.outcomes
     }
 
@@ -160,27 +157,27 @@ def test_common_forms(data: Path) -> None:
     assert [len(item.captions) for item in read_task("captions", data / "dataset_coco.json").items] == [2] * 4
     coco = read_task("captions", data / "nocaps_val_4500_captions.json", images=data / "images")
     assert [item.id for item in coco.items] == [0, 1]
-    asked = read_task(
+    vqa = read_task(
         "questions",
-        data / NEEDS["vqav2"][0][0],
+        data / TASK_FILES["vqav2"][0][0],
         images=data / "val2014",
-        annotations=data / NEEDS["vqav2"][1][0],
+        annotations=data / TASK_FILES["vqav2"][1][0],
     )
-    assert asked.rule == "vqa" and asked.items[0].answers[0] == "a cat"
+    assert vqa.rule == "vqa" and vqa.items[0].answers[0] == "a cat"
     with pytest.raises(DataError, match="--annotations"):
-        read_task("questions", data / NEEDS["vqav2"][0][0])
+        read_task("questions", data / TASK_FILES["vqav2"][0][0])
 
 
-def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "val2014").mkdir()
-    for name in NAMES:
+    for name in TASK_NAMES:
         arguments = (
             ["eval", name] if name in ("captions", "questions") else ["eval", name, "--data", str(tmp_path)]
         )
         assert main(arguments) == 2
-        told = capsys.readouterr().err
-        for file, _ in NEEDS.get(name, ()):
-            assert file.rstrip("/") in told
+        error = capsys.readouterr().err
+        for file, _ in TASK_FILES.get(name, ()):
+            assert file.rstrip("/") in error
     assert main(["eval", "scenes", "--protocol", "paper"]) == 2
     assert "none for scenes" in capsys.readouterr().err
     assert main(["eval", "easyvqa", "--abstain", "0.5"]) == 2
@@ -191,7 +188,7 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "none.txt").write_text("\n \n")
     (tmp_path / "some.txt").write_text("cat\n")
     common = ["--data", str(data)]
-    for arguments, told in (
+    for arguments, message in (
         (["vqav2", *common, "--answers", str(tmp_path / "none.txt")], "none.txt: the file holds none"),
         (
             ["vqav2", *common, "--answers", str(tmp_path / "gone.txt")],
@@ -206,29 +203,29 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path, capsys: pytest
         (["coco", *common, "--out", str(tmp_path / "some.txt")], "this is a file; name a folder"),
     ):
         assert main(["eval", *arguments]) == 2
-        assert told in capsys.readouterr().err
-    for task, file, told in (
+        assert message in capsys.readouterr().err
+    for task, file, message in (
         ("coco", "dataset_coco.json", "no 'images'"),
         ("gqa", "testdev_balanced_questions.json", "eval gqa: a file of"),
         ("scenes", "scenes/scenes.json", "no 'singles'"),
     ):
         (data / file).write_text('{"x": 1}')
         assert main(["eval", task, *common]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (data / "scenes/scenes.json").write_text("{")
     assert main(["eval", "scenes", *common]) == 2
     assert "scenes.json: no valid JSON" in capsys.readouterr().err
 
 
-def test_missing_images_are_told_before_a_model_is_loaded(data: Path) -> None:
+def test_missing_images_are_reported_before_a_model_is_loaded(data: Path) -> None:
     (data / "easy_vqa/data/test/images/1.png").unlink()
     (data / "scenes/images/0.png").unlink()
-    for task, told in (
+    for task, message in (
         ("easyvqa", "1 of 2 images are missing, such as .*1.png"),
         ("scenes", "3 of 6 .*0.png"),
     ):
-        with pytest.raises(DataError, match=told):
-            evaluate(lambda: pytest.fail("loaded"), task, data, Settings(), called="x")
+        with pytest.raises(DataError, match=message):
+            evaluate(lambda: pytest.fail("loaded"), task, data, EvalSettings(), model_name="x")
 
 
 def test_the_command(
@@ -238,8 +235,8 @@ def test_the_command(
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "accuracy" in capsys.readouterr().out and (tmp_path / "out/index.html").is_file()
     assert main([*arguments, "--json", "--limit", "1"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["items"] == 1 and told["notes"] == ["the first 1 of the set alone"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["items"] == 1 and report["notes"] == ["the first 1 of the set alone"]
 
 
 def test_things_named() -> None:

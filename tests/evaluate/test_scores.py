@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2.evaluate import caption_scores, exact_match, gqa_accuracy, normalise, recalls, vqa_accuracy
-from blip2.evaluate.retrieval import ranks
+from blip2.evaluate.answers import exact_match, gqa_accuracy, normalise, vqa_accuracy
+from blip2.evaluate.captions import caption_scores
+from blip2.evaluate.retrieval import ranks, recalls
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sentences import sentences
@@ -35,14 +36,14 @@ def _theirs(references: list[list[str]], captions: list[str]) -> dict[str, float
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    told = PTBTokenizer().tokenize({i: [{"caption": t} for t in texts] for i, texts in enumerate(references)})
-    said = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(captions)})
-    bleu, _ = Bleu(4).compute_score(told, said, verbose=0)
-    found = {f"BLEU-{n + 1}": bleu[n] for n in range(4)}
-    return found | {
-        "ROUGE-L": Rouge().compute_score(told, said)[0],
-        "CIDEr": Cider().compute_score(told, said)[0],
-    }
+    sets = (
+        {i: [{"caption": text} for text in texts] for i, texts in enumerate(references)},
+        {i: [{"caption": text}] for i, text in enumerate(captions)},
+    )
+    words = tuple(PTBTokenizer().tokenize(texts) for texts in sets)
+    bleu, _ = Bleu(4).compute_score(*words, verbose=0)
+    scores = {f"BLEU-{n + 1}": bleu[n] for n in range(4)}
+    return scores | {"ROUGE-L": Rouge().compute_score(*words)[0], "CIDEr": Cider().compute_score(*words)[0]}
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="their tokenizer needs Java")
@@ -53,10 +54,10 @@ def test_captions_score_as_in_pycocoevalcap(images: int) -> None:
     ours = caption_scores(references, captions)
     theirs = _theirs(references, captions)
     assert ours.total == pytest.approx(theirs, abs=1e-6) and 0.1 < theirs["BLEU-4"] < 0.9
-    assert len(ours.each) == images and set(ours.each[0]) == set(theirs)
+    assert len(ours.per_image) == images and set(ours.per_image[0]) == set(theirs)
 
 
-def test_what_cannot_be_scored_is_said() -> None:
+def test_what_cannot_be_scored_is_refused() -> None:
     for references, captions in (([], []), ([["a"]], ["a", "b"]), ([[]], ["a"])):
         with pytest.raises(ValueError, match="each image needs one caption"):
             caption_scores(references, captions)
@@ -86,5 +87,4 @@ def test_vqa_accuracy_by_ten_annotators() -> None:
 def test_recalls() -> None:
     table = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.5, 0.6], [0.3, 0.2, -torch.inf]])
     assert ranks(table, [[0], [1, 2], [2]]) == [0, 1, 3]
-    found = recalls(table, [[0], [1, 2], [2]], (1, 2))
-    assert found == pytest.approx({"R@1": 1 / 3, "R@2": 2 / 3})
+    assert recalls(table, [[0], [1, 2], [2]], (1, 2)) == pytest.approx({"R@1": 1 / 3, "R@2": 2 / 3})

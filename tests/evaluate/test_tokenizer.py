@@ -1,4 +1,4 @@
-"""The words of captions: those of Stanford's tokenizer, recorded for the quick tests and live where there is Java."""
+"""The words of captions equal those of Stanford's tokenizer: recorded for quick tests, live where Java is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECORDED = HERE / "fixtures/words.json.gz"  # made by this file: python tests/ev
 
 
 def stanford(texts: list[str], folder: Path) -> list[str]:
-    """As pycocoevalcap calls it, but for a file in a folder of ours."""
+    """As pycocoevalcap calls it, but with the file in a folder of the test."""
     import pycocoevalcap.tokenizer
 
     (jar,) = Path(pycocoevalcap.tokenizer.__path__[0]).glob("stanford-corenlp-*.jar")
@@ -71,12 +71,12 @@ def test_as_recorded() -> None:
 
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
-def test_200_000_sentences_as_stanford_cuts_them(tmp_path: Path) -> None:
+def test_200_000_sentences_as_stanford_splits_them(tmp_path: Path) -> None:
     pytest.importorskip("pycocoevalcap")
     for seed in range(100, 110):
         texts = sentences(20_000, seed=seed)
         theirs = stanford(texts, tmp_path)
-        wrong = [each for each in zip(texts, theirs, tokenize(texts)) if each[1] != each[2]]
+        wrong = [row for row in zip(texts, theirs, tokenize(texts)) if row[1] != row[2]]
         assert not wrong, (seed, len(wrong), wrong[:5])
 
 

@@ -58,7 +58,7 @@ def test_joining_and_leaving_changes_no_text(
                 options = GenerationOptions(**({"max_new_tokens": 9} | changes))
                 ids, mask = tokenizer.encode_batch([prompt])
                 (sequences,), _ = rows.join(
-                    image.prefix, ids, mask, [options], tops=[0], prompt_cache=image.context
+                    image.prefix, ids, mask, [options], tops=[0], prompt_cache=image.prompt_cache
                 )
                 begun.append(((image, ids, mask, options), sequences))
         if len(rows):
@@ -66,7 +66,7 @@ def test_joining_and_leaving_changes_no_text(
             rows.advance()
     assert len(begun) == len(cases)
     for (image, ids, mask, options), sequences in begun:
-        alone = generate(model, image.prefix, ids, mask, options, prompt_cache=image.context)
+        alone = generate(model, image.prefix, ids, mask, options, prompt_cache=image.prompt_cache)
         outputs = [generated_by(sequence) for sequence in sequences]
         assert [ids for output in outputs for ids in output.ids] == alone.ids
         assert [finished for output in outputs for finished in output.finished] == alone.finished

@@ -39,7 +39,9 @@ def test_rows_at_a_time_change_nothing(generator_folder: Path, pictures: list[Pa
     encoded = model.encode(pictures[0])
     ids, mask = model.generator.tokenizer.encode_batch(["Question: what is it? Answer:"])
     answers = [model.generator.tokenizer.encode(" " + answer, frame=False) for answer in ANSWERS]
-    whole = answer_logprobs(model.model, encoded.prefix, ids, mask, answers, prompt_cache=encoded.context)
+    whole = answer_logprobs(
+        model.model, encoded.prefix, ids, mask, answers, prompt_cache=encoded.prompt_cache
+    )
     for rows in (1, 3):
         parts = answer_logprobs(model.model, encoded.prefix, ids, mask, answers, rows=rows)
         assert torch.allclose(parts, whole, atol=1e-4)

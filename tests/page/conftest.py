@@ -47,16 +47,18 @@ def watched(browser: Any, server: Server, request: pytest.FixtureRequest) -> Ite
     context = browser.new_context(**shape, permissions=["clipboard-read", "clipboard-write"])
     page = context.new_page()
     page.set_default_timeout(60_000)
-    found = Watched(page)
-    page.on("console", lambda m: found.wrong.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: found.wrong.append(str(error)))
+    watched_page = Watched(page)
+    page.on(
+        "console", lambda m: watched_page.wrong.append(m.text) if m.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda error: watched_page.wrong.append(str(error)))
 
-    def check(asked: Any) -> None:
-        if not asked.url.startswith((server.address, "blob:", "data:")):
-            found.wrong.append(f"asked another host: {asked.url}")
+    def check(request: Any) -> None:
+        if not request.url.startswith((server.address, "blob:", "data:")):
+            watched_page.wrong.append(f"request to another host: {request.url}")
 
     page.on("request", check)
     page.goto(server.address)
-    yield found
+    yield watched_page
     context.close()
-    assert not found.wrong
+    assert not watched_page.wrong

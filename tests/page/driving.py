@@ -36,9 +36,9 @@ class Watched:
 
     def expect(self, pattern: str) -> None:
         """An error that a test brought about on purpose: it must be there, and is no fault."""
-        found = [line for line in self.wrong if re.search(pattern, line)]
-        assert found, f"no console error like {pattern!r}: {self.wrong}"
-        self.wrong[:] = [line for line in self.wrong if line not in found]
+        expected = [line for line in self.wrong if re.search(pattern, line)]
+        assert expected, f"no console error like {pattern!r}: {self.wrong}"
+        self.wrong[:] = [line for line in self.wrong if line not in expected]
 
 
 def start(folder: Path, *extra: str) -> Server:

@@ -1,6 +1,6 @@
 """`blip2 serve` with a model that rests between tokens, so that a test can watch an answer grow.
 
-python slow_server.py PORT FILE: the seconds to rest stand in FILE and are read at every token.
+python slow_server.py PORT FILE: FILE holds the seconds to rest, read at every token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 import blip2
 from blip2.serve.keys import Keys
-from blip2.serve.run import serve
+from blip2.serve.run import run_server
 
 
 def main(port: int, rest: Path, keys: Path | None) -> None:
@@ -28,7 +28,7 @@ def main(port: int, rest: Path, keys: Path | None) -> None:
         model.model.language.get_submodule("lm_head").register_forward_hook(pause)
         return model
 
-    serve(load, model="default", port=port, keys=None if keys is None else Keys.load(keys))
+    run_server(load, model="default", port=port, keys=None if keys is None else Keys.load(keys))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_an_example_is_captioned_with_alternatives(watched: Watched) -> None:
     assert caption(page) == other.inner_text()
     assert other.get_attribute("aria-current") == "true"
     page.click("#caption-copy")
-    until(page, "document.getElementById('said').textContent === 'Copied.'")
+    until(page, "document.getElementById('status').textContent === 'Copied.'")
     assert page.evaluate("navigator.clipboard.readText()") == other.inner_text()
     page.click("#caption-again")
     until(page, f"document.getElementById('caption').innerText.trim() === {text!r}")
@@ -89,7 +89,7 @@ def test_a_picture_comes_in(watched: Watched, way: str) -> None:
     assert page.evaluate("document.activeElement.id") == "file"
 
 
-def test_a_new_picture_replaces_the_old_one_with_all_that_was_said(watched: Watched) -> None:
+def test_a_new_picture_replaces_the_old_one_with_its_conversation(watched: Watched) -> None:
     page = watched.page
     first = choose(page)
     answer(page, "is there a square?")
@@ -102,22 +102,22 @@ def test_a_new_picture_replaces_the_old_one_with_all_that_was_said(watched: Watc
 def test_asking_copying_and_again(watched: Watched) -> None:
     page = watched.page
     choose(page)
-    said = [answer(page, "is there a triangle?"), answer(page, "is there a bus?")]
-    assert set(said) <= {"yes", "no"}
+    answers = [answer(page, "is there a triangle?"), answer(page, "is there a bus?")]
+    assert set(answers) <= {"yes", "no"}
     assert page.locator(".question").all_inner_texts() == ["is there a triangle?", "is there a bus?"]
     page.locator(".turn").nth(1).get_by_role("button", name="Copy").click()
-    until(page, f"navigator.clipboard.readText().then((text) => text === '{said[1]}')")
-    with page.expect_request("**/v1/chat/completions") as asked:
+    until(page, f"navigator.clipboard.readText().then((text) => text === '{answers[1]}')")
+    with page.expect_request("**/v1/chat/completions") as request:
         page.locator(".retry").click()
-    messages = asked.value.post_data_json["messages"]
+    messages = request.value.post_data_json["messages"]
     assert [m["role"] for m in messages] == [
         "user",
         "assistant",
         "user",
-    ]  # what is asked again is not said twice
-    assert messages[1]["content"] == said[0]
+    ]  # a question asked again is not sent twice
+    assert messages[1]["content"] == answers[0]
     page.locator(".turn").nth(1).locator(".tools").wait_for()
-    assert page.locator(".answer").all_inner_texts() == said
+    assert page.locator(".answer").all_inner_texts() == answers
 
 
 def test_ideas_ask(watched: Watched) -> None:
@@ -193,7 +193,7 @@ def test_where_it_looked(watched: Watched) -> None:
     page.locator("#layer").fill("3")
     page.locator("#head").fill("2")
     page.locator("#query").fill("7")
-    assert [page.inner_text(f"#{each}-now") for each in ("layer", "head", "query")] == ["3", "2", "7"]
+    assert [page.inner_text(f"#{name}-now") for name in ("layer", "head", "query")] == ["3", "2", "7"]
     page.click("#raw-show")
     until(page, "document.getElementById('where-text').textContent.startsWith('What query 7')")
     assert page.evaluate("document.getElementById('heat').toDataURL()") != before
@@ -206,9 +206,9 @@ def test_where_it_looked(watched: Watched) -> None:
     assert page.is_hidden("#heat")
     first = page.inner_text(".answer")
     answer(page, "is there a square?")
-    with page.expect_request("**/explain") as asked:
+    with page.expect_request("**/explain") as request:
         page.locator(".turn").nth(1).locator(".word").first.click()
-    assert asked.value.post_data_json["turns"] == [{"question": "what is in the picture?", "answer": first}]
+    assert request.value.post_data_json["turns"] == [{"question": "what is in the picture?", "answer": first}]
     page.wait_for_selector("#heat:not([hidden])")
 
 
@@ -254,7 +254,7 @@ def test_the_code_it_shows_does_the_same(watched: Watched, tmp_path: Path) -> No
     page.click("#code summary")
     (tmp_path / EXAMPLE.name).write_bytes(EXAMPLE.read_bytes())
     page.click("#code-copy")
-    until(page, "document.getElementById('said').textContent === 'Copied.'")
+    until(page, "document.getElementById('status').textContent === 'Copied.'")
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == page.inner_text("#code-text") and copied.startswith("curl ")
     done = subprocess.run(["sh", "-c", copied], cwd=tmp_path, capture_output=True, text=True)
@@ -268,7 +268,7 @@ def test_the_code_it_shows_does_the_same(watched: Watched, tmp_path: Path) -> No
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-def test_a_corrupt_picture_is_told_in_words_and_the_next_one_works(watched: Watched) -> None:
+def test_a_corrupt_picture_is_reported_in_words_and_the_next_one_works(watched: Watched) -> None:
     page = watched.page
     give(page, "drop", EXAMPLE.read_bytes()[:3000], "broken.jpg")
     page.wait_for_selector("#trouble:not([hidden])")
@@ -308,13 +308,13 @@ def test_keys_alone_are_enough(watched: Watched) -> None:
     page.locator("#caption .word").nth(1).focus()
     page.keyboard.press("Space")
     page.wait_for_selector("#heat:not([hidden])")
-    assert "most from" in page.inner_text("#said")
+    assert "most from" in page.inner_text("#status")
 
 
 def contrast_and_rules(page: Any) -> list[str]:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    found = axe.Axe().run(page).response["violations"]
-    return [f"{each['id']}: {[node['html'][:120] for node in each['nodes']]}" for each in found]
+    violations = axe.Axe().run(page).response["violations"]
+    return [f"{rule['id']}: {[node['html'][:120] for node in rule['nodes']]}" for rule in violations]
 
 
 @pytest.mark.parametrize(
@@ -336,8 +336,8 @@ def test_accessible_in_every_state_and_nothing_sticks_out(watched: Watched) -> N
     answer(page, "is there a triangle?")
     page.locator("#caption .word").nth(1).click()
     page.wait_for_selector("#heat:not([hidden])")
-    for each in ("raw", "settings", "code"):
-        page.click(f"#{each} summary")
+    for name in ("raw", "settings", "code"):
+        page.click(f"#{name} summary")
     page.locator("#trouble").evaluate(
         "(box) => { box.hidden = false; box.firstElementChild.textContent = 'It broke.'; }"
     )
@@ -348,7 +348,7 @@ def test_accessible_in_every_state_and_nothing_sticks_out(watched: Watched) -> N
     assert isinstance(corner, int) and (corner < 128) == dark
 
 
-def test_a_key_is_asked_for_and_kept_in_memory_alone(watched: Watched) -> None:
+def test_a_key_is_requested_and_kept_in_memory_alone(watched: Watched) -> None:
     page = watched.page
     refusal = {"error": {"message": "an API key is needed", "type": "authentication_error"}}
     seen: list[str | None] = []
@@ -379,7 +379,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_alone(watched: Watched) -> None:
     watched.expect("status of 401")
 
 
-def test_a_full_server_is_told_in_words(watched: Watched) -> None:
+def test_a_full_server_is_reported_in_words(watched: Watched) -> None:
     page = watched.page
     busy = {"error": {"message": "too many requests at once", "type": "overloaded_error"}}
     page.route(

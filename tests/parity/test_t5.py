@@ -528,8 +528,8 @@ def test_tokenizer(text: str, tmp_path: Path) -> None:
     their_tokenizer().save_pretrained(tmp_path)
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
     assert ours.encode(text) == theirs(text).input_ids
-    assert ours.encode(text)[-1] == ours.eos_id == theirs.eos_token_id
-    assert (ours.pad_id, ours.bos_id, len(ours)) == (theirs.pad_token_id, None, len(theirs))
+    assert ours.encode(text)[-1] == ours.special_id("eos_token") == theirs.eos_token_id
+    assert (ours.pad_id, ours.special_id("bos_token"), len(ours)) == (theirs.pad_token_id, None, len(theirs))
     ids = ours.encode(text)
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     typed = ours.encode(f"{text}</s> <extra_id_0><pad>", frame=False)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server is the extra blip2[serve]")
 
-from serving import EXAMPLES, NAMES, Running, run_server
+from serving import EXAMPLES, NAMES, Running, running_server
 
 import blip2
 
@@ -20,7 +20,7 @@ def predictor() -> blip2.Predictor:
 
 @pytest.fixture(scope="session")
 def server(predictor: blip2.Predictor) -> Iterator[Running]:
-    with run_server(predictor) as running:
+    with running_server(predictor) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ import sys
 import torch
 
 import blip2
-from blip2.serve.run import serve
+from blip2.serve.run import run_server
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             sys.stdin.close()
-            serve(lambda: model, model="default", port=0)
+            run_server(lambda: model, model="default", port=0)
             os._exit(0)
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

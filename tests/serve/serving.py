@@ -19,11 +19,11 @@ import httpx2
 import openai
 
 import blip2
-from blip2.serve.app import build
-from blip2.serve.engine import Engine
+from blip2.serve.app import build_app
+from blip2.serve.batching_engine import Engine
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
-from blip2.serve.run import listener
+from blip2.serve.run import uvicorn_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("rose.jpg", "two-rabbits.jpg", "four-pineapples.jpg", "triangle-and-square.jpg", "easy-vqa.png")
@@ -46,7 +46,7 @@ class Running:
 
 
 @contextmanager
-def run_server(
+def running_server(
     predictor: blip2.Predictor,
     limits: Limits | None = None,
     keys: tuple[str, ...] = (),
@@ -56,7 +56,7 @@ def run_server(
 ) -> Iterator[Running]:
     bounds = limits or Limits()
     engine = Engine(lambda: predictor, bounds)
-    app = build(
+    app = build_app(
         engine,
         model="default",
         limits=bounds,
@@ -64,7 +64,7 @@ def run_server(
         fetch_urls=fetch_urls,
         log_contents=log_contents,
     )
-    server = listener(app, host="127.0.0.1", port=0, limits=bounds)
+    server = uvicorn_server(app, host="127.0.0.1", port=0, limits=bounds)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     until = time.monotonic() + 60

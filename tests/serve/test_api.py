@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import openai
@@ -15,9 +16,10 @@ from serving import Running, data_url
 
 import blip2
 from blip2.generation.batching import SampledSequence
-from blip2.generation.options import GenerationOptions
+from blip2.generation.options import GenerationOptions, TextKind, make_options
 from blip2.results import StreamDetokenizer, token_text
-from blip2.serve.openai_api import Choice
+from blip2.serve.batching_engine import GenerateRequest
+from blip2.serve.streaming import GrowingText
 
 
 def events(text: str) -> list[Any]:
@@ -46,25 +48,70 @@ def test_caption_and_ask_as_form_and_as_json(
         written = client.post("/caption", json={"image": data_url(images[0])} | options)
         assert form.status_code == written.status_code == 200, form.text
         assert form.json() == written.json()
-        found = form.json()
-        assert [each["text"] for each in found["captions"]] == expected
-        assert [each["score"] for each in found["captions"]] == pytest.approx(
+        reply = form.json()
+        assert [entry["text"] for entry in reply["captions"]] == expected
+        assert [entry["score"] for entry in reply["captions"]] == pytest.approx(
             [e.score for e in expected], abs=1e-4
         )
-        assert "".join(token["text"] for token in found["captions"][0]["tokens"]).strip() == expected[0]
-        usage = found["usage"]
+        assert "".join(token["text"] for token in reply["captions"][0]["tokens"]).strip() == expected[0]
+        usage = reply["usage"]
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-        assert usage["completion_tokens"] == sum(len(each.tokens) for each in expected)
+        assert usage["completion_tokens"] == sum(len(entry.tokens) for entry in expected)
 
-        asked = client.post("/ask", files={"image": images[1]}, data={"question": question}).json()
-        assert asked["answers"][0]["text"] == answer
+        reply = client.post("/ask", files={"image": images[1]}, data={"question": question}).json()
+        assert reply["answers"][0]["text"] == answer
         sampled = {"temperature": 0.9, "seed": 4, "num_return_sequences": 3}
         drawn = client.post(
             "/ask", json={"image": data_url(images[1]), "question": question} | sampled
         ).json()
-        assert [each["text"] for each in drawn["answers"]] == predictor.ask(
+        assert [entry["text"] for entry in drawn["answers"]] == predictor.ask(
             images[1], question, do_sample=True, **sampled
         )
+
+
+def test_http_takes_the_options_of_python_with_their_defaults(server: Running) -> None:
+    with server.client() as client:
+        schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    kinds: tuple[tuple[str, TextKind], ...] = (("CaptionRequest", "caption"), ("AskRequest", "answer"))
+    for name, kind in kinds:
+        options = asdict(make_options(kind))
+        assert options.keys() == schemas[name]["properties"].keys() - {
+            "image",
+            "prompt",
+            "question",
+            "stream",
+        }
+        for option, default in options.items():
+            assert schemas[name]["properties"][option]["default"] == default
+
+
+def test_options_mean_what_they_mean_in_python(
+    server: Running, predictor: blip2.Predictor, images: list[bytes]
+) -> None:
+    image, ends = server.engine.prepare_image(images[0]), predictor.caption(images[0]).tokens[2:4]
+    cases: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0, "top_k": 5},
+        {"early_stopping": "never", "num_beams": 3},
+        {"early_stopping": True, "length_penalty": 2.0},
+        {"eos_token_id": ends[0]},
+        {"eos_token_id": list(ends)},
+        {"max_new_tokens": None, "num_beams": None, "seed": 3, "top_p": 0.5},
+    ]
+
+    def expected(options: dict[str, Any]) -> str:
+        work = GenerateRequest(image, ("a photo of",), make_options("caption", **options))
+        return str(server.engine.submit(work).result.result(60)[0].text)
+
+    with server.client() as client:
+        for options in cases:
+            reply = client.post("/caption", json={"image": data_url(images[0])} | options).json()
+            assert reply["captions"][0]["text"] == expected(options), options
+        form = client.post(
+            "/caption", files={"image": images[0]}, data={"eos_token_id": list(map(str, ends))}
+        )
+    assert form.json()["captions"][0]["text"] == expected({"eos_token_id": ends})
+    assert len({expected(options) for options in cases}) > 2
 
 
 def test_native_streams(server: Running, predictor: blip2.Predictor, images: list[bytes]) -> None:
@@ -88,34 +135,34 @@ def test_match_embed_and_explain(server: Running, predictor: blip2.Predictor, im
         form = client.post("/embed", files=[("images", images[0]), ("images", images[1])])
         assert len(form.json()["images"]) == 2
         raw = {"layer": "0", "head": "0", "query": "1"}
-        found = client.post("/explain", files={"image": images[0]}, data={"text": "a rose"} | raw).json()
-        assert [word["text"] for word in found["words"]] == ["a", "rose"]
-        assert len(found["words"][0]["heat"]) == len(found["attention"]) and found["width"] > 0
-        layers = found["attention_shape"][0]
+        reply = client.post("/explain", files={"image": images[0]}, data={"text": "a rose"} | raw).json()
+        assert [word["text"] for word in reply["words"]] == ["a", "rose"]
+        assert len(reply["words"][0]["heat"]) == len(reply["attention"]) and reply["width"] > 0
+        layers = reply["attention_shape"][0]
         beyond = client.post("/explain", files={"image": images[0]}, data=raw | {"layer": str(layers)})
         assert beyond.status_code == 400 and "layers" in beyond.json()["error"]["message"]
 
 
-def test_an_answer_in_a_conversation_is_explained_with_what_was_said_before(
+def test_an_answer_in_a_conversation_is_explained_with_the_turns_before_it(
     server: Running, predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
     chat = predictor.chat(images[0])
     chat.send("is there a rose?", num_beams=1)
     answer = chat.send("what color is it?", num_beams=1)
     (first, second) = chat.turns
-    asked = {"image": data_url(images[0]), "question": second[0], "answer": str(answer)}
+    payload = {"image": data_url(images[0]), "question": second[0], "answer": str(answer)}
     turns = [{"question": first[0], "answer": str(first[1])}]
     with server.client() as client:
-        found = client.post("/explain", json=asked | {"turns": turns}).json()
-        alone = client.post("/explain", json=asked).json()
-        own = client.post("/explain", json={k: v for k, v in asked.items() if k != "answer"}).json()
-        wrong = client.post("/explain", json={"image": asked["image"], "turns": turns})
+        reply = client.post("/explain", json=payload | {"turns": turns}).json()
+        alone = client.post("/explain", json=payload).json()
+        own = client.post("/explain", json={k: v for k, v in payload.items() if k != "answer"}).json()
+        wrong = client.post("/explain", json={"image": payload["image"], "turns": turns})
         form = client.post("/explain", files={"image": images[0]}, data={"question": "a", "turns": "b"})
-    said = sum(word["logprob"] for word in found["words"])
-    assert said == pytest.approx(sum(answer.token_logprobs[:-1]), abs=1e-3)
-    assert said != pytest.approx(sum(word["logprob"] for word in alone["words"]), abs=1e-5)
+    logprob = sum(word["logprob"] for word in reply["words"])
+    assert logprob == pytest.approx(sum(answer.token_logprobs[:-1]), abs=1e-3)
+    assert logprob != pytest.approx(sum(word["logprob"] for word in alone["words"]), abs=1e-5)
     again = predictor.explain(images[0], question=second[0], answer=answer, turns=chat.turns[:1])
-    assert found["words"][0]["heat"][0] == pytest.approx(again.words[0].heat[0].tolist(), abs=1e-3)
+    assert reply["words"][0]["heat"][0] == pytest.approx(again.words[0].heat[0].tolist(), abs=1e-3)
     assert own["text"] == predictor.ask(images[0], second[0])
     assert wrong.status_code == form.status_code == 400
 
@@ -136,16 +183,16 @@ def test_a_stream_goes_on_while_a_large_picture_is_made_small_for_explain(
 
     monkeypatch.setattr(Image.Image, "resize", slow)
     with server.client() as client, ThreadPoolExecutor(1) as pool:
-        asked = {"files": {"image": file.getvalue()}, "data": {"text": "a blue square"}}
-        explaining = pool.submit(client.post, "/explain", **asked)  # type: ignore[arg-type]
+        payload = {"files": {"image": file.getvalue()}, "data": {"text": "a blue square"}}
+        explaining = pool.submit(client.post, "/explain", **payload)  # type: ignore[arg-type]
         assert entered.wait(60)
         try:
             got = events(client.post("/caption", files={"image": images[2]}, data={"stream": "true"}).text)
             assert len(got) > 2 and not explaining.done()
         finally:
             opened.set()
-        found = explaining.result(60).json()
-    assert (found["width"], found["height"]) == (3000, 2000) and len(found["words"]) == 3
+        reply = explaining.result(60).json()
+    assert (reply["width"], reply["height"]) == (3000, 2000) and len(reply["words"]) == 3
 
 
 @pytest.mark.parametrize("folder", ["generator_folder", "t5_folder"])
@@ -157,7 +204,7 @@ def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 11}, "allows 10"),
@@ -165,6 +212,10 @@ def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest
         ({"num_return_sequences": 9, "do_sample": True}, "allows 8"),
         ({"nonsense": 1}, "nonsense"),
         ({"num_beams": "5"}, "num_beams"),
+        ({"early_stopping": "soon"}, "early_stopping"),
+        ({"eos_token_id": [-1]}, "eos_token_id"),
+        ({"do_sample": False, "top_k": 3}, "do_sample"),
+        ({"num_return_sequences": 2, "num_beams": 1}, "num_return_sequences"),
         ({"temperature": 0.5, "num_beams": 2}, "do_sample"),
         ({"stream": True, "num_beams": 2}, "stream"),
         ({"image": "http://example.org/a.png"}, "fetches no images"),
@@ -177,13 +228,13 @@ def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest
     ],
     ids=str,
 )
-def test_what_is_wrong_is_said(
-    server: Running, images: list[bytes], fields: dict[str, Any], said: str
+def test_what_is_wrong_is_reported(
+    server: Running, images: list[bytes], fields: dict[str, Any], message: str
 ) -> None:
     with server.client() as client:
         answer = client.post("/caption", json={"image": data_url(images[0])} | fields)
     assert answer.status_code == 400
-    assert said in answer.json()["error"]["message"], answer.text
+    assert message in answer.json()["error"]["message"], answer.text
 
 
 def test_other_wrong_requests(server: Running, images: list[bytes]) -> None:
@@ -238,9 +289,9 @@ def test_a_token_is_not_taken_for_the_end_that_comes_after_it(predictor: blip2.P
     row = SampledSequence(
         GenerationOptions(), [], None, (end,), ids=Grows([word], [end]), logprobs=[-1.0, -2.0]
     )
-    choice = Choice(StreamDetokenizer(tokenizer.decode), [])
-    assert choice.take(row, 0) == "rose" and choice.reason is None
-    assert choice.take(row, 1) == "" and choice.reason == "stop"
+    choice = GrowingText(StreamDetokenizer(tokenizer.decode), [])
+    assert choice.add(row, 0) == "rose" and choice.finish_reason is None
+    assert choice.add(row, 1) == "" and choice.finish_reason == "stop"
     assert (choice.text, choice.count, len(choice.tokens)) == ("rose", 2, 1)
 
 
@@ -266,10 +317,13 @@ def test_openai_captions_asks_and_chats(
     chat = predictor.chat(images[1])
     first = chat.send("what is it?", num_beams=1)
     messages: Any = [about(images[1], "what is it?")]
-    said = client.chat.completions.create(model="default", messages=messages).choices[0].message.content
-    assert said == first
+    message = client.chat.completions.create(model="default", messages=messages).choices[0].message.content
+    assert message == first
     second = chat.send("how many are there?", num_beams=1)
-    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "how many are there?"}]
+    messages += [
+        {"role": "assistant", "content": message},
+        {"role": "user", "content": "how many are there?"},
+    ]
     assert (
         client.chat.completions.create(model="default", messages=messages).choices[0].message.content
         == second
@@ -328,7 +382,7 @@ def test_openai_sampling_stop_and_length(
     assert client.chat.completions.create(**kind, max_tokens=5000).choices[0].finish_reason == "stop"
     whole = predictor.caption(images[2], num_beams=1)
     stop = whole[len(whole) // 2 :][:3]
-    cut = client.chat.completions.create(**kind, stop=[stop, "never said"])
+    cut = client.chat.completions.create(**kind, stop=[stop, "never written"])
     assert (
         cut.choices[0].message.content == whole[: whole.index(stop)]
         and cut.choices[0].finish_reason == "stop"
@@ -362,8 +416,8 @@ def test_openai_completions_of_several_prompts(
     image = {"image": data_url(images[0])}
     prompts = ["a photo of", "a photo of a red", ""]
     alone = [
-        client.completions.create(model="default", prompt=each, logprobs=0, extra_body=image)
-        for each in prompts
+        client.completions.create(model="default", prompt=entry, logprobs=0, extra_body=image)
+        for entry in prompts
     ]
     made = client.completions.create(model="default", prompt=prompts, logprobs=0, extra_body=image)
     assert [choice.index for choice in made.choices] == [0, 1, 2]
@@ -406,19 +460,19 @@ def test_openai_completions_of_several_prompts(
         (["a photo of"] * 9, "allows 8"),
         (["a photo of", "word " * 600], "room"),
     ]
-    for prompt, said in wrong:
-        with pytest.raises(openai.BadRequestError, match=said):
+    for prompt, message in wrong:
+        with pytest.raises(openai.BadRequestError, match=message):
             client.completions.create(model="default", prompt=prompt, extra_body=image)
 
 
 def test_openai_errors(server: Running, images: list[bytes]) -> None:
     client = server.openai()
 
-    def refused(kind: type[openai.APIStatusError], said: str, **changed: Any) -> None:
+    def refused(kind: type[openai.APIStatusError], message: str, **changed: Any) -> None:
         call: Any = {"model": "default", "messages": [about(images[0], "what is it?")]} | changed
-        with pytest.raises(kind) as told:
+        with pytest.raises(kind) as refusal:
             client.chat.completions.create(**call)
-        assert said in str(told.value) and told.value.request_id
+        assert message in str(refusal.value) and refusal.value.request_id
 
     refused(openai.NotFoundError, "no model", model="gpt-5")
     refused(openai.BadRequestError, "about an image", messages=[{"role": "user", "content": "hello"}])
@@ -427,11 +481,11 @@ def test_openai_errors(server: Running, images: list[bytes]) -> None:
     refused(openai.BadRequestError, "effort: there is no such field", reasoning_effort="low")
     refused(openai.BadRequestError, "response_format.type", response_format={"type": "json_object"})
     refused(openai.BadRequestError, "stop: List", stop=list("abcde"))
-    for part, told in (
+    for part, refusal in (
         ({"type": "input_audio"}, "content.0: Input tag"),
         ({"type": "text"}, "content.0.text: "),
     ):
-        refused(openai.BadRequestError, told, messages=[{"role": "user", "content": [part]}])
+        refused(openai.BadRequestError, refusal, messages=[{"role": "user", "content": [part]}])
     refused(openai.BadRequestError, "presence_penalty", presence_penalty=0.5)
     refused(openai.BadRequestError, "logprobs", top_logprobs=2)
     refused(openai.BadRequestError, "allows 8", n=9)
@@ -447,7 +501,7 @@ def test_openai_errors(server: Running, images: list[bytes]) -> None:
         client.completions.create(model="default", prompt="a photo of")
 
 
-def test_what_clients_send_without_meaning_anything_by_it(
+def test_fields_that_clients_send_by_default_are_accepted(
     server: Running, predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
     client = server.openai()
@@ -484,8 +538,8 @@ def test_images_and_questions_in_any_order(
     expected = [predictor.ask(image, "what is it?", num_beams=1) for image in images[:2]]
     assert expected[0] != expected[1]
     assert answer(first, question) == answer(question, first) == expected[0]
-    said: Any = {"role": "assistant", "content": expected[0]}
-    assert answer(about(images[0], "what is it?"), said, second, question) == expected[1]
+    message: Any = {"role": "assistant", "content": expected[0]}
+    assert answer(about(images[0], "what is it?"), message, second, question) == expected[1]
     lines = about(images[0], "what is it?")
     url = lines["content"][0]["image_url"]
     url["url"] = url["url"].replace("data:", "DATA:").rstrip("=")

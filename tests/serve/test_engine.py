@@ -14,8 +14,16 @@ import pytest
 
 import blip2
 from blip2.generation.options import GenerationOptions
+from blip2.serve.batching_engine import (
+    BusyError,
+    Engine,
+    EngineError,
+    GenerateRequest,
+    Job,
+    ModelCall,
+    TooLateError,
+)
 from blip2.serve.cache import ImageCache, size_of
-from blip2.serve.engine import BusyError, Call, Engine, EngineError, Job, TooLateError, Writing
 from blip2.serve.limits import Limits
 
 WAYS: list[dict[str, Any]] = [
@@ -37,8 +45,8 @@ def engine(predictor: blip2.Predictor) -> Iterator[Engine]:
     made.close()
 
 
-def greedy(engine: Engine, image: bytes, **options: Any) -> Writing:
-    return Writing(engine.read(image), ("a photo of",), GenerationOptions(**options))
+def greedy(engine: Engine, image: bytes, **options: Any) -> GenerateRequest:
+    return GenerateRequest(engine.prepare_image(image), ("a photo of",), GenerationOptions(**options))
 
 
 def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
@@ -50,16 +58,19 @@ def test_whatever_else_is_in_the_batch_the_answers_are_those_of_the_python_api(
         prompt = ["a photo of", "", predictor.question_prompt("what is it?")][i % 3]
         cases.append((image, way, prompt))
         jobs.append(
-            engine.submit(Writing(engine.read(image), (prompt,), GenerationOptions(**way)), client=str(i % 4))
+            engine.submit(
+                GenerateRequest(engine.prepare_image(image), (prompt,), GenerationOptions(**way)),
+                client=str(i % 4),
+            )
         )
     for (image, way, prompt), job in zip(cases, jobs, strict=True):
         expected = predictor.caption(image, prompt=prompt, **({"num_beams": 1} | way))
         for text, wanted in zip(
             job.result.result(60), expected if isinstance(expected, list) else [expected], strict=True
         ):
-            assert (text.written, text.written.tokens) == (wanted, wanted.tokens)
-            assert text.written.score == pytest.approx(wanted.score, abs=1e-4)
-            assert text.written.token_logprobs == pytest.approx(wanted.token_logprobs, abs=1e-3)
+            assert (text.text, text.text.tokens) == (wanted, wanted.tokens)
+            assert text.text.score == pytest.approx(wanted.score, abs=1e-4)
+            assert text.text.token_logprobs == pytest.approx(wanted.token_logprobs, abs=1e-3)
     assert engine.running == engine.waiting == 0
 
 
@@ -88,10 +99,10 @@ def test_the_cache_is_bounded_and_forgets_the_least_used(
     assert cache.get(b"b") is None and cache.get(b"a") is encoded[0] and cache.bytes == 2 * size
     nothing = ImageCache(0)
     nothing.put(b"a", encoded[0])
-    assert len(nothing) == nothing.bytes == 0
+    assert nothing.peek(b"a") is None and nothing.bytes == 0
 
 
-def call(compute: Callable[[], Any]) -> Call:
+def call(compute: Callable[[], Any]) -> ModelCall:
     """A call on the model of one slice."""
 
     def slices(_: blip2.Predictor) -> Generator[None, None, Any]:
@@ -139,48 +150,48 @@ def test_beyond_the_queue_there_is_no_room(predictor: blip2.Predictor) -> None:
         engine.submit(call(lambda: "done"))
 
 
-def test_a_place_is_kept_for_a_request_that_is_still_read(
+def test_a_slot_is_kept_for_a_request_that_is_still_read(
     predictor: blip2.Predictor, images: list[bytes]
 ) -> None:
     engine, gate, first = held_up(predictor, queue=2)
-    places = [engine.enter(), engine.enter()]
-    for ask in (engine.enter, lambda: engine.submit(call(lambda: "done"))):
+    slots = [engine.acquire_slot(), engine.acquire_slot()]
+    for ask in (engine.acquire_slot, lambda: engine.submit(call(lambda: "done"))):
         with pytest.raises(BusyError, match="too many"):
             ask()
-    places[0].leave()
-    places[0].leave()
+    slots[0].release()
+    slots[0].release()
     second = engine.submit(call(lambda: "done"))
     with pytest.raises(BusyError):
-        engine.enter()
-    asked = [engine.submit(call(lambda: "done"), place=places[1]) for _ in range(2)]  # who asks twice
+        engine.acquire_slot()
+    twice = [engine.submit(call(lambda: "done"), slot=slots[1]) for _ in range(2)]  # two jobs of one request
     gate.open.set()
-    assert [job.result.result(60) for job in (first, second, *asked)] == ["through", "done", "done", "done"]
-    engine.enter().leave()
+    assert [job.result.result(60) for job in (first, second, *twice)] == ["through", "done", "done", "done"]
+    engine.acquire_slot().release()
     engine.close()
     with pytest.raises(BusyError):
-        engine.submit(call(lambda: "done"), place=places[1])
+        engine.submit(call(lambda: "done"), slot=slots[1])
 
 
-def test_who_is_cancelled_leaves_the_queue_at_once(predictor: blip2.Predictor) -> None:
+def test_a_cancelled_request_leaves_the_queue_at_once(predictor: blip2.Predictor) -> None:
     engine, gate, first = held_up(predictor, queue=2)
-    place = engine.enter()
-    waiting = [engine.submit(call(lambda: "done"), place=place), engine.submit(call(lambda: "done"))]
+    slot = engine.acquire_slot()
+    waiting = [engine.submit(call(lambda: "done"), slot=slot), engine.submit(call(lambda: "done"))]
     with pytest.raises(BusyError):
-        engine.enter()
-    place.leave()  # and so does what was asked from a place
+        engine.acquire_slot()
+    slot.release()  # its job leaves the queue too
     assert waiting[0].result.cancelled() and engine.waiting == 1
-    engine.enter().leave()
+    engine.acquire_slot().release()
     assert waiting[1].result.cancel() and engine.waiting == 0
     waiting = [engine.submit(call(lambda: "done")) for _ in range(2)]  # the model is still held up
     with pytest.raises(BusyError):
-        engine.enter()
+        engine.acquire_slot()
     gate.open.set()
     assert [job.result.result(60) for job in (first, *waiting)] == ["through", "done", "done"]
     assert engine.waiting == 0
     engine.close()
 
 
-def test_who_is_late_is_told_before_the_others_have_had_their_turn(engine: Engine) -> None:
+def test_a_late_request_fails_before_the_others_have_had_their_turn(engine: Engine) -> None:
     through = threading.Event()
 
     def slices(_: blip2.Predictor) -> Generator[None, None, str]:
@@ -205,12 +216,12 @@ def test_several_prompts_about_one_image(
     options: dict[str, Any] = {"do_sample": True, "seed": 5, "num_return_sequences": 2, "max_new_tokens": 8}
     for way in ({"max_new_tokens": 8}, options, {"num_beams": 3, "num_return_sequences": 2}):
         for _ in range(2):  # the second time from the cache
-            asked = Writing(engine.read(images[0]), prompts, GenerationOptions(**way))
-            made = [text.written for text in engine.submit(asked).result.result(60)]
+            request = GenerateRequest(engine.prepare_image(images[0]), prompts, GenerationOptions(**way))
+            made = [text.text for text in engine.submit(request).result.result(60)]
             expected = []
             for prompt in prompts:
-                found = predictor.caption(images[0], prompt=prompt, **({"num_beams": 1} | way))
-                expected += found if isinstance(found, list) else [found]
+                texts = predictor.caption(images[0], prompt=prompt, **({"num_beams": 1} | way))
+                expected += texts if isinstance(texts, list) else [texts]
             assert made == expected
     assert engine.cache.misses == 1
 
@@ -246,7 +257,7 @@ def test_beam_searches_join_between_steps(
         (short,) = engine.submit(
             greedy(engine, images[1], num_beams=num_beams, max_new_tokens=8)
         ).result.result(60)
-        assert short.written == predictor.caption(images[1], num_beams=num_beams, max_new_tokens=8)
+        assert short.text == predictor.caption(images[1], num_beams=num_beams, max_new_tokens=8)
     assert not long.result.done()
     long.result.cancel()
 
@@ -330,22 +341,22 @@ def test_what_fails_fails_alone(
     def broken() -> None:
         raise RuntimeError("secret detail")
 
-    with pytest.raises(EngineError) as told:
+    with pytest.raises(EngineError) as failure:
         engine.submit(call(broken)).result.result(60)
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(failure.value)
     with pytest.raises(ValueError, match="room"):
-        engine.submit(Writing(engine.read(images[0]), ("word " * 400,), GenerationOptions()))
+        engine.submit(GenerateRequest(engine.prepare_image(images[0]), ("word " * 400,), GenerationOptions()))
     with monkeypatch.context() as patch:
         patch.setattr(predictor.model.language, "decode_step", lambda *_: broken())
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], min_new_tokens=5)).result.result(60)
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], num_beams=2, min_new_tokens=5)).result.result(60)
-    good = engine.submit(greedy(engine, images[0])).result.result(60)[0].written
+    good = engine.submit(greedy(engine, images[0])).result.result(60)[0].text
     assert good == predictor.caption(images[0], num_beams=1)
 
 
-def test_a_model_that_does_not_load_is_told() -> None:
+def test_a_model_that_does_not_load_is_reported() -> None:
     def load() -> blip2.Predictor:
         raise ValueError("no such model")
 
@@ -377,7 +388,7 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(
         job.result.result(60)
     assert failed.is_set() and isinstance(engine.failure, ZeroDivisionError)
     with pytest.raises(BusyError):
-        engine.enter()
+        engine.acquire_slot()
     engine.close()
 
 

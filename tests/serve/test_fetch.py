@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpcore2
 import pytest
-from serving import run_server
+from serving import running_server
 
 import blip2
 from blip2.serve import fetch
@@ -120,12 +120,12 @@ ODD = [
 
 
 class Canary(BaseHTTPRequestHandler):
-    """A host that must not be asked, or redirects, or gives a file."""
+    """A host that must get no request, or redirects, or gives a file."""
 
-    asked = 0
+    requests = 0
 
     def do_GET(self) -> None:
-        type(self).asked += 1
+        type(self).requests += 1
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b"canary")
@@ -136,7 +136,7 @@ class Canary(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def canary() -> Iterator[int]:
-    Canary.asked = 0
+    Canary.requests = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Canary)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port
@@ -150,7 +150,7 @@ class World:
         self.names: dict[str, list[list[str]]] = {}  # the answers of the name server, one after another
         self.connected: list[str] = []
         self.pages: dict[str, bytes] = {}  # host -> raw answer
-        monkeypatch.setattr(fetch, "resolve", self.resolve)
+        monkeypatch.setattr(fetch, "resolve_host", self.resolve)
         world = self
 
         class Backend(httpcore2.AnyIOBackend):
@@ -168,9 +168,9 @@ class World:
         if host in self.names:
             answers = self.names[host]
             return answers.pop(0) if len(answers) > 1 else answers[0]
-        # numbers in every spelling are resolved as the system does, which asks nobody
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, flags=4)  # AI_NUMERICHOST
-        return [str(entry[4][0]) for entry in found]
+        # numbers in every spelling are resolved as the system does, without a name server
+        addresses = await asyncio.get_running_loop().getaddrinfo(host, port, flags=4)  # AI_NUMERICHOST
+        return [str(entry[4][0]) for entry in addresses]
 
     def fetch(self, url: str, **limits: Any) -> bytes:
         async def run() -> bytes:
@@ -205,7 +205,7 @@ def test_no_private_address_is_reached_directly(world: World) -> None:
                 through.append(url + repr(await Fetcher(1000, 5).fetch(url)))
         return through
 
-    assert completed(run()) == [] and world.connected == [] and Canary.asked == 0
+    assert completed(run()) == [] and world.connected == [] and Canary.requests == 0
 
 
 def test_no_private_address_is_reached_by_redirect(world: World) -> None:
@@ -221,7 +221,7 @@ def test_no_private_address_is_reached_by_redirect(world: World) -> None:
         return through
 
     assert completed(run()) == []
-    assert set(world.connected) == {"93.184.215.14"} and Canary.asked == 0
+    assert set(world.connected) == {"93.184.215.14"} and Canary.requests == 0
 
 
 def test_no_private_address_is_reached_by_name(world: World) -> None:
@@ -233,7 +233,7 @@ def test_no_private_address_is_reached_by_name(world: World) -> None:
     world.names["none.example"] = [[]]
     with pytest.raises(FetchError):
         world.fetch("http://none.example/")
-    assert world.connected == [] and Canary.asked == 0
+    assert world.connected == [] and Canary.requests == 0
 
 
 def test_the_address_that_was_checked_is_the_one_connected_to(world: World) -> None:
@@ -241,18 +241,18 @@ def test_the_address_that_was_checked_is_the_one_connected_to(world: World) -> N
     world.names["rebind.example"] = [["93.184.215.14"], ["127.0.0.1"]]
     world.pages["93.184.215.14"] = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfile"
     assert world.fetch("http://rebind.example/a.png") == b"file"
-    assert world.connected == ["93.184.215.14"] and Canary.asked == 0
+    assert world.connected == ["93.184.215.14"] and Canary.requests == 0
     world.names["rebind.example"] = [["93.184.215.14"], ["127.0.0.1"]]
     world.pages["93.184.215.14"] = redirect("http://rebind.example/again")
     with pytest.raises(FetchError, match="no public host"):
         world.fetch("http://rebind.example/a.png")
-    assert Canary.asked == 0
+    assert Canary.requests == 0
 
 
 def test_bounds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.names["public.example"] = [["8.8.8.8"]]
     long = b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + b"x" * 2000
-    for page, said in (
+    for page, message in (
         (long, "larger"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "404"),
         (redirect("/again"), "led on"),
@@ -260,7 +260,7 @@ def test_bounds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         (b"", "reached"),
     ):
         world.pages["8.8.8.8"] = page
-        with pytest.raises(FetchError, match=said):
+        with pytest.raises(FetchError, match=message):
             world.fetch("http://public.example/a.png")
     world.pages["8.8.8.8"] = redirect("/b") + b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx"
     with pytest.raises(FetchError):
@@ -270,7 +270,7 @@ def test_bounds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(30)
         return []
 
-    monkeypatch.setattr(fetch, "resolve", slow)
+    monkeypatch.setattr(fetch, "resolve_host", slow)
     with pytest.raises(FetchError, match="longer"):
         world.fetch("http://public.example/a.png", seconds=0.1)
 
@@ -282,16 +282,16 @@ def test_usual_urls_may_be_fetched(url: str) -> None:
     assert check_url(url)[1] == "example.org"
 
 
-def test_the_server_fetches_only_where_told_to(
+def test_the_server_fetches_only_where_that_is_switched_on(
     predictor: blip2.Predictor, images: list[bytes], world: World
 ) -> None:
     world.names["public.example"] = [["8.8.8.8"]]
     world.pages["8.8.8.8"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(images[0]) + images[0]
-    asked = {"image": "http://public.example/a.jpg", "num_beams": 1}
-    with run_server(predictor, fetch_urls=True) as running, running.client() as client:
-        found = client.post("/caption", json=asked)
-        assert found.json()["captions"][0]["text"] == predictor.caption(images[0], num_beams=1)
-        inside = client.post("/caption", json=asked | {"image": "http://127.0.0.1/a.jpg"})
+    payload = {"image": "http://public.example/a.jpg", "num_beams": 1}
+    with running_server(predictor, fetch_urls=True) as running, running.client() as client:
+        reply = client.post("/caption", json=payload)
+        assert reply.json()["captions"][0]["text"] == predictor.caption(images[0], num_beams=1)
+        inside = client.post("/caption", json=payload | {"image": "http://127.0.0.1/a.jpg"})
         assert inside.status_code == 400 and "no public host" in inside.json()["error"]["message"]
     assert world.connected == ["8.8.8.8"]
 
@@ -307,7 +307,7 @@ def test_images_that_are_fetched_are_counted_first_and_held_within_the_budget(
 
     monkeypatch.setattr(Fetcher, "fetch", give)
     limits = Limits(images=3, bodies_bytes=2 * len(images[0]) + 10_000)
-    with run_server(predictor, limits, fetch_urls=True) as running, running.client() as client:
+    with running_server(predictor, limits, fetch_urls=True) as running, running.client() as client:
 
         def embed(count: int) -> int:
             urls = [f"https://example.org/{i}.jpg" for i in range(count)]

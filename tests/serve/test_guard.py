@@ -11,25 +11,27 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from serving import Running, data_url, run_server
+from serving import Running, data_url, running_server
 
 import blip2
 from blip2.serve.keys import Keys
-from blip2.serve.run import is_loopback, serve
+from blip2.serve.run import is_loopback, run_server
 
 KEY = "correct-horse-battery-staple"
 
 
 @pytest.fixture(scope="module")
 def locked(predictor: blip2.Predictor) -> Iterator[Running]:
-    with run_server(predictor, keys=("another-key-altogether", KEY)) as running:
+    with running_server(predictor, keys=("another-key-altogether", KEY)) as running:
         yield running
 
 
 def routes(running: Running) -> list[tuple[str, str]]:
     with running.client(authorization=f"Bearer {KEY}") as client:
         paths = client.get("/openapi.json").json()["paths"]
-    found = [(method.upper(), path.replace("{model}", "default")) for path in paths for method in paths[path]]
+    operations = [
+        (method.upper(), path.replace("{model}", "default")) for path in paths for method in paths[path]
+    ]
     others = [
         "/",
         "/page/index.html",
@@ -39,7 +41,7 @@ def routes(running: Running) -> list[tuple[str, str]]:
         "//health/../v1/models",
         "/health/",
     ]
-    return [*found, *(("GET", path) for path in others)]
+    return [*operations, *(("GET", path) for path in others)]
 
 
 BYPASSES: dict[str, list[tuple[str, str]]] = {
@@ -57,7 +59,7 @@ BYPASSES: dict[str, list[tuple[str, str]]] = {
     "key as user name": [("authorization", "Basic " + base64.b64encode(f"{KEY}:".encode()).decode())],
     "damaged basic": [("authorization", "Basic @@@")],
     "a cookie": [("cookie", f"authorization=Bearer {KEY}")],
-    "said to be local": [
+    "claimed to be local": [
         ("x-forwarded-for", "127.0.0.1"),
         ("forwarded", "for=127.0.0.1"),
         ("host", "localhost"),
@@ -90,8 +92,8 @@ def test_a_key_opens(locked: Running, images: list[bytes]) -> None:
     made = client.chat.completions.create(model="default", messages=[message])  # type: ignore[list-item]
     assert made.choices[0].message.content
     with locked.client() as browser:
-        asked = browser.get("/", headers={"accept": "text/html,*/*"})
-        assert asked.headers["www-authenticate"].startswith("Basic")
+        challenged = browser.get("/", headers={"accept": "text/html,*/*"})
+        assert challenged.headers["www-authenticate"].startswith("Basic")
 
 
 def test_key_files(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_other_machines_need_keys() -> None:
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
         assert not is_loopback(host)
     with pytest.raises(ValueError, match="--api-key-file"):
-        serve(lambda: blip2.load(), model="default", host="0.0.0.0")
+        run_server(lambda: blip2.load(), model="default", host="0.0.0.0")
 
 
 def test_pages_of_other_sites_stay_outside(server: Running) -> None:
@@ -186,16 +188,18 @@ def test_hostile_text_stays_text(
         assert answer.status_code < 500, answer.text
         assert answer.headers["content-type"] == "application/json"
         assert "set-cookie" not in answer.headers and "x-evil" not in answer.headers
-    assert "alert" not in caplog.text and "DROP" not in caplog.text  # no content in the log unless asked for
+    assert (
+        "alert" not in caplog.text and "DROP" not in caplog.text
+    )  # no content in the log unless that is switched on
 
 
-def test_errors_tell_nothing_of_the_inside(
+def test_errors_reveal_nothing_of_the_inside(
     predictor: blip2.Predictor, images: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("/secret/path at 0x7f")
 
-    with run_server(predictor) as running, running.client() as client:
+    with running_server(predictor) as running, running.client() as client:
         for owner, name in ((predictor.model, "start"), (predictor.matcher, "compare")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, broken)
@@ -215,7 +219,7 @@ def test_what_breaks_in_a_stream_is_in_the_log_under_the_requests_id(
         raise RuntimeError("/secret/path")
 
     monkeypatch.setattr(predictor.model.language, "step", broken)
-    with run_server(predictor) as running, running.client() as client:
+    with running_server(predictor) as running, running.client() as client:
         for path, body in (
             ("/caption", {"image": data_url(images[0])}),
             ("/v1/completions", {"image": data_url(images[0]), "prompt": "a photo of", "model": "default"}),
@@ -225,18 +229,18 @@ def test_what_breaks_in_a_stream_is_in_the_log_under_the_requests_id(
             *_, last = [line for line in answer.text.split("\n\n") if line]
             assert answer.status_code == 200 and "secret" not in answer.text
             assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
-            (record,) = [each for each in caplog.records if "the-one failed" in each.getMessage()]
+            (record,) = [entry for entry in caplog.records if "the-one failed" in entry.getMessage()]
             assert record.exc_info and "/secret/path" in logging.Formatter().formatException(record.exc_info)
 
 
-def test_content_is_in_the_log_where_it_is_asked_for(
+def test_content_is_in_the_log_where_that_is_switched_on(
     predictor: blip2.Predictor, images: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "blip2.serve")
-    said = predictor.caption(images[0], num_beams=1)
+    caption = predictor.caption(images[0], num_beams=1)
     image = data_url(images[0])
     chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
-    with run_server(predictor, log_contents=True) as running, running.client() as client:
+    with running_server(predictor, log_contents=True) as running, running.client() as client:
         for path, body in (
             ("/caption", {"image": image, "num_beams": 1}),
             ("/v1/completions", {"image": image, "prompt": "a photo of", "model": "default"}),
@@ -246,6 +250,6 @@ def test_content_is_in_the_log_where_it_is_asked_for(
                 caplog.clear()
                 assert client.post(path, json=body | {"stream": stream}).status_code == 200
                 entries = [json.loads(record.getMessage()) for record in caplog.records]
-                content = [each for each in entries if each["event"] == "content"]
+                content = [entry for entry in entries if entry["event"] == "content"]
                 assert len(content) == 2 and "a photo of" in str(content[0])
-                assert [said] in content[1].values()
+                assert [caption] in content[1].values()

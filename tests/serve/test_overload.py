@@ -21,12 +21,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving import EXAMPLES, NAMES, Running, data_url, run_server
+from serving import EXAMPLES, NAMES, Running, data_url, running_server
 from starlette.requests import Request
 
 import blip2
-from blip2.serve.app import build
-from blip2.serve.context import ApiError, House
+from blip2.serve import bodies
+from blip2.serve.app import build_app
+from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def overload(predictor: blip2.Predictor, images: list[bytes], count: int, thread
     expected = [predictor.caption(image, num_beams=1) for image in images]
     assert len(set(expected)) > 2
     limits = Limits(queue=4, rows=4)
-    with run_server(predictor, limits) as running, running.client() as client:
+    with running_server(predictor, limits) as running, running.client() as client:
 
         def ask(i: int) -> int:
             answer = client.post(
@@ -64,8 +65,8 @@ def test_overload(predictor: blip2.Predictor, images: list[bytes]) -> None:
 
 
 @pytest.fixture
-def full_house(predictor: blip2.Predictor) -> Iterator[Running]:
-    """A server with one place, whose model is held up until the end."""
+def full_server(predictor: blip2.Predictor) -> Iterator[Running]:
+    """A server with room for one request, whose model is held up until the end."""
     entered, opened = threading.Event(), threading.Event()
 
     def gate(_: blip2.Predictor) -> Generator[None, None, None]:
@@ -73,7 +74,7 @@ def full_house(predictor: blip2.Predictor) -> Iterator[Running]:
         assert opened.wait(60)
         yield
 
-    with run_server(predictor, Limits(queue=1)) as running:
+    with running_server(predictor, Limits(queue=1)) as running:
         running.engine.submit(gate)
         assert entered.wait(60)
         yield running
@@ -87,47 +88,51 @@ def begin(running: Running, body: bytes, length: int) -> socket.socket:
     return sock
 
 
-def test_too_many_are_told_at_once(full_house: Running, images: list[bytes]) -> None:
+def test_too_many_requests_are_refused_at_once(full_server: Running, images: list[bytes]) -> None:
     """Nobody waits for the model, for another's image, or for the rest of the body, to hear that there is no room."""
     body = json.dumps({"image": data_url(images[0])}).encode()
-    early = begin(full_house, body[:-1], len(body))
-    with full_house.client() as client:
+    early = begin(full_server, body[:-1], len(body))
+    with full_server.client() as client:
         while client.get("/health").status_code != 200:  # by now `early` is being read
             pass
-    late = begin(full_house, body, len(body))
+    late = begin(full_server, body, len(body))
     until = time.monotonic() + 30
-    while full_house.engine.waiting == 0 and time.monotonic() < until:
+    while full_server.engine.waiting == 0 and time.monotonic() < until:
         time.sleep(0.01)
-    assert full_house.engine.waiting == 1
-    third = begin(full_house, b"", len(body))
+    assert full_server.engine.waiting == 1
+    third = begin(full_server, b"", len(body))
     assert b" 503 " in third.recv(4096)  # before any of its body has come
     early.sendall(body[-1:])
-    said = early.recv(4096)
-    assert b" 503 " in said and b"retry-after: 1" in said
+    answer = early.recv(4096)
+    assert b" 503 " in answer and b"retry-after: 1" in answer
     for sock in (early, late, third):
         sock.close()
 
 
-def test_who_leaves_while_waiting_makes_room_at_once(full_house: Running, images: list[bytes]) -> None:
+def test_a_client_that_leaves_while_waiting_makes_room_at_once(
+    full_server: Running, images: list[bytes]
+) -> None:
     """The model is held up all the while."""
     body = json.dumps({"image": data_url(images[0])}).encode()
     until = time.monotonic() + 30
 
     def wait_for(waiting: int) -> None:
-        while full_house.engine.waiting != waiting and time.monotonic() < until:
+        while full_server.engine.waiting != waiting and time.monotonic() < until:
             time.sleep(0.01)
-        assert full_house.engine.waiting == waiting
+        assert full_server.engine.waiting == waiting
 
     for _ in range(3):
-        sock = begin(full_house, body, len(body))
+        sock = begin(full_server, body, len(body))
         wait_for(1)
         sock.close()
         wait_for(0)
 
 
-def test_who_leaves_before_the_stream_begins_makes_room(full_house: Running, images: list[bytes]) -> None:
-    """A stream whose first piece was never asked for frees its place too."""
-    engine, limits = full_house.engine, full_house.engine.limits
+def test_a_client_that_leaves_before_the_stream_begins_makes_room(
+    full_server: Running, images: list[bytes]
+) -> None:
+    """A stream of which no piece was ever read frees its slot too."""
+    engine, limits = full_server.engine, full_server.engine.limits
     body = json.dumps({"image": data_url(images[0]), "stream": True}).encode()
     arriving: list[dict[str, Any]] = [
         {"type": "http.request", "body": body, "more_body": False},
@@ -154,13 +159,15 @@ def test_who_leaves_before_the_stream_begins_makes_room(full_house: Running, ima
     }
     # in a thread of its own: the browser's tests leave an event loop running in this one
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, build(engine, model="default", limits=limits)(scope, receive, send)).result()
+        pool.submit(
+            asyncio.run, build_app(engine, model="default", limits=limits)(scope, receive, send)
+        ).result()
     assert engine.waiting == 0 and len(arriving) == 1
 
 
 def test_bodies_have_a_budget_together(predictor: blip2.Predictor) -> None:
     body = b"x" * 60_000
-    with run_server(predictor, Limits(bodies_bytes=100_000)) as running, running.client() as client:
+    with running_server(predictor, Limits(bodies_bytes=100_000)) as running, running.client() as client:
 
         def post() -> int:
             return client.post(
@@ -182,12 +189,12 @@ def test_bodies_have_a_budget_together(predictor: blip2.Predictor) -> None:
 def exchange(sock: socket.socket, request: bytes) -> bytes:
     """Send a request and read its whole answer; the head of it."""
     sock.sendall(request)
-    said = b""
-    while b"\r\n\r\n" not in said:
+    answer = b""
+    while b"\r\n\r\n" not in answer:
         piece = sock.recv(65536)
         assert piece, "the server hung up"
-        said += piece
-    head, _, body = said.partition(b"\r\n\r\n")
+        answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head)
     assert length
     while len(body) < int(length[1]):
@@ -242,8 +249,8 @@ def test_long_overload_keeps_memory_flat(predictor: blip2.Predictor, images: lis
 
 def leave(running: Running, image: bytes, after: int) -> None:
     """Ask for a long text as a stream, read so many bytes, and go."""
-    asked = {"image": data_url(image), "stream": True, "max_new_tokens": 150, "min_new_tokens": 150}
-    body = json.dumps(asked).encode()
+    payload = {"image": data_url(image), "stream": True, "max_new_tokens": 150, "min_new_tokens": 150}
+    body = json.dumps(payload).encode()
     with running.connect() as sock:
         sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         got = 0
@@ -275,9 +282,9 @@ def test_a_client_that_does_not_stream_and_leaves_frees_its_slot(
     server: Running, images: list[bytes]
 ) -> None:
     before = server.engine.tokens
-    asked = {"image": data_url(images[0]), "max_new_tokens": 200, "min_new_tokens": 200, "num_beams": 1}
+    payload = {"image": data_url(images[0]), "max_new_tokens": 200, "min_new_tokens": 200, "num_beams": 1}
     with server.client() as client, pytest.raises(httpx2.ReadTimeout):
-        client.post("/caption", json=asked, timeout=0.1)
+        client.post("/caption", json=payload, timeout=0.1)
     until = time.monotonic() + 30
     while server.engine.running and time.monotonic() < until:
         time.sleep(0.01)
@@ -287,24 +294,24 @@ def test_a_client_that_does_not_stream_and_leaves_frees_its_slot(
 @pytest.fixture(scope="module")
 def impatient(predictor: blip2.Predictor) -> object:
     limits = Limits(header_seconds=1, body_seconds=1, idle_seconds=1, write_seconds=1)
-    with run_server(predictor, limits) as running:
+    with running_server(predictor, limits) as running:
         yield running
 
 
 def drip(sock: socket.socket, text: bytes) -> bytes:
-    """Send a byte at a time until the server has had enough; what it said."""
+    """Send a byte at a time until the server closes the connection; what it answered."""
     sock.settimeout(0.1)
-    said = b""
+    answer = b""
     for i in range(200):
         try:
             sock.send(text[i % len(text) : i % len(text) + 1])
             while piece := sock.recv(4096):
-                said += piece
-            return said
+                answer += piece
+            return answer
         except TimeoutError:
             continue
         except OSError:
-            return said
+            return answer
     pytest.fail("the server never closed the connection")
 
 
@@ -322,9 +329,9 @@ def drip(sock: socket.socket, text: bytes) -> bytes:
 def test_slow_clients_are_closed(impatient: Running, start: bytes) -> None:
     with impatient.connect() as sock:
         sock.sendall(start)
-        said = drip(sock, b"X-a: b\r\n" if b"\r\n\r\n" not in start else b" ")
+        answer = drip(sock, b"X-a: b\r\n" if b"\r\n\r\n" not in start else b" ")
     if b"Content-Length" in start and b"POST" in start:
-        assert b" 408 " in said
+        assert b" 408 " in answer
     with impatient.client() as client:
         assert client.get("/health").status_code == 200
 
@@ -338,11 +345,11 @@ def test_a_bodys_time_counts_from_the_beginning(monkeypatch: pytest.MonkeyPatch,
     """Not from the end of headers that were slow themselves."""
     began: list[float] = []
 
-    async def body(_: House, request: Request) -> bytes:
+    async def body(request: Request) -> bytes:
         began.append(request.state.began)
         raise ApiError(400, "seen")
 
-    monkeypatch.setattr(House, "body", body)
+    monkeypatch.setattr(bodies, "read_body", body)
     with server.connect() as sock:
         for _ in range(2):  # on a connection that is kept, from the request's first byte
             before = time.monotonic()
@@ -350,10 +357,10 @@ def test_a_bodys_time_counts_from_the_beginning(monkeypatch: pytest.MonkeyPatch,
             time.sleep(0.05)
             between = time.monotonic()
             sock.sendall(HEAD[30:] + b"Content-Length: 0\r\n\r\n")
-            said = b""
-            while not said.endswith(b"}}"):
-                said += sock.recv(4096)
-            assert b" 400 " in said and before - 60 < began.pop() < between
+            answer = b""
+            while not answer.endswith(b"}}"):
+                answer += sock.recv(4096)
+            assert b" 400 " in answer and before - 60 < began.pop() < between
 
 
 def test_a_client_that_reads_nothing_is_closed(impatient: Running) -> None:
@@ -382,8 +389,8 @@ class Server:
         self._process, self._pid = process, process.pid if pid is None else pid
         assert process.stderr
         for line in process.stderr:
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                self.url = found[0]
+            if address := re.search(r"http://127\.0\.0\.1:\d+", line):
+                self.url = address[0]
                 break
         else:
             pytest.fail(f"the server did not start: {process.wait()}")
@@ -461,11 +468,11 @@ def sigterm_under_load(rounds: int, start: Callable[[], Server]) -> None:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.01)
             asking = [pool.submit(ask, client, i) for i in range(6)]
-            while not any(each.running() for each in asking):
+            while not any(future.running() for future in asking):
                 time.sleep(0.01)
             time.sleep(0.1 + 37 * round_ % 100 / 200)
             status = server.end()
-            outcomes = [outcome for each in asking for outcome in each.result(60)]
+            outcomes = [outcome for future in asking for outcome in future.result(60)]
         assert status in (0, -signal.SIGTERM)
         assert set(outcomes) <= {"right", "late"}, set(outcomes)
         answered += outcomes.count("right")

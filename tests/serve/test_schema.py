@@ -16,8 +16,8 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 def examine(server: Running, examples: int) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     tried = 0
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for result in schema.get_all_operations():
+        operation = result.ok()
 
         def check(case: schemathesis.Case) -> None:
             nonlocal tried

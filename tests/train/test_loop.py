@@ -1,4 +1,4 @@
-"""The loop: what a killed, damaged or doubled run does, and the arithmetic of a step."""
+"""The loop: killed, damaged and concurrent runs, and the arithmetic of a step."""
 
 import csv
 import math
@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip2.train import FitOptions, Task, TrainingError, fit, plots, saves
+from blip2.train import FitOptions, Task, TrainingError, checkpoints, fit, plots
 from blip2.train.loop import learning_rate
 
 FORK = multiprocessing.get_context("fork")  # a child begins at once, with torch loaded
 
 
 class Noise:
-    """Batches of noise; `delay_s` makes a step last."""
+    """Batches of noise; `delay_s` lengthens a step."""
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
@@ -81,7 +81,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
-    """The undisturbed run: its record and its weights."""
+    """The uninterrupted run: the rows of its log and its weights."""
     folder, task = tmp_path_factory.mktemp("straight"), Toy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw", lambda *_: None)
@@ -109,20 +109,22 @@ def wait_until(happened: Callable[[], Any], timeout_s: float = 60.0) -> None:
 
 
 def test_the_loss_falls(straight: tuple[list[dict[str, str]], dict[str, Tensor]]) -> None:
-    record = straight[0]
-    assert [int(row["step"]) for row in record] == list(range(3, 25, 3))
-    assert float(record[-1]["loss"]) < float(record[0]["loss"])
+    log = straight[0]
+    assert [int(row["step"]) for row in log] == list(range(3, 25, 3))
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
 
 
 def test_killed_again_and_again(straight: Any, tmp_path: Path) -> None:
     moments = random.Random(5)
     kills = 0
     while True:
-        before = saves.checkpoints(tmp_path)
+        before = checkpoints.list_checkpoints(tmp_path)
         child = start(tmp_path, delay_s=0.001)
-        # However slow the machine, every life gets one checkpoint further, and then a little.
+        # However slow the machine, every run gets one checkpoint further, and then a little.
         wait_until(
-            lambda old=before, life=child: saves.checkpoints(tmp_path) != old or life.exitcode is not None
+            lambda old=before, process=child: (
+                checkpoints.list_checkpoints(tmp_path) != old or process.exitcode is not None
+            )
         )
         child.join(moments.uniform(0.0, 0.02))
         if child.exitcode is not None:
@@ -134,18 +136,18 @@ def test_killed_again_and_again(straight: Any, tmp_path: Path) -> None:
         assert kills < 200
     assert kills >= 2
     task = Toy()
-    fit(task, Noise(), options(), tmp_path)  # nothing is left to do: it takes up the last checkpoint
+    fit(task, Noise(), options(), tmp_path)  # nothing is left to do: it loads the last checkpoint
     same_as(straight, tmp_path, task)
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_muon_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    straight, again = ByMuon(), ByMuon()
+def test_muon_resumes_as_if_never_stopped(tmp_path: Path) -> None:
+    straight, resumed = ByMuon(), ByMuon()
     assert fit(straight, Noise(), options(), tmp_path).finished
-    saves.checkpoints(tmp_path)[-1].unlink()  # as if the run had been killed before its end
-    assert fit(again, Noise(), options(), tmp_path).finished
+    checkpoints.list_checkpoints(tmp_path)[-1].unlink()  # as if the run had been killed before its end
+    assert fit(resumed, Noise(), options(), tmp_path).finished
     for name, tensor in straight.module.state_dict().items():
-        assert torch.equal(tensor, again.module.state_dict()[name]), name
+        assert torch.equal(tensor, resumed.module.state_dict()[name]), name
 
 
 def test_data_processes_change_nothing(straight: Any, tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_an_error_in_a_data_process_ends_the_run(tmp_path: Path) -> None:
 def test_sigterm_saves_and_ends(straight: Any, tmp_path: Path) -> None:
     def run() -> None:
         result = fit(Toy(), Noise(0.02), options(save_every_steps=None), tmp_path)
-        os._exit(7 if not result.finished and saves.checkpoints(tmp_path) else 1)
+        os._exit(7 if not result.finished and checkpoints.list_checkpoints(tmp_path) else 1)
 
     child = FORK.Process(target=run)
     child.start()
@@ -192,7 +194,7 @@ def test_sigterm_saves_and_ends(straight: Any, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_set_aside(straight: Any, tmp_path: Path) -> None:
     child = start(tmp_path, steps=24)
     child.join(60)
-    latest = saves.checkpoints(tmp_path)[-1]
+    latest = checkpoints.list_checkpoints(tmp_path)[-1]
     content = bytearray(latest.read_bytes())
     content[-20] ^= 1
     latest.write_bytes(content)
@@ -204,7 +206,7 @@ def test_a_damaged_checkpoint_is_set_aside(straight: Any, tmp_path: Path) -> Non
 
 def test_truncated_checkpoints_all_damaged(tmp_path: Path) -> None:
     fit(Toy(), Noise(), options(4), tmp_path)
-    for path in saves.checkpoints(tmp_path):
+    for path in checkpoints.list_checkpoints(tmp_path):
         os.truncate(path, 100)
     with pytest.raises(ValueError, match="all 2 checkpoints"):
         fit(Toy(), Noise(), options(4), tmp_path)
@@ -221,13 +223,13 @@ def test_two_writers(tmp_path: Path) -> None:
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-    assert fit(Toy(), Noise(), options(), tmp_path).finished  # the dead process holds nothing
+    assert fit(Toy(), Noise(), options(), tmp_path).finished  # the dead process locks nothing
 
 
 def test_a_full_disk(straight: Any, tmp_path: Path) -> None:
     fit(Toy(), Noise(), options(save_every_steps=6), tmp_path / "a")
     fit(Toy(), Noise(), options(6), tmp_path / "b")
-    size = saves.checkpoints(tmp_path / "a")[-1].stat().st_size
+    size = checkpoints.list_checkpoints(tmp_path / "a")[-1].stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # writing fails half-way, as on a full disk
     try:
@@ -235,7 +237,7 @@ def test_a_full_disk(straight: Any, tmp_path: Path) -> None:
             fit(Toy(), Noise(), options(), tmp_path / "b")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.stem for p in saves.checkpoints(tmp_path / "b")][-1] == "step-000000006"
+    assert [p.stem for p in checkpoints.list_checkpoints(tmp_path / "b")][-1] == "step-000000006"
     assert not list((tmp_path / "b").glob("*.unfinished"))
     assert fit(Toy(), Noise(), options(), tmp_path / "b").finished
 
@@ -243,16 +245,12 @@ def test_a_full_disk(straight: Any, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     class Broken(Toy):
         def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-            found = super().losses(batch, generator)
-            return (
-                found
-                if float(batch["pixels"][0, 0]) < 1
-                else {name: value * math.nan for name, value in found.items()}
-            )
+            factor = 1.0 if float(batch["pixels"][0, 0]) < 1 else math.nan
+            return {name: value * factor for name, value in super().losses(batch, generator).items()}
 
     with pytest.raises(TrainingError, match="loss became nan"):
         fit(Broken(), Noise(), options(200), tmp_path)
-    checkpoint = saves.load_latest(tmp_path)
+    checkpoint = checkpoints.load_latest(tmp_path)
     assert checkpoint is None or all(t.isfinite().all() for t in checkpoint.tensors.values())
 
 
@@ -269,9 +267,9 @@ def test_what_may_change_on_resume(tmp_path: Path) -> None:
     assert fit(Toy(), Noise(), options(8, log_every=1), tmp_path).step == 8
 
 
-def test_only_what_is_trained_is_kept(tmp_path: Path) -> None:
+def test_checkpoints_hold_only_what_is_trained(tmp_path: Path) -> None:
     fit(Toy(), Noise(), options(2), tmp_path)
-    checkpoint = saves.load_latest(tmp_path)
+    checkpoint = checkpoints.load_latest(tmp_path)
     assert checkpoint is not None
     assert "module.0.weight" in checkpoint.tensors
     assert "module.1.running_mean" in checkpoint.tensors
@@ -292,10 +290,10 @@ def test_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
         def __getitem__(self, position: int) -> dict[str, Tensor]:
             return {"pixels": torch.cat([Noise()[2 * position + i]["pixels"] for i in (0, 1)])}
 
-    halves, whole = Linear(), Linear()
+    halves, pairs = Linear(), Linear()
     fit(halves, Noise(), options(5), tmp_path / "a")
-    fit(whole, Pairs(), options(5, accumulate=1), tmp_path / "b")
-    torch.testing.assert_close(halves.module.weight, whole.module.weight)
+    fit(pairs, Pairs(), options(5, accumulate=1), tmp_path / "b")
+    torch.testing.assert_close(halves.module.weight, pairs.module.weight)
 
 
 def test_weight_decay_and_learning_rates() -> None:

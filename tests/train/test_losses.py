@@ -133,7 +133,7 @@ def test_clip() -> None:
 def test_clip_with_equal_texts() -> None:
     image, text = normal(2, 6), normal(1, 6, seed=1).expand(2, -1)
     same = losses.clip_loss(image, text, torch.tensor(0.0), torch.tensor([5, 5]))
-    # one way the two texts are equal, so half is all one can say; the other way both images are right
+    # one way the two texts are equal, so 1/2 each is the best guess; the other way both images are right
     rows = F.normalize(image, dim=-1) @ F.normalize(text[:1], dim=-1).mT
     back = -rows.T.log_softmax(1).mean()
     assert same.item() == pytest.approx((math.log(2) + back.item()) / 2, rel=1e-5)
@@ -155,10 +155,10 @@ def test_region_loss_weighs_objects_equally() -> None:
         for phrase in range(3):
             places = [n for n in range(6) if target[image, n] == phrase]
             if places:
-                each = -log_softmax(math.e * a[image, places] @ p.T)[:, phrase].mean()
-                whole = patches[image, places].mean(0).numpy()
-                as_one = -log_softmax(math.e * (whole / np.linalg.norm(whole))[None] @ p.T)[0, phrase]
-                objects.append((each + 2 * as_one) / 3)
+                by_patch = -log_softmax(math.e * a[image, places] @ p.T)[:, phrase].mean()
+                mean = patches[image, places].mean(0).numpy()
+                as_one = -log_softmax(math.e * (mean / np.linalg.norm(mean))[None] @ p.T)[0, phrase]
+                objects.append((by_patch + 2 * as_one) / 3)
     ours = losses.region_loss(patches, phrases, target, scale)
     assert len(objects) == 4
     assert ours.item() == pytest.approx(float(np.mean(objects)), rel=1e-5)

@@ -1,4 +1,4 @@
-"""The tasks: the losses they add up, what they freeze, and that a small batch can be learned by heart."""
+"""The tasks: the losses they add up, what they freeze, and that a small batch can be memorized."""
 
 import dataclasses
 from pathlib import Path
@@ -20,9 +20,9 @@ from default_model.pretrain import (
     ContrastivePretrain,
     ImageTextEncoders,
     WordBag,
-    initialise,
-    matching,
-    mimetic,
+    init_matching_heads,
+    init_mimetic,
+    init_weights,
     qformer_from_matcher,
 )
 
@@ -56,13 +56,13 @@ def matcher() -> Blip2Matcher:
     model = Blip2Matcher(
         MatcherConfig(VISION, dataclasses.replace(QFORMER, use_qformer_text_input=True), 3, 16)
     )
-    initialise(model, 0, std=0.1)
+    init_weights(model, 0, std=0.1)
     return model
 
 
 def writer(language: OptConfig | T5Config = LANGUAGE) -> Blip2:
     model = Blip2(Blip2Config(VISION, QFORMER, language, 3))
-    initialise(model, 1, std=0.1)
+    init_weights(model, 1, std=0.1)
     return model
 
 
@@ -130,14 +130,17 @@ def test_stage1_losses_are_the_published_ones() -> None:
     ours = Stage1(model, DEC).losses(batch, generator())
     with torch.no_grad():
         features = model.vision(batch["pixels"])
-        images, said = model.image_embeddings(features), model.text_embeddings(batch["ids"], batch["mask"])
-        assert ours["itc"].item() == pytest.approx(losses.itc_loss(images, said, 0.07).item(), rel=1e-5)
-        written = torch.cat([torch.full((B, 1), DEC), batch["ids"][:, 1:]], dim=1)
-        logits = model.text_logits(features, written, batch["mask"])
-        target = written.masked_fill(batch["mask"] == 0, -100)[:, 1:].flatten()
+        images, captions = (
+            model.image_embeddings(features),
+            model.text_embeddings(batch["ids"], batch["mask"]),
+        )
+        assert ours["itc"].item() == pytest.approx(losses.itc_loss(images, captions, 0.07).item(), rel=1e-5)
+        itg_ids = torch.cat([torch.full((B, 1), DEC), batch["ids"][:, 1:]], dim=1)
+        logits = model.text_logits(features, itg_ids, batch["mask"])
+        target = itg_ids.masked_fill(batch["mask"] == 0, -100)[:, 1:].flatten()
         itg = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=-100, label_smoothing=0.1)
         assert ours["itg"].item() == pytest.approx(itg.item(), rel=1e-5)
-        similarity = losses.query_similarity(images, said, 0.07)
+        similarity = losses.query_similarity(images, captions, 0.07)
         text, image = losses.hard_negatives(similarity, similarity.T, generator())
         right = model.itm_logits(features, batch["ids"], batch["mask"])
         wrong_image = model.itm_logits(features[image], batch["ids"], batch["mask"])
@@ -161,13 +164,15 @@ def test_stage1_learns_and_leaves_the_image_encoder(tmp_path: Path) -> None:
     assert model.qformer.training
 
 
-def test_features_stand_for_pixels() -> None:
+def test_features_may_replace_pixels() -> None:
     model, batch = matcher(), matching_batch()
     task = Stage1(model, DEC)
     with torch.no_grad():
         features = model.vision(batch["pixels"])
-        there = task.losses({"features": features, **{k: batch[k] for k in ("ids", "mask")}}, generator())
-        assert torch.equal(there["loss"], task.losses(batch, generator())["loss"])
+        from_features = task.losses(
+            {"features": features, **{k: batch[k] for k in ("ids", "mask")}}, generator()
+        )
+        assert torch.equal(from_features["loss"], task.losses(batch, generator())["loss"])
 
 
 def test_retrieval_fine_tuning_trains_the_image_encoder(tmp_path: Path) -> None:
@@ -278,12 +283,12 @@ def test_fine_tuning(tmp_path: Path, train_language: bool) -> None:
 @pytest.mark.parametrize("fine_tuned", [False, True])
 def test_training_with_t5(tmp_path: Path, fine_tuned: bool) -> None:
     model, batch = writer(T5_LANGUAGE), writing_batch()
-    shown = batch["attention_mask"].bool()
-    batch["labels"] = batch["input_ids"].masked_fill(~shown, -100)[:, 1:]  # as long as it likes
+    mask = batch["attention_mask"].bool()
+    batch["labels"] = batch["input_ids"].masked_fill(~mask, -100)[:, 1:]  # of another length
     before = snapshot(model)
     task = Finetune(model, train_language=True, muon_scale=1.0) if fine_tuned else Stage2(model)
-    alone = model.loss(*(batch[k] for k in ("pixels", "input_ids", "attention_mask", "labels")))
-    assert task.losses(batch, generator())["loss"].item() == pytest.approx(alone.item(), rel=1e-6)
+    theirs = model.loss(*(batch[k] for k in ("pixels", "input_ids", "attention_mask", "labels")))
+    assert task.losses(batch, generator())["loss"].item() == pytest.approx(theirs.item(), rel=1e-6)
     if fine_tuned:
         by_muon = {id(p) for g in task.parameter_groups(0.05) if g["muon"] for p in g["params"]}
         named = {name: id(p) in by_muon for name, p in model.language.named_parameters()}
@@ -301,7 +306,7 @@ def test_training_with_t5(tmp_path: Path, fine_tuned: bool) -> None:
 
 def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
     encoders = ImageTextEncoders(ImageEncoder(VISION), WordBag(30, embedding=16))
-    initialise(encoders, 0, std=0.1)
+    init_weights(encoders, 0, std=0.1)
     ids, mask = texts()
     regions = torch.full((B, 16), -1)
     regions[:, :4], regions[0, 5], regions[1, 6:9] = 0, 1, 2
@@ -320,16 +325,16 @@ def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
     assert last < 0.3 * first
     keep = torch.arange(10).expand(B, -1)
     part = task.losses(batch | {"keep": keep}, generator())
-    seen = encoders.vision(pixels(), keep=keep)
-    assert seen.shape[1] == 11
-    whole = losses.region_loss(
-        encoders.patch_projection(seen[:, 1:]),
+    features = encoders.vision(pixels(), keep=keep)
+    assert features.shape[1] == 11
+    expected = losses.region_loss(
+        encoders.patch_projection(features[:, 1:]),
         encoders.text(ids[:3, :3], mask[:3, :3]),
         regions[:, :10],
         encoders.patch_scale,
     )
-    assert part["region"].item() == pytest.approx(whole.item(), rel=1e-5)
-    place = losses.place_loss(encoders.place(seen[:, 1:]), batch["places"][:, :10])
+    assert part["region"].item() == pytest.approx(expected.item(), rel=1e-5)
+    place = losses.place_loss(encoders.place(features[:, 1:]), batch["places"][:, :10])
     assert part["place"].item() == pytest.approx(place.item(), rel=1e-5)
     assert place.item() < 0.3 * losses.place_loss(torch.full((B, 16, 2), 0.5), batch["places"]).item()
 
@@ -344,16 +349,16 @@ def test_muon_trains_the_matrices_of_the_blocks() -> None:
 
 def test_padding_changes_no_text() -> None:
     bag = WordBag(30, embedding=16)
-    initialise(bag, 0)
+    init_weights(bag, 0)
     ids, mask = texts()
     torch.testing.assert_close(bag(ids[1:2, :4], mask[1:2, :4]), bag(ids, mask)[1:2], atol=1e-6, rtol=1e-5)
 
 
 def test_mimetic_start() -> None:
-    """Queries meet like keys, values turn their sign, rows and columns of patches can be told apart."""
+    """Query and key weights correlate, value and output weights negate, patches have distinct positions."""
     encoder = ImageEncoder(VisionConfig(64, 128, 2, 2, image_size=32, patch_size=4))
-    initialise(encoder, 0)
-    mimetic(encoder, 0)
+    init_weights(encoder, 0)
+    init_mimetic(encoder, 0)
     width = 64
     for layer in encoder.layers:
         query, key, value = layer.self_attn.qkv.weight.chunk(3)
@@ -369,8 +374,8 @@ def test_mimetic_start() -> None:
 
 def test_matching_heads_look_for_equal_tokens() -> None:
     language = Opt(dataclasses.replace(LANGUAGE, hidden_size=128, num_attention_heads=4))
-    initialise(language, 0)
-    matching(language, 0)
+    init_weights(language, 0)
+    init_matching_heads(language, 0)
     ids = torch.tensor([[2, 7, 11, 5, 30, 8, 19, 7]])  # the last is the second of an equal pair
     x = language.embed(ids) + language.embed_positions(torch.arange(2, 10))
     first = language.layers[0]

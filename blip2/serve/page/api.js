@@ -1,4 +1,4 @@
-// What the page asks of the server. Every error that leaves here is a sentence a person can read.
+// The page's requests to the server. Every error thrown here is a sentence that a person can read.
 
 let key = "";
 
@@ -14,7 +14,7 @@ async function askForKey() {
   dialog.showModal();
   await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
   if (dialog.returnValue !== "yes" || field.value === "") {
-    throw new Trouble("This server asks for an API key, and none was given.");
+    throw new Trouble("This server needs an API key, and none was given.");
   }
   key = field.value.trim();
   field.value = "";
@@ -41,18 +41,18 @@ async function request(path, options) {
 }
 
 async function reason(response) {
-  let said = "";
+  let message = "";
   try {
-    said = (await response.json()).error.message;
+    message = (await response.json()).error.message;
   } catch {
-    said = `it answered with status ${response.status}`;
+    message = `it answered with status ${response.status}`;
   }
   if (response.status === 503) {
     const wait = response.headers.get("retry-after");
-    return `The server is busy${wait ? `; try again in ${wait} s` : ""}: ${said}.`;
+    return `The server is busy${wait ? `; try again in ${wait} s` : ""}: ${message}.`;
   }
-  if (response.status >= 500) return `The server failed: ${said}.`;
-  return `That did not work: ${said}.`;
+  if (response.status >= 500) return `The server failed: ${message}.`;
+  return `That did not work: ${message}.`;
 }
 
 // A picture and fields, as a form; what is null is left out.
@@ -63,7 +63,7 @@ export async function post(path, image, fields, signal) {
   return await read(await request(path, { method: "POST", body: form, signal }));
 }
 
-// The same in JSON, where fields may hold more than a form can say.
+// The same in JSON, where fields may hold more than a form can.
 export async function postJson(path, fields, signal) {
   const headers = { "Content-Type": "application/json" };
   return await read(await request(path, { method: "POST", headers, body: JSON.stringify(fields), signal }));

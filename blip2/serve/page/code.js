@@ -27,7 +27,7 @@ ${fields}
     },
 )
 answer.raise_for_status()
-for each in answer.json()[${python(kind)}]:
-    print(each["score"], each["text"])
+for text in answer.json()[${python(kind)}]:
+    print(text["score"], text["text"])
 `;
 }

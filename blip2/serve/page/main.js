@@ -21,17 +21,17 @@ function make(tag, className, text) {
 }
 
 function button(text, action, className = "plain") {
-  const made = make("button", className, text);
-  made.type = "button";
-  made.addEventListener("click", action);
-  return made;
+  const element = make("button", className, text);
+  element.type = "button";
+  element.addEventListener("click", action);
+  return element;
 }
 
-// Told to screen readers, without being seen.
-const say = (text) => (get("said").textContent = text);
+// For screen readers; not visible.
+const announce = (text) => (get("status").textContent = text);
 
 // Errors that are sentences are shown; stopping is no error.
-function told(error) {
+function messageOf(error) {
   if (error.name === "AbortError") return null;
   if (error instanceof api.Trouble) return error.message;
   console.error(error);
@@ -48,9 +48,9 @@ function trouble(text, retry = null) {
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
-    say("Copied.");
+    announce("Copied.");
   } catch {
-    say("The browser did not allow copying.");
+    announce("The browser did not allow copying.");
   }
 }
 
@@ -64,7 +64,7 @@ function take(file) {
     url: URL.createObjectURL(file),
     data: null,
     turns: [],
-    explained: new Map(), // what was asked for, as JSON -> promise of the explanation
+    explained: new Map(), // the request's fields as JSON -> promise of the explanation
     leaving: new AbortController(),
   };
   last = null;
@@ -117,7 +117,7 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
-  if (!takeFirst(event.dataTransfer.files)) say("That was no file.");
+  if (!takeFirst(event.dataTransfer.files)) announce("That was no file.");
 });
 document.addEventListener("paste", (event) => {
   if (takeFirst(event.clipboardData.files)) event.preventDefault();
@@ -130,7 +130,7 @@ for (const example of document.querySelectorAll("[data-example]")) {
       const response = await fetch(`page/examples/${name}`);
       take(new File([await response.blob()], name, { type: "image/jpeg" }));
     } catch {
-      say("The server cannot be reached.");
+      announce("The server cannot be reached.");
     }
   });
 }
@@ -151,22 +151,22 @@ async function caption() {
   const fields = settings.captionFields();
   remember("caption", fields);
   try {
-    const found = await api.post("caption", mine.file, fields, leaving.signal);
+    const reply = await api.post("caption", mine.file, fields, leaving.signal);
     if (mine !== picture) return;
-    const captions = different(found.captions.toSorted((a, b) => b.score - a.score));
+    const captions = different(reply.captions.toSorted((a, b) => b.score - a.score));
     get("alternatives").replaceChildren(...captions.map(alternative));
     showCaption(captions[0].text);
-    say(`The caption: ${captions[0].text}`);
+    announce(`The caption: ${captions[0].text}`);
   } catch (error) {
-    const text = told(error);
+    const text = messageOf(error);
     if (mine === picture && text !== null) trouble(text, caption);
   } finally {
     if (mine === picture && leaving === mine.captioning) get("waiting").textContent = "";
-    showCode(); // a key may have been asked for
+    showCode(); // a key may have been entered
   }
 }
 
-// By chance the same text may come several times.
+// Sampling may give the same text several times.
 function different(captions) {
   const seen = new Set();
   return captions.filter(({ text }) => !seen.has(text) && seen.add(text));
@@ -174,13 +174,13 @@ function different(captions) {
 
 function showCaption(text) {
   unlook();
-  const shown = text || "The model had nothing to say.";
+  const shown = text || "The model wrote nothing.";
   get("caption").replaceChildren(...(text ? wordButtons(text, { text }) : [shown]));
   show("caption-tools");
   show("caption-hint", Boolean(text));
   get("caption").dataset.text = text;
-  for (const each of get("alternatives").querySelectorAll("button")) {
-    each.setAttribute("aria-current", String(each.textContent === text));
+  for (const choice of get("alternatives").querySelectorAll("button")) {
+    choice.setAttribute("aria-current", String(choice.textContent === text));
   }
 }
 
@@ -198,49 +198,49 @@ get("caption-copy").addEventListener("click", () => copy(get("caption").dataset.
 
 // --- where it looked ---
 
-// Text as words that can be chosen; `asked` is what the explanation is asked for: {text} or {question, answer, turns}.
-function wordButtons(text, asked) {
+// Text as words that can be chosen; `target` is what the explanation is about: {text} or {question, answer, turns}.
+function wordButtons(text, target) {
   const words = text.trim().split(/\s+/).flatMap((word, i) => {
-    const made = button(word, () => look(made, i, asked), "word");
-    made.setAttribute("aria-pressed", "false");
-    return [" ", made];
+    const element = button(word, () => look(element, i, target), "word");
+    element.setAttribute("aria-pressed", "false");
+    return [" ", element];
   });
   return words.slice(1);
 }
 
-function explanation(mine, asked) {
-  const name = JSON.stringify(asked);
+function explanation(mine, target) {
+  const name = JSON.stringify(target);
   if (!mine.explained.has(name)) {
-    const found = asked.turns
-      ? api.postJson("explain", { image: mine.data, ...asked }, mine.leaving.signal)
-      : api.post("explain", mine.file, asked, mine.leaving.signal);
-    found.catch(() => mine.explained.delete(name));
-    mine.explained.set(name, found);
+    const reply = target.turns
+      ? api.postJson("explain", { image: mine.data, ...target }, mine.leaving.signal)
+      : api.post("explain", mine.file, target, mine.leaving.signal);
+    reply.catch(() => mine.explained.delete(name));
+    mine.explained.set(name, reply);
   }
   return mine.explained.get(name);
 }
 
-async function look(word, place, asked) {
+async function look(word, place, target) {
   const mine = picture;
   if (word === lookingAt) return unlook();
   unlook();
   lookingAt = word;
   word.setAttribute("aria-pressed", "true");
   show("where");
-  const said = word.textContent.replace(/[.,]$/, "");
-  get("where-text").textContent = `Finding where “${said}” comes from …`;
+  const text = word.textContent.replace(/[.,]$/, "");
+  get("where-text").textContent = `Finding where “${text}” comes from …`;
   try {
-    const found = await explanation(mine, asked);
+    const reply = await explanation(mine, target);
     if (word !== lookingAt) return;
-    showHeat(found.words[place].heat, `Where “${said}” comes from`);
-    mine.asked = asked;
-    const [layers, heads, queries] = found.attention_shape;
+    showHeat(reply.words[place].heat, `Where “${text}” comes from`);
+    mine.target = target;
+    const [layers, heads, queries] = reply.attention_shape;
     for (const [id, count] of [["layer", layers], ["head", heads], ["query", queries]]) get(id).max = count;
   } catch (error) {
-    const text = told(error);
-    if (word !== lookingAt || text === null) return;
+    const message = messageOf(error);
+    if (word !== lookingAt || message === null) return;
     unlook();
-    trouble(text, () => look(word, place, asked));
+    trouble(message, () => look(word, place, target));
   }
 }
 
@@ -250,7 +250,7 @@ function showHeat(grid, text) {
   get("frame").classList.add("heated");
   get("where-text").textContent = text;
   get("frame").scrollIntoView({ block: "nearest" });
-  say(`${text}: most from ${region(grid)}.`);
+  announce(`${text}: most from ${region(grid)}.`);
 }
 
 // The warmest place in words.
@@ -283,11 +283,11 @@ get("raw-show").addEventListener("click", async () => {
   const [layer, head, query] = ["layer", "head", "query"].map((id) => Number(get(id).value));
   const place = { layer: layer - 1, head: head - 1, query: query - 1 };
   try {
-    const found = await explanation(mine, { ...mine.asked, ...place });
+    const reply = await explanation(mine, { ...mine.target, ...place });
     if (mine !== picture || word !== lookingAt) return;
-    showHeat(found.attention, `What query ${query} looks at in layer ${layer}, head ${head}`);
+    showHeat(reply.attention, `What query ${query} looks at in layer ${layer}, head ${head}`);
   } catch (error) {
-    const text = told(error);
+    const text = messageOf(error);
     if (text !== null) trouble(text);
   }
 });
@@ -311,7 +311,7 @@ async function ask(question) {
   const turn = { question, text: "", before: [...mine.turns], leaving: new AbortController(), element: make("article", "turn") };
   const answer = make("p", "answer waiting", "Thinking …");
   turn.element.append(make("p", "question", question), answer);
-  get("talk").querySelectorAll(".retry").forEach((each) => each.remove());
+  get("talk").querySelectorAll(".retry").forEach((retry) => retry.remove());
   get("talk").append(turn.element);
   show("ideas", false);
   answering = turn;
@@ -331,7 +331,7 @@ async function ask(question) {
     }
     if (turn.text) mine.turns.push({ question, answer: turn.text });
   } catch (error) {
-    why = error.name === "AbortError" ? "Stopped." : told(error);
+    why = error.name === "AbortError" ? "Stopped." : messageOf(error);
   }
   if (answering === turn) {
     answering = null;
@@ -345,9 +345,9 @@ async function ask(question) {
 // The conversation as the server's API has it: the picture comes with the first question.
 function messages(mine, question) {
   const turns = [...mine.turns, { question, answer: null }];
-  return turns.flatMap(({ question: asked, answer }, i) => {
-    const text = { type: "text", text: asked };
-    const content = i ? asked : [text, { type: "image_url", image_url: { url: mine.data } }];
+  return turns.flatMap(({ question: text, answer }, i) => {
+    const part = { type: "text", text };
+    const content = i ? text : [part, { type: "image_url", image_url: { url: mine.data } }];
     return answer === null ? [{ role: "user", content }] : [{ role: "user", content }, { role: "assistant", content: answer }];
   });
 }
@@ -356,14 +356,14 @@ function finish(turn, answer, why) {
   const text = turn.text.trim();
   answer.classList.remove("waiting");
   if (text && why === null) answer.replaceChildren(...wordButtons(text, { question: turn.question, answer: text, turns: turn.before }));
-  else answer.textContent = text || (why === null ? "The model had nothing to say." : "");
+  else answer.textContent = text || (why === null ? "The model wrote nothing." : "");
   answer.hidden = answer.textContent === "";
   const tools = make("p", "tools");
   if (why !== null) tools.append(make("span", "why", why));
   if (text) tools.append(button("Copy", () => copy(text)));
   const retry = button("Again", () => {
     turn.element.remove();
-    const at = picture.turns.findIndex((each) => each.question === turn.question && each.answer === turn.text);
+    const at = picture.turns.findIndex(({ question, answer }) => question === turn.question && answer === turn.text);
     if (at >= 0) picture.turns.splice(at, 1);
     ask(turn.question);
   }, "plain retry");

@@ -25,7 +25,7 @@ export function captionFields() {
   return { ...shared, num_beams: number("beams"), num_return_sequences: Math.min(number("beams"), ALTERNATIVES) };
 }
 
-// Streamed answers follow one text at a time, so there are no beams.
+// A streamed answer is one text as it grows, so there is no beam search.
 export function chatOptions() {
   const shared = { max_tokens: number("length") };
   return sampling() ? { ...shared, temperature: number("temperature") } : shared;

@@ -1,4 +1,4 @@
-"""The record of a training run: log.csv, a row of mean losses every so often, and a line of progress on stderr."""
+"""The metrics of a training run: log.csv with a row of mean losses every `log_every` steps, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from typing import Any
 
 from torch import Tensor
 
-GO_ON = "make room and start the same command again, it goes on from the last checkpoint"
+RESUME_HINT = "make room and start the same command again, it goes on from the last checkpoint"
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: a loss that is not finite, a full disk, or another process in the same folder."""
 
 
-class Record:
-    """Sums losses between rows. Its state is part of a checkpoint, so a continued run writes the same rows."""
+class TrainingLog:
+    """Sums losses between rows. Its state is part of a checkpoint, so that a resumed run writes the same rows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.latest: dict[str, float] = {}
-        self._sums: dict[
-            str, Tensor | float
-        ] = {}  # tensors of one element, so that adding does not wait for the device
+        # Tensors of one element, so that adding does not wait for the device.
+        self._sums: dict[str, Tensor | float] = {}
         self._count = 0
-        self._rows = 0  # images (or texts) since the last row; only for the speed shown
-        self._since = self._started = time.monotonic()
-        self._first = self._steps = 0
+        self._rows = 0  # images (or texts) since the last row, for the speed shown
+        self.start(0, 0)
 
     def start(self, step: int, steps: int) -> None:
         """Begin timing at `step` of `steps`."""
@@ -41,9 +39,9 @@ class Record:
         self._first, self._steps = step, steps
 
     def add(self, losses: Mapping[str, Tensor], rows: int) -> None:
-        """Take in the losses of one step over `rows` images."""
+        """Add the losses of one step over `rows` images."""
         if self._sums and self._sums.keys() != losses.keys():
-            raise ValueError(f"the task gave losses {sorted(losses)}, before that {sorted(self._sums)}")
+            raise ValueError(f"the task returned losses {sorted(losses)}, before that {sorted(self._sums)}")
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in losses.items()}
         self._count += 1
         self._rows += rows
@@ -58,7 +56,7 @@ class Record:
                 )
 
     def write(self, step: int, rate: float) -> None:
-        """Append a row of means and the learning rate, show it, and begin anew."""
+        """Append a row of means and the learning rate, show it, and start new sums."""
         self.check(step)
         self.latest = {name: float(total) / self._count for name, total in self._sums.items()}
         now = time.monotonic()
@@ -71,7 +69,7 @@ class Record:
                 writer.writerows([list(row)] * new)
                 writer.writerow(row.values())  # floats as repr gives them: exact
         except OSError as error:
-            raise TrainingError(f"could not write {self.path}: {error}; {GO_ON}") from error
+            raise TrainingError(f"could not write {self.path}: {error}; {RESUME_HINT}") from error
         left = (now - self._started) / max(step - self._first, 1) * (self._steps - step)
         self._show(step, rate, speed, left)
         self._sums, self._count, self._rows, self._since = {}, 0, 0, now
@@ -88,16 +86,16 @@ class Record:
         sys.stderr.flush()
 
     def end(self) -> None:
-        """Leave the line of progress."""
+        """End the line of progress."""
         if sys.stderr.isatty() and self.latest:
             print(file=sys.stderr)
 
     def state(self) -> dict[str, Any]:
-        """What is needed to go on: sums since the last row."""
+        """What resuming needs: the sums since the last row."""
         return {"sums": {name: float(total) for name, total in self._sums.items()}, "count": self._count}
 
     def restore(self, step: int, state: Mapping[str, Any] | None) -> None:
-        """Go on after `step`: rows written later than the checkpoint, and a torn last one, are dropped."""
+        """Resume after `step`: rows written later than the checkpoint, and a partly written last one, are dropped."""
         if state is not None:
             self._sums, self._count = dict(state["sums"]), int(state["count"])
         if not self.path.exists():
@@ -116,6 +114,6 @@ class Record:
 
 
 def _duration(seconds: float) -> str:
-    minutes, whole = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{whole:02d}"
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

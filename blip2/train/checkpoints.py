@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one safetensors file each, written whole or not at all, verified when read."""
+"""Checkpoints of a training run: one safetensors file each, written completely or not at all, verified when read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.train.record import GO_ON, TrainingError
+from blip2.train.metrics import RESUME_HINT, TrainingError
 
 KEPT = 2  # checkpoints kept: the latest, and the one to fall back to
 _SUFFIX, _UNFINISHED, _DAMAGED = ".safetensors", ".unfinished", ".damaged"
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A point to go on from: `step` steps are done."""
+class TrainingCheckpoint:
+    """A point to resume from: after `step` steps."""
 
     step: int
     tensors: dict[str, Tensor]
-    notes: dict[str, Any]  # what JSON can hold
+    notes: dict[str, Any]  # values of JSON
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Path:
@@ -51,30 +51,30 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], notes: Mapping[
         _flush(folder)
     except Exception as error:  # safetensors reports a full disk with an error class of its own
         unfinished.unlink(missing_ok=True)
-        raise TrainingError(f"could not write {path}: {error}; {GO_ON}") from error
-    for old in checkpoints(folder)[:-KEPT]:
+        raise TrainingError(f"could not write {path}: {error}; {RESUME_HINT}") from error
+    for old in list_checkpoints(folder)[:-KEPT]:
         old.unlink()
     return path
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in a folder, the oldest first."""
     return sorted(folder.glob(f"step-*{_SUFFIX}"))
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The latest checkpoint that is as it was written; damaged ones are set aside with a warning.
+def load_latest(folder: Path) -> TrainingCheckpoint | None:
+    """The latest checkpoint whose digest is right; damaged ones are set aside with a warning.
 
     Raises:
-        ValueError: there are checkpoints, but all are damaged.
+        ValueError: there are checkpoints, and all of them are damaged.
     """
     for leftover in folder.glob(f"step-*{_UNFINISHED}"):
         leftover.unlink()
-    paths = checkpoints(folder)
+    paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
             return _read(path)
-        except Exception as error:  # whatever a damaged file provokes, the one before it may still be good
+        except Exception as error:  # whatever a damaged file provokes: the one before it may still be good
             aside = path.with_suffix(_DAMAGED)
             log.warning("%s is damaged (%s); set aside as %s, trying the one before", path, error, aside.name)
             os.replace(path, aside)
@@ -85,13 +85,13 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path) -> TrainingCheckpoint:
     with safe_open(path, framework="pt") as file:
         meta = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(tensors, meta.get("notes", "")) != meta.get("sha256"):
         raise ValueError("its content is not what was written")
-    return Checkpoint(int(path.stem.removeprefix("step-")), tensors, json.loads(meta["notes"]))
+    return TrainingCheckpoint(int(path.stem.removeprefix("step-")), tensors, json.loads(meta["notes"]))
 
 
 def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:

@@ -1,0 +1,513 @@
+"""Where requests become batches: one model on one thread, and the queue of all clients' requests for it.
+
+Nothing here knows of HTTP. Texts are generated side by side and join and leave between two decoding steps
+(`ContinuousBatch`). Anything else that a request needs from the model is computed in slices, one between two steps. The
+queue is bounded, and clients take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from blip2.generation.batching import BeamSequence, ContinuousBatch, SampledSequence, width
+from blip2.generation.options import GenerationOptions
+from blip2.images import load_image, to_pixels
+from blip2.modeling.kv_cache import concat_prompt_caches
+from blip2.predict import Predictor
+from blip2.results import EncodedImage, GeneratedText
+from blip2.serve.cache import ImageCache
+from blip2.serve.limits import Limits
+
+log = logging.getLogger("blip2.serve")
+
+# Requests started at a time, and while texts are being generated, whose next step must not wait for long.
+MAX_STARTS, MAX_STARTS_BETWEEN_STEPS = 8, 2
+
+# Any other computation with the model: a generator that yields between slices and returns the result.
+ModelCall = Callable[[Predictor], Generator[None, None, Any]]
+
+
+class BusyError(Exception):
+    """The queue is full, or the model is not loaded yet. `wait`: seconds after which a retry makes sense."""
+
+    def __init__(self, message: str, wait: int) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class TooLateError(Exception):
+    """A request's deadline passed."""
+
+
+class EngineError(Exception):
+    """The model failed, and not because of the request. The log has the details."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image ready for the model: encoded already, or as pixels.
+
+    key: hash of its file. size: width and height in pixels. pixels: float32 [1, 3, S, S].
+    """
+
+    key: bytes
+    size: tuple[int, int]
+    pixels: torch.Tensor | None
+    encoded: EncodedImage | None
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateRequest:
+    """Texts to generate: for each prompt, in this order, `options.num_return_sequences` that continue it.
+
+    top_logprobs: likeliest tokens to record at each position; greedy and sampled texts only.
+    """
+
+    image: PreparedImage
+    prompts: tuple[str, ...]
+    options: GenerationOptions
+    top_logprobs: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that it takes: one for each text, or for each beam."""
+        return len(self.prompts) * width(self.options)
+
+
+# What a job computes; and its callback after each step of its greedy or sampled texts, on the engine's thread.
+Work = GenerateRequest | ModelCall
+OnStep = Callable[[list[SampledSequence]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class TextOutput:
+    """A generated text.
+
+    finished: it ended by its end token, not at max_new_tokens.
+    top_logprobs: for each token the likeliest ids with their log-probabilities; empty where none were requested.
+    """
+
+    text: GeneratedText
+    finished: bool
+    top_logprobs: list[list[tuple[int, float]]]
+
+
+@dataclass(eq=False)
+class Job:
+    """Work in the engine. `result`: a list of `TextOutput`, or what a call returned; cancelling it ends the job."""
+
+    work: Work
+    client: str
+    deadline: float
+    on_step: OnStep | None
+    result: Future[Any] = field(default_factory=Future)
+    sequences: list[SampledSequence | BeamSequence] = field(default_factory=list)
+
+    def finish(self, value: Any) -> None:
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.result.done() and self.result.set_running_or_notify_cancel():
+            self.result.set_exception(error)
+
+
+class Slot:
+    """A request's place in the queue: reserved while its body is read, then that of its job. Always to be released."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._reserved = engine, True
+        self._job: Job | None = None
+
+    def assign(self, job: Job) -> None:
+        """From now on the job counts in the queue, and the reservation no more."""
+        self._job = job
+        self._end_reservation()
+
+    def release(self) -> None:
+        """Leave the queue: a job that still waits or runs is cancelled."""
+        self._end_reservation()
+        if self._job is not None:
+            self._job.result.cancel()
+
+    def _end_reservation(self) -> None:
+        with self._engine._lock:
+            self._engine._reserved -= self._reserved
+            self._reserved = False
+
+
+class Engine:
+    """Loads a model on a thread of its own and runs all requests there."""
+
+    def __init__(self, load: Callable[[], Predictor], limits: Limits) -> None:
+        self.limits = limits
+        self.cache = ImageCache(limits.cache_bytes)
+        self.loaded = threading.Event()
+        self.failure: BaseException | None = None  # why there is no model
+        self.on_failure: Callable[[], None] = lambda: None
+        self.steps = self.tokens = 0
+        self._load = load
+        self._predictor: Predictor | None = None
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._count = 0  # jobs in `_waiting`
+        self._reserved = 0  # slots of requests whose bodies are still being read
+        self._lock = threading.Condition()
+        self._closed = False
+        self._batch: ContinuousBatch | None = None
+        self._generating: list[Job] = []  # whose texts are in `_batch`
+        self._call: tuple[Job, Generator[None, None, Any]] | None = None  # the one that has started
+        self._thread = threading.Thread(target=self._run, name="blip2 engine", daemon=True)
+
+    # --- from any thread ---
+
+    def start(self) -> None:
+        """Start the thread, which loads the model first."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; all jobs fail. A model that is still being loaded is not waited for."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+        if self.loaded.is_set() or self.failure is not None:
+            self._thread.join()
+
+    @property
+    def predictor(self) -> Predictor:
+        """The model. Raises BusyError while it is being loaded."""
+        if self._predictor is None:
+            raise BusyError("the model is still being loaded; try again soon", 5)
+        return self._predictor
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return self._count
+
+    @property
+    def running(self) -> int:
+        """Texts being generated, all beams counted."""
+        sequences = [sequence for job in self._generating for sequence in job.sequences]
+        return sum(sequence.options.num_beams for sequence in sequences if not sequence.done)
+
+    def check_room(self) -> None:
+        """Raises BusyError where another request would be refused now."""
+        _ = self.predictor
+        if self._closed or self._count + self._reserved >= self.limits.queue:
+            raise BusyError("too many requests are waiting; try again soon", 1)
+
+    def acquire_slot(self) -> Slot:
+        """A slot in the queue, for a request that is still being read.
+
+        Raises:
+            BusyError: there is none free.
+        """
+        with self._lock:
+            self.check_room()
+            self._reserved += 1
+        return Slot(self)
+
+    def prepare_image(self, content: bytes, *, pixels: bool = False) -> PreparedImage:
+        """A file's image, ready for the model; from the cache where it has it. Slow: not for an event loop's thread.
+
+        Args:
+            pixels: they are needed even where the cache has the image.
+
+        Raises:
+            ImageError: no image.
+        """
+        key = hashlib.sha256(content).digest()
+        encoded = self.cache.get(key)
+        if encoded is not None and not pixels:
+            return PreparedImage(key, encoded.size, None, encoded)
+        image = load_image(content, max_pixels=self.limits.pixels)
+        tensor = to_pixels([image], self.predictor.generator.image_processor)
+        return PreparedImage(key, image.size, tensor, encoded)
+
+    def submit(
+        self,
+        work: Work,
+        *,
+        slot: Slot | None = None,
+        client: str = "",
+        deadline: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> Job:
+        """Queue work.
+
+        Args:
+            slot: from `acquire_slot`; may be used again by an HTTP request that needs two jobs. None: there must be
+                room now.
+            client: whose request this is; clients take turns.
+            deadline: on time.monotonic's clock; None: `request_seconds` from now.
+
+        Raises:
+            BusyError: the queue is full.
+            ValueError: a prompt that with its new tokens is too long for the model.
+        """
+        if isinstance(work, GenerateRequest):
+            self._check_prompts(work)
+        if deadline is None:
+            deadline = time.monotonic() + self.limits.request_seconds
+        job = Job(work, client, deadline, on_step)
+        with self._lock:
+            if slot is None or self._closed:
+                self.check_room()
+            if slot is not None:
+                slot.assign(job)
+            self._waiting.setdefault(client, deque()).append(job)
+            self._count += 1
+            self._lock.notify()
+        job.result.add_done_callback(lambda result: self._remove(job) if result.cancelled() else None)
+        return job
+
+    def _remove(self, job: Job) -> None:
+        """Take a job out of the queue, if it is there."""
+        with self._lock:
+            queue = self._waiting.get(job.client, ())
+            if job not in queue:
+                return
+            self._waiting[job.client].remove(job)
+            self._count -= 1
+            if not queue:
+                del self._waiting[job.client]
+
+    def _check_prompts(self, request: GenerateRequest) -> None:
+        encode, new = self.predictor.generator.tokenizer.encode, request.options.max_new_tokens
+        length = max(len(encode(prompt)) for prompt in request.prompts)
+        room = self.predictor.model.prompt_room(new)
+        if length > room:
+            raise ValueError(
+                f"the prompt has {length} tokens, and beside the image and {new} new ones there is room for "
+                f"{max(room, 0)}; shorten it, or request fewer new tokens"
+            )
+
+    # --- on the engine's thread ---
+
+    def _run(self) -> None:
+        try:
+            predictor = self._load()
+            with contextlib.suppress(ValueError):  # a matcher alone generates no text
+                self._batch = ContinuousBatch(predictor.model)
+            with contextlib.suppress(ValueError):  # not every model comes with a matcher
+                _ = predictor.matcher
+            self._predictor = predictor
+            self.loaded.set()
+            while self._step():
+                pass
+        except BaseException as error:  # all clients get an error, and the process may be restarted
+            self.failure, self._closed = error, True
+            self.on_failure()
+        with self._lock:
+            jobs = [job for queue in self._waiting.values() for job in queue]
+            self._waiting.clear()
+            self._count = 0
+        for job in [*jobs, *self._generating, *([] if self._call is None else [self._call[0]])]:
+            job.fail(EngineError("the server is shutting down"))
+
+    def _step(self) -> bool:
+        """Start jobs, then one step of all texts and one slice of a call; waits where there are no jobs.
+
+        Returns False when the engine is closed.
+        """
+        with self._lock:
+            while not (self._count or self._generating or self._call or self._closed):
+                self._lock.wait()
+            if self._closed:
+                return False
+            jobs = self._take()
+        self._start(jobs)
+        self._step_texts()
+        self._step_call()
+        return True
+
+    def _take(self) -> list[Job]:
+        """The jobs that start now: the oldest of each client in turn, as long as they fit. One that is next and does
+        not fit holds up all later ones of its kind."""
+        for job in [job for queue in self._waiting.values() for job in queue]:
+            if self._expired(job):
+                self._remove(job)
+        jobs: list[Job] = []
+        rows, calling = self.running, self._call is not None
+        held_up: set[bool] = set()  # kinds of which one waits for room: texts (True), calls (False)
+        most = MAX_STARTS_BETWEEN_STEPS if self._generating else MAX_STARTS
+        while True:
+            before = len(jobs)
+            for client in list(self._waiting):
+                job = self._waiting[client][0]
+                is_text, new_rows = False, 0
+                fits = not calling
+                if isinstance(job.work, GenerateRequest):
+                    is_text, new_rows = True, job.work.rows
+                    fits = not rows or rows + new_rows <= self.limits.rows
+                if not fits:
+                    held_up.add(is_text)
+                if is_text in held_up or len(jobs) == most:
+                    continue
+                rows, calling = rows + new_rows, calling or not is_text
+                jobs.append(job)
+                self._remove(job)
+                if client in self._waiting:
+                    self._waiting.move_to_end(client)
+            if len(jobs) == before:
+                return jobs
+
+    @staticmethod
+    def _expired(job: Job) -> bool:
+        """Whether nobody waits for a job any more: it was cancelled, or its deadline passed."""
+        if job.result.done():
+            return True
+        if time.monotonic() > job.deadline:
+            job.fail(TooLateError("the request took longer than the server allows"))
+            return True
+        return False
+
+    def _start(self, jobs: list[Job]) -> None:
+        generating: list[tuple[Job, GenerateRequest]] = []
+        for job in jobs:
+            if isinstance(job.work, GenerateRequest):
+                generating.append((job, job.work))
+            else:
+                self._call = job, job.work(self.predictor)
+        if not generating:
+            return
+        try:
+            images = self._encode([request.image for _, request in generating])
+        except Exception as error:
+            self._fail([job for job, _ in generating], error)
+            return
+        groups: dict[tuple[int, bool], list[tuple[Job, GenerateRequest]]] = {}
+        for job, request in generating:
+            kind = request.options.max_new_tokens, images[request.image.key].prompt_cache is None
+            groups.setdefault(kind, []).append((job, request))
+        for group in groups.values():
+            try:
+                self._join(group, images)
+            except Exception as error:
+                self._fail([job for job, _ in group], error)
+
+    @torch.inference_mode()
+    def _encode(self, images: list[PreparedImage]) -> dict[bytes, EncodedImage]:
+        """The images for the language model, by key; each is encoded once. A new one has no context yet."""
+        encoded: dict[bytes, EncodedImage] = {}
+        fresh: dict[bytes, PreparedImage] = {}
+        for image in images:
+            cached = image.encoded or self.cache.peek(image.key)
+            if cached is not None:
+                encoded[image.key] = cached
+            else:
+                fresh[image.key] = image
+        if fresh:
+            pixels = torch.cat([image.pixels for image in fresh.values() if image.pixels is not None])
+            prefixes = self.predictor.model.embed_image(pixels.to(self.predictor.device)).split(1)
+            for (key, image), prefix in zip(fresh.items(), prefixes, strict=True):
+                encoded[key] = EncodedImage(prefix.clone(), None, image.size)
+        return encoded
+
+    def _join(self, jobs: list[tuple[Job, GenerateRequest]], encoded: dict[bytes, EncodedImage]) -> None:
+        """Jobs with the same max_new_tokens, whose images all have a context or all have none, join the batch."""
+        assert self._batch is not None
+        prompts = [(request, prompt) for _, request in jobs for prompt in request.prompts]
+        keys = [request.image.key for request, _ in prompts]
+        images = [encoded[key] for key in keys]
+        prefix = torch.cat([image.prefix for image in images])
+        caches = [image.prompt_cache for image in images if image.prompt_cache is not None]
+        prompt_cache = concat_prompt_caches(caches) if caches else None
+        ids, mask = self.predictor.generator.tokenizer.encode_batch([prompt for _, prompt in prompts])
+        ids, mask = ids.to(prefix.device), mask.to(prefix.device)
+        options = [request.options for request, _ in prompts]
+        tops = [request.top_logprobs for request, _ in prompts]
+        sequences, prefix_caches = self._batch.join(
+            prefix, ids, mask, options, tops=tops, prompt_cache=prompt_cache
+        )
+        for key, image, cache in zip(keys, images, prefix_caches, strict=True):
+            self.cache.put(key, replace(image, prompt_cache=cache) if image.prompt_cache is None else image)
+        for job, request in jobs:
+            job.sequences = [sequence for _ in request.prompts for sequence in sequences.pop(0)]
+        self._generating += [job for job, _ in jobs]
+
+    def _step_texts(self) -> None:
+        if not self._generating or self._batch is None:
+            return
+        try:
+            self.steps += 1
+            self.tokens += len(self._batch)
+            self._batch.choose()
+            for job in self._generating:
+                if job.on_step is not None:
+                    job.on_step([row for row in job.sequences if isinstance(row, SampledSequence)])
+            done = [job for job in self._generating if all(sequence.done for sequence in job.sequences)]
+            leaving = [job for job in self._generating if job in done or self._expired(job)]
+            for sequence in (sequence for job in leaving for sequence in job.sequences):
+                sequence.dropped = True
+            self._generating = [job for job in self._generating if job not in leaving]
+            for job in done:
+                job.finish([output for sequence in job.sequences for output in self._outputs(sequence)])
+            self._batch.advance()
+        except Exception as error:
+            jobs, self._generating = self._generating, []
+            self._batch = ContinuousBatch(self.predictor.model)
+            self._fail(jobs, error)
+
+    def _outputs(self, sequence: SampledSequence | BeamSequence) -> list[TextOutput]:
+        if isinstance(sequence, SampledSequence):
+            return [self.output_of(sequence)]
+        texts = sequence.generated
+        assert texts is not None
+        columns = zip(texts.ids, texts.scores, texts.token_logprobs, texts.finished, strict=True)
+        return [
+            TextOutput(GeneratedText(self._decode(ids, finished), score, ids, logprobs), finished, [])
+            for ids, score, logprobs, finished in columns
+        ]
+
+    def output_of(self, row: SampledSequence) -> TextOutput:
+        """The text of a row that is done."""
+        text = GeneratedText(self._decode(row.ids, row.finished), row.score, row.ids, row.logprobs)
+        return TextOutput(text, row.finished, row.tops)
+
+    def _decode(self, ids: list[int], finished: bool) -> str:
+        return self.predictor.generator.tokenizer.decode(ids[:-1] if finished else ids).strip()
+
+    def _step_call(self) -> None:
+        if self._call is None:
+            return
+        job, slices = self._call
+        try:
+            if self._expired(job):
+                slices.close()
+            else:
+                next(slices)
+                return
+        except StopIteration as end:
+            job.finish(end.value)
+        except Exception as error:
+            self._fail([job], error)
+        self._call = None
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        """A request's own mistake (a ValueError) is reported to the client; anything else goes to the log alone."""
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            for job in jobs:
+                job.fail(error)
+            return
+        log.error("the model failed", exc_info=error)
+        for job in jobs:
+            failure = EngineError("the model failed")
+            failure.__cause__ = error  # for the log entry under the request's id
+            job.fail(failure)

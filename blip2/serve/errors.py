@@ -1,0 +1,110 @@
+"""Errors as clients get them: OpenAI's shape, the right status, nothing of the server's inside."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from blip2.images import ImageError
+from blip2.serve.batching_engine import BusyError, EngineError, TooLateError
+from blip2.serve.fetch import FetchError
+
+log = logging.getLogger("blip2.serve")
+
+TYPES = {  # OpenAI's names for kinds of errors; any other of the client's is an invalid_request_error
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    501: "not_implemented_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_HTTP_MESSAGES = {404: "there is no such page here", 405: "this page does not support that HTTP method"}
+_KINDS = (
+    "str",
+    "bool",
+    "int",
+    "constrained-int",
+)  # in the place of a fault: the kind of value that was tried
+
+
+class ApiError(Exception):
+    """An error whose message the client gets."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What the client gets for an error: its own mistakes in full, the server's without any detail."""
+    match error:
+        case ApiError():
+            return error
+        case BusyError():
+            return ApiError(503, str(error), code="overloaded", headers={"retry-after": str(error.wait)})
+        case TooLateError():
+            return ApiError(504, str(error), code="timeout")
+        case FetchError():
+            return ApiError(400, str(error), param="image", code="invalid_image_url")
+        case ImageError():
+            return ApiError(400, str(error), param="image", code="invalid_image")
+        case EngineError():
+            return ApiError(500, f"{error}; the server's log has the details under this request's id")
+        case HTTPException():  # refused by the framework: no such route, no such method
+            message = _HTTP_MESSAGES.get(error.status_code, error.detail)
+            return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        case ValidationError():
+            return _invalid_body(error)
+        case ValueError():
+            return ApiError(400, str(error))
+    return ApiError(500, "something went wrong; the server's log has the details under this request's id")
+
+
+def logged_api_error(request: Request, error: BaseException) -> ApiError:
+    """As `as_api_error`; the server's own failures go to the log with their traceback."""
+    api_error = as_api_error(error)
+    if api_error.status == 500:
+        log.error("request %s failed", request.state.id, exc_info=error)
+    return api_error
+
+
+def _invalid_body(error: ValidationError) -> ApiError:
+    """The most telling fault of a body: for a field that takes several kinds of value, not that it is no string."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    fault = min(faults, key=lambda fault: (fault["type"] == "string_type", -len(fault["loc"])))
+    path: list[str] = []
+    for part in map(str, fault["loc"]):
+        if part not in _KINDS and "[" not in part and part not in path[-1:]:  # a kind's name may come twice
+            path.append(part)
+    message = "there is no such field here" if fault["type"] == "extra_forbidden" else fault["msg"]
+    field = ".".join(path) or None
+    return ApiError(400, f"{field}: {message}" if field else message, param=field, code="invalid_value")
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """The application's handler of all exceptions."""
+    if isinstance(error, ClientDisconnect):
+        raise error  # there is nobody to answer
+    return logged_api_error(request, error).response()

@@ -1,0 +1,97 @@
+"""Texts that grow token by token, and server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from blip2.generation.batching import SampledSequence
+from blip2.results import StreamDetokenizer
+from blip2.serve.batching_engine import TextOutput
+from blip2.serve.errors import logged_api_error
+
+
+@dataclass
+class GrowingText:
+    """A text as the client gets it, token by token: cut before a stop string, which may begin within any piece."""
+
+    detokenizer: StreamDetokenizer
+    stops: list[str] = field(default_factory=list)
+    text: str = ""  # released to the client
+    pending: str = ""  # may turn out to begin a stop string
+    tokens: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
+    count: int = 0  # generated tokens, the end token included
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs_sent: int = 0  # tokens whose log-probabilities a stream has sent
+
+    @classmethod
+    def from_output(cls, output: TextOutput, decode: Callable[[list[int]], str]) -> GrowingText:
+        """A text that is finished already."""
+        ids = output.text.tokens
+        top_logprobs = output.top_logprobs or [[] for _ in ids]
+        tokens = list(zip(ids, output.text.token_logprobs, top_logprobs, strict=True))
+        return cls(
+            StreamDetokenizer(decode),
+            text=str(output.text),
+            tokens=tokens[:-1] if output.finished else tokens,
+            count=len(ids),
+            finish_reason="stop" if output.finished else "length",
+        )
+
+    def add(self, row: SampledSequence, position: int) -> str:
+        """What a token adds to the released text."""
+        self.count += 1
+        # in this order: until it is done the row may grow at any moment
+        last = row.done and position == len(row.ids) - 1
+        is_end = last and row.finished
+        piece = "" if is_end else self.detokenizer.add(row.ids[position])
+        if not is_end:
+            top_logprobs = row.tops[position] if row.tops else []
+            self.tokens.append((row.ids[position], row.logprobs[position], top_logprobs))
+        if last:
+            piece += self.detokenizer.end()
+            self.finish_reason = "stop" if row.finished else "length"
+        return self._release(piece)
+
+    def _release(self, piece: str) -> str:
+        self.pending += piece
+        places = [place for stop in self.stops if (place := self.pending.find(stop)) >= 0]
+        if places:
+            released, self.pending, self.finish_reason = self.pending[: min(places)], "", "stop"
+        else:
+            overlaps = [] if self.finish_reason else [_overlap(self.pending, stop) for stop in self.stops]
+            cut = len(self.pending) - max(overlaps, default=0)
+            released, self.pending = self.pending[:cut], self.pending[cut:]
+        self.text += released
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of a text with which a stop string begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def event_stream(request: Request, bodies: AsyncIterator[dict[str, Any]]) -> Response:
+    """Each body as an event of JSON, then [DONE]; an error on the way is the last event instead.
+
+    Where the client leaves, the iterator is closed at once.
+    """
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async with aclosing(bodies):  # type: ignore[type-var]
+                async for body in bodies:
+                    yield f"data: {json.dumps(body)}\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(logged_api_error(request, error).body())}\n\n"
+            return
+        yield "data: [DONE]\n\n"
+
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
