@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from blip2.checkpoint import count_parameters, load_model, load_processors
-from blip2.checkpoint import resolve as find_files
+from blip2.checkpoint import count_parameters, load_model, load_processors, resolve_path
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Mode
@@ -45,7 +44,7 @@ def load_components(
     quantize: Mode | None = None,
 ) -> LoadedModel:
     """Load what a name or a folder holds; arguments as for `predict.load`."""
-    files = find_files(resolve_alias(name) if isinstance(name, str) else name, revision)
+    files = resolve_path(resolve_alias(name) if isinstance(name, str) else name, revision)
     if dtype is None and quantize is None:
         dtype = default_dtype(count_parameters(files, vision=vision, language=language))
         if (

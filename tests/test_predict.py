@@ -546,7 +546,7 @@ def test_an_alias_is_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         requests.append((name, revision))
         raise ValueError("not today")
 
-    monkeypatch.setattr(loading, "find_files", find)
+    monkeypatch.setattr(loading, "resolve_path", find)
     for name in ("opt-6.7b-coco", "Salesforce/blip2-opt-6.7b-coco"):
         with pytest.raises(ValueError, match="not today"):
             blip2.load(name, revision="main")

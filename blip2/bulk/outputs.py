@@ -11,17 +11,16 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from PIL import Image
 
-from blip2.bulk.index import key_of
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
 from blip2.bulk.sources import IN_TABLE, NO_PYARROW, Item, parquet_items
 from blip2.images import ImageError
 from blip2.inputs import SUFFIXES
+from blip2.storage import replace_file
 
 FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
@@ -72,7 +71,7 @@ def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
         if kind == "parquet":
             _parquet(rows, out)
         else:
-            with _replacing_text(out) as text:
+            with replace_file(out) as beside, beside.open("w", encoding="utf-8", newline="") as text:
                 {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
     except OSError as error:
         raise disk_error(out, error) from error
@@ -89,8 +88,8 @@ def write_sidecars(rows: Iterable[Row], out: Path) -> None:
             content = row.get("before", "") + _said(row) + row.get("after", "") + "\n"
             path = out / row["sidecar"]
             try:
-                with _replacing(path) as file:
-                    file.write(content.encode("utf-8", "surrogateescape"))
+                with replace_file(path, sync_name=False) as beside:  # there may be millions of them
+                    beside.write_bytes(content.encode("utf-8", "surrogateescape"))
             except OSError as error:
                 raise disk_error(path, error) from error
 
@@ -103,7 +102,7 @@ def write_errors(rows: Iterable[Row], folder: Path) -> None:
     """
     path = folder / ERRORS
     try:
-        with _replacing_text(path) as text:
+        with replace_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as text:
             _jsonl((row for row in rows if "error" in row), text)
     except OSError as error:
         raise disk_error(path, error) from error
@@ -116,30 +115,6 @@ def flat(rows: Iterable[Row]) -> Iterator[Row]:
             yield {"image": row["image"], "error": row["error"]}
         for text in row.get("texts", ()):
             yield {"image": row["image"], **text, "hash": row["hash"]}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{key_of(path.name):016x}.part")  # never longer than a name may be
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _replacing_text(path: Path) -> Iterator[TextIO]:
-    with _replacing(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="")
-        yield text
-        text.detach()  # what it holds is written; the file stays open
 
 
 def _said(row: Row) -> str:
@@ -202,7 +177,7 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
 
     numbers = ("score", "logprob", "match")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
-    with _replacing(out) as file, pq.ParquetWriter(file, schema) as writer:
+    with replace_file(out) as beside, pq.ParquetWriter(beside, schema) as writer:
         block: list[Row] = []
         for row in flat(rows):
             block.append(_valid(row))
@@ -225,7 +200,7 @@ def write_shard(journal: Journal, out: Path, number: int) -> None:
     """
     path = shard(out, number)
     try:
-        with _replacing(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        with replace_file(path) as beside, tarfile.open(beside, mode="w") as archive:
             rows = journal.sound_rows(number)
             for i, (row, image) in enumerate(_with_images(rows), number * journal.MANY):
                 record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.dialects import read_json_file
-from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.key_mapping import from_hugging_face
+from blip2.checkpoint.hub import resolve_path
+from blip2.checkpoint.key_mapping import HEAD, from_hugging_face
 from blip2.checkpoint.remap import equal_values, parameters, read_blocks
-from blip2.checkpoint.source import Checkpoint, open_checkpoint
+from blip2.checkpoint.source import folder_of, has_tokenizer, open_checkpoint
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, Mode, read_config
@@ -31,8 +29,10 @@ from blip2.quantization import apply
 from blip2.quantization.apply import EMBEDDINGS
 from blip2.quantization.formats import Int4Weight, QuantizedWeight, read_quantized, stored_mode
 from blip2.quantization.linear import openvino_multiplies
-from blip2.tensorfiles.tensors import CheckpointError, Tensors
-from blip2.text import TOKENIZER_FILES, Tokenizer
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.strict_json import read_json
+from blip2.tensorfiles.tensors import Tensors
+from blip2.text import Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -53,7 +53,6 @@ DROPPED = frozenset(
         "language_model.model.decoder.version",
     }
 )
-_HEAD = "language.lm_head.weight"
 # T5's matrices that overflow in fp16, whose range ends at 65504. Kept in fp32 as transformers keeps them.
 _OVERFLOWS = ".DenseReluDense.wo.weight"
 # What runs together and therefore has one dtype. Between parts the model converts what it passes on.
@@ -112,24 +111,17 @@ def load_model(
         ConfigError: config.json describes no model this package builds.
     """
     target_dtype = parse_dtype(dtype)
-    with _open(path, vision, language, revision) as checkpoint:
+    with open_checkpoint(path, revision, vision=vision, language=language) as checkpoint:
         config = checkpoint.required()  # what is wrong with the settings is reported first
         names, tensors = our_names(checkpoint.tensors), checkpoint.tensors
         return build_model(config, tensors, names, target_dtype, torch.device(device), quantize, prepack)
-
-
-def _open(
-    path: str | Path, vision: str | Path | None, language: str | Path | None, revision: str | None = None
-) -> AbstractContextManager[Checkpoint]:
-    parts = [None if part is None else resolve(part) for part in (vision, language)]
-    return open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1])
 
 
 def count_parameters(
     path: Path, *, vision: str | Path | None = None, language: str | Path | None = None
 ) -> int:
     """How many values a checkpoint holds, the parts from elsewhere counted in; arguments as `load_model`'s."""
-    with _open(path, vision, language) as checkpoint:
+    with open_checkpoint(path, vision=vision, language=language) as checkpoint:
         return parameters(checkpoint.tensors)
 
 
@@ -151,25 +143,20 @@ def load_processors(
     Raises:
         CheckpointError, ConfigError, ImageError, TextError: a file is missing or broken.
     """
-    file = resolve(path, revision)
-    folder = file if file.is_dir() else file.parent
+    file = resolve_path(path, revision)
+    folder = folder_of(file)
     if (folder / "config.json").is_file():
         size = read_config_file(folder).vision.image_size
     else:
-        with _open(file, vision, language) as checkpoint:
+        with open_checkpoint(file, vision=vision, language=language) as checkpoint:
             size = checkpoint.required().vision.image_size
-    tokenizer_folder = folder if language is None or has_tokenizer(folder) else resolve(language)
+    tokenizer_folder = folder if language is None or has_tokenizer(folder) else resolve_path(language)
     return ImageProcessor.load(folder, size), Tokenizer.load(tokenizer_folder)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds tokenizer files."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_config_file(folder: Path) -> Blip2Config | MatcherConfig:
     """The config.json of a checkpoint's folder."""
-    return read_config(read_json_file(folder / "config.json"))
+    return read_config(read_json(folder / "config.json"))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -220,12 +207,12 @@ def build_model(
             name: partial(tensors.copy, names[f"{name}.weight"])
             for name, _ in apply.linear_layers(model)
             # a head that is the word embeddings' weight is needed as it is
-            if (narrow or dtypes[_part(name)] == torch.bfloat16) and not (tied and f"{name}.weight" == _HEAD)
+            if (narrow or dtypes[_part(name)] == torch.bfloat16) and not (tied and f"{name}.weight" == HEAD)
         }
         apply.prepack(model, packed)
         names = {ours: stored for ours, stored in names.items() if ours.removesuffix(".weight") not in packed}
     for ours, stored in names.items():
-        if not (tied and ours == _HEAD):
+        if not (tied and ours == HEAD):
             target = dtypes[_part(ours)]
             if target == torch.float16 and ours.endswith(_OVERFLOWS):
                 target = torch.float32
@@ -233,7 +220,7 @@ def build_model(
             state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
     if tied:
         assert isinstance(config, Blip2Config)
-        state[_HEAD] = state[embeddings_weight(config)]
+        state[HEAD] = state[embeddings_weight(config)]
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
         assert isinstance(model, Blip2)
@@ -305,11 +292,11 @@ def our_names(tensors: Tensors) -> dict[str, str]:
 
 def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> bool:
     """Whether the head is the word embeddings' weight: absent, or stored and equal. One that differs counts."""
-    stored = [name for name in (_HEAD, embeddings) if name in names]
+    stored = [name for name in (HEAD, embeddings) if name in names]
     if len(stored) == 1:
-        names[_HEAD] = names[embeddings] = names[stored[0]]
+        names[HEAD] = names[embeddings] = names[stored[0]]
         return True
-    return bool(stored) and _equal(tensors, names[_HEAD], names[embeddings])
+    return bool(stored) and _equal(tensors, names[HEAD], names[embeddings])
 
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
@@ -330,7 +317,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str,
     problems = []
     if missing:
         problems.append(f"lacks {_listed(missing)}")
-        if all(name in missing for name in expected if name.startswith("language.")) and _HEAD in expected:
+        if all(name in missing for name in expected if name.startswith("language.")) and HEAD in expected:
             problems.append(
                 "so it has no language model: it is a part of a model, such as its Q-Former alone"
             )

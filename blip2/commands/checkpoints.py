@@ -121,15 +121,16 @@ def quantize(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     from blip2.bench import Contender, run
-    from blip2.checkpoint import count_parameters, stored_as
-    from blip2.checkpoint import resolve as find_files
+    from blip2.checkpoint import count_parameters, resolve_path, stored_as
     from blip2.loading import device_of
     from blip2.registry import DEFAULT, DEFAULT_FOLDER, default_dtype, resolve_alias
 
     if min(args.rounds, *args.batches) < 1:
         raise ValueError("--rounds and --batches are at least 1")
     names = args.model or [DEFAULT]
-    folder, *more = (DEFAULT_FOLDER if name == DEFAULT else find_files(resolve_alias(name)) for name in names)
+    folder, *more = (
+        DEFAULT_FOLDER if name == DEFAULT else resolve_path(resolve_alias(name)) for name in names
+    )
     dtype = args.dtype or default_dtype(count_parameters(folder))
     device = str(device_of(args.device))
     if args.quantize and stored_as(folder):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from blip2.modeling.config import Mode
-from blip2.tensorfiles.tensors import CheckpointError, TensorInfo, Tensors
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.tensors import TensorInfo, Tensors
 
 GROUP = 128  # weights that share a scale in int4
 # Shares of a group's range that are tried: cutting off an extreme may quantize all the others better.
@@ -160,7 +161,6 @@ class QuantizedFile:
     """Quantized weights as the floats they stand for: a file of tensors, as far as its users can see."""
 
     format = "safetensors"
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, stored: Tensors, names: list[str]) -> None:
         """`names`: of the weights, as if they were stored as floats. Raises CheckpointError where parts do not fit."""

@@ -426,7 +426,7 @@ def test_what_is_quantized_is_not_quantized_again_nor_saved_as_floats(
     generator_folder: Path, tmp_path: Path
 ) -> None:
     small = quantize_checkpoint(generator_folder, tmp_path / "small", "int8").folder
-    with pytest.raises(CheckpointError, match="rounded to int8 already"):
+    with pytest.raises(CheckpointError, match="quantized to int8 already"):
         quantize_checkpoint(small, tmp_path / "smaller", "int4")
     with pytest.raises(CheckpointError, match="quantized"):
         save_model(load_model(small), tmp_path / "again")
