@@ -191,9 +191,9 @@ def test_a_folder_or_a_file_can_be_examined(
 
 def test_the_report(machine: doctor.Machine) -> None:
     checkups = doctor.examine_models(dataclasses.replace(machine, offline=True))
-    text = "\n".join(doctor.as_text(machine, checkups))
+    text = "\n".join(doctor.report_lines(machine, checkups))
     assert "Salesforce/blip2-opt-6.7b-coco: CANNOT RUN" in text
     assert "avx512_bf16" in text
-    first, *rest = json.loads(json.dumps(doctor.as_json(machine, checkups)))
+    first, *rest = json.loads(json.dumps(doctor.report_json(machine, checkups)))
     assert first["machine"]["memory"] == 32 * GIB
     assert [model["name"] for model in rest] == [checkup.name for checkup in checkups]
