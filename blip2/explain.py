@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,17 +50,9 @@ class Word:
     logprob: float
 
 
-class Explained(NamedTuple):
-    """What is computed of an `Explanation`."""
-
-    text: str
-    words: tuple[Word, ...]
-    attention: NDArray[np.float32]
-
-
 @dataclass(frozen=True, eq=False)
-class Explanation:
-    """A text about a picture, and for each word where it comes from.
+class Explained:
+    """A text, and for each word where in the picture it comes from.
 
     attention: float32 [layers, heads, queries, rows, columns], the Q-Former's cross-attention as it is, of the layers
         that have one. With what goes to the class position, which has no place, each map sums to 1.
@@ -70,6 +61,12 @@ class Explanation:
     text: str
     words: tuple[Word, ...]
     attention: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation(Explained):
+    """The same with the picture, to be shown."""
+
     picture: Image.Image
 
     def heat_map(self, word: int) -> NDArray[np.float32]:
