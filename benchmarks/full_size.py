@@ -36,7 +36,7 @@ HEAD = "language_model.lm_head.weight"
 
 
 class RandomTensors:
-    """A file of tensors that is nowhere: each is drawn when it is asked for."""
+    """A file of tensors that is nowhere: every tensor is drawn when it is read."""
 
     format = "random"
     metadata: Mapping[str, str] = {}

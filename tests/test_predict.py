@@ -221,7 +221,7 @@ def test_an_encoded_image_is_not_read_again(
         raise AssertionError("read again")
 
     monkeypatch.setattr(model.model, "embed_image", refuse)
-    monkeypatch.setattr(model.model, "read_prefix", refuse)
+    monkeypatch.setattr(model.model, "prefill_prefix", refuse)
     assert model.ask(encoded, "what is it?") == expected
     assert model.ask(encoded[2], "what is it?") == expected[2]
     assert [image.size for image in encoded] == [load_image(picture).size for picture in pictures]

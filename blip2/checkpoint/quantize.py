@@ -14,9 +14,9 @@ from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.remap import blocks, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint
-from blip2.quantization.apply import layers
-from blip2.quantization.formats import MODES, Mode, QuantizedWeight
-from blip2.quantization.stored import parts_of, stored_mode
+from blip2.modeling.config import MODES, Mode
+from blip2.quantization.apply import quantized_layers
+from blip2.quantization.formats import QuantizedWeight, parts_of, stored_mode
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 from blip2.tensorfiles.writers import Read
@@ -64,7 +64,10 @@ def quantize_checkpoint(
         original = normalize(checkpoint)
         tensors = original.tensors
         # a head that is the word embeddings' weight is not stored: it is quantized when it is loaded
-        kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in layers(original.model, mode)}
+        kinds = {
+            to_hugging_face(f"{name}.weight"): kind
+            for name, _, kind in quantized_layers(original.model, mode)
+        }
         weights = {name: kind for name, kind in kinds.items() if name in tensors}
         info: dict[str, TensorInfo] = {}
         for name in tensors:

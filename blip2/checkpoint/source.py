@@ -16,7 +16,7 @@ from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
 from blip2.checkpoint.layouts import Layout
 from blip2.checkpoint.remap import TensorRecipe, merge_tensors, remap_tensors, to_hf_layout
 from blip2.modeling.config import Blip2Config, ConfigError, MatcherConfig, read_config
-from blip2.quantization.stored import as_floats
+from blip2.quantization.formats import as_floats
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.open import open_tensors
 from blip2.tensorfiles.strict_json import read_json

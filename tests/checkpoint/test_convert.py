@@ -45,7 +45,7 @@ def outputs(model: Blip2 | Blip2Matcher) -> list[torch.Tensor]:
         model.text_embeddings(ids, mask),
         model.itm_logits(features, ids, mask),
     ]
-    return results if model.itg_head is None else [*results, model.itg_logits(features, ids, mask)]
+    return results if model.itg_head is None else [*results, model.text_logits(features, ids, mask)]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

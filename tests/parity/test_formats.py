@@ -18,7 +18,8 @@ from reference import prompts, their_blip2
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 from blip2.checkpoint import convert, load_model
-from blip2.modeling.blip2 import IGNORE_INDEX, Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.language import IGNORE_INDEX
 from blip2.train.tasks import Stage1, Stage2
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
