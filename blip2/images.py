@@ -7,7 +7,6 @@ transformers, grey images of 16 bits are scaled to 8 instead of being clipped, a
 from __future__ import annotations
 
 import io
-import json
 import math
 import stat
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from blip2.modeling.config import MAX_IMAGE_PX
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.strict_json import read_json
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # AVIF last: an older Pillow has none
 # Files that are taken for images when a folder is given; what they really are is read from their content.
@@ -327,16 +328,11 @@ def _random_box(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
+    """The object in a JSON file; empty where there is no such file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"{path} is no valid JSON; restore the file") from error
-    if not isinstance(raw, dict):
-        raise ImageError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return raw
+        return read_json(path, optional=True)
+    except CheckpointError as error:
+        raise ImageError(str(error)) from error
 
 
 def _channels(raw: Mapping[str, Any], name: str, default: RGB) -> RGB:

@@ -23,8 +23,8 @@ from blip2.inputs import BATCH_SIZE, Many, as_list, in_batches, is_many, open_im
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.config import MODES, Mode
 from blip2.modeling.kv_cache import PromptCache, concat_prompt_caches
-from blip2.quantization.formats import MODES, Mode
 from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, default_model
 from blip2.results import Answer, Caption, EncodedImage, Match, Ranked, detokenize_stream
 from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
@@ -174,10 +174,10 @@ class Predictor:
         encoded: list[EncodedImage] = []
         for start, batch in in_batches(as_list(images), batch_size):
             prefix, _, sizes = self._read(batch, start)
-            cache = self.model.read_prefix(prefix)
+            cache = self.model.prefill_prefix(prefix)
             for i, size in enumerate(sizes):
                 row = torch.tensor([i], device=prefix.device)
-                own_cache = None if cache is None else cache.select(row)
+                own_cache = None if cache is None else cache.batch_select_indices(row)
                 encoded.append(EncodedImage(prefix[i : i + 1], own_cache, size))
         return encoded if is_many(images) else encoded[0]
 
@@ -324,7 +324,8 @@ class Predictor:
         for start, batch in in_batches(list(zip(listed, prompts, strict=True)), batch_size):
             prefix, cache, _ = self._read([image for image, _ in batch], start)
             prompt_ids, mask = self._prompt_ids([prompt for _, prompt in batch])
-            logprobs = answer_logprobs(self.model, prefix, prompt_ids, mask, ids, context=cache)  # [B, N]
+            # [B, N]
+            logprobs = answer_logprobs(self.model, prefix, prompt_ids, mask, ids, prompt_cache=cache)
             for row, shares in zip(logprobs.tolist(), logprobs.softmax(-1).tolist(), strict=True):
                 ranked.append(sorted(map(Ranked, offered, shares, row), key=lambda item: -item.logprob))
         return ranked if is_many(images) else ranked[0]
@@ -423,7 +424,7 @@ class Predictor:
         for start, batch in in_batches(list(zip(images, prompts, strict=True)), batch_size):
             prefix, cache, _ = self._read([image for image, _ in batch], start)
             ids, mask = self._prompt_ids([prompt for _, prompt in batch])
-            output = generate(self.model, prefix, ids, mask, options, context=cache)
+            output = generate(self.model, prefix, ids, mask, options, prompt_cache=cache)
             texts = [
                 kind(tokenizer.decode(row[:-1] if ended else row).strip(), score, row, logprobs)
                 for row, score, logprobs, ended in zip(
@@ -442,7 +443,7 @@ class Predictor:
         with torch.inference_mode():
             prefix, cache, _ = self._read(as_list(image))
         ids, mask = self._prompt_ids(prompts)
-        tokens = (step[0] for step in stream(self.model, prefix, ids, mask, options, context=cache))
+        tokens = (step[0] for step in stream(self.model, prefix, ids, mask, options, prompt_cache=cache))
         end_ids = options.end_ids(self.model.config.language.eos_token_ids)
         return detokenize_stream(
             self.generator.tokenizer.decode, (i for i in tokens if i is not None and i not in end_ids)

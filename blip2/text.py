@@ -6,7 +6,6 @@ is encoded as the characters it is made of and never becomes a special token, wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.strict_json import read_json
 
 CAPTION_PROMPT = "a photo of"
 QUESTION_PROMPT = "Question: {} Answer:"
@@ -268,15 +270,10 @@ def _added_token(value: Any) -> AddedToken:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TextError(f"{path} is no valid JSON; restore the file") from error
-    if not isinstance(raw, dict):
-        raise TextError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return raw
+        return read_json(path, optional=True)
+    except CheckpointError as error:
+        raise TextError(str(error)) from error
 
 
 # --- prompts -------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from blip2.storage import lock_file
 from blip2.train import checkpoints, plots
 from blip2.train.metrics import TrainingError, TrainingLog
 from blip2.train.muon import Muon
@@ -388,18 +389,11 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Lock a folder for this process; the system releases it when the process ends, however it ends."""
-    import fcntl  # here, so that the module can be imported on systems without fcntl
-
     with open(folder / "lock", "a+") as file:
-        try:
-            # lockf, not flock: data processes must not inherit it, they may outlive this process by seconds
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not lock_file(file, inherited=False):  # data processes may outlive this process by seconds
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise TrainingError(
-                f"process {holder} trains in {folder}; wait for it, or use another folder"
-            ) from error
+            raise TrainingError(f"process {holder} trains in {folder}; wait for it, or use another folder")
         file.truncate(0)
         file.write(str(os.getpid()))
         with contextlib.suppress(OSError):  # for the message above only; on a full disk it may be missing

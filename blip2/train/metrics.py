@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from blip2.storage import replace_file
 
 RESUME_HINT = "make room and start the same command again, it goes on from the last checkpoint"
 
@@ -100,9 +101,8 @@ class TrainingLog:
         kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
         if step and lines and lines[0].endswith("\n"):
             kept.insert(0, lines[0])
-        beside = self.path.with_suffix(".csv.unfinished")
-        beside.write_text("".join(kept))
-        os.replace(beside, self.path)
+        with replace_file(self.path) as beside:
+            beside.write_text("".join(kept))
         if len(kept) > 1:
             last = next(csv.DictReader(io.StringIO(kept[0] + kept[-1])))
             self.latest = {k: float(v) for k, v in last.items() if k not in ("step", "lr", "images_per_s")}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.modeling.blip2 import IGNORE_INDEX, Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.language import IGNORE_INDEX
 from blip2.train import losses
 from blip2.train.loop import Task, decays
 
@@ -75,7 +76,7 @@ class Stage1(StageTask):
 
         itg_ids = ids.clone()
         itg_ids[:, 0] = self.dec_token_id
-        queries, itg_logits = matcher.queries_and_itg_logits(features, itg_ids, mask)  # [B, Q, W], [B, T, V]
+        queries, itg_logits = matcher.queries_and_text_logits(features, itg_ids, mask)  # [B, Q, W], [B, T, V]
         itg = losses.itg_loss(itg_logits, itg_ids, mask)
 
         similarity = losses.query_similarity(

@@ -139,7 +139,7 @@ def test_stage1_losses_are_the_published_ones() -> None:
         itc = losses.contrast(similarity)
         assert ours["itc"].item() == pytest.approx(itc.item(), rel=1e-5)
         itg_ids = torch.cat([torch.full((B, 1), DEC), batch["ids"][:, 1:]], dim=1)
-        logits = model.itg_logits(features, itg_ids, batch["mask"])
+        logits = model.text_logits(features, itg_ids, batch["mask"])
         target = itg_ids.masked_fill(batch["mask"] == 0, -100)[:, 1:].flatten()
         itg = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=-100, label_smoothing=0.1)
         assert ours["itg"].item() == pytest.approx(itg.item(), rel=1e-5)
