@@ -60,7 +60,7 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".json":
-        rows = _json_rows(read_json(path), path)
+        rows = _json_rows(read_annotations(path), path)
     else:
         raise DataError(f"{path}: expected .json, .jsonl, .csv or a folder of images with .txt files")
     samples = _merge(_sample(row, root, f"{path}, row {i}") for i, row in enumerate(rows, 1))
@@ -69,7 +69,7 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
     return samples
 
 
-def read_json(path: Path) -> Any:
+def read_annotations(path: Path) -> Any:
     """The content of a JSON file. DataError: it cannot be read, or is no JSON."""
     try:
         return _parse(path.read_bytes(), str(path))

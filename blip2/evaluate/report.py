@@ -35,7 +35,7 @@ def figure(name: str, value: float) -> str:
     return f"{value:.3f}" if "CIDEr" in name else f"{value:.1%}"
 
 
-def report_json(report: Report) -> dict[str, Any]:
+def report_summary(report: Report) -> dict[str, Any]:
     """The report without its outcomes."""
     parts = {name: value for name, value in vars(report).items() if name != "outcomes"}
     return parts | {"items": len(report.outcomes), "protocol": asdict(report.protocol)}
@@ -64,7 +64,7 @@ def write(report: Report, folder: Path) -> list[Path]:
         for o in report.outcomes
     ]
     paths = [folder / name for name in ("results.json", "predictions.json", "index.html")]
-    paths[0].write_text(json.dumps(report_json(report) | {"outcomes": items}, indent=1), encoding="utf-8")
+    paths[0].write_text(json.dumps(report_summary(report) | {"outcomes": items}, indent=1), encoding="utf-8")
     paths[1].write_text(json.dumps(predictions(report)), encoding="utf-8")
     paths[2].write_text(page(report), encoding="utf-8")
     return paths

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from blip2.data.sources import DataError, read_json, read_samples
+from blip2.data.sources import DataError, read_annotations, read_samples
 
 if TYPE_CHECKING:
     from blip2.images import ImageSource
@@ -121,7 +121,7 @@ def read_task(
         items = _vqa(first, annotations or second, images or data / "val2014")
         return EvalTask(name, "questions", list(items), "vqa", "the validation questions")
     if name == "nocaps":
-        items, about = _coco(read_json(first), images or second), "NoCaps' validation set"
+        items, about = _coco(read_annotations(first), images or second), "NoCaps' validation set"
     elif name.endswith("coco"):
         items, about = _karpathy(first, images or data), "COCO, Karpathy's test split"
     else:
@@ -142,7 +142,7 @@ def files_needed(name: str, data: Path | None) -> str:
 
 
 def _karpathy(path: Path, images: Path) -> Iterator[EvalItem]:
-    for row in read_json(path)["images"]:
+    for row in read_annotations(path)["images"]:
         if row["split"] == "test":
             file = images / row.get("filepath", "") / row["filename"]
             if not file.exists() and (images / row["filename"]).exists():
@@ -163,9 +163,9 @@ def _coco(content: Mapping[str, Any], images: Path) -> Iterator[EvalItem]:
 
 
 def _vqa(questions: Path, annotations: Path, images: Path) -> Iterator[EvalItem]:
-    content = read_json(questions)
+    content = read_annotations(questions)
     subtype = content.get("data_subtype", "val2014")
-    annotation_of = {row["question_id"]: row for row in read_json(annotations)["annotations"]}
+    annotation_of = {row["question_id"]: row for row in read_annotations(annotations)["annotations"]}
     for row in content["questions"]:
         annotation = annotation_of.get(row["question_id"])
         if annotation is None:
@@ -180,7 +180,7 @@ def _vqa(questions: Path, annotations: Path, images: Path) -> Iterator[EvalItem]
 
 
 def _gqa(questions: Path, images: Path) -> Iterator[EvalItem]:
-    for id_, row in read_json(questions).items():
+    for id_, row in read_annotations(questions).items():
         image = images / f"{row['imageId']}.jpg"
         yield EvalItem(id_, image, question=row["question"], answers=(row["answer"],))
 
@@ -194,7 +194,7 @@ def _easy_vqa(data: Path | None) -> EvalTask:
     if root is None or not (root / "data/test/questions.json").is_file():
         raise DataError(files_needed("easyvqa", data))
     test = root / "data/test"
-    rows = sorted(enumerate(read_json(test / "questions.json")), key=lambda row: int(row[1][2]))
+    rows = sorted(enumerate(read_annotations(test / "questions.json")), key=lambda row: int(row[1][2]))
     items = [
         EvalItem(i, test / "images" / f"{image}.png", question=question, answers=(answer,))
         for i, (question, answer, image) in rows
@@ -204,7 +204,7 @@ def _easy_vqa(data: Path | None) -> EvalTask:
 
 def _common_form(name: str, data: Path, images: Path | None, annotations: Path | None) -> EvalTask:
     """A file or folder of the user's, in whichever form it is."""
-    content = read_json(data) if data.suffix == ".json" else None
+    content = read_annotations(data) if data.suffix == ".json" else None
     content = content if isinstance(content, Mapping) else {}
     root = images or data.parent
     items: Iterable[EvalItem]
