@@ -12,7 +12,7 @@ DATA ?= data
 STAGES := vision queries language stage1 finetune export
 
 .DEFAULT_GOAL := help
-.PHONY: help chromium install demo test test-full lint format types docs default-model eval-data clean
+.PHONY: help chromium zsh fish install demo test test-full lint format types docs default-model eval-data clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,22 +38,23 @@ $(VENV)/.test: $(VENV)/.train requirements/eval.txt requirements/serve.txt requi
 	@$(PIP) install -r requirements/test.txt
 	@touch $@
 
-# The page is tested in a real browser, Debian's. Where there is none and it cannot be installed, those tests are skipped.
-chromium:
-	@command -v chromium >/dev/null || { \
-		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "Installing Chromium, for the page's tests ..." >&2 && \
-		apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; \
-	} >/dev/null || echo "No Chromium here, and it cannot be installed: the page's tests are skipped" >&2
+# The page is tested in a real browser, completion in real shells, Debian's. Those tests are skipped where one is missing
+# and cannot be installed.
+chromium zsh fish:
+	@command -v $@ >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "Installing $@, for the tests ..." >&2 && \
+		apt-get update -qq && apt-get install -qq --yes --no-install-recommends $@; \
+	} >/dev/null || echo "No $@ here, and it cannot be installed: its tests are skipped" >&2
 
 install: $(VENV)/.base ## blip2 in a virtual environment ($(VENV))
 
 demo: $(VENV)/.base ## captions of the example images
 	@$(BIN)/blip2 caption examples
 
-test: $(VENV)/.test chromium ## the quick tests
+test: $(VENV)/.test chromium zsh fish ## the quick tests
 	$(BIN)/python -m pytest
 
-test-full: $(VENV)/.test chromium ## every test, the long ones too
+test-full: $(VENV)/.test chromium zsh fish ## every test, the long ones too
 	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.test ## ruff: rules and format

@@ -25,7 +25,7 @@ from blip2.registry import (
     default_model,
     known_models,
     readable,
-    resolve,
+    resolve_alias,
 )
 
 # Instruction sets that decide how fast a model runs, as /proc/cpuinfo calls them (x86, then ARM).
@@ -112,7 +112,7 @@ def examine_models(machine: Machine, name: str | None = None) -> list[Checkup]:
 def _find(name: str) -> KnownModel:
     if name == DEFAULT:
         return default_model()
-    full = resolve(name)
+    full = resolve_alias(name)
     for model in PUBLISHED:
         if model.name == full:
             return model
@@ -163,17 +163,8 @@ def _examine(model: KnownModel, machine: Machine) -> Checkup:
         hints.append(
             "slow here: this processor has no bf16 arithmetic and there is no GPU; try --quantize int8"
         )
-    return Checkup(
-        model.name,
-        model.alias,
-        model.use,
-        model.parameters,
-        model.disk_bytes,
-        needs,
-        here,
-        tuple(problems),
-        tuple(hints),
-    )
+    facts = (model.name, model.alias, model.use, model.parameters, model.disk_bytes)
+    return Checkup(*facts, needs, here, tuple(problems), tuple(hints))
 
 
 def _is_here(name: str) -> bool:
@@ -230,12 +221,12 @@ def _gpu() -> tuple[str | None, int | None]:
 # --- the report ----------------------------------------------------------------------------
 
 
-def as_json(machine: Machine, checkups: list[Checkup]) -> list[dict[str, Any]]:
+def report_json(machine: Machine, checkups: list[Checkup]) -> list[dict[str, Any]]:
     """One object for the machine, one for each model."""
     return [{"machine": asdict(machine)}, *(asdict(checkup) for checkup in checkups)]
 
 
-def as_text(machine: Machine, checkups: list[Checkup]) -> list[str]:
+def report_lines(machine: Machine, checkups: list[Checkup]) -> list[str]:
     """The report's lines."""
     free = "" if machine.memory_free is None else f", {readable(machine.memory_free)} free"
     gpu = machine.gpu or "none that torch can use"

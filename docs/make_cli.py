@@ -9,21 +9,20 @@ from pathlib import Path
 PAGE = Path(__file__).parent / "cli.md"
 sys.path.insert(0, str(PAGE.parent.parent))  # a checkout that is not installed documents itself too
 
-from blip2.cli import EPILOG, build_parser  # noqa: E402
+from blip2.commands.parser import EPILOG, build_parser, subcommands  # noqa: E402
 
 INTRODUCTION = """\
 # The command line
 
-<!-- Written by docs/make_cli.py from the help texts in blip2/cli.py: change those, then `make docs`. -->
+<!-- Written by docs/make_cli.py from the help texts in blip2/commands/: change those, then `make docs`. -->
 """
 
 
 def page() -> str:
     """The whole page as Markdown."""
     parser = build_parser()
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = [INTRODUCTION, f"{parser.description}\n", EPILOG.replace("\n", "  \n").rstrip() + "\n"]
-    parts += [_section(name, command) for name, command in commands.choices.items()]
+    parts += [_section(name, command) for name, command in subcommands(parser).items()]
     return "\n".join(parts)
 
 
@@ -35,7 +34,8 @@ def _section(name: str, parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        lines.append(f"| {_signature(action)} | {(action.help or '').replace('|', chr(92) + '|')} |")
+        about = (action.help or "").replace("%(choices)s", ", ".join(map(str, action.choices or ())))
+        lines.append(f"| {_signature(action)} | {about.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 
 
@@ -45,7 +45,7 @@ def _signature(action: argparse.Action) -> str:
         value = (
             "" if action.nargs == 0 else " " + str(action.metavar or "|".join(map(str, action.choices or ())))
         )
-        return f"`{action.option_strings[-1]}{value}`".replace("|", "\\|")
+        return f"`{', '.join(action.option_strings)}{value}`".replace("|", "\\|")
     name = {"+": f"{action.metavar}...", "*": f"[{action.metavar}...]", "?": f"[{action.metavar}]"}
     return f"`{name.get(str(action.nargs), str(action.metavar))}`"
 

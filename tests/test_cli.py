@@ -5,9 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +20,10 @@ import pytest
 import torch
 
 import blip2
-from blip2.cli import build_parser, main
+from blip2.cli import main
+from blip2.commands.parser import build_parser, subcommands
 from blip2.commands.terminal import one_line, print_json
+from blip2.generation.options import LENGTH_PENALTY
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., tuple[int, list[str], list[str]]]
@@ -178,6 +185,76 @@ def test_streaming_prints_the_same_text(run: Run, pictures: list[Path]) -> None:
     assert run("caption", "absent.jpg", "--stream")[0] == 1
 
 
+def test_every_source_comes_to_standard_output_as_into_a_file(
+    run: Run, pictures: list[Path], tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.add(pictures[0], "first.png")
+    (tmp_path / "l.txt").write_text(f"{pictures[1]}\n{tmp_path / 'absent.png'}\n{pictures[0]}\n")
+    (tmp_path / "t.csv").write_text(f"id,image\n7,{pictures[2]}\n")
+    sources = [tmp_path / name for name in ("s.tar", "l.txt", "t.csv")]
+    options = [*SHORT, "--batch-size", 2, "--num-captions", 2, "--score", "--prefix", "> "]
+
+    status, lines, _ = run("caption", *sources, *options, "--json")
+    assert run("caption", *sources, *options, "--out", tmp_path / "o.jsonl", "--quiet")[0] == status == 1
+    rows = [json.loads(line) for line in lines]
+    names = [tmp_path / "s.tar" / "first.png", pictures[1], tmp_path / "absent.png", pictures[0], pictures[2]]
+    assert [row["image"] for row in rows] == [str(n) for n in names for _ in range(1 + (n != names[2]))]
+    for row, line in zip(rows, (tmp_path / "o.jsonl").read_text().splitlines(), strict=True):
+        written = json.loads(line)
+        written.pop("hash", None)
+        assert [*written] == [*row] and written.get("caption") == row.get("caption")
+        assert written.get("logprob", 0) == pytest.approx(row.get("logprob", 0), rel=1e-3)
+
+    status, lines, _ = run("caption", pictures[0].parent, *SHORT, "--shard", "2/3", "--limit", 5)
+    assert [line.split("\t")[0] for line in lines] == [str(pictures[1]), str(pictures[4])]
+    status, (line,), _ = run("caption", *sources, *SHORT, "--limit", 1, "--score")
+    assert status == 0 and re.fullmatch(r".*\t-[0-9]+\.[0-9]{4}", line)
+    status, (line,), _ = run("caption", *sources, "--dry-run")
+    assert status == 0 and "5 inputs: about" in line and "nothing was written" in line
+    (tmp_path / "q.txt").write_text("what?\nwhy?\n")
+    status, lines, _ = run("caption", pictures[0], *SHORT, "--questions", tmp_path / "q.txt")
+    assert [line.split("\t")[0] for line in lines] == ["what?", "why?"]
+
+
+def test_answers_go_into_files_too(run: Run, pictures: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    expected = [json.loads(line) for line in run("ask", *pictures[:2], "what?", *SHORT, "--json")[1]]
+    assert run("ask", *pictures[:2], "what?", *SHORT, "-o", out, "--quiet")[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["answer"] for row in rows] == [row["answer"] for row in expected]
+    assert {row["question"] for row in rows} == {"what?"}
+
+
+def test_the_environment_names_the_model_of_texts(
+    run: Run, generator_folder: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run("caption", pictures[0], *SHORT)[1]
+    monkeypatch.setenv("BLIP2_MODEL", str(generator_folder))
+    assert run("caption", pictures[0], *SHORT, model=None)[1] == expected
+    assert run("caption", pictures[0], *SHORT, "--out", tmp_path / "o.csv", "--quiet", model=None)[0] == 0
+    assert run("caption", pictures[0], *SHORT, "--out", tmp_path / "o.csv", "--quiet")[0] == 0  # the same run
+    commands = subcommands(build_parser())
+    named = [
+        name for name, command in commands.items() if command.get_default("model") == str(generator_folder)
+    ]
+    assert named == ["caption", "ask", "chat", "explain", "serve"]
+
+
+def test_a_run_is_recorded_as_it_always_was(run: Run, pictures: list[Path], tmp_path: Path) -> None:
+    """So that outputs begun by any version are gone on with."""
+    assert run("caption", pictures[0], "--out", tmp_path / "o.csv", "--quiet", model=None)[0] == 0
+    line = (tmp_path / ".o.csv.blip2" / "journal").read_text().splitlines()[0]
+    recorded = json.loads(line.split(" ", 1)[1])["settings"]
+    assert len(recorded.pop("weights")) == 16
+    assert {name: value for name, value in recorded.items() if value is not None} == {
+        "num_beams": 5, "max_new_tokens": 30, "min_new_tokens": 0, "length_penalty": 1.0, "early_stopping": False,
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_return_sequences": 1, "do_sample": False,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "model": "default", "questions": [], "prefix": "", "suffix": "",
+        "score": False, "match": False, "keep_best": False, "format": "csv", "shard": "1/1",
+    }  # fmt: skip
+
+
 # --- the other commands --------------------------------------------------------------------------------------------
 
 
@@ -212,16 +289,16 @@ def test_a_question_that_fails_does_not_end_the_conversation(
 def test_match_and_embed(run: Run, matcher_folder: Path, pictures: list[Path]) -> None:
     matcher = blip2.load(matcher_folder)
     texts = ["a red cat", "two dogs"]
-    found = matcher.match(pictures[0], texts)
+    matches = matcher.match(pictures[0], texts)
 
     status, out, _ = run("match", pictures[0], *texts, model=matcher_folder)
-    assert (status, out) == (0, [f"{fit.probability:.4f}\t{text}" for fit, text in zip(found, texts)])
+    assert (status, out) == (0, [f"{fit.probability:.4f}\t{text}" for fit, text in zip(matches, texts)])
     status, out, _ = run("match", pictures[0], *texts, "--json", model=matcher_folder)
     assert json.loads(out[1]) == {
         "image": str(pictures[0]),
         "text": "two dogs",
-        "probability": pytest.approx(found[1].probability),
-        "similarity": pytest.approx(found[1].similarity),
+        "probability": pytest.approx(matches[1].probability),
+        "similarity": pytest.approx(matches[1].similarity),
     }
     status, out, _ = run("match", pictures[0].parent, texts[0], model=matcher_folder)
     assert [line.split("\t")[0] for line in out] == [str(path) for path in pictures]
@@ -292,6 +369,15 @@ def test_convert(run: Run, generator_folder: Path, pictures: list[Path], tmp_pat
     assert status == 2 and "such as 2GB" in error
 
 
+def test_default_is_a_name_for_every_command(run: Run, tmp_path: Path) -> None:
+    status, out, _ = run("inspect", "default", model=None)
+    assert status == 0 and "assets/default: Hugging Face" in out[0]
+    for command in (["convert", "--to", "paddle"], ["quantize", "--to", "int8"]):
+        folder = tmp_path / command[0]
+        assert run(command[0], "default", folder, *command[1:], "--quiet", model=None)[0] == 0
+        assert run("inspect", folder, model=None)[0] == 0
+
+
 def test_what_is_printed_does_not_steer_the_terminal() -> None:
     assert one_line("a\x1b[31mred\tcat\r\non  a\u2028Bär \x07") == "a [31mred cat on a Bär"
 
@@ -321,7 +407,6 @@ def test_json_of_a_name_that_is_no_utf8(capsys: pytest.CaptureFixture[str]) -> N
         (["caption", "x.jpg", "--stream", "--beams", "2"], "--stream"),
         (["caption", "x.jpg", "--batch-size", "0"], "batch_size"),
         (["ask", "x.jpg"], "QUESTION"),
-        ([], "COMMAND"),
     ],
 )
 def test_wrong_usage_is_status_2(run: Run, arguments: list[str], says: str) -> None:
@@ -329,6 +414,19 @@ def test_wrong_usage_is_status_2(run: Run, arguments: list[str], says: str) -> N
     assert (status, out) == (2, [])
     assert says in err[-1]
     assert not any("Traceback" in line for line in err)
+
+
+def test_the_word_that_was_meant(run: Run) -> None:
+    for arguments, meant in (
+        (["capton", "x.jpg"], "caption"),
+        (["--verson"], "--version"),
+        (["caption", "x.jpg", "--formt", "csv"], "--format"),
+        (["caption", "x.jpg", "--format", "cvs"], "csv"),
+        (["eval", "easyvaq"], "easyvqa"),
+    ):
+        status, out, err = run(*arguments, model=None)
+        assert (status, out) == (2, []) and err[-1].endswith(f"; did you mean {meant}?")
+    assert "did you mean" not in run("zzzzzz", model=None)[2][-1]
 
 
 def test_no_model_is_one_line_and_status_2(
@@ -347,38 +445,106 @@ def test_no_model_is_one_line_and_status_2(
 
 
 def test_help_teaches(run: Run) -> None:
-    (commands,) = (
-        action for action in build_parser()._actions if hasattr(action, "choices") and action.choices
+    commands = subcommands(build_parser())
+    assert " ".join(commands) == (
+        "caption ask chat match embed eval explain serve inspect convert quantize bench models doctor completion"
     )
-    assert isinstance(commands.choices, dict)
-    assert [*commands.choices] == [
-        "caption",
-        "ask",
-        "chat",
-        "match",
-        "embed",
-        "eval",
-        "explain",
-        "serve",
-        "inspect",
-        "convert",
-        "quantize",
-        "bench",
-        "models",
-        "doctor",
-    ]
-    for name in commands.choices:
+    for name in commands:
         status, out, _ = run(name, "--help", model=None)
         assert status == 0
         assert any(line.startswith(f"  blip2 {name}") for line in out)
 
 
+def test_alone_it_prints_its_help(run: Run) -> None:
+    assert run(model=None) == run("--help", model=None)
+    assert run(model=None)[0] == 0
+
+
+def test_every_decoding_option_has_an_argument() -> None:
+    for name, kind in (("caption", "caption"), ("ask", "answer"), ("chat", "answer")):
+        actions = {action.dest: action for action in subcommands(build_parser())[name]._actions}
+        for field in fields(blip2.GenerationOptions):
+            if (name, field.name) != ("chat", "num_return_sequences"):
+                assert f"--{field.name.replace('_', '-')}" in actions[field.name].option_strings
+                assert actions[field.name].default is None
+        assert f"(default: {LENGTH_PENALTY[kind]})" in str(actions["length_penalty"].help)
+
+
+def test_the_output_has_one_name() -> None:
+    commands = subcommands(build_parser())
+    outputs = {
+        name: action.option_strings
+        for name, command in commands.items()
+        for action in command._actions
+        if {"-o", "--out"} & {*action.option_strings}
+    }
+    assert outputs == {name: ["-o", "--out"] for name in ("caption", "ask", "eval", "explain")}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_in_a_real_shell(shell: str, run: Run, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here")
+    script = tmp_path / "script"
+    script.write_text("\n".join(run("completion", shell, model=None)[1]) + "\n")
+    (tmp_path / "a photo.jpg").touch()
+    for typed, completed in (
+        ("blip2 capt", "caption"),
+        ("blip2 caption x.jpg --exis", "--existing"),
+        ("blip2 caption x.jpg --format par", "parquet"),
+        ("blip2 eval vqa", "vqav2"),
+        ("blip2 caption a", "a\\ photo.jpg"),
+    ):
+        if shell == "fish":
+            command = f"source {script}; complete -C '{typed}'"
+            answer = subprocess.run(
+                ["fish", "--no-config", "-c", command], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert answer.stdout.split("\t")[0].rstrip("\n") in (completed, completed.replace("\\", "")), (
+                answer
+            )
+        else:
+            assert _type(shell, f"cd {tmp_path}; {_SETUP[shell]} {script}", typed, f"{completed} ")
+
+
+_SETUP = {"bash": "source", "zsh": "autoload -Uz compinit; compinit -D -u; source"}
+
+
+def _type(shell: str, setup: str, typed: str, expected: str) -> bool:
+    """Whether the tab key completes what was typed in a terminal."""
+    import pty
+    import select
+
+    command = {"bash": ["bash", "--norc", "--noprofile", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        command, stdin=end, stdout=end, stderr=end, start_new_session=True, env=os.environ | {"TERM": "dumb"}
+    )
+    os.close(end)
+    shown = b""
+    os.write(terminal, f"{setup}; echo rea''dy\n".encode())
+    waits = [(b"ready\r\n", typed.encode() + b"\t"), (expected.encode(), b"")]
+    deadline = time.monotonic() + 60
+    while waits and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.2)[0]:
+            shown += os.read(terminal, 4096)
+        if waits[0][0] in shown:
+            os.write(terminal, waits.pop(0)[1])
+            shown = b""
+    process.kill()
+    process.wait()
+    os.close(terminal)
+    return not waits
+
+
 def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys, blip2.cli\n"
+        "import os, sys, blip2.cli\n"
         "try: blip2.cli.main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'PIL', 'tqdm', 'huggingface_hub'}\n"
+        "assert os.environ['GOMP_SPINCOUNT'] == '3000'\n"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(
@@ -403,17 +569,8 @@ def test_help_comes_at_once() -> None:
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(generator_folder: Path, pictures: list[Path]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "blip2",
-        "caption",
-        *map(str, pictures),
-        "--model",
-        str(generator_folder),
-        "--batch-size",
-        "1",
-    ]
+    command = [sys.executable, "-m", "blip2", "caption", *map(str, pictures)]
+    command += ["--model", str(generator_folder), "--batch-size", "1"]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What a model says about a batch of images in a bulk run: captions or answers, scored and matched as asked."""
+"""What a model makes of a batch of images: captions or answers, with log-probabilities and matches where requested."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from blip2.bulk.run import Describe, Prepare
 if TYPE_CHECKING:
     from blip2.predict import Predictor
 
+SMALL_MODEL = 10**8  # weights of linear layers
 
-SMALL = 10**8  # weights of linear layers
 
-
-def describer(
+def make_captioner(
     load: Callable[[], Predictor],
     options: dict[str, Any],
     *,
@@ -35,76 +34,83 @@ def describer(
     """A function from images to the rows of their texts.
 
     Args:
-        load: gives the model; called when the first images are there, so that the function can travel without it.
+        load: gives the model; called with the first images, so that the function can be sent to another machine.
         options: as `Predictor.caption` takes them, or `.ask` where there are questions.
-        questions: all are asked about each image, which is read once.
-        prefix, suffix: stand around each text.
+        questions: all of them are answered about each image, which is encoded once.
+        prefix, suffix: put around each text.
         score: the rows hold the log-probability of the whole text too.
         match: the rows hold the probability that text and image fit (ITM), by the model's matcher.
         keep_best: of an image's texts only the one that fits best is kept.
     """
-
     loaded: list[Predictor] = []
 
     def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
         if not loaded:
             loaded.append(load())
         model, size = loaded[0], len(images)
-        if questions:
-            encoded = model.encode(list(images), batch_size=size)
-            answers = [(q, model.ask(encoded, q, batch_size=size, **options)) for q in questions]
-            said = [
-                [("answer", q, text) for q, found in answers for text in _listed(found[i])]
-                for i in range(size)
-            ]
-        else:
+        if not questions:
             captions = model.caption(list(images), batch_size=size, **options)
-            said = [[("caption", "", text) for text in _listed(found)] for found in captions]
-        return [rows(model, image, texts) for image, texts in zip(images, said, strict=True)]
+            return [
+                rows(model, image, [("caption", "", text) for text in _as_texts(result)])
+                for image, result in zip(images, captions, strict=True)
+            ]
+        encoded = model.encode(list(images), batch_size=size)
+        answers = [(q, model.ask(encoded, q, batch_size=size, **options)) for q in questions]
+        return [
+            rows(
+                model,
+                image,
+                [("answer", q, text) for q, results in answers for text in _as_texts(results[i])],
+            )
+            for i, image in enumerate(images)
+        ]
 
-    def rows(model: Predictor, image: Image.Image, said: list[tuple[str, str, Any]]) -> list[Row]:
-        out: list[Row] = []
-        fits = model.match(image, [str(text) for _, _, text in said]) if match or keep_best else []
-        for i, (kind, question, text) in enumerate(said):
+    def rows(model: Predictor, image: Image.Image, texts: list[tuple[str, str, Any]]) -> list[Row]:
+        result: list[Row] = []
+        fits = model.match(image, [str(text) for _, _, text in texts]) if match or keep_best else []
+        for i, (kind, question, text) in enumerate(texts):
             row: Row = {"question": question} if question else {}
             row |= {kind: f"{prefix}{text}{suffix}", "score": text.score}
             if score:
                 row["logprob"] = sum(text.token_logprobs)
             if fits:
                 row["match"] = fits[i].probability
-            out.append(row)
-        return [max(out, key=lambda row: float(row["match"]))] if keep_best else out
+            result.append(row)
+        return [max(result, key=lambda row: float(row["match"]))] if keep_best else result
 
     return describe
 
 
-def _listed(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
+def _as_texts(result: Any) -> list[Any]:
+    return result if isinstance(result, list) else [result]
 
 
-def shrinker(model: Predictor, *, match: bool) -> Prepare:
-    """Makes waiting images as small as the model takes them; resizing to the same size again changes nothing."""
-    image_processor = model.generator.image_processor
-    if match and (model.matcher.image_processor.size, model.matcher.image_processor.resample) != (
-        image_processor.size,
-        image_processor.resample,
-    ):
+def make_resizer(*image_processors: Any) -> Prepare:
+    """Makes waiting images as small as the models take them; resizing to the same size again changes nothing.
+
+    Args:
+        image_processors: of all models that see the images; where they differ, images are left as they are.
+    """
+    sizes = {(processor.size, processor.resample) for processor in image_processors}
+    if len(sizes) > 1:
         return lambda image: image
-    size, resample = (image_processor.size, image_processor.size), Image.Resampling(image_processor.resample)
-    return lambda image: image.resize(size, resample)
+    ((size, resample),) = sizes
+    return lambda image: image.resize((size, size), Image.Resampling(resample))
 
 
 @contextlib.contextmanager
-def side_by_side(model: Predictor) -> Iterator[int]:
-    """How many batches to describe at once: two where a small model leaves a CPU's cores idle, each with half of them.
+def parallel_batches(model: Predictor | None) -> Iterator[int]:
+    """How many batches to compute at once: two where a small model leaves a CPU's cores idle, each with half of them.
 
-    One at a time, most of a small model's steps are too short to be shared between cores.
+    Most steps of a small model are too short to be shared between cores. None: one at a time.
     """
     threads = torch.get_num_threads()
-    # by their shapes: weights that are rounded or laid out are no parameters
-    linear = [held for part in model.model.modules() if "in_features" in (held := vars(part))]
-    small = sum(held["in_features"] * held["out_features"] for held in linear) < SMALL
-    if model.device.type != "cpu" or threads < 2 or not small:
+    if model is None or model.device.type != "cpu" or threads < 2:
+        yield 1
+        return
+    # Counted by the layers' shapes: quantized or packed weights are no parameters.
+    layers = [attributes for module in model.model.modules() if "in_features" in (attributes := vars(module))]
+    if sum(layer["in_features"] * layer["out_features"] for layer in layers) >= SMALL_MODEL:
         yield 1
         return
     torch.set_num_threads(threads // 2)
@@ -116,13 +122,13 @@ def side_by_side(model: Predictor) -> Iterator[int]:
 
 @torch.inference_mode()
 def fingerprint(model: Predictor) -> str:
-    """Tells models apart that go by one name: a digest of every tensor's name, shape and first values."""
+    """Distinguishes models of the same name: a digest of every tensor's name, shape and first values."""
     digest = hashlib.sha256()
     lines: dict[str, str] = {}
-    # module by module: of a weight that is laid out this makes a copy
-    for above, part in model.model.named_modules():
+    # One module at a time: of a packed weight this makes a copy.
+    for parent, module in model.model.named_modules():
         own: dict[str, Tensor] = {}
-        part._save_to_state_dict(own, f"{above}." if above else "", keep_vars=False)
+        module._save_to_state_dict(own, f"{parent}." if parent else "", keep_vars=False)
         for name, tensor in own.items():
             lines[name] = f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n"
     for _, line in sorted(lines.items()):

@@ -1,7 +1,7 @@
 """Which inputs a journal has, in 33 bytes a row beside it, so that a journal of ten million rows opens in seconds.
 
-The journal is the only truth. Each part of the file names the bytes of the journal it stands for and their checksum;
-the first part that does not fit, and all after it, are thrown away and made again from the journal.
+The journal is the only truth. Each part of the file names the bytes of the journal it covers and their checksum;
+the first part that does not match, and all after it, are discarded and built again from the journal.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class IndexFile:
         self._file = path.open("ab+", buffering=0)
         self._new: list[tuple[int, int, int, int, bool]] = []
         self._checksum = 0
-        self.entries, sound = self._read(journal)
+        self.entries, intact = self._read(journal)
         self._seen = self.covered
         with contextlib.suppress(OSError):
-            self._file.truncate(sound)
+            self._file.truncate(intact)
 
     def _read(self, journal: BinaryIO) -> tuple[Entries, int]:
-        parts, sound = [np.empty(0, ENTRY)], 0
+        parts, intact = [np.empty(0, ENTRY)], 0
         size = os.fstat(self._file.fileno()).st_size
         self._file.seek(0)
         journal.seek(0)
@@ -54,8 +54,8 @@ class IndexFile:
             if _checksum_of(journal, end - self.covered) != of_journal:
                 break
             parts.append(np.frombuffer(content, ENTRY))
-            self.covered, sound = end, sound + len(head) + len(content)
-        return np.concatenate(parts), sound
+            self.covered, intact = end, intact + len(head) + len(content)
+        return np.concatenate(parts), intact
 
     def add(self, line: bytes, entries: Sequence[tuple[int, int, int, int, bool]], end: int) -> None:
         """Take note of the journal's next line, which ends at `end`, and of the rows in it."""

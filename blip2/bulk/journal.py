@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from blip2.bulk.index import Index, IndexFile, content_key, key_of
-from blip2.storage import lock
+from blip2.storage import lock_file
 
 NAME, INDEX, LOCK = "journal", "index", "lock"
 GO_ON = "run the same command again to go on"
@@ -41,7 +41,7 @@ class Journal:
         BulkError: another run has it, it was begun with other settings, or the folder cannot be written.
     """
 
-    MANY = 10_000  # sound rows that are found together: the images of a webdataset shard
+    SHARD_SIZE = 10_000  # rows that are read together: the images of a webdataset shard
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, anew: bool = False) -> None:
         """`anew`: begin again where the last run came to its end, instead of adding to it."""
@@ -51,7 +51,7 @@ class Journal:
             self._lock = (folder / LOCK).open("wb")
         except OSError as error:
             raise BulkError(f"{folder}: cannot be written ({error.strerror}); name another --out") from error
-        if not lock(self._lock.fileno()):
+        if not lock_file(self._lock):
             self._lock.close()
             raise BulkError(
                 f"{folder}: another run is writing this output; wait for it, or name another --out"
@@ -88,10 +88,10 @@ class Journal:
         has = entries["file"] != 0
         self.files = Index(entries["file"][has], entries["start"][has])
         self.before, self.failed = len(entries), int(entries["failed"].sum())
-        # Of each MANY sound rows: where the first one's record begins, and how many sound rows precede it there.
+        # Of each shard's first row: where its record begins, and how many that succeeded precede it there.
         starts = entries["start"][~entries["failed"]]
-        firsts = starts[:: self.MANY]
-        skipped = np.arange(len(firsts)) * self.MANY - np.searchsorted(starts, firsts)
+        firsts = starts[:: self.SHARD_SIZE]
+        skipped = np.arange(len(firsts)) * self.SHARD_SIZE - np.searchsorted(starts, firsts)
         self._firsts = list(zip(firsts.tolist(), skipped.tolist(), strict=True))
         self._last = int(entries["start"][-1]) if len(entries) else None
         self._index.entries = entries[:0].copy()  # a view would keep all of it
@@ -101,13 +101,13 @@ class Journal:
             start += len(line)
 
     @property
-    def sound(self) -> int:
+    def succeeded(self) -> int:
         """How many inputs did not fail."""
         return self.before - self.failed
 
     def _note(self, record: Any, line: bytes, start: int) -> None:
         entries: list[tuple[int, int, int, int, bool]] = []
-        sound = 0
+        added = 0
         for row in record if isinstance(record, list) else ():
             name, content = key_of(row["image"]), content_key(row.get("hash", "0"))
             file = key_of(row["sidecar"]) if "sidecar" in row else 0
@@ -119,9 +119,9 @@ class Journal:
             entries.append((name, content, file, start, "error" in row))
             self._last = start
             if "error" not in row:
-                if (self.sound + sound) % self.MANY == 0:
-                    self._firsts.append((start, sound))
-                sound += 1
+                if (self.succeeded + added) % self.SHARD_SIZE == 0:
+                    self._firsts.append((start, added))
+                added += 1
         self.before += len(entries)
         self.failed += sum(entry[-1] for entry in entries)
         self._index.add(line, entries, start + len(line))
@@ -130,9 +130,9 @@ class Journal:
         differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
         if differ:
             self.close()
-            told = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
+            changes = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
             raise BulkError(
-                f"this output was begun with other settings: {told}. Use those, or another --out, "
+                f"this output was begun with other settings: {changes}. Use those, or another --out, "
                 f"or remove {self.path.parent}"
             )
 
@@ -151,14 +151,14 @@ class Journal:
             if isinstance(record, list):
                 yield from record
 
-    def sound_rows(self, number: int) -> list[Row]:
-        """The rows that did not fail, the MANY from MANY * number on; fewer where there are no more."""
+    def succeeded_rows(self, number: int) -> list[Row]:
+        """The rows that did not fail, the SHARD_SIZE from SHARD_SIZE * number on; fewer where there are no more."""
         if number >= len(self._firsts):
             return []
         start, skip = self._firsts[number]
         records = (record for _, record in self._records(start) if isinstance(record, list))
-        sound = (row for record in records for row in record if "error" not in row)
-        return list(itertools.islice(sound, skip, skip + self.MANY))
+        succeeded = (row for record in records for row in record if "error" not in row)
+        return list(itertools.islice(succeeded, skip, skip + self.SHARD_SIZE))
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append a batch's rows; they count from here on.

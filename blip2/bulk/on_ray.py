@@ -1,7 +1,7 @@
 """The same run on a Ray cluster: Ray Data lists, reads and describes wherever there is room, balances, and restarts.
 
 Every machine must find this package, the model and the images under the same paths. The journal and the output are
-written by the process that began the run, so all that is said of them elsewhere holds here too.
+written by the process that began the run, so everything about them holds here too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from blip2.bulk.run import (
     Decoded,
     Describe,
     Prepare,
-    Settings,
+    RunSettings,
     decode,
     describe_all,
     finished_rows,
     new_items,
 )
-from blip2.bulk.sources import Item
+from blip2.bulk.sources import ImageItem
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Batch:
 
 
 def on_ray(
-    items: Iterable[Item], journal: Journal, settings: Settings, describe: Describe, prepare: Prepare
+    items: Iterable[ImageItem], journal: Journal, settings: RunSettings, describe: Describe, prepare: Prepare
 ) -> Iterator[list[Row]]:
     """The engine of a cluster: the one that RAY_ADDRESS names or this machine is part of, else this machine.
 
@@ -76,8 +76,8 @@ def on_ray(
         return _next(row, lambda batch: [decode(item, settings, prepare) for item in batch])
 
     def described(read: list[Decoded]) -> list[Row]:
-        images = {each.row["hash"]: each.image for each in read if each.image is not None}
-        return finished_rows(read, describe_all(images, describe), lambda digest: None)
+        images = {decoded.key: decoded.image for decoded in read if decoded.image is not None}
+        return finished_rows(read, describe_all(images, describe), lambda key: None)
 
     class Describer:
         def __init__(self) -> None:
@@ -101,12 +101,12 @@ def on_ray(
     )
     try:
         for row in batches.iter_rows():
-            found = row["batch"].content
-            if isinstance(found, Exception):
-                raise found
+            content = row["batch"].content
+            if isinstance(content, Exception):
+                raise content
             yield [
-                each | {"texts": journal.texts(each["hash"]) or each["texts"]} if "texts" in each else each
-                for each in found
+                done | {"texts": journal.texts(done["hash"]) or done["texts"]} if "texts" in done else done
+                for done in content
             ]
     except ray.exceptions.RayError as error:
         raise BulkError(f"on Ray: {str(error).splitlines()[0]}") from error

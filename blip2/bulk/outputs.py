@@ -13,33 +13,32 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from PIL import Image
 
-from blip2.bulk.index import key_of
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
-from blip2.bulk.sources import IN_TABLE, NO_PYARROW, Item, parquet_items
+from blip2.bulk.sources import IN_TABLE, NO_PYARROW, ImageItem, parquet_items
 from blip2.images import ImageError
 from blip2.inputs import SUFFIXES
+from blip2.storage import replace_file
 
-FORMATS = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 ERRORS = "errors.jsonl"  # beside the journal
 
 
-def format_of(out: Path, asked: str | None) -> str:
+def format_of(out: Path, requested: str | None) -> str:
     """The format of a name: that of its suffix, text files beside the images for a folder.
 
     Raises:
         BulkError: a suffix that names none, a folder where a file is to be, or what writes it is not installed.
     """
-    kind = asked or _BY_SUFFIX.get(out.suffix.lower(), "txt")
-    if kind == "txt" and asked is None and out.suffix and not out.is_dir():
-        raise BulkError(f"--out {out}: what format is {out.suffix}? Name it: --format {' or '.join(FORMATS)}")
+    kind = requested or _BY_SUFFIX.get(out.suffix.lower(), "txt")
+    if kind == "txt" and requested is None and out.suffix and not out.is_dir():
+        raise BulkError(f"--out {out}: what format is {out.suffix}? Name it with --format")
     if kind != "txt" and out.is_dir():
         raise BulkError(f"--out {out}: there is a folder of this name; name a file")
-    # Missed now, and not when all is captioned.
+    # Better now than when all is captioned.
     if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise BulkError(f"--out {out}: {NO_PYARROW}")
     return kind
@@ -50,7 +49,7 @@ def state_folder(out: Path, kind: str) -> Path:
     return out / ".blip2" if kind == "txt" else out.parent / f".{out.name}.blip2"
 
 
-def sidecar(item: Item, out: Path) -> str:
+def sidecar(item: ImageItem, out: Path) -> str:
     """The text file of an image, relative to `out`: beside the image where that lies in `out`, else as in its root."""
     inside = os.path.relpath(item.name, out)
     if item.path != item.name or inside.split(os.sep)[0] == os.pardir:
@@ -68,14 +67,12 @@ def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
     Raises:
         BulkError: the disk refuses.
     """
-    try:
+    with _writing(out) as beside:
         if kind == "parquet":
-            _parquet(rows, out)
+            _parquet(rows, beside)
         else:
-            with _replacing_text(out) as text:
+            with _text_file(beside) as text:
                 {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
-    except OSError as error:
-        raise disk_error(out, error) from error
 
 
 def write_sidecars(rows: Iterable[Row], out: Path) -> None:
@@ -86,13 +83,9 @@ def write_sidecars(rows: Iterable[Row], out: Path) -> None:
     """
     for row in rows:
         if "sidecar" in row and "texts" in row:
-            content = row.get("before", "") + _said(row) + row.get("after", "") + "\n"
-            path = out / row["sidecar"]
-            try:
-                with _replacing(path) as file:
-                    file.write(content.encode("utf-8", "surrogateescape"))
-            except OSError as error:
-                raise disk_error(path, error) from error
+            content = row.get("before", "") + _lines_of(row) + row.get("after", "") + "\n"
+            with _writing(out / row["sidecar"], sync_name=False) as beside:  # there may be millions of them
+                beside.write_bytes(content.encode("utf-8", "surrogateescape"))
 
 
 def write_errors(rows: Iterable[Row], folder: Path) -> None:
@@ -101,12 +94,8 @@ def write_errors(rows: Iterable[Row], folder: Path) -> None:
     Raises:
         BulkError: the disk refuses.
     """
-    path = folder / ERRORS
-    try:
-        with _replacing_text(path) as text:
-            _jsonl((row for row in rows if "error" in row), text)
-    except OSError as error:
-        raise disk_error(path, error) from error
+    with _writing(folder / ERRORS) as beside, _text_file(beside) as text:
+        _jsonl((row for row in rows if "error" in row), text)
 
 
 def flat(rows: Iterable[Row]) -> Iterator[Row]:
@@ -115,34 +104,24 @@ def flat(rows: Iterable[Row]) -> Iterator[Row]:
         if "error" in row:
             yield {"image": row["image"], "error": row["error"]}
         for text in row.get("texts", ()):
-            yield {"image": row["image"], **text, "hash": row["hash"]}
+            yield {"image": row["image"], **text} | ({"hash": row["hash"]} if "hash" in row else {})
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{key_of(path.name):016x}.part")  # never longer than a name may be
+def _writing(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
+    """`replace_file`; what the disk refuses is a BulkError."""
     try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+        with replace_file(path, sync_name=sync_name) as beside:
+            yield beside
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
-@contextmanager
-def _replacing_text(path: Path) -> Iterator[TextIO]:
-    with _replacing(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="")
-        yield text
-        text.detach()  # what it holds is written; the file stays open
+def _text_file(path: Path) -> TextIO:
+    return path.open("w", encoding="utf-8", newline="")
 
 
-def _said(row: Row) -> str:
+def _lines_of(row: Row) -> str:
     """A row's texts, a line each."""
     return "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
 
@@ -177,8 +156,8 @@ def _csv(rows: Iterable[Row], file: TextIO) -> None:
 
 def _coco_id(name: str) -> int | str:
     """The number that COCO's own file names hold; of other images the name."""
-    found = re.fullmatch(r"(?:COCO_.+_)?(\d{12})", Path(name).stem)
-    return int(found[1]) if found else name
+    number = re.fullmatch(r"(?:COCO_.+_)?(\d{12})", Path(name).stem)
+    return int(number[1]) if number else name
 
 
 def _coco(rows: Iterable[Row], file: TextIO) -> None:
@@ -187,11 +166,11 @@ def _coco(rows: Iterable[Row], file: TextIO) -> None:
     comma = ""
     for row in rows:
         for text in row.get("texts", ())[:1]:
-            said = {
+            result = {
                 "image_id": row.get("id", _coco_id(row["image"])),
                 "caption": text.get("caption", text.get("answer")),
             }
-            file.write(comma + _line(said))
+            file.write(comma + _line(result))
             comma = ",\n"
     file.write("]\n")
 
@@ -202,7 +181,7 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
 
     numbers = ("score", "logprob", "match")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
-    with _replacing(out) as file, pq.ParquetWriter(file, schema) as writer:
+    with pq.ParquetWriter(out, schema) as writer:
         block: list[Row] = []
         for row in flat(rows):
             block.append(_valid(row))
@@ -218,38 +197,34 @@ def shard(out: Path, number: int) -> Path:
 
 
 def write_shard(journal: Journal, out: Path, number: int) -> None:
-    """Write a webdataset shard of a journal's sound rows: images as they were, captions as .txt, rows as .json.
+    """Write a webdataset shard of rows that succeeded: images as they were, captions as .txt, rows as .json.
 
     Raises:
         BulkError: the disk refuses, or an image is no longer what was captioned.
     """
-    path = shard(out, number)
-    try:
-        with _replacing(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-            rows = journal.sound_rows(number)
-            for i, (row, image) in enumerate(_with_images(rows), number * journal.MANY):
-                record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
-                for ending, content in (
-                    (_ending(row["image"], image), image),
-                    (".txt", _said(row).encode()),
-                    (".json", record.encode()),
-                ):
-                    member = tarfile.TarInfo(f"{i:09d}{ending}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-    except OSError as error:
-        raise disk_error(path, error) from error
+    with _writing(shard(out, number)) as beside, tarfile.open(beside, mode="w") as archive:
+        rows = journal.succeeded_rows(number)
+        for i, (row, image) in enumerate(_with_images(rows), number * journal.SHARD_SIZE):
+            record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
+            for ending, content in (
+                (_ending(row["image"], image), image),
+                (".txt", _lines_of(row).encode()),
+                (".json", record.encode()),
+            ):
+                member = tarfile.TarInfo(f"{i:09d}{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
 
 
 def _with_images(rows: Iterable[Row]) -> Iterator[tuple[Row, bytes]]:
     """Rows in the order of the inputs, each with the bytes of the image that was captioned."""
-    table: Iterator[Item] = iter(())
+    table: Iterator[ImageItem] = iter(())
     opened = ""
     for row in rows:
         path, start, size = row["at"]
         try:
             if size != IN_TABLE:
-                content = Item(row["image"], path, start, size).read()
+                content = ImageItem(row["image"], path, start, size).read()
             else:  # a table is read once, for all of its rows
                 if path != opened:
                     table, opened = parquet_items(path, start), path

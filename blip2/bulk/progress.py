@@ -10,25 +10,30 @@ from tqdm import tqdm
 
 from blip2.bulk.journal import BulkError
 from blip2.bulk.run import Progress
-from blip2.bulk.sources import Item
+from blip2.bulk.sources import ImageItem
 
 
 @contextlib.contextmanager
-def progress_bar(inputs: Iterable[Item] | None) -> Iterator[Callable[[Progress], None]]:
-    """Gives what shows the progress of a run.
+def progress_bar(
+    inputs: Iterable[ImageItem] | None, *, hidden: bool = False, leave: bool = True
+) -> Iterator[Callable[[Progress], None]]:
+    """Gives the function that shows the progress of a run; hidden: it does nothing.
 
     Args:
         inputs: listed a second time, to count them beside the run; None: no time left is shown.
     """
+    if hidden:
+        yield lambda progress: None
+        return
     expected: list[int] = []
 
-    def count(inputs: Iterable[Item]) -> None:
-        with contextlib.suppress(BulkError):  # the run itself says what is wrong
+    def count(inputs: Iterable[ImageItem]) -> None:
+        with contextlib.suppress(BulkError):  # the run itself reports what is wrong
             expected.append(sum(1 for _ in inputs))
 
     if inputs is not None:
         threading.Thread(target=count, args=(inputs,), daemon=True).start()
-    with tqdm(unit=" images", mininterval=1) as bar:
+    with tqdm(unit=" images", mininterval=1, leave=leave) as bar:
 
         def show(progress: Progress) -> None:
             if expected:

@@ -1,6 +1,7 @@
-"""The engine: images are decoded while the model works on earlier ones; every batch is one record of the journal.
+"""The engine: images are decoded while the model works on earlier ones, and come back as rows in their order.
 
-`on_ray` is another engine for the same run: whatever gives a batch's rows in the order of the inputs can be one.
+`caption_rows` gives the rows to its caller, for standard output. `caption_all` writes them to files: every batch is one
+record of the journal. `on_ray` is another engine for the same run: whatever gives the rows in order can be one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,35 +30,37 @@ from blip2.bulk.outputs import (
     write_shard,
     write_sidecars,
 )
-from blip2.bulk.sources import Item
+from blip2.bulk.sources import ImageItem
 from blip2.images import ImageError, load_image
 
 # For each image its texts, as rows of the output.
 Describe = Callable[[Sequence[Image.Image]], list[list[Row]]]
 Prepare = Callable[[Image.Image], Image.Image]
 # Of (items, journal, settings, describe, prepare): the rows of each batch, in the order of the items.
-Engine = Callable[[Iterable[Item], Journal, "Settings", Describe, Prepare], Iterator[list[Row]]]
+Engine = Callable[[Iterable[ImageItem], Journal, "RunSettings", Describe, Prepare], Iterator[list[Row]]]
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
 Existing = Literal["skip", "overwrite", "append", "prepend"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Where the output goes and how.
+class RunSettings:
+    """How images are captioned, and where the texts go.
 
-    kind: of `outputs.FORMATS`.
-    made_with: whatever decides what is written; an output begun with other values is refused.
+    kind: the format of the output, as `outputs.format_of` gives it; "stdout": the rows go to the caller.
+    out: the output's path; not used for "stdout".
+    run_config: whatever decides what is written; an output begun with other values is refused.
     existing: what happens to a text file that is there already; overwrite makes a finished output of any kind anew.
-    batch_size: images computed at a time. side_by_side: batches that are, each in a thread. threads: that decode.
+    batch_size: images computed at a time. parallel_batches: batches computed at once, each in a thread.
+    threads: that read and decode images.
     """
 
-    out: Path
-    kind: str
-    made_with: dict[str, Any]
+    kind: str = "stdout"
+    out: Path = Path()
+    run_config: dict[str, Any] = field(default_factory=dict)
     existing: Existing = "skip"
     batch_size: int = 8
-    side_by_side: int = 1
+    parallel_batches: int = 1
     threads: int = 2
 
 
@@ -71,8 +74,8 @@ class Progress:
 
 
 def caption_all(
-    items: Iterable[Item],
-    settings: Settings,
+    items: Iterable[ImageItem],
+    settings: RunSettings,
     describe: Describe,
     *,
     prepare: Prepare = lambda image: image,
@@ -84,14 +87,14 @@ def caption_all(
     Args:
         describe: images to texts. It is called with images of different content only, in several threads at once where
             the settings say so.
-        prepare: makes a decoded image smaller for waiting; what `describe` says must not depend on it.
+        prepare: makes a decoded image smaller while it waits; what `describe` gives must not depend on it.
         engine: where the work is done; None: here.
 
     Raises:
         BulkError: another run has the output, it was begun with other settings, or the disk is full.
     """
     journal = Journal(
-        state_folder(settings.out, settings.kind), settings.made_with, anew=settings.existing == "overwrite"
+        state_folder(settings.out, settings.kind), settings.run_config, anew=settings.existing == "overwrite"
     )
     try:
         done, before = 0, journal.before
@@ -116,44 +119,66 @@ def caption_all(
         journal.close()
 
 
-def _write_done(journal: Journal, rows: Sequence[Row], settings: Settings) -> None:
+def _write_done(journal: Journal, rows: Sequence[Row], settings: RunSettings) -> None:
     """The text files of the journal's last rows, or the shards that these have made full."""
     if settings.kind == "txt":
         write_sidecars(rows, settings.out)
     elif settings.kind == "webdataset":
-        earlier = journal.sound - sum("error" not in row for row in rows)
-        for number in range(earlier // journal.MANY, journal.sound // journal.MANY):
+        earlier = journal.succeeded - sum("error" not in row for row in rows)
+        for number in range(earlier // journal.SHARD_SIZE, journal.succeeded // journal.SHARD_SIZE):
             write_shard(journal, settings.out, number)
 
 
 def _write_other_shards(journal: Journal, out: Path) -> None:
     """The shard that is not full, where there is one or no other, and those that are missing."""
-    full, others = divmod(journal.sound, journal.MANY)
+    full, others = divmod(journal.succeeded, journal.SHARD_SIZE)
     for number in range(max(1, full + bool(others))):
         if number == full or not shard(out, number).exists():
             write_shard(journal, out, number)
 
 
+def caption_rows(
+    items: Iterable[ImageItem], settings: RunSettings, describe: Describe, *, prepare: Prepare
+) -> Iterator[list[Row]]:
+    """Caption all items and give their rows batch by batch, in the order of the items; nothing is recorded.
+
+    What cannot be read is a row with `error`. Arguments as `caption_all`; of the settings only batch size and threads
+    matter. An item that comes twice gives two rows.
+    """
+    return _captioned(items, settings, describe, prepare, lambda key: None)
+
+
 def on_this_machine(
-    items: Iterable[Item], journal: Journal, settings: Settings, describe: Describe, prepare: Prepare
+    items: Iterable[ImageItem], journal: Journal, settings: RunSettings, describe: Describe, prepare: Prepare
 ) -> Iterator[list[Row]]:
     """The engine of one machine: threads read and decode ahead of the model."""
     fresh = new_items(items, journal.names, journal.files, settings)
-    far, beside = 2 * settings.batch_size + settings.threads, settings.side_by_side
-    decoded = _ahead(fresh, lambda item: decode(item, settings, prepare), settings.threads, far)
-    batches = _batches((each for _, each in decoded), settings, journal)
+    return _captioned(fresh, settings, describe, prepare, journal.texts)
+
+
+def _captioned(
+    items: Iterable[ImageItem],
+    settings: RunSettings,
+    describe: Describe,
+    prepare: Prepare,
+    recorded: Callable[[str], list[Row] | None],
+) -> Iterator[list[Row]]:
+    """Rows of items. recorded: the texts that a content has from an earlier batch."""
+    far, parallel = 2 * settings.batch_size + settings.threads, settings.parallel_batches
+    decoded = _ahead(items, lambda item: decode(item, settings, prepare), settings.threads, far)
+    batches = _batches((image for _, image in decoded), settings, recorded)
 
     def work(batch: Batch) -> dict[str, list[Row]]:
         return describe_all(batch.unseen, describe)
 
-    # One at a time is done in this thread, where Ctrl-C is heard at once.
+    # A single one is computed in this thread, where Ctrl-C takes effect at once.
     described = (
         ((batch, work(batch)) for batch in batches)
-        if beside == 1
-        else _ahead(batches, work, beside, beside - 1)
+        if parallel == 1
+        else _ahead(batches, work, parallel, parallel - 1)
     )
     for batch, texts in described:
-        yield finished_rows(batch.read, texts, journal.texts)
+        yield finished_rows(batch.read, texts, recorded)
 
 
 def _ahead(
@@ -175,7 +200,9 @@ def _ahead(
                 future.cancel()
 
 
-def new_items(items: Iterable[Item], names: Index, files: Index, settings: Settings) -> Iterator[Item]:
+def new_items(
+    items: Iterable[ImageItem], names: Index, files: Index, settings: RunSettings
+) -> Iterator[ImageItem]:
     """Items whose names have not come yet, the names looked up many at a time.
 
     One whose text file is another image's is given with that as its problem.
@@ -193,9 +220,8 @@ def new_items(items: Iterable[Item], names: Index, files: Index, settings: Setti
             if settings.kind == "txt":
                 text = sidecar(item, settings.out)
                 if files.get(key_of(text)) is not None:
-                    item = item._replace(
-                        problem=f"{text} is the text file of another image; rename one of them"
-                    )
+                    problem = f"{text} is the text file of another image; rename one of them"
+                    item = item._replace(problem=problem)
                 files.set(key_of(text), 0)
             yield item
 
@@ -204,55 +230,70 @@ def new_items(items: Iterable[Item], names: Index, files: Index, settings: Setti
 class Decoded:
     """An item that was read. image: None where there is nothing for the model."""
 
-    row: Row  # what is known before the model has spoken
+    row: Row  # what is known before the model has seen the image
     image: Image.Image | None
+    number: int = field(default_factory=itertools.count().__next__)
+
+    @property
+    def key(self) -> str:
+        """What images of equal content share: the hash; without one no two are equal."""
+        return str(self.row.get("hash", self.number))
 
 
-def decode(item: Item, settings: Settings, prepare: Prepare) -> Decoded:
+def decode(item: ImageItem, settings: RunSettings, prepare: Prepare) -> Decoded:
     """Read an item; what cannot be read is a row with `error`."""
     row: Row = {"image": item.name}
     if item.id is not None:
         row["id"] = item.id
     try:
-        if settings.kind == "txt":
-            row["sidecar"] = sidecar(item, settings.out)
-            text = settings.out / row["sidecar"]
-            if text.parent.is_dir() and not os.access(text.parent, os.W_OK):
-                raise ImageError(f"{item.name}: {text} cannot be written; name another folder with --out")
-            if not item.problem and settings.existing != "overwrite" and text.exists():
-                if settings.existing == "skip":
-                    return Decoded(row | {"skipped": True}, None)
-                old = text.read_text(encoding="utf-8", errors="surrogateescape").strip()
-                row |= {"before": f"{old} "} if settings.existing == "append" else {"after": f" {old}"}
+        if settings.kind == "txt" and _is_finished(item, row, settings):
+            return Decoded(row | {"skipped": True}, None)
         content = item.read()
-        row["hash"] = hashlib.sha256(content).hexdigest()
+        if settings.kind != "stdout":
+            row["hash"] = hashlib.sha256(content).hexdigest()
         if settings.kind == "webdataset":
             row["at"] = [item.path, item.start, item.size]
         return Decoded(row, prepare(load_image(content)))
     except (ImageError, OSError) as error:
-        told = re.sub(r"^an image of [0-9,]+ bytes", lambda _: item.name, str(error))
+        message = re.sub(r"^an image of [0-9,]+ bytes", lambda _: item.name, str(error))
         row.pop("hash", None)
-        return Decoded(row | {"error": told if item.name in told else f"{item.name}: {told}"}, None)
+        return Decoded(row | {"error": message if item.name in message else f"{item.name}: {message}"}, None)
+
+
+def _is_finished(item: ImageItem, row: Row, settings: RunSettings) -> bool:
+    """Whether an item's text file stays as it is. Notes in the row which file that is, and what is kept of it."""
+    row["sidecar"] = sidecar(item, settings.out)
+    text = settings.out / row["sidecar"]
+    if text.parent.is_dir() and not os.access(text.parent, os.W_OK):
+        raise ImageError(f"{item.name}: {text} cannot be written; name another folder with --out")
+    if item.problem or settings.existing == "overwrite" or not text.exists():
+        return False
+    if settings.existing != "skip":
+        old = text.read_text(encoding="utf-8", errors="surrogateescape").strip()
+        row |= {"before": f"{old} "} if settings.existing == "append" else {"after": f" {old}"}
+    return settings.existing == "skip"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images in their order, and those of them, by their contents, that the model is to describe."""
+    """Images in their order, and those of them, by their keys, that the model is to describe."""
 
     read: list[Decoded]
     unseen: dict[str, Image.Image]
 
 
-def _batches(stream: Iterable[Decoded], settings: Settings, journal: Journal) -> Iterator[Batch]:
+def _batches(
+    stream: Iterable[Decoded], settings: RunSettings, recorded: Callable[[str], list[Row] | None]
+) -> Iterator[Batch]:
     """Runs of images, each with so many contents the model has not seen; what needs no model goes along."""
     size, batch = settings.batch_size, Batch([], {})
-    latest = deque([batch], settings.side_by_side)  # the journal may not have these yet
-    for each in stream:
-        batch.read.append(each)
-        if each.image is not None:
-            digest = each.row["hash"]
-            if not any(digest in begun.unseen for begun in latest) and journal.texts(digest) is None:
-                batch.unseen[digest] = each.image
+    latest = deque([batch], settings.parallel_batches)  # their texts may not be recorded yet
+    for decoded in stream:
+        batch.read.append(decoded)
+        if decoded.image is not None:
+            key = decoded.key
+            if not any(key in begun.unseen for begun in latest) and recorded(key) is None:
+                batch.unseen[key] = decoded.image
         if len(batch.unseen) == size or len(batch.read) == 16 * size:
             yield batch
             batch = Batch([], {})
@@ -267,12 +308,12 @@ def describe_all(images: Mapping[str, Image.Image], describe: Describe) -> dict[
 
 
 def finished_rows(
-    read: Iterable[Decoded], texts: Mapping[str, list[Row]], told: Callable[[str], list[Row] | None]
+    read: Iterable[Decoded], texts: Mapping[str, list[Row]], recorded: Callable[[str], list[Row] | None]
 ) -> list[Row]:
-    """The rows with their texts: those that the content had earlier (`told`), else the new ones."""
+    """The rows with their texts: those recorded for the content, else the new ones."""
     return [
-        each.row
-        if each.image is None
-        else each.row | {"texts": told(each.row["hash"]) or texts[each.row["hash"]]}
-        for each in read
+        decoded.row
+        if decoded.image is None
+        else decoded.row | {"texts": recorded(decoded.key) or texts[decoded.key]}
+        for decoded in read
     ]

@@ -1,6 +1,6 @@
 """What is to be captioned, listed lazily: folders, lists, tar shards, tables and COCO's JSON, in any mixture.
 
-An `Item` says where an image is; its bytes are read when it is its turn, so a list of any length costs no memory.
+An `ImageItem` says where an image is; its bytes are read when it is its turn, so a list of any length costs no memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IN_TABLE = -2
 MAX_BYTES = 512 * 2**20  # of one image file
 
 
-class Item(NamedTuple):
+class ImageItem(NamedTuple):
     """One image to caption.
 
     name: what its rows are called; two items of one name are the same input.
@@ -74,12 +74,19 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run is to caption, listed anew each time it is iterated over: `list_items`, and a part of them.
+    """The images of a run, listed anew each time it is iterated over, in an order that is the same every time.
 
+    sources: folders (searched through), image files, patterns, .txt lists of paths, .tar shards, .csv, .tsv and
+        .parquet tables with a column of paths or bytes, .json as COCO's or a list of rows, .jsonl.
+    include, exclude: patterns for the files of folders, such as '*.jpg' or 'train/*'.
     limit: the first so many of the items. shard: "i/n", the i-th of n equal parts, from 1.
+    strict: False: a source that cannot be listed is an item with that as its problem, and so is a folder without
+        images; the other sources follow.
+    stdin: the image that the source "-" is.
 
     Raises:
         ValueError: no such part.
+        BulkError: when iterated over: no such file or folder, or a list or table that cannot be read.
     """
 
     sources: Sequence[str]
@@ -87,56 +94,75 @@ class Inputs:
     exclude: Sequence[str] = ()
     limit: int | None = None
     shard: str = "1/1"
+    strict: bool = True
+    stdin: bytes | None = None
 
     def __post_init__(self) -> None:
         part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.shard)
         if part is None or not 1 <= int(part[1]) <= int(part[2]):
             raise ValueError(f"--shard {self.shard!r}: expected I/N with I from 1 to N, such as 1/8")
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[ImageItem]:
         part, parts = map(int, self.shard.split("/"))
-        items = list_items(self.sources, include=self.include, exclude=self.exclude)
-        return itertools.islice(items, part - 1, self.limit, parts)
+        return itertools.islice(self._items(), part - 1, self.limit, parts)
+
+    def check(self) -> None:
+        """Raises BulkError where there is not one image."""
+        if self.shard == "1/1" and next(iter(self), None) is None:
+            suffixes = " ".join(sorted(SUFFIXES))
+            raise BulkError(f"{' '.join(self.sources)}: no images found (folders: {suffixes})")
+
+    def _items(self) -> Iterator[ImageItem]:
+        for source in (
+            self.sources if self.strict else ()
+        ):  # a slip is reported before the first image is read
+            _check_exists(source)
+        for source in self.sources:
+            if source == "-" and self.stdin is not None:
+                yield ImageItem("-", "-", content=self.stdin)
+                continue
+            empty = True
+            try:
+                for item in _source(source, len(self.sources) == 1, self.include, self.exclude):
+                    empty = False
+                    yield item
+                if empty and not self.strict and os.path.isdir(source):
+                    suffixes = " ".join(self.include or sorted(SUFFIXES))
+                    raise BulkError(f"{source}: the folder holds no images ({suffixes})")
+            except BulkError as error:
+                if self.strict:
+                    raise
+                yield ImageItem(source, source, problem=str(error).removeprefix(f"{source}: "))
 
 
-def list_items(
-    sources: Sequence[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> Iterator[Item]:
-    """All images of the sources, in an order that is the same every time.
-
-    Args:
-        sources: folders (searched through), image files, patterns, .txt lists of paths, .tar shards, .csv, .tsv and
-            .parquet tables with a column of paths or bytes, .json as COCO's or a list of rows, .jsonl.
-        include, exclude: patterns for the files of folders, such as '*.jpg' or 'train/*'.
-
-    Raises:
-        BulkError: no such file or folder, or a list or table that cannot be read; the message names it.
-    """
-    for source in sources:
-        if not os.path.exists(source) and not glob.has_magic(source):  # a slip, and no input
-            raise BulkError(f"{source}: no such file or folder")
-    for source in sources:
-        found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-        if not found:
-            raise BulkError(f"{source}: no file matches this pattern")
-        for each in found:
-            if os.path.isdir(each):
-                # Of several folders, each keeps its name in a mirror folder.
-                alone = len(sources) == len(found) == 1
-                yield from _folder(
-                    each, each if alone else os.path.dirname(each.rstrip(os.sep)), include, exclude
-                )
-            else:
-                yield from _file(each)
+def _check_exists(source: str) -> None:
+    if source.startswith(("http:", "https:")):
+        raise BulkError(f"{source}: no such file; URLs are not fetched here, download it first")
+    if not os.path.exists(source) and not glob.has_magic(source):
+        raise BulkError(f"{source}: no such file or folder")
 
 
-def _file(source: str) -> Iterator[Item]:
+def _source(source: str, single: bool, include: Sequence[str], exclude: Sequence[str]) -> Iterator[ImageItem]:
+    _check_exists(source)
+    paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+    if not paths:
+        raise BulkError(f"{source}: no file matches this pattern")
+    for path in paths:
+        if os.path.isdir(path):
+            # Of several folders, each keeps its name in a mirror folder.
+            root = path if single and len(paths) == 1 else os.path.dirname(path.rstrip(os.sep))
+            yield from _folder(path, root, include, exclude)
+        else:
+            yield from _file(path)
+
+
+def _file(source: str) -> Iterator[ImageItem]:
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in PACKED:
         raise BulkError(f"{source}: in a compressed archive no image has a place to be read from; unpack it")
     if suffix in SUFFIXES or suffix not in (*LISTS, *TABLES, ".tar", ".json", ".jsonl"):
-        yield Item(source, source, root=os.path.dirname(source))
+        yield ImageItem(source, source, root=os.path.dirname(source))
     else:
         try:
             yield from _inside(source, suffix)
@@ -146,7 +172,7 @@ def _file(source: str) -> Iterator[Item]:
             ) from error
 
 
-def _folder(folder: str, root: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Item]:
+def _folder(folder: str, root: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[ImageItem]:
     for place, names, files in os.walk(folder):
         names.sort()
         for name in sorted(files):
@@ -157,21 +183,21 @@ def _folder(folder: str, root: str, include: Sequence[str], exclude: Sequence[st
             else:
                 wanted = os.path.splitext(name)[1].lower() in SUFFIXES
             if wanted and not any(_fits(inner, pattern) for pattern in exclude):
-                yield Item(path, path, root=root)
+                yield ImageItem(path, path, root=root)
 
 
 def _fits(path: str, pattern: str) -> bool:
     return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(os.path.basename(path), pattern)
 
 
-def _inside(source: str, suffix: str) -> Iterator[Item]:
+def _inside(source: str, suffix: str) -> Iterator[ImageItem]:
     root = os.path.dirname(source)
     if suffix in LISTS:
         with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
             for line in file:
                 if line := line.rstrip("\r\n"):
                     path = os.path.join(root, line)
-                    yield Item(path, path, root=root)
+                    yield ImageItem(path, path, root=root)
     elif suffix == ".tar":
         yield from _tar(source)
     elif suffix == ".parquet":
@@ -201,7 +227,7 @@ def _json(text: str, where: str) -> Any:
         raise BulkError(f"{where}: no valid JSON ({error})") from error
 
 
-def _row(row: Any, source: str, place: int) -> Item:
+def _row(row: Any, source: str, place: int) -> ImageItem:
     if isinstance(row, str):
         row = {"image": row}
     value = next((row[key] for key in PATH_COLUMNS if row.get(key)), None) if isinstance(row, dict) else None
@@ -212,7 +238,7 @@ def _row(row: Any, source: str, place: int) -> Item:
     number = row.get("id", row.get("image_id"))
     if isinstance(number, str) and number.isdecimal():  # in CSV everything is text; COCO's ids are numbers
         number = int(number)
-    return Item(path, path, id=number if isinstance(number, int | str) else None, root=root)
+    return ImageItem(path, path, id=number if isinstance(number, int | str) else None, root=root)
 
 
 def _column(source: str, names: Sequence[str], wanted: Sequence[str]) -> str:
@@ -222,16 +248,16 @@ def _column(source: str, names: Sequence[str], wanted: Sequence[str]) -> str:
     raise BulkError(f"{source} has the columns {', '.join(names)}; expected one of {', '.join(wanted)}")
 
 
-def _tar(source: str) -> Iterator[Item]:
+def _tar(source: str) -> Iterator[ImageItem]:
     with tarfile.open(source, "r:") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
             if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
                 name, root = f"{source}/{member.name}", os.path.dirname(source)
-                yield Item(name, source, member.offset_data, member.size, root=root)
+                yield ImageItem(name, source, member.offset_data, member.size, root=root)
 
 
-def parquet_items(source: str, start: int = 1) -> Iterator[Item]:
+def parquet_items(source: str, start: int = 1) -> Iterator[ImageItem]:
     """The images of a table, from its row `start` on."""
     try:
         import pyarrow
@@ -256,9 +282,9 @@ def parquet_items(source: str, start: int = 1) -> Iterator[Item]:
                     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
                     if isinstance(content, str):
                         path = os.path.join(root, content)
-                        yield Item(path, path, root=root)
+                        yield ImageItem(path, path, root=root)
                     else:
                         name = f"{source}#{place}"
-                        yield Item(name, source, place, IN_TABLE, content=content or b"", root=root)
+                        yield ImageItem(name, source, place, IN_TABLE, content=content or b"", root=root)
     except pyarrow.ArrowException as error:
         raise BulkError(f"{source}: no parquet file that can be read ({error})") from error

@@ -1,11 +1,15 @@
-"""What all commands share: the model they name, lines of output, errors, exit statuses."""
+"""What the commands share: the model they name, lines of output, progress, errors, exit statuses."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blip2
@@ -17,33 +21,71 @@ DONE, SOME_FAILED, NOTHING_DONE = 0, 1, 2  # exit status
 
 
 def complain(message: str) -> None:
-    """One error line."""
+    """Print one error line."""
     print(f"blip2: {one_line(message)}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:
-    """Text for a line of a terminal: neither line breaks nor anything that steers it."""
+    """Text for a line of a terminal: neither line breaks nor anything that controls it."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def print_line(line: str) -> None:
+    """Print a line at once."""
     print(line, flush=True)
 
 
 def print_json(record: dict[str, Any]) -> None:
+    """Print an object on a line of its own."""
     text = json.dumps(record, ensure_ascii=False)
     # A file name that is no UTF-8 arrives with surrogates: written as escapes, the line stays JSON and the name exact.
     print_line("".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text))
 
 
 def report_error(args: argparse.Namespace, name: str, message: str) -> None:
+    """Print what is wrong with an image: with --json an object among the results, else an error line."""
     if args.json:
         print_json({"image": name, "error": one_line(message)})
     else:
         complain(message if name in message else f"{name}: {message}")
 
 
+def read_lines(option: str, name: str) -> list[str]:
+    """The lines of an option's file. Raises ValueError where there are none."""
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            lines = [line for line in map(str.strip, file) if line]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8"
+        raise ValueError(f"{option} {name}: cannot be read ({reason})") from error
+    if not lines:
+        raise ValueError(f"{option} {name}: the file holds none; write one a line")
+    return lines
+
+
+@contextlib.contextmanager
+def progress_bars(
+    *, hidden: bool, in_all: bool = False, **style: Any
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each kind of work: what it is, how much more of it (`in_all`: in all) is done, of how much."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(desc=what, total=total, disable=hidden, **style)
+        bars[what].update(done - bars[what].n if in_all else done)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
 def load_named(args: argparse.Namespace) -> Predictor:
+    """The model that --model names."""
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     return blip2.load(
@@ -59,14 +101,34 @@ def load_named(args: argparse.Namespace) -> Predictor:
 
 
 def load_matcher(args: argparse.Namespace) -> Predictor:
+    """The same for a command that only matches: of the default model, its matcher alone."""
     from blip2.registry import DEFAULT, DEFAULT_MATCHER_FOLDER
 
-    if args.model == DEFAULT:  # the matcher alone: its generator is not needed here
-        return blip2.load(
-            DEFAULT_MATCHER_FOLDER,
-            device=args.device,
-            dtype=args.dtype,
-            revision=args.revision,
-            quantize=args.quantize,
-        )
-    return load_named(args)
+    if args.model != DEFAULT:
+        return load_named(args)
+    return load_named(argparse.Namespace(**vars(args) | {"model": DEFAULT_MATCHER_FOLDER}))
+
+
+def print_written(args: argparse.Namespace, result: Any, content: str, more: str = "") -> None:
+    """Print the folder of a checkpoint that was written, and what is in it."""
+    from blip2.registry import readable
+
+    if args.json:
+        print_json(asdict(result) | {"folder": str(result.folder)})
+    else:
+        sizes = f"{readable(result.read_bytes)} read, {readable(result.written_bytes)} written"
+        print_line(f"{one_line(str(result.folder))}: {content}, {sizes}{more}")
+
+
+def named_checkpoint(name: str) -> str | Path:
+    """The folder, file or name on the Hub that a checkpoint's name stands for.
+
+    Raises:
+        ValueError: `default`, and this installation holds no such model; or one of LAVIS's that is not on the Hub.
+    """
+    from blip2.registry import DEFAULT, DEFAULT_FOLDER, default_model, resolve_alias
+
+    if name != DEFAULT:
+        return resolve_alias(name)
+    default_model()
+    return DEFAULT_FOLDER

@@ -416,7 +416,7 @@ class Engine:
         options = [request.options for request, _ in prompts]
         tops = [request.top_logprobs for request, _ in prompts]
         sequences, prefix_caches = self._batch.join(
-            prefix, ids, mask, options, tops=tops, context=prompt_cache
+            prefix, ids, mask, options, tops=tops, prompt_cache=prompt_cache
         )
         for key, image, cache in zip(keys, images, prefix_caches, strict=True):
             self.cache.put(key, replace(image, prompt_cache=cache) if image.prompt_cache is None else image)
@@ -451,7 +451,7 @@ class Engine:
         if isinstance(sequence, SampledSequence):
             row = sequence
             return [self._output(row.ids, row.score, row.logprobs, row.finished, row.tops)]
-        texts = sequence.found
+        texts = sequence.generated
         assert texts is not None
         columns = zip(texts.ids, texts.scores, texts.token_logprobs, texts.finished, strict=True)
         return [self._output(*column, []) for column in columns]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from blip2.bulk import Settings, caption_all, list_items
+from blip2.bulk import Inputs, RunSettings, caption_all
 from blip2.bulk.journal import Row
 
 
@@ -41,11 +41,11 @@ def say(images: Sequence[Image.Image]) -> list[list[Row]]:
     return [[{"caption": digest[:8], "score": float(together)}] for digest in digests]
 
 
-def settings(out: Path, **changes: Any) -> Settings:
-    fixed = {"kind": "jsonl", "made_with": {"model": "m"}, "batch_size": 4, "side_by_side": 2}
-    return Settings(**{"out": out, **fixed, **changes})
+def settings(out: Path, **changes: Any) -> RunSettings:
+    fixed = {"kind": "jsonl", "run_config": {"model": "m"}, "batch_size": 4, "parallel_batches": 2}
+    return RunSettings(**{"out": out, **fixed, **changes})
 
 
 def run(folder: Path, out: Path, **changes: Any) -> list[Row]:
-    caption_all(list_items([str(folder)]), settings(out, **changes), say)
+    caption_all(Inputs(sources=[str(folder)]), settings(out, **changes), say)
     return [json.loads(line) for line in out.read_text().splitlines()]

@@ -23,14 +23,13 @@ from PIL import Image
 from small_runs import make_folder, png, run, say, settings
 
 import blip2
-from blip2.bulk import BulkError, Item, caption_all, list_items
-from blip2.bulk.describe import describer, shrinker, side_by_side
+from blip2.bulk import BulkError, ImageItem, Inputs, caption_all
+from blip2.bulk.describe import make_captioner, make_resizer, parallel_batches
 from blip2.bulk.index import content_key
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.progress import progress_bar
 from blip2.bulk.run import Progress
-from blip2.cli import build_parser, main
-from blip2.commands.sets import WITH_OUT
+from blip2.cli import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
@@ -47,16 +46,16 @@ def test_kills_change_nothing(kills: int, tmp_path: Path) -> None:
     )
     begin = time.perf_counter()
     rows = run(folder, straight)
-    whole = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
     assert [row["image"] for row in rows] == sorted(map(str, folder.iterdir()))
     rng = random.Random(kills)
     landed = finished = 0
     while landed < kills:
         child = os.fork()
         if child == 0:
-            caption_all(list_items([str(folder)]), settings(out), say)
+            caption_all(Inputs(sources=[str(folder)]), settings(out), say)
             os._exit(0)
-        time.sleep(rng.random() * whole * 0.6)  # in recovery too: it comes first
+        time.sleep(rng.random() * seconds * 0.6)  # in recovery too: it comes first
         os.kill(child, signal.SIGKILL)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         landed += killed
@@ -74,17 +73,17 @@ def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "in", 12), tmp_path / "out.jsonl"
     run(folder, out)
     expected, journal = out.read_bytes(), tmp_path / ".out.jsonl.blip2" / "journal"
-    whole = journal.read_bytes()
-    for cut in range(0, len(whole), 37):
-        journal.write_bytes(whole[:cut])
+    intact = journal.read_bytes()
+    for cut in range(0, len(intact), 37):
+        journal.write_bytes(intact[:cut])
         out.unlink()
         run(folder, out)
-        assert (out.read_bytes(), journal.read_bytes()) == (expected, whole)
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 1
+        assert (out.read_bytes(), journal.read_bytes()) == (expected, intact)
+    damaged = bytearray(intact)
+    damaged[len(intact) // 2] ^= 1
     journal.write_bytes(damaged)
     run(folder, out)
-    assert journal.read_bytes() == whole
+    assert journal.read_bytes() == intact
 
 
 def test_full_disk(tmp_path: Path) -> None:
@@ -99,7 +98,7 @@ def test_full_disk(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
         try:
-            caption_all(list_items([str(folder)]), settings(out), say)
+            caption_all(Inputs(sources=[str(folder)]), settings(out), say)
         except BulkError as error:
             os._exit(0 if "disk is full" in str(error) and "same command" in str(error) else 3)
         os._exit(4)
@@ -117,8 +116,8 @@ def test_a_second_run_and_other_settings_are_refused(tmp_path: Path) -> None:
         run(folder, out)
     journal.close()
     with pytest.raises(BulkError, match="model was 'm', now 'n'"):
-        run(folder, out, made_with={"model": "n"})
-    run(folder, out, made_with={"model": "m"})
+        run(folder, out, run_config={"model": "n"})
+    run(folder, out, run_config={"model": "m"})
 
 
 def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> None:
@@ -130,11 +129,11 @@ def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> N
         return say(images)
 
     for beside in (2, 1):
-        caption_all(list_items([str(folder)]), settings(out, side_by_side=beside), count)
+        caption_all(Inputs(sources=[str(folder)]), settings(out, parallel_batches=beside), count)
     assert len(seen) == len(set(seen)) == 12  # of 15 one is damaged and two are the first again
     (folder / "00002b.png").write_bytes(png(0))
     (folder / "new.png").write_bytes(png(99))
-    done = caption_all(list_items([str(folder), str(folder / "new.png")]), settings(out), count)
+    done = caption_all(Inputs(sources=[str(folder), str(folder / "new.png")]), settings(out), count)
     assert (done.done, done.before, len(seen)) == (2, 15, 13)
     names = [json.loads(line)["image"] for line in out.read_text().splitlines()]
     assert len(names) == len(set(names)) == 17
@@ -143,10 +142,12 @@ def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> N
 def test_memory_does_not_grow(tmp_path: Path) -> None:
     content, alive = png(1), []
 
-    def many() -> Iterator[Item]:
+    def many() -> Iterator[ImageItem]:
         for i in range(3000):
             alive.append(i)
-            yield Item(f"{i}", "", content=content + str(i).encode())  # a PNG with something behind its end
+            yield ImageItem(
+                f"{i}", "", content=content + str(i).encode()
+            )  # a PNG with something behind its end
 
     def check(images: Sequence[Image.Image]) -> list[list[Row]]:
         described.extend(images)
@@ -165,9 +166,9 @@ def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path)
     """With a model; one image kept of each would be 700 MiB, one at the model's size 15."""
     file = io.BytesIO()
     Image.effect_noise((300, 200), 50).convert("RGB").save(file, "JPEG")
-    items = (Item(str(i), "", content=file.getvalue() + str(i).encode()) for i in range(5000))
+    items = (ImageItem(str(i), "", content=file.getvalue() + str(i).encode()) for i in range(5000))
     model = blip2.load(generator_folder)
-    describe = describer(lambda: model, {"max_new_tokens": 4, "num_beams": 2})
+    describe = make_captioner(lambda: model, {"max_new_tokens": 4, "num_beams": 2})
     resident: list[float] = []
 
     def measure(progress: Progress) -> None:
@@ -178,7 +179,7 @@ def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path)
         items,
         settings(tmp_path / "o.jsonl", batch_size=25),
         describe,
-        prepare=shrinker(model, match=False),
+        prepare=make_resizer(model.generator.image_processor),
         progress=measure,
     )
     early, late = max(resident[20:60]), max(resident[-40:])
@@ -197,7 +198,7 @@ def test_the_index_is_never_believed_over_the_journal(tmp_path: Path) -> None:
     ]
     for wrong in (b"", other, index + other, *(index[:cut] for cut in range(0, len(index), 11)), *damaged):
         (state / "index").write_bytes(wrong)
-        assert caption_all(list_items([str(folder)]), settings(out), say).before == 12
+        assert caption_all(Inputs(sources=[str(folder)]), settings(out), say).before == 12
         assert ((state / "journal").read_bytes(), (state / "index").read_bytes()) == (journal, index)
     (state / "index").unlink()
     out.unlink()
@@ -206,7 +207,9 @@ def test_the_index_is_never_believed_over_the_journal(tmp_path: Path) -> None:
     for row in opened.rows():
         if "hash" in row:
             place = opened.contents.get(content_key(row["hash"]))
-            assert place is not None and row["hash"] in [each.get("hash") for each in opened.read(place)]
+            assert place is not None and row["hash"] in [
+                row_read.get("hash") for row_read in opened.read(place)
+            ]
     opened.close()
     (state / "journal").write_bytes(journal[: len(journal) // 2])  # older than its index
     run(folder, out)
@@ -240,7 +243,7 @@ def test_ten_million_rows_are_listed_and_gone_on_with(count: int, tmp_path: Path
     program = f"""
 import resource, sys, time
 from pathlib import Path
-from blip2.bulk import Settings, caption_all, list_items
+from blip2.bulk import Inputs, RunSettings, caption_all
 
 begin = time.perf_counter()
 
@@ -250,8 +253,8 @@ def first(images):
     sys.stdout.flush()
     raise SystemExit
 
-settings = Settings(out=Path({str(out)!r}), kind="jsonl", made_with={{"model": "m"}})
-caption_all(list_items([{str(rows)!r}]), settings, first)
+settings = RunSettings(out=Path({str(out)!r}), kind="jsonl", run_config={{"model": "m"}})
+caption_all(Inputs(sources=[{str(rows)!r}]), settings, first)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -284,12 +287,15 @@ def test_the_command(
     model = blip2.load(generator_folder)
     out, common = tmp_path / "c.jsonl", ["--model", str(generator_folder), "--max-new-tokens", "6", "--quiet"]
     (tmp_path / "bad.png").write_bytes(b"no image")
-    for source, told in (("no.jpg", "no such file or folder"), (str(tmp_path / "none"), "no images found")):
+    for source, message in (
+        ("no.jpg", "no such file or folder"),
+        (str(tmp_path / "none"), "no images found"),
+    ):
         (tmp_path / "none").mkdir(exist_ok=True)
         assert main(["caption", source, "--out", str(out), *common]) == 2 and not out.exists()
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     command = ["caption", str(pictures[0].parent), str(tmp_path / "bad.png"), "--out", str(out), *common]
-    with side_by_side(model) as beside:
+    with parallel_batches(model) as beside:
         assert beside == 2 and torch.get_num_threads() == 1
     assert main([*command, "--batch-size", "2"]) == 1
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -322,25 +328,14 @@ def test_the_command(
     assert "1 inputs" in capsys.readouterr().out and not (tmp_path / "d.jsonl").exists()
 
 
-def test_options_of_bulk_runs_need_an_output(capsys: Any) -> None:
-    begun = build_parser().parse_args(["caption", "x.png"])
-    assert {name: getattr(begun, name) for name in WITH_OUT} == WITH_OUT
-    (group,) = (
-        group
-        for action in build_parser()._actions
-        if isinstance(action.choices, dict)
-        for group in action.choices["caption"]._action_groups
-        if group.title is not None and "many images" in group.title
-    )
-    others = {"out", "num_return_sequences"}
-    assert {action.dest for action in group._group_actions} == {*WITH_OUT, *others}
-    assert main(["caption", "x.png", "--dry-run", "--limit", "3"]) == 2
-    assert "--limit, --dry-run: only with --out" in capsys.readouterr().err
+def test_options_of_files_need_an_output(capsys: Any) -> None:
+    assert main(["caption", "x.png", "--format", "csv", "--existing", "skip", "--engine", "local"]) == 2
+    assert "--format, --existing, --engine: only with --out PATH" in capsys.readouterr().err
 
 
 def test_the_time_left_is_shown_where_inputs_can_be_counted(capfd: Any) -> None:
-    def listed() -> Iterator[Item]:
-        yield from (Item(str(i), "") for i in range(40))
+    def listed() -> Iterator[ImageItem]:
+        yield from (ImageItem(str(i), "") for i in range(40))
         counted.set()
 
     for known in (True, False):
@@ -358,14 +353,14 @@ def test_the_time_left_is_shown_where_inputs_can_be_counted(capfd: Any) -> None:
 def test_match_and_keep_best(tmp_path: Path) -> None:
     image = Path(__file__).parents[2] / "examples" / "triangle-and-square.jpg"
     common = ["--num-captions", "3", "--beams", "3", "--max-new-tokens", "12", "--quiet"]
-    found: dict[str, list[Row]] = {}
+    rows_of: dict[str, list[Row]] = {}
     for option in ("--match", "--keep-best"):
         out = tmp_path / f"{option}.jsonl"
         assert main(["caption", str(image), "--out", str(out), *common, option]) == 0
-        found[option] = [json.loads(line) for line in out.read_text().splitlines()]
-    rows = found["--match"]
+        rows_of[option] = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of["--match"]
     captions = [row["caption"] for row in rows]
     assert len(set(captions)) == 3
     fits = blip2.load().match(image, captions)
     assert [row["match"] for row in rows] == pytest.approx([fit.probability for fit in fits], abs=1e-4)
-    assert found["--keep-best"] == [max(rows, key=lambda row: float(row["match"]))]
+    assert rows_of["--keep-best"] == [max(rows, key=lambda row: float(row["match"]))]

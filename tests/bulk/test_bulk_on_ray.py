@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from blip2.bulk import BulkError, Inputs, Settings, caption_all
+from blip2.bulk import BulkError, Inputs, RunSettings, caption_all
 from blip2.bulk.journal import Row
 from blip2.bulk.run import Describe, Progress
 from blip2.cli import main
@@ -65,8 +65,8 @@ def stop_after(batches: int) -> Callable[[Progress], None]:
     return stop
 
 
-def settings(out: Path, kind: str = "jsonl") -> Settings:
-    return Settings(out=out, kind=kind, made_with={"model": "m"}, batch_size=4, existing="append")
+def settings(out: Path, kind: str = "jsonl") -> RunSettings:
+    return RunSettings(out=out, kind=kind, run_config={"model": "m"}, batch_size=4, existing="append")
 
 
 def test_the_output_is_that_of_one_machine(
@@ -99,7 +99,7 @@ def test_text_files_too(folder: Path, say: Describe, tmp_path: Path) -> None:
     assert texts[0] == texts[1] and len(texts[0]) == 20
 
 
-def test_what_fails_on_a_machine_is_told(folder: Path, tmp_path: Path) -> None:
+def test_what_fails_on_a_machine_is_reported(folder: Path, tmp_path: Path) -> None:
     from blip2.bulk.on_ray import on_ray
 
     def fail(images: Sequence[Image.Image]) -> list[list[Row]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from small_runs import make_folder, png, run, say, settings
 
-from blip2.bulk import BulkError, Inputs, caption_all, list_items, outputs
+from blip2.bulk import BulkError, Inputs, caption_all, outputs
 from blip2.bulk.journal import Journal
 from blip2.bulk.run import Progress
 from blip2.bulk.sources import parquet_items
@@ -37,18 +37,18 @@ def test_every_source(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [{"bytes": png(5)}]}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"path": ["in/00002.png"]}), tmp_path / "p.parquet")
 
-    def found(*sources: str, **patterns: Any) -> list[tuple[str, bytes]]:
-        items = list_items([str(tmp_path / source) for source in sources], **patterns)
+    def listed(*sources: str, **patterns: Any) -> list[tuple[str, bytes]]:
+        items = Inputs(sources=[str(tmp_path / source) for source in sources], **patterns)
         return [(os.path.relpath(item.name, tmp_path), item.read()) for item in items]
 
     images = {
         name: (folder / name).read_bytes() for name in ("00000.png", "00001.png", "00002.png", "00003.png")
     }
-    assert [name for name, _ in found("in")] == [*(f"in/{name}" for name in images), "in/deep/x.JPG"]
-    assert [name for name, _ in found("in", exclude=["deep/*", "*2.png"])] == [
+    assert [name for name, _ in listed("in")] == [*(f"in/{name}" for name in images), "in/deep/x.JPG"]
+    assert [name for name, _ in listed("in", exclude=["deep/*", "*2.png"])] == [
         "in/00000.png", "in/00001.png", "in/00003.png"]  # fmt: skip
-    assert [name for name, _ in found("in", include=["*.JPG"])] == ["in/deep/x.JPG"]
-    assert found("s.tar", "l.txt", "t.csv", "c.json", "b.parquet", "p.parquet") == [
+    assert [name for name, _ in listed("in", include=["*.JPG"])] == ["in/deep/x.JPG"]
+    assert listed("s.tar", "l.txt", "t.csv", "c.json", "b.parquet", "p.parquet") == [
         ("s.tar/00001.png", images["00001.png"]),
         ("in/00000.png", images["00000.png"]),
         ("in/00003.png", images["00003.png"]),
@@ -66,10 +66,10 @@ def test_every_source(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(BulkError, match=name):
-            found(name)
+            listed(name)
 
 
-def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_reported(tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to("nowhere")
     (tmp_path / "deep.png").mkdir()
     (tmp_path / "list.txt").write_text("gone.png\ndeep.png\na\0b.png\n")
@@ -97,7 +97,7 @@ def test_shards_are_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_files(kind: str, tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "in", 10), tmp_path / "out.x"
     rows = run(folder, tmp_path / "o.jsonl")
-    caption_all(list_items([str(folder)]), settings(out, kind=kind), say)
+    caption_all(Inputs(sources=[str(folder)]), settings(out, kind=kind), say)
     if kind == "csv":
         import csv
 
@@ -126,17 +126,17 @@ def test_coco_knows_its_images_by_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,image\n07,a.png\n")
     out = tmp_path / "out.json"
     sources = [*(str(tmp_path / name) for name in names[:3]), str(tmp_path / "t.csv")]
-    caption_all(list_items(sources), settings(out, kind="coco"), say)
+    caption_all(Inputs(sources=sources), settings(out, kind="coco"), say)
     assert [row["image_id"] for row in json.loads(out.read_text())] == [42, 139, sources[2], 7]
 
 
-def test_what_stands_against_an_output_is_told_at_the_beginning(
+def test_what_prevents_an_output_is_reported_at_the_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for out, asked in (("x.parquet", None), ("x", "parquet")):
+    for out, requested in (("x.parquet", None), ("x", "parquet")):
         with pytest.raises(BulkError, match=r"pip install 'blip2\[bulk\]'"):
-            outputs.format_of(Path(out), asked)
+            outputs.format_of(Path(out), requested)
     assert outputs.format_of(Path("x.parquet"), "csv") == "csv"
     (tmp_path / "x.jsonl").mkdir()
     with pytest.raises(BulkError, match="there is a folder of this name"):
@@ -155,7 +155,9 @@ def test_text_files_beside_the_images(existing: str, expected: str, tmp_path: Pa
     rows = run(folder, tmp_path / "o.jsonl")
     (folder / "00001.txt").write_text("old\n")
     for _ in range(1 if existing == "overwrite" else 2):  # a second run adds nothing
-        done = caption_all(list_items([str(folder)]), settings(folder, kind="txt", existing=existing), say)
+        done = caption_all(
+            Inputs(sources=[str(folder)]), settings(folder, kind="txt", existing=existing), say
+        )
         assert done.failed == 0
         texts = [(folder / f"0000{i}.txt").read_text() for i in range(3)]
         caption = expected.format(rows[1]["caption"])
@@ -167,10 +169,10 @@ def test_text_files_in_a_mirror_folder(tmp_path: Path) -> None:
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "deep" / "er" / "x.JPG").write_bytes(png(8))
     other = make_folder(tmp_path / "other", 1)
-    items = [*list_items([str(folder)]), *list_items([str(other / "00000.png")])]
+    items = [*Inputs(sources=[str(folder)]), *Inputs(sources=[str(other / "00000.png")])]
     caption_all([item._replace(root=str(tmp_path)) for item in items], settings(out, kind="txt"), say)
-    found = sorted(str(path.relative_to(out)) for path in out.rglob("*.txt"))
-    assert found == ["in/00000.txt", "in/00001.txt", "in/deep/er/x.txt", "other/00000.txt"]
+    paths = sorted(str(path.relative_to(out)) for path in out.rglob("*.txt"))
+    assert paths == ["in/00000.txt", "in/00001.txt", "in/deep/er/x.txt", "other/00000.txt"]
     texts = {row["image"]: row["caption"] for row in run(folder, tmp_path / "o.jsonl")}
     for name in ("00000.png", "deep/er/x.JPG"):
         beside = (out / "in" / name).with_suffix(".txt")
@@ -183,19 +185,19 @@ def test_text_files_appear_as_captions_are_done(tmp_path: Path) -> None:
     texts = {Path(row["image"]).stem: row.get("caption") for row in run(folder, tmp_path / "o.jsonl")}
 
     def stop(progress: Progress) -> None:
-        found = {path.stem: path.read_text().strip() for path in folder.glob("*.txt")}
-        assert found == {name: texts[name] for name in list(texts)[: progress.done]}
+        written = {path.stem: path.read_text().strip() for path in folder.glob("*.txt")}
+        assert written == {name: texts[name] for name in list(texts)[: progress.done]}
         if progress.done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say, progress=stop)
+        caption_all(Inputs(sources=[str(folder)]), settings(folder, kind="txt"), say, progress=stop)
     (folder / "00002.txt").unlink()  # as where it was killed before this file was written
-    caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say)
+    caption_all(Inputs(sources=[str(folder)]), settings(folder, kind="txt"), say)
     assert {path.stem: path.read_text().strip() for path in folder.glob("*.txt")} == texts
     (folder / "00002.txt").write_text("better")  # once all is done, what was written is the user's
     (folder / "00009.png").write_bytes(png(9))
-    assert caption_all(list_items([str(folder)]), settings(folder, kind="txt"), say).done == 1
+    assert caption_all(Inputs(sources=[str(folder)]), settings(folder, kind="txt"), say).done == 1
     assert (folder / "00002.txt").read_text() == "better"
 
 
@@ -214,7 +216,7 @@ def test_every_image_has_a_text_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     def texts(out: str, *sources: str) -> list[str]:
         failed: list[int] = []
         caption_all(
-            list_items(sources),
+            Inputs(sources=sources),
             settings(Path(out), kind="txt"),
             say,
             progress=lambda progress: failed.append(progress.failed),
@@ -238,7 +240,7 @@ def test_every_image_has_a_text_file_of_its_own(tmp_path: Path, monkeypatch: pyt
 def test_shards_appear_as_they_are_full(
     batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Journal, "MANY", 3)
+    monkeypatch.setattr(Journal, "SHARD_SIZE", 3)
     folder = make_folder(tmp_path / "in", 22)  # two of them are damaged: seven shards, the last of two images
 
     def shards(out: Path) -> list[bytes]:
@@ -246,8 +248,8 @@ def test_shards_appear_as_they_are_full(
 
     def go(out: Path, **more: Any) -> None:
         caption_all(
-            list_items([str(folder)]),
-            settings(out, kind="webdataset", side_by_side=1, batch_size=batch_size),
+            Inputs(sources=[str(folder)]),
+            settings(out, kind="webdataset", parallel_batches=1, batch_size=batch_size),
             say,
             **more,
         )
@@ -267,8 +269,8 @@ def test_shards_appear_as_they_are_full(
 
         with pytest.raises(KeyboardInterrupt):
             go(out, progress=stop)
-        if len(found := sorted(out.parent.glob("*.tar"))) > 1:
-            found[0].unlink()  # one that was lost is made again
+        if len(shards_written := sorted(out.parent.glob("*.tar"))) > 1:
+            shards_written[0].unlink()  # one that was lost is made again
         go(out)
         assert shards(out) == expected
     first = min(out.parent.glob("*.tar"))
@@ -282,20 +284,20 @@ def test_shards_appear_as_they_are_full(
 
 def test_shards_of_images_within_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(Journal, "MANY", 3)
+    monkeypatch.setattr(Journal, "SHARD_SIZE", 3)
     contents = [png(i) for i in range(10)]
     contents[4] = b"no image"
     table = pa.table({"image": [{"bytes": content, "path": None} for content in contents]})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
     folder, out = make_folder(tmp_path / "in", 2), tmp_path / "out.tar"
-    items = list_items([str(tmp_path / "t.parquet"), str(folder)])
+    items = Inputs(sources=[str(tmp_path / "t.parquet"), str(folder)])
     caption_all(items, settings(out, kind="webdataset"), say)
-    found: list[bytes] = []
+    images: list[bytes] = []
     for path in sorted(tmp_path.glob("out-*.tar")):
         with tarfile.open(path) as archive:
             names = [name for name in archive.getnames() if name.endswith(".png")]
-            found += [archive.extractfile(name).read() for name in names]  # type: ignore[union-attr]
-    assert found == contents[:4] + contents[5:] + [png(0), png(1)]
+            images += [archive.extractfile(name).read() for name in names]  # type: ignore[union-attr]
+    assert images == contents[:4] + contents[5:] + [png(0), png(1)]
     assert [item.content for item in parquet_items(str(tmp_path / "t.parquet"), 7)] == contents[6:]
 
 
@@ -305,7 +307,7 @@ def test_a_shard_holds_the_images_that_were_captioned(tmp_path: Path) -> None:
     content = image.read_bytes()
 
     def go() -> None:
-        caption_all(list_items([str(folder)]), settings(out, kind="webdataset"), say, progress=once)
+        caption_all(Inputs(sources=[str(folder)]), settings(out, kind="webdataset"), say, progress=once)
 
     def once(progress: Progress) -> None:
         if progress.done == 5:
@@ -330,7 +332,7 @@ def test_kills_during_publishing_change_nothing(
     """Killed before and after each file takes its place, and with half a file written beside it."""
     if kind == "parquet":
         pytest.importorskip("pyarrow")
-    monkeypatch.setattr(Journal, "MANY", 3)
+    monkeypatch.setattr(Journal, "SHARD_SIZE", 3)
     folder = make_folder(tmp_path / "in", 8)
     name = "texts" if kind == "txt" else "out.x"
 
@@ -339,7 +341,7 @@ def test_kills_during_publishing_change_nothing(
         for i in (0, 1) if not (place / "begun").exists() else ():
             (place / "texts" / "in" / f"{i:05}.txt").write_text("old")
         (place / "begun").touch()
-        items = [item._replace(root=str(tmp_path)) for item in list_items([str(folder)])]
+        items = [item._replace(root=str(tmp_path)) for item in Inputs(sources=[str(folder)])]
         caption_all(items, settings(place / name, kind=kind, existing="append"), say)
 
     def files(place: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from small_runs import png, run, say, settings
 
-from blip2.bulk import BulkError, Estimate, Inputs, caption_all, estimate, pace
+from blip2.bulk import BulkError, Estimate, Inputs, caption_all, estimate
 from blip2.bulk.journal import Row
 
 
@@ -30,7 +31,9 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds, self.described = 0.0, 0
-        monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: self.seconds))
+        monkeypatch.setattr(
+            sys.modules["blip2.bulk.estimate"], "time", SimpleNamespace(perf_counter=lambda: self.seconds)
+        )
 
     def describe(self, images: Sequence[Image.Image]) -> list[list[Row]]:
         self.seconds += len(images) if self.described else 10
@@ -42,13 +45,13 @@ def test_the_first_batch_is_no_measure_of_the_others(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    found = estimate(
+    work = estimate(
         Inputs(sources=[str(folder)]),
-        settings(tmp_path / "o.jsonl", side_by_side=1),
+        settings(tmp_path / "o.jsonl", parallel_batches=1),
         clock.describe,
         prepare=lambda image: image,
     )
-    assert found == Estimate(inputs=100, done=0, seconds=10 + 96)
+    assert work == Estimate(inputs=100, done=0, seconds=10 + 96)
     assert clock.described == 12  # until there were five seconds of the usual pace
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     few = Inputs(sources=[str(folder)], limit=3)
@@ -56,17 +59,17 @@ def test_the_first_batch_is_no_measure_of_the_others(
     assert short == Estimate(inputs=3, done=0, seconds=10)
 
 
-def test_batches_are_described_side_by_side_as_in_the_run(folder: Path, tmp_path: Path) -> None:
+def test_batches_are_computed_in_parallel_as_in_the_run(folder: Path, tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=20)
 
     def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
         both.wait()  # never alone
         return say(images)
 
-    found = estimate(
+    work = estimate(
         Inputs(sources=[str(folder)], limit=32), settings(tmp_path / "o.jsonl"), describe, prepare=lambda i: i
     )
-    assert (found.inputs, found.done) == (32, 0)
+    assert (work.inputs, work.done) == (32, 0)
 
 
 def test_what_is_done_is_not_counted_again(
@@ -76,13 +79,13 @@ def test_what_is_done_is_not_counted_again(
     caption_all(Inputs(sources=[str(folder)], limit=40), settings(out), say)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def found(**changes: object) -> Estimate:
+    def estimated(**changes: object) -> Estimate:
         return estimate(inputs, settings(out, **changes), Clock(monkeypatch).describe, prepare=lambda i: i)
 
-    assert found(side_by_side=1) == Estimate(inputs=100, done=40, seconds=10 + 56)
-    assert found(side_by_side=1, existing="overwrite").done == 0
+    assert estimated(parallel_batches=1) == Estimate(inputs=100, done=40, seconds=10 + 56)
+    assert estimated(parallel_batches=1, existing="overwrite").done == 0
     with pytest.raises(BulkError, match="model was 'm', now 'n'"):
-        found(made_with={"model": "n"})
+        estimated(run_config={"model": "n"})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (folder / "000.txt").write_text("mine")
     assert estimate(inputs, settings(folder, kind="txt"), say, prepare=lambda i: i).done == 1

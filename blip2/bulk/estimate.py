@@ -6,16 +6,17 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from blip2.bulk.index import Index, key_of
 from blip2.bulk.journal import NAME, Journal
 from blip2.bulk.outputs import sidecar, state_folder
-from blip2.bulk.run import Describe, Prepare, Settings, on_this_machine
-from blip2.bulk.sources import Item
+from blip2.bulk.run import Describe, Prepare, RunSettings, on_this_machine
+from blip2.bulk.sources import ImageItem
 
-ENOUGH = 5.0  # seconds of work at its pace
+ENOUGH = 5.0  # seconds of work at its usual speed
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,20 @@ class Estimate:
     seconds: float
 
 
-def estimate(items: Iterable[Item], settings: Settings, describe: Describe, *, prepare: Prepare) -> Estimate:
+def estimate(
+    items: Iterable[ImageItem], settings: RunSettings, describe: Describe, *, prepare: Prepare
+) -> Estimate:
     """Describe the first inputs that are still to be done, as `caption_all` would, and count all others.
 
-    The first batches are slower than what follows (memory is asked for, code is loaded): they count as they are, and
-    the pace is that of the batches after them.
+    The first batches are slower than what follows (memory is allocated, code is loaded): they count as they are, and
+    the speed is that of the batches after them.
 
     Raises:
         BulkError: as `caption_all` does before it begins.
     """
     names, inputs, to_do = _names(settings), 0, 0
 
-    def new() -> Iterator[Item]:
+    def new() -> Iterator[ImageItem]:
         nonlocal inputs, to_do
         stream = iter(items)
         while some := list(itertools.islice(stream, 256)):
@@ -52,36 +55,32 @@ def estimate(items: Iterable[Item], settings: Settings, describe: Describe, *, p
     stream = new()
     ends = [(0, 0.0)]  # of each batch: how many inputs were done, and when
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place:
-        journal = Journal(Path(place), {})
-        try:
-            for rows in on_this_machine(stream, journal, settings, describe, prepare):
-                journal.add(rows)
-                ends.append((ends[-1][0] + len(rows), time.perf_counter() - begin))
-                rounds, others = divmod(len(ends) - 1, settings.side_by_side)
-                if rounds >= 2 and not others and ends[-1][1] - ends[settings.side_by_side][1] >= ENOUGH:
-                    break
-        finally:
-            journal.close()
+    with tempfile.TemporaryDirectory() as folder, closing(Journal(Path(folder), {})) as journal:
+        for rows in on_this_machine(stream, journal, settings, describe, prepare):
+            journal.add(rows)
+            ends.append((ends[-1][0] + len(rows), time.perf_counter() - begin))
+            rounds, others = divmod(len(ends) - 1, settings.parallel_batches)
+            if rounds >= 2 and not others and ends[-1][1] - ends[settings.parallel_batches][1] >= ENOUGH:
+                break
     for _ in stream:
         pass  # counted
     sample, spent = ends[-1]
-    first, started = ends[min(settings.side_by_side, len(ends) - 1)]
-    pace = (spent - started) / max(1, sample - first)
-    return Estimate(inputs, inputs - to_do, spent + pace * (to_do - sample))
+    first, started = ends[min(settings.parallel_batches, len(ends) - 1)]
+    seconds_each = (spent - started) / max(1, sample - first)
+    return Estimate(inputs, inputs - to_do, spent + seconds_each * (to_do - sample))
 
 
-def _names(settings: Settings) -> Index:
+def _names(settings: RunSettings) -> Index:
     """Of the inputs that the output has; none where it would be made anew."""
     folder = state_folder(settings.out, settings.kind)
-    if settings.existing == "overwrite" or not (folder / NAME).is_file():
+    if settings.kind == "stdout" or settings.existing == "overwrite" or not (folder / NAME).is_file():
         return Index()
-    journal = Journal(folder, settings.made_with)
+    journal = Journal(folder, settings.run_config)
     journal.close()
     return journal.names
 
 
-def _stays(item: Item, settings: Settings) -> bool:
+def _stays(item: ImageItem, settings: RunSettings) -> bool:
     """Whether its text file is there and is left alone."""
     beside = settings.kind == "txt" and settings.existing == "skip"
     return beside and (settings.out / sidecar(item, settings.out)).exists()

@@ -1,0 +1,28 @@
+"""Answer a question about images.
+
+blip2 ask photo.jpg "how many dogs are there?"
+blip2 ask photos/ "is it day or night?" --json
+blip2 ask photo.jpg "what is the man doing?" --model opt-2.7b --max-new-tokens 20
+blip2 ask photos/ "is there a person?" --out answers.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blip2.commands.arguments import add_decoding, add_images, add_model, add_output
+from blip2.commands.captioning import add_texts, write_texts
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
+    add_model(parser, from_environment=True)
+    add_decoding(parser, "answer")
+    add_output(parser, "--json", "--stream", "--batch-size", "--quiet")
+    add_texts(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the question about each image."""
+    return write_texts(args, "answer", [args.question])

@@ -1,0 +1,38 @@
+"""Describe images in words.
+
+blip2 caption photo.jpg
+blip2 caption photos/ --json > captions.jsonl
+blip2 caption 'photos/*.png' --beams 3 --max-new-tokens 20
+blip2 caption photo.jpg --num-captions 3 --match
+blip2 caption photo.jpg --temperature 0.8 --top-p 0.9 --seed 1
+curl -s https://example.org/photo.jpg | blip2 caption -
+blip2 caption photo.jpg --model opt-6.7b-coco --dtype bf16
+blip2 caption photos/ --out captions.jsonl
+blip2 caption shards/*.tar rows.parquet --out captions.parquet --match
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blip2.commands.arguments import add_decoding, add_images, add_model, add_output, option
+from blip2.commands.captioning import add_texts, write_texts
+from blip2.commands.terminal import read_lines
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    add_model(parser, from_environment=True)
+    add_decoding(parser, "caption")
+    option(parser, "--prompt", "TEXT", 'what the caption continues, "" for nothing (default: "a photo of")')
+    option(parser, "--questions", "FILE", "answer these about each image instead, a question a line")
+    add_output(parser, "--json", "--stream", "--batch-size", "--quiet")
+    add_texts(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Caption all images, or answer a file's questions about each."""
+    if args.questions is not None and args.prompt is not None:
+        raise ValueError("--questions goes without --prompt")
+    questions = [] if args.questions is None else read_lines("--questions", args.questions)
+    return write_texts(args, "caption", questions)

@@ -1,0 +1,227 @@
+"""The road of `caption` and `ask`: texts about any number of images, to standard output or into files."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
+from blip2.commands.images import countable, inputs_of, print_rows, run_settings
+from blip2.commands.terminal import DONE, SOME_FAILED, complain, load_named, print_line, report_error
+from blip2.generation.options import GenerationOptions, TextKind
+
+if TYPE_CHECKING:
+    from blip2.bulk import Inputs, RunSettings
+    from blip2.bulk.run import Describe, Engine, Prepare
+    from blip2.predict import Predictor
+
+ONLY_FILES = ("format", "existing", "engine")  # options that need --out
+NOT_STREAMED = (
+    "out", "json", "num_beams", "num_return_sequences", "questions", "prefix", "suffix", "score", "match",
+    "keep_best", "dry_run",
+)  # fmt: skip
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Options about the texts, and --out with what belongs to it."""
+    group = parser.add_argument_group("texts")
+    option(group, "--prefix", "TEXT", "put before each text", default="")
+    option(group, "--suffix", "TEXT", "put after each text", default="")
+    switch(group, "--score", "the log-probability of each text too")
+    switch(group, "--match", "how well each text fits, by the matcher")
+    switch(group, "--keep-best", "keep the text that fits best, by the matcher")
+    switch(group, "--dry-run", "count images and estimate the time only")
+    group = parser.add_argument_group("output to files (docs/bulk.md)")
+    about = (
+        "write there and go on where an earlier run stopped: .jsonl, .csv, .parquet, .json (COCO's results), "
+        ".tar (webdataset), or a folder for a .txt beside each image"
+    )
+    option(group, "-o --out", "PATH", about)
+    formats = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
+    option(group, "--format", None, "the format, where the name of --out does not tell", choices=formats)
+    about = (
+        "what to do with text files that are there; overwrite makes a finished output anew (default: skip)"
+    )
+    existing = ("skip", "overwrite", "append", "prepend")
+    option(group, "--existing", None, about, choices=existing)
+    about = "ray: on all machines of a Ray cluster (default: local)"
+    option(group, "--engine", None, about, choices=("local", "ray"))
+
+
+def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) -> int:
+    """Texts about all images, one or more lines each: answers where there are questions, else captions.
+
+    kind: whose decoding options these are.
+    """
+    begun = time.perf_counter() - time.process_time()  # when Python was started, about
+    _check(args)
+    options = decoding_options(args, kind)
+    if args.stream:
+        return _stream(args, options, questions)
+    inputs = inputs_of(args, strict=args.out is not None)
+    if args.out is not None:
+        return _write_files(args, inputs, options, questions, begun)
+    model = load_named(args)
+    describe, prepare = _captioner(args, lambda: model, model, options, questions)
+    if args.dry_run:
+        with run_settings(args, model) as settings:
+            return _print_estimate(inputs, settings, describe, prepare, begun)
+    columns = ("question", "caption", "answer", "logprob", "match")[args.command == "ask" :]
+    hide = "question" if args.command == "ask" else ""
+    return print_rows(args, inputs, describe, columns, prepare=prepare, hide=hide, parallel=model)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError where options were given that would do nothing."""
+    names = [name for name in ONLY_FILES if getattr(args, name) is not None] if args.out is None else []
+    if names:
+        raise ValueError(f"{', '.join(f'--{name}' for name in names)}: only with --out PATH")
+    values = {name: getattr(args, name, None) for name in (NOT_STREAMED if args.stream else ())}
+    names = [name for name, value in values.items() if value is True or value not in (None, False, "", 1)]
+    if names:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ValueError(f"--stream prints one text as it comes: leave out {options}")
+
+
+def _stream(args: argparse.Namespace, options: GenerationOptions, questions: list[str]) -> int:
+    """One text about one image, word by word."""
+    from blip2.bulk import RunSettings
+    from blip2.bulk.run import decode
+
+    items = list(itertools.islice(inputs_of(args), 2))
+    if len(items) != 1:
+        raise ValueError(
+            f"--stream prints one text as it comes, and there are {'several' if items else 'no'} images"
+        )
+    model = load_named(args)
+    decoded = decode(items[0], RunSettings(), lambda image: image)
+    if decoded.image is None:
+        report_error(args, items[0].name, decoded.row["error"])
+        return SOME_FAILED
+    keywords = _keywords(args, options) | ({"question": questions[0]} if questions else {})
+    write: Any = model.ask if questions else model.caption
+    for piece in write(decoded.image, stream=True, **keywords):
+        print(piece, end="", flush=True)
+    print_line("")
+    return DONE
+
+
+def _keywords(args: argparse.Namespace, options: GenerationOptions) -> dict[str, Any]:
+    prompt = getattr(args, "prompt", None)
+    return decoding_keywords(options) | ({} if prompt is None else {"prompt": prompt})
+
+
+def _captioner(
+    args: argparse.Namespace,
+    load: Callable[[], Predictor],
+    model: Predictor,
+    options: GenerationOptions,
+    questions: list[str],
+) -> tuple[Describe, Prepare]:
+    """What gives the texts of images, and what makes waiting images small. load: gives the model that does the work."""
+    from blip2.bulk.describe import make_captioner, make_resizer
+
+    processors = [model.generator.image_processor]
+    if args.match or args.keep_best:
+        processors.append(model.matcher.image_processor)  # an error now where there is no matcher
+    describe = make_captioner(
+        load,
+        _keywords(args, options),
+        questions=questions,
+        prefix=args.prefix,
+        suffix=args.suffix,
+        score=args.score,
+        match=args.match,
+        keep_best=args.keep_best,
+    )
+    return describe, make_resizer(*processors)
+
+
+def _print_estimate(
+    inputs: Inputs, settings: RunSettings, describe: Describe, prepare: Prepare, begun: float
+) -> int:
+    from blip2.bulk import estimate
+
+    to_begin = time.perf_counter() - begun
+    work = estimate(inputs, settings, describe, prepare=prepare)
+    already = f", {work.done:,} of them done already" if work.done else ""
+    seconds = to_begin + work.seconds
+    minutes = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    duration = f"{seconds:.0f} seconds" if seconds < 120 else minutes
+    print_line(f"{work.inputs:,} inputs{already}: about {duration} on this machine; nothing was written")
+    return DONE
+
+
+def _write_files(
+    args: argparse.Namespace, inputs: Inputs, options: GenerationOptions, questions: list[str], begun: float
+) -> int:
+    """Texts of any number of images into a file or folder, going on where an earlier run stopped."""
+    from blip2.bulk import BulkError, caption_all
+    from blip2.bulk.journal import GO_ON
+    from blip2.bulk.outputs import ERRORS, format_of, state_folder
+    from blip2.bulk.progress import progress_bar
+
+    out = Path(args.out)
+    kind = format_of(out, args.format)
+    if options.do_sample and options.seed is None:
+        raise BulkError("sampling into a file needs --seed: else no run could be repeated or gone on with")
+    inputs.check()
+    engine = _ray() if args.engine == "ray" else None
+    # With Ray the model is loaded here only for what is written down about it.
+    model = load_named(args if engine is None else argparse.Namespace(**vars(args) | {"device": "cpu"}))
+    load = (lambda: model) if engine is None else (lambda: load_named(args))
+    describe, prepare = _captioner(args, load, model, options, questions)
+    run_config = _run_config(args, options, questions, model, kind)
+    output = {"out": out, "kind": kind, "existing": args.existing or "skip", "run_config": run_config}
+    try:
+        with run_settings(args, model, **output) as settings:
+            if args.dry_run:
+                return _print_estimate(inputs, settings, describe, prepare, begun)
+            with progress_bar(countable(inputs), hidden=args.quiet) as show:
+                done = caption_all(inputs, settings, describe, prepare=prepare, progress=show, engine=engine)
+    except KeyboardInterrupt:
+        complain("stopped" if args.dry_run else f"stopped; what was done is kept, {GO_ON}")
+        return 130
+    if not args.quiet:
+        errors = f": {state_folder(out, kind) / ERRORS}" if done.failed else ""
+        total = done.done + done.before
+        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed{errors}", file=sys.stderr)
+    return SOME_FAILED if done.failed else DONE
+
+
+def _run_config(
+    args: argparse.Namespace, options: GenerationOptions, questions: list[str], model: Predictor, kind: str
+) -> dict[str, Any]:
+    """Whatever decides what a run writes: all of it is recorded, and an output goes on only with the same."""
+    from blip2.bulk.describe import fingerprint
+
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # recorded for an option that was not given
+    decoding = {name: neutral.get(name) if value is None else value for name, value in vars(options).items()}
+    if options.eos_token_id is not None:  # as JSON gives it back
+        ids = options.eos_token_id
+        decoding["eos_token_id"] = [ids] if isinstance(ids, int) else [*ids]
+    for name in ("model", "dtype", "quantize", "prefix", "suffix", "score", "match", "keep_best", "shard"):
+        decoding[name] = getattr(args, name)
+    return decoding | {
+        "prompt": getattr(args, "prompt", None),
+        "questions": questions,
+        "weights": fingerprint(model),
+        "format": kind,
+        "existing": args.existing if args.existing in ("append", "prepend") else None,
+    }
+
+
+def _ray() -> Engine:
+    """The engine of a cluster. Raises BulkError where Ray is missing."""
+    try:
+        from blip2.bulk.on_ray import on_ray
+    except ImportError as error:
+        from blip2.bulk import BulkError
+
+        raise BulkError(f"--engine ray needs Ray ({error}); pip install 'blip2[ray]'") from None
+    return on_ray

@@ -1,0 +1,48 @@
+"""List the models known by name, with their sizes and the memory they need.
+
+blip2 models
+blip2 models --json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blip2.commands.arguments import add_output
+from blip2.commands.terminal import DONE, print_json, print_line
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_output(parser, "--json")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table."""
+    from blip2.registry import PRECISIONS, known_models, readable
+
+    rows: list[tuple[str, ...]] = [
+        ("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")
+    ]
+    for model in known_models():
+        memory, count = {dtype: model.memory_bytes(dtype) for dtype in PRECISIONS}, model.parameters
+        if args.json:
+            print_json(
+                {
+                    "name": model.name,
+                    "alias": model.alias,
+                    "lavis": model.lavis,
+                    "use": model.use,
+                    "parameters": count,
+                    "image_px": model.config.vision.image_size,
+                    "disk_bytes": model.disk_bytes,
+                    "memory_bytes": memory,
+                }
+            )
+            continue
+        parameters = f"{count / 1e9:.2f} B" if count >= 10**9 else f"{count / 1e6:.1f} M"
+        sizes = map(readable, (model.disk_bytes, *memory.values()))
+        rows.append((model.name, model.alias, parameters, *sizes, model.use, model.lavis))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in [] if args.json else rows:
+        print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return DONE
