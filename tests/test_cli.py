@@ -483,12 +483,19 @@ def test_the_output_has_one_name() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_in_a_real_shell(shell: str, run: Run, tmp_path: Path) -> None:
+def test_completion_in_a_real_shell(
+    shell: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"there is no {shell} here")
     script = tmp_path / "script"
     script.write_text("\n".join(run("completion", shell, model=None)[1]) + "\n")
     (tmp_path / "a photo.jpg").touch()
+    command = tmp_path / "bin" / "blip2"  # scripts call it for the words
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m blip2 "$@"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
     for typed, completed in (
         ("blip2 capt", "caption"),
         ("blip2 caption x.jpg --exis", "--existing"),
@@ -497,9 +504,9 @@ def test_completion_in_a_real_shell(shell: str, run: Run, tmp_path: Path) -> Non
         ("blip2 caption a", "a\\ photo.jpg"),
     ):
         if shell == "fish":
-            command = f"source {script}; complete -C '{typed}'"
+            program = f"source {script}; complete -C '{typed}'"
             answer = subprocess.run(
-                ["fish", "--no-config", "-c", command], cwd=tmp_path, capture_output=True, text=True
+                ["fish", "--no-config", "-c", program], cwd=tmp_path, capture_output=True, text=True
             )
             assert answer.stdout.split("\t")[0].rstrip("\n") in (completed, completed.replace("\\", "")), (
                 answer
