@@ -163,6 +163,7 @@ def test_every_decoding_option_arrives(run: Run, generator_folder: Path, picture
             {"do_sample": True, "temperature": 2.5, "top_k": 9, "seed": 3},
         ),
         ("--top-p 0.7 --seed 3", {"do_sample": True, "top_p": 0.7, "seed": 3}),
+        ("--eos-token-id 5 --eos-token-id 7", {"eos_token_id": [5, 7]}),
     ):
         _, out, _ = run("caption", image, *SHORT, *flags.split(), "--json")
         assert json.loads(out[0])["caption"] == model.caption(image, max_new_tokens=6, **options), flags
@@ -173,8 +174,14 @@ def test_every_decoding_option_arrives(run: Run, generator_folder: Path, picture
             )
     _, out, _ = run("caption", image, *SHORT, "--prompt", "the cat", "--json")
     assert json.loads(out[0])["caption"] == model.caption(image, prompt="the cat", max_new_tokens=6)
-    _, out, _ = run("caption", image, *SHORT, "--num-return-sequences", 3)
-    assert len(out) == 3
+    for count in (1, 3):
+        for name in ("--num-return-sequences", "--num-captions"):
+            status, out, _ = run("caption", image, *SHORT, name, count)
+            assert (status, len(out)) == (0, count)
+            assert out[0] == one_line(model.caption(image, max_new_tokens=6))
+    first = model.caption(image, num_beams=1, max_new_tokens=6).tokens[0]
+    _, out, _ = run("caption", image, *SHORT, "--beams", 1, "--eos-token-id", first, "--json")
+    assert json.loads(out[0])["caption"] == ""
 
 
 def test_streaming_prints_the_same_text(run: Run, pictures: list[Path]) -> None:

@@ -154,8 +154,7 @@ def _valid(row: Row) -> Row:
 
 def _line(value: Any) -> str:
     # A file name that is no UTF-8 holds surrogates: as escapes the line stays JSON and the name exact.
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text)
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 def _jsonl(rows: Iterable[Row], file: TextIO) -> None:

@@ -61,7 +61,7 @@ class RunSettings:
     existing: Existing = "skip"
     batch_size: int = 8
     parallel_batches: int = 1
-    threads: int = 2
+    threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)

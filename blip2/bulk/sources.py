@@ -113,9 +113,8 @@ class Inputs:
             raise BulkError(f"{' '.join(self.sources)}: no images found (folders: {suffixes})")
 
     def _items(self) -> Iterator[ImageItem]:
-        for source in (
-            self.sources if self.strict else ()
-        ):  # a slip is reported before the first image is read
+        # A slip is reported before the first image is read.
+        for source in self.sources if self.strict else ():
             _check_exists(source)
         for source in self.sources:
             if source == "-" and self.stdin is not None:

@@ -129,9 +129,9 @@ def decoding_options(args: argparse.Namespace, kind: TextKind) -> GenerationOpti
     return make_options(kind, stream=args.stream, **given)
 
 
-def decoding_keywords(options: GenerationOptions) -> dict[str, Any]:
-    """Options as keywords of `Predictor.caption`, `.ask` and `Chat.send`."""
-    keywords = {name: value for name, value in vars(options).items() if value is not None}
-    if keywords["num_return_sequences"] == 1:
-        del keywords["num_return_sequences"]  # a text for each image, and no list of one
-    return keywords
+def decoding_keywords(args: argparse.Namespace, options: GenerationOptions) -> dict[str, Any]:
+    """Options, and the prompt, as keywords of `Predictor.caption`, `.ask` and `Chat.send`."""
+    others = {
+        name: getattr(args, name, None) for name in ("num_return_sequences", "prompt")
+    }  # not all have them
+    return {name: value for name, value in (vars(options) | others).items() if value is not None}

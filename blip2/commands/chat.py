@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer questions until they end."""
     if args.stream and args.json:
         raise ValueError("--stream prints words as they come: leave out --json")
-    options = arguments.decoding_keywords(arguments.decoding_options(args, "answer"))
+    options = arguments.decoding_keywords(args, arguments.decoding_options(args, "answer"))
     if args.image == "-":
         raise ValueError("chat reads questions from standard input; give the image as a path")
     model = terminal.load_named(args)
@@ -71,12 +71,8 @@ def _questions() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editor)
     print("Ask about the image; an empty line or Ctrl-D ends.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        if not line:
-            return
-        yield line
+    try:
+        while line := input("> ").strip():
+            yield line
+    except EOFError:
+        print(file=sys.stderr)
