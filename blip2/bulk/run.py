@@ -38,6 +38,7 @@ Describe = Callable[[Sequence[Image.Image]], list[list[Row]]]
 Prepare = Callable[[Image.Image], Image.Image]
 # Of (items, journal, settings, describe, prepare): the rows of each batch, in the order of the items.
 Engine = Callable[[Iterable[ImageItem], Journal, "RunSettings", Describe, Prepare], Iterator[list[Row]]]
+Recorded = Callable[[str], list[Row] | None]  # of a content, by its key, the texts that are recorded
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
 Existing = Literal["skip", "overwrite", "append", "prepend"]
@@ -137,66 +138,55 @@ def _write_other_shards(journal: Journal, out: Path) -> None:
             write_shard(journal, out, number)
 
 
-def caption_rows(
-    items: Iterable[ImageItem], settings: RunSettings, describe: Describe, *, prepare: Prepare
-) -> Iterator[list[Row]]:
-    """Caption all items and give their rows batch by batch, in the order of the items; nothing is recorded.
-
-    What cannot be read is a row with `error`. Arguments as `caption_all`; of the settings only batch size and threads
-    matter. An item that comes twice gives two rows.
-    """
-    return _captioned(items, settings, describe, prepare, lambda key: None)
-
-
 def on_this_machine(
     items: Iterable[ImageItem], journal: Journal, settings: RunSettings, describe: Describe, prepare: Prepare
 ) -> Iterator[list[Row]]:
     """The engine of one machine: threads read and decode ahead of the model."""
     fresh = new_items(items, journal.names, journal.files, settings)
-    return _captioned(fresh, settings, describe, prepare, journal.texts)
+    return caption_rows(fresh, settings, describe, prepare=prepare, recorded=journal.texts)
 
 
-def _captioned(
+def caption_rows(
     items: Iterable[ImageItem],
     settings: RunSettings,
     describe: Describe,
+    *,
     prepare: Prepare,
-    recorded: Callable[[str], list[Row] | None],
+    recorded: Recorded = lambda key: None,
 ) -> Iterator[list[Row]]:
-    """Rows of items. recorded: the texts that a content has from an earlier batch."""
+    """Caption all items and give their rows batch by batch, in the order of the items; nothing is recorded.
+
+    What cannot be read is a row with `error`. Arguments as `caption_all`; an item that comes twice gives two rows.
+    recorded: gives the texts that a content has from an earlier batch.
+    """
     far, parallel = 2 * settings.batch_size + settings.threads, settings.parallel_batches
     decoded = _ahead(items, lambda item: decode(item, settings, prepare), settings.threads, far)
-    batches = _batches((image for _, image in decoded), settings, recorded)
+    batches = _batches(decoded, settings, recorded)
 
-    def work(batch: Batch) -> dict[str, list[Row]]:
-        return describe_all(batch.unseen, describe)
+    def work(batch: Batch) -> tuple[Batch, dict[str, list[Row]]]:
+        return batch, describe_all(batch.unseen, describe)
 
     # A single one is computed in this thread, where Ctrl-C takes effect at once.
-    described = (
-        ((batch, work(batch)) for batch in batches)
-        if parallel == 1
-        else _ahead(batches, work, parallel, parallel - 1)
-    )
+    described = map(work, batches) if parallel == 1 else _ahead(batches, work, parallel, parallel - 1)
     for batch, texts in described:
-        yield finished_rows(batch.read, texts, recorded)
+        yield [decoded.with_texts(texts, recorded) for decoded in batch.read]
 
 
 def _ahead(
     things: Iterable[Thing], work: Callable[[Thing], Result], threads: int, most: int
-) -> Iterator[tuple[Thing, Result]]:
-    """Things with what threads made of them, in order; of `most` more the work has begun."""
+) -> Iterator[Result]:
+    """What threads make of things, in order; of `most` more the work has begun."""
     with ThreadPoolExecutor(threads) as pool:
-        begun: deque[tuple[Thing, Future[Result]]] = deque()
+        begun: deque[Future[Result]] = deque()
         try:
             for thing in things:
-                begun.append((thing, pool.submit(work, thing)))
+                begun.append(pool.submit(work, thing))
                 if len(begun) > most:
-                    thing, future = begun.popleft()
-                    yield thing, future.result()
-            for thing, future in begun:
-                yield thing, future.result()
+                    yield begun.popleft().result()
+            for future in begun:
+                yield future.result()
         finally:
-            for _, future in begun:
+            for future in begun:
                 future.cancel()
 
 
@@ -238,6 +228,10 @@ class Decoded:
     def key(self) -> str:
         """What images of equal content share: the hash; without one no two are equal."""
         return str(self.row.get("hash", self.number))
+
+    def with_texts(self, texts: Mapping[str, list[Row]], recorded: Recorded = lambda key: None) -> Row:
+        """The row with its texts: those recorded for the content, else the new ones."""
+        return self.row if self.image is None else self.row | {"texts": recorded(self.key) or texts[self.key]}
 
 
 def decode(item: ImageItem, settings: RunSettings, prepare: Prepare) -> Decoded:
@@ -282,9 +276,7 @@ class Batch:
     unseen: dict[str, Image.Image]
 
 
-def _batches(
-    stream: Iterable[Decoded], settings: RunSettings, recorded: Callable[[str], list[Row] | None]
-) -> Iterator[Batch]:
+def _batches(stream: Iterable[Decoded], settings: RunSettings, recorded: Recorded) -> Iterator[Batch]:
     """Runs of images, each with so many contents the model has not seen; what needs no model goes along."""
     size, batch = settings.batch_size, Batch([], {})
     latest = deque([batch], settings.parallel_batches)  # their texts may not be recorded yet
@@ -305,15 +297,3 @@ def _batches(
 def describe_all(images: Mapping[str, Image.Image], describe: Describe) -> dict[str, list[Row]]:
     """The texts of each content."""
     return dict(zip(images, describe(list(images.values())), strict=True)) if images else {}
-
-
-def finished_rows(
-    read: Iterable[Decoded], texts: Mapping[str, list[Row]], recorded: Callable[[str], list[Row] | None]
-) -> list[Row]:
-    """The rows with their texts: those recorded for the content, else the new ones."""
-    return [
-        decoded.row
-        if decoded.image is None
-        else decoded.row | {"texts": recorded(decoded.key) or texts[decoded.key]}
-        for decoded in read
-    ]

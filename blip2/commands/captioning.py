@@ -72,8 +72,7 @@ def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) 
             settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
             return _print_estimate(inputs, settings, describe, prepare, begun)
     columns = ("question", "caption", "answer", "logprob", "match")[args.command == "ask" :]
-    hide = "question" if args.command == "ask" else ""
-    return print_rows(args, inputs, describe, columns, prepare=prepare, hide=hide, parallel=model)
+    return print_rows(args, inputs, describe, columns, prepare=prepare, parallel=model)
 
 
 def _check(args: argparse.Namespace) -> None:

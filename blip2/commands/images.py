@@ -46,13 +46,13 @@ def print_rows(
     columns: Sequence[str],
     *,
     prepare: Prepare,
-    hide: str = "",
     parallel: Predictor | None = None,
 ) -> int:
     """Print what `describe` gives for each image as it comes; one that cannot be read is an error line of its own.
 
     Args:
-        columns: what a line holds of a result, where it has it; with --json all of it is printed but `hide`.
+        columns: what a line holds of a result, where it has it; with --json all of it is printed but the question,
+            which must be a column.
         parallel: the model, where two batches may be computed at once.
 
     Returns:
@@ -80,7 +80,7 @@ def print_rows(
                     if "error" in row:
                         report_error(args, row["image"], row["error"])
                     elif args.json:
-                        print_json({name: value for name, value in row.items() if name != hide})
+                        print_json({k: v for k, v in row.items() if k != "question" or k in columns})
                     else:
                         cells = [_cell(row[name]) for name in columns if name in row]
                         print_line("\t".join(cells if single else [row["image"], *cells]))

@@ -13,16 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from blip2.commands import terminal
 from blip2.commands.arguments import add_model, add_output, option
-from blip2.commands.terminal import (
-    DONE,
-    load_matcher,
-    load_named,
-    print_json,
-    print_line,
-    progress_bars,
-    read_lines,
-)
 from blip2.evaluate.tasks import TASK_NAMES
 
 
@@ -55,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.abstain and not args.answers:
         raise ValueError("--abstain is about answers that are ranked: give them with --answers FILE")
-    answers = read_lines("--answers", args.answers) if args.answers else []
+    answers = terminal.read_lines("--answers", args.answers) if args.answers else []
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: this is a file; name a folder")
     only_matches = args.task.startswith("retrieval-") and args.matcher is None
-    load = load_matcher if only_matches else load_named
+    load = terminal.load_matcher if only_matches else terminal.load_named
     hidden = args.quiet or not sys.stderr.isatty()
-    with progress_bars(hidden=hidden, in_all=True, leave=False) as progress:
+    with terminal.progress_bars(hidden=hidden, in_all=True, leave=False) as progress:
         settings = EvalSettings(
             protocol=args.protocol,
             limit=args.limit,
@@ -75,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
         reports = evaluate(lambda: load(args), args.task, args.data, settings, model_name=args.model)
     for report in reports:
         for line in [] if args.json else lines(report):
-            print_line(line)
+            terminal.print_line(line)
         if args.out:
             folder = Path(args.out) / report.task if len(reports) > 1 else Path(args.out)
             for path in write(report, folder):
                 print(path, file=sys.stderr)
         if args.json:
-            print_json(report_json(report))
-    return DONE
+            terminal.print_json(report_json(report))
+    return terminal.DONE
