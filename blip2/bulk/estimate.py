@@ -76,6 +76,5 @@ def _names(settings: RunSettings) -> Index:
     folder = state_folder(settings.out, settings.kind)
     if settings.kind == "stdout" or settings.existing == "overwrite" or not (folder / NAME).is_file():
         return Index()
-    journal = Journal(folder, settings.run_config)
-    journal.close()
-    return journal.names
+    with closing(Journal(folder, settings.run_config)) as journal:
+        return journal.names

@@ -79,9 +79,8 @@ class IndexFile:
 
 def key_of(name: str) -> int:
     """64 bits of a hash: among ten million names two are taken for one with a chance of 3 in a million."""
-    return int.from_bytes(
-        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def content_key(digest: str) -> int:

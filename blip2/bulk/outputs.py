@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -266,3 +266,26 @@ def _ending(name: str, content: bytes) -> str:
         return ending
     with Image.open(io.BytesIO(content)) as image:  # it was decoded before
         return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())
+
+
+def write_done(journal: Journal, rows: Sequence[Row], out: Path, kind: str) -> None:
+    """Write what the journal's last rows have completed: their text files, or the shards that they have made full."""
+    if kind == "txt":
+        write_sidecars(rows, out)
+    elif kind == "webdataset":
+        earlier = journal.succeeded - sum("error" not in row for row in rows)
+        for number in range(earlier // journal.SHARD_SIZE, journal.succeeded // journal.SHARD_SIZE):
+            write_shard(journal, out, number)
+
+
+def write_rest(journal: Journal, out: Path, kind: str) -> None:
+    """Write what takes all rows: the file, or the shards that are missing or not full; and the rows that failed."""
+    if kind == "webdataset":
+        full, others = divmod(journal.succeeded, journal.SHARD_SIZE)
+        for number in range(max(1, full + bool(others))):
+            if number == full or not shard(out, number).exists():
+                write_shard(journal, out, number)
+    elif kind != "txt":
+        publish(journal.rows(), out, kind)
+    if journal.failed:
+        write_errors(journal.rows(), journal.path.parent)

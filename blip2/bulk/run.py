@@ -13,6 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,15 +22,7 @@ from PIL import Image
 
 from blip2.bulk.index import Index, key_of
 from blip2.bulk.journal import Journal, Row
-from blip2.bulk.outputs import (
-    publish,
-    shard,
-    sidecar,
-    state_folder,
-    write_errors,
-    write_shard,
-    write_sidecars,
-)
+from blip2.bulk.outputs import sidecar, state_folder, write_done, write_rest
 from blip2.bulk.sources import ImageItem
 from blip2.images import ImageError, load_image
 
@@ -94,48 +87,21 @@ def caption_all(
     Raises:
         BulkError: another run has the output, it was begun with other settings, or the disk is full.
     """
-    journal = Journal(
-        state_folder(settings.out, settings.kind), settings.run_config, anew=settings.existing == "overwrite"
-    )
-    try:
+    out, kind, anew = settings.out, settings.kind, settings.existing == "overwrite"
+    with closing(Journal(state_folder(out, kind), settings.run_config, anew=anew)) as journal:
         done, before = 0, journal.before
         progress(Progress(0, before, journal.failed))
         if not journal.finished:  # the last batch may have been killed between the journal and its files
-            _write_done(journal, journal.last(), settings)
+            write_done(journal, journal.last(), out, kind)
         for rows in (engine or on_this_machine)(items, journal, settings, describe, prepare):
             journal.add(rows)
-            _write_done(journal, rows, settings)
+            write_done(journal, rows, out, kind)
             done += len(rows)
             progress(Progress(done, before, journal.failed))
-        if done or not journal.finished:
-            if settings.kind == "webdataset":
-                _write_other_shards(journal, settings.out)
-            elif settings.kind != "txt":
-                publish(journal.rows(), settings.out, settings.kind)
-            if journal.failed:
-                write_errors(journal.rows(), journal.path.parent)
+        if not journal.finished:
+            write_rest(journal, out, kind)
             journal.finish()
         return Progress(done, before, journal.failed)
-    finally:
-        journal.close()
-
-
-def _write_done(journal: Journal, rows: Sequence[Row], settings: RunSettings) -> None:
-    """The text files of the journal's last rows, or the shards that these have made full."""
-    if settings.kind == "txt":
-        write_sidecars(rows, settings.out)
-    elif settings.kind == "webdataset":
-        earlier = journal.succeeded - sum("error" not in row for row in rows)
-        for number in range(earlier // journal.SHARD_SIZE, journal.succeeded // journal.SHARD_SIZE):
-            write_shard(journal, settings.out, number)
-
-
-def _write_other_shards(journal: Journal, out: Path) -> None:
-    """The shard that is not full, where there is one or no other, and those that are missing."""
-    full, others = divmod(journal.succeeded, journal.SHARD_SIZE)
-    for number in range(max(1, full + bool(others))):
-        if number == full or not shard(out, number).exists():
-            write_shard(journal, out, number)
 
 
 def on_this_machine(

@@ -167,11 +167,10 @@ def _write_files(
     model = load_named(args if engine is None else argparse.Namespace(**vars(args) | {"device": "cpu"}))
     load = (lambda: model) if engine is None else (lambda: load_named(args))
     describe, prepare = _captioner(args, load, model, options, questions)
-    run_config = _run_config(args, options, questions, model, kind)
     settings = RunSettings(
         out=out,
         kind=kind,
-        run_config=run_config,
+        run_config=_run_config(args, options, questions, model, kind),
         existing=args.existing or "skip",
         batch_size=args.batch_size,
     )

@@ -41,10 +41,7 @@ def run(args: argparse.Namespace) -> int:
         return terminal.SOME_FAILED
     explanation.image().save(target)
     if args.json:
-        words = [
-            {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()}
-            for word in explanation.words
-        ]
+        words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
         terminal.print_json(
             {"image": args.image, "text": explanation.text, "words": words, "output": str(target)}
         )
