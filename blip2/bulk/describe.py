@@ -112,7 +112,6 @@ def parallel_batches(model: Predictor | None) -> Iterator[int]:
 @torch.inference_mode()
 def fingerprint(model: Predictor) -> str:
     """Distinguishes models of the same name: a digest of every tensor's name, shape and first values."""
-    digest = hashlib.sha256()
     lines: dict[str, str] = {}
     # One module at a time: of a packed weight this makes a copy.
     for parent, module in model.model.named_modules():
@@ -120,6 +119,5 @@ def fingerprint(model: Predictor) -> str:
         module._save_to_state_dict(own, f"{parent}." if parent else "", keep_vars=False)
         for name, tensor in own.items():
             lines[name] = f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n"
-    for _, line in sorted(lines.items()):
-        digest.update(line.encode())
-    return digest.hexdigest()[:16]
+    text = "".join(lines[name] for name in sorted(lines))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

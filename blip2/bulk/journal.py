@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Journal:
             _, first = next(self._records(0))
             self._compare(first["settings"], settings)
         else:
-            self._append({"settings": settings})
+            self.add({"settings": settings})
 
     def _read(self) -> None:
         """Learn the rows from the index, then from the lines that it lacks."""
@@ -145,13 +145,20 @@ class Journal:
         succeeded = (row for row in self.rows(start) if "error" not in row)
         return list(itertools.islice(succeeded, skip, skip + self.SHARD_SIZE))
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Append a batch's rows; they count from here on.
+    def add(self, record: list[Row] | dict[str, Any] | str) -> None:
+        """Append a batch's rows, the settings, or that all is done; it counts from here on.
 
         Raises:
             BulkError: the disk is full or refuses.
         """
-        self._append(list(rows))
+        line = _line(record)
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        self._note(record, line)
 
     def last(self) -> list[Row]:
         """The rows of the last batch."""
@@ -170,18 +177,7 @@ class Journal:
 
     def finish(self) -> None:
         """Write that all inputs are done and the output is published."""
-        if not self.finished:
-            self._append("end")
-
-    def _append(self, record: Any) -> None:
-        line = _line(record)
-        try:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise disk_error(self.path, error) from error
-        self._note(record, line)
+        self.add("end")
 
     def close(self) -> None:
         """Let another run have it."""

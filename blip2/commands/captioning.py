@@ -1,4 +1,4 @@
-"""The road of `caption` and `ask`: texts about any number of images, to standard output or into files."""
+"""What `caption` and `ask` both do: texts about any number of images, to standard output or into files."""
 
 from __future__ import annotations
 
@@ -94,9 +94,8 @@ def _stream(args: argparse.Namespace, options: GenerationOptions, questions: lis
 
     items = list(itertools.islice(inputs_of(args), 2))
     if len(items) != 1:
-        raise ValueError(
-            f"--stream prints one text as it comes, and there are {'several' if items else 'no'} images"
-        )
+        count = "several" if items else "no"
+        raise ValueError(f"--stream prints one text as it comes, and there are {count} images")
     model = load_named(args)
     decoded = decode(items[0], RunSettings(), lambda image: image)
     if decoded.image is None:

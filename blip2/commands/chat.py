@@ -56,9 +56,8 @@ def _answer(args: argparse.Namespace, chat: Chat, question: str, options: dict[s
             print(piece, end="", flush=True)
         terminal.print_line("")
     elif args.json:
-        terminal.print_json(
-            {"image": args.image, "question": question, "answer": answer, "score": answer.score}
-        )
+        record = {"image": args.image, "question": question, "answer": answer, "score": answer.score}
+        terminal.print_json(record)
     else:
         terminal.print_line(terminal.one_line(answer))
 

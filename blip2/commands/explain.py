@@ -42,9 +42,8 @@ def run(args: argparse.Namespace) -> int:
     explanation.image().save(target)
     if args.json:
         words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
-        terminal.print_json(
-            {"image": args.image, "text": explanation.text, "words": words, "output": str(target)}
-        )
+        record = {"image": args.image, "text": explanation.text, "words": words, "output": str(target)}
+        terminal.print_json(record)
     else:
         terminal.print_line(terminal.one_line(explanation.text))
     return terminal.DONE

@@ -82,12 +82,9 @@ def print_rows(
                     elif args.json:
                         print_json({k: v for k, v in row.items() if k != "question" or k in columns})
                     else:
-                        cells = [_cell(row[name]) for name in columns if name in row]
+                        values = [row[name] for name in columns if name in row]
+                        cells = [one_line(v) if isinstance(v, str) else f"{v:.4f}" for v in values]
                         print_line("\t".join(cells if single else [row["image"], *cells]))
             done, failed = done + len(rows), failed + sum("error" in row for row in rows)
             show(Progress(done, 0, failed))
     return SOME_FAILED if failed else DONE
-
-
-def _cell(value: str | float) -> str:
-    return one_line(value) if isinstance(value, str) else f"{value:.4f}"

@@ -20,9 +20,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     from blip2.registry import PRECISIONS, known_models, readable
 
-    rows: list[tuple[str, ...]] = [
-        ("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")
-    ]
+    header = ("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")
+    rows: list[tuple[str, ...]] = [header]
     for model in known_models():
         memory, count = {dtype: model.memory_bytes(dtype) for dtype in PRECISIONS}, model.parameters
         if args.json:
