@@ -71,24 +71,24 @@ def compare(place: Path, count: int, batches: list[int]) -> dict[str, Any]:
     for number in {1, tried, count}:
         make_pictures(place / f"pictures-{number}", number)
     sides: dict[str, dict[str, Any]] = {}
-    said: dict[str, dict[str, str]] = {}
+    texts: dict[str, dict[str, str]] = {}
     for name, command, read in (("blip2", ours, read_ours), ("transformers", theirs, read_theirs)):
         start = measured(place, name, command, 1, batches[0])
         trials = {size: measured(place, name, command, tried, size)["clock"] for size in batches}
         size = min(batches, key=lambda size: trials[size])
-        found = measured(place, name, command, count, size)
+        figures = measured(place, name, command, count, size)
         sides[name] = {
             "batch": size,
-            "trials": {each: round(seconds - start["clock"], 2) for each, seconds in trials.items()},
-            "seconds": round(found["clock"] - start["clock"], 2),
-            "cpu_seconds": round(found["cpu"] - start["cpu"], 2),
+            "trials": {size: round(seconds - start["clock"], 2) for size, seconds in trials.items()},
+            "seconds": round(figures["clock"] - start["clock"], 2),
+            "cpu_seconds": round(figures["cpu"] - start["cpu"], 2),
             "start_seconds": round(start["clock"], 2),
             "start_cpu_seconds": round(start["cpu"], 2),
-            "memory_mib": quarters(found["memory"], count),
+            "memory_mib": quarters(figures["memory"], count),
         }
         print(name, json.dumps(sides[name]), flush=True)
-        said[name] = read(place / f"{name}-{count}-{size}.jsonl")
-    captions, plain = said["blip2"], said["transformers"]
+        texts[name] = read(place / f"{name}-{count}-{size}.jsonl")
+    captions, plain = texts["blip2"], texts["transformers"]
     return {
         "pictures": count,
         "captions": len(captions),
@@ -101,11 +101,11 @@ def compare(place: Path, count: int, batches: list[int]) -> dict[str, Any]:
 
 def quarters(memory: list[tuple[int, int]], count: int) -> dict[str, int]:
     """The most memory held in each quarter of the pictures."""
-    found: dict[str, int] = {}
-    for done, held in memory:
+    largest: dict[str, int] = {}
+    for done, size in memory:
         part = f"{min(3, 4 * done // count) * 25}-{min(3, 4 * done // count) * 25 + 25} %"
-        found[part] = max(found.get(part, 0), held)
-    return found
+        largest[part] = max(largest.get(part, 0), size)
+    return largest
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -182,17 +182,17 @@ def measured(place: Path, name: str, command: Command, count: int, batch: int) -
     journal.unlink(missing_ok=True)  # of a run that was stopped: the clock would not have all of it
     written = journal if name == "blip2" else file
     took = run(command(place / f"pictures-{count}", file, batch), written, called)
-    found = {"called": called, "clock": took.clock, "cpu": took.cpu, "memory": took.memory}
+    figures = {"called": called, "clock": took.clock, "cpu": took.cpu, "memory": took.memory}
     with record.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(found) + "\n")
-    return found
+        out.write(json.dumps(figures) + "\n")
+    return figures
 
 
 def run(command: list[str], written: Path, called: str) -> Took:
     """What a Python process took; `written` is the file that grows. Pictures that fail make blip2's exit status 1."""
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     memory: list[tuple[int, int]] = []
-    seen = done = 0
+    offset = done = 0
     reported = begin
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=errors)
@@ -200,15 +200,15 @@ def run(command: list[str], written: Path, called: str) -> Took:
             time.sleep(0.5 if time.perf_counter() - begin > 10 else 0.05)
             if written.is_file():
                 with written.open("rb") as file:  # a row of either has one picture's name
-                    file.seek(seen)
+                    file.seek(offset)
                     some = file.read()
-                    seen, done = seen + len(some), done + some.count(b'.jpg"')
-            held = resident(child.pid)
-            if held and (not memory or memory[-1] != (done, held)):
-                memory.append((done, held))
+                    offset, done = offset + len(some), done + some.count(b'.jpg"')
+            size = resident(child.pid)
+            if size and (not memory or memory[-1] != (done, size)):
+                memory.append((done, size))
             if time.perf_counter() - reported > 30:
                 reported = time.perf_counter()
-                print(f"{called}: {done} pictures, {reported - begin:.0f} s, {held} MiB", flush=True)
+                print(f"{called}: {done} pictures, {reported - begin:.0f} s, {size} MiB", flush=True)
         clock = time.perf_counter() - begin
         errors.seek(0)
         complaint = errors.read()
@@ -249,8 +249,8 @@ def loop(folder: Path, file: Path, batch: int) -> None:
             inputs = processor(images=images, text=[CAPTION_PROMPT] * len(images), return_tensors="pt")
             with torch.inference_mode():
                 ids = model.generate(**inputs, num_beams=BEAMS, max_new_tokens=TOKENS)
-            said = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for name, text in zip(names, said, strict=True):
+            texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for name, text in zip(names, texts, strict=True):
                 out.write(json.dumps([name, text.strip()]) + "\n")
             out.flush()
 

@@ -39,7 +39,7 @@ def main() -> None:
     paddle, copy, converted = folder / "paddle", folder / "copy", folder / "hf"
     blip2 = [sys.executable, "-m", "blip2"]
 
-    made = _run(
+    written = _run(
         [
             *(sys.executable, "-m", "benchmarks.full_size"),
             *(arguments.model, str(paddle), "--to", "paddle", "--dtype", "fp32"),
@@ -47,7 +47,7 @@ def main() -> None:
     )
     size = sum(file.stat().st_size for file in paddle.iterdir())
     print(
-        f"wrote {size / 1e9:.1f} GB of random weights in {made.seconds:.0f} s, {made.peak_gb:.2f} GB at most"
+        f"wrote {size / 1e9:.1f} GB of random weights in {written.seconds:.0f} s, {written.peak_gb:.2f} GB at most"
     )
     copied = _run(["sh", "-c", f'cp -r "{paddle}" "{copy}" && sync'])
     shutil.rmtree(copy)
@@ -55,13 +55,15 @@ def main() -> None:
     done = _run([*blip2, "convert", str(paddle), str(converted), "--to", "hf", "--dtype", "bf16"])
     print(f"blip2 convert: {done.seconds:.0f} s, {done.peak_gb:.2f} GB at most")
     shutil.rmtree(paddle)
-    said = _run(
+    captioned = _run(
         [
             *(*blip2, "caption", str(IMAGE), "--model", str(converted), "--dtype", "bf16"),
             *("--beams", "1", "--max-new-tokens", "5", "--json"),
         ]
     )
-    print(f"load and caption: {said.seconds:.0f} s, {said.peak_gb:.2f} GB at most (the weights are mapped)")
+    print(
+        f"load and caption: {captioned.seconds:.0f} s, {captioned.peak_gb:.2f} GB at most (the weights are mapped)"
+    )
     print(
         json.dumps(
             {
@@ -70,7 +72,7 @@ def main() -> None:
                 "convert_s": round(done.seconds, 1),
                 "ratio": round(done.seconds / copied.seconds, 2),
                 "convert_peak_gb": round(done.peak_gb, 2),
-                "caption_s": round(said.seconds, 1),
+                "caption_s": round(captioned.seconds, 1),
             }
         )
     )

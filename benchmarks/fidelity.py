@@ -1,4 +1,4 @@
-"""How close rounded weights stay to fp32: what each says next, position by position, over texts that fp32 wrote.
+"""How close quantized weights stay to fp32: what each writes next, position by position, over texts that fp32 wrote.
 
     python -m benchmarks.fidelity                            # the default model on examples/
     python -m benchmarks.fidelity --model opt-2.7b PHOTOS
@@ -20,8 +20,8 @@ from torch import Tensor
 import blip2
 from blip2.images import load_image, to_pixels
 from blip2.inputs import SUFFIXES
+from blip2.modeling.config import MODES
 from blip2.predict import Predictor
-from blip2.quantization.formats import MODES
 from blip2.text import CAPTION_PROMPT, question_prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -57,28 +57,32 @@ def main() -> None:
     texts = [written(exact, path) for path in paths]
     expected = [distributions(exact, path, rows) for path, rows in zip(paths, texts, strict=True)]
     del exact
-    found = {}
+    agreement = {}
     for mode in MODES:
-        rounded = blip2.load(arguments.model, quantize=mode)
+        quantized = blip2.load(arguments.model, quantize=mode)
         same, divergence, count = 0, 0.0, 0
         for path, rows, theirs in zip(paths, texts, expected, strict=True):
-            for ours, reference in zip(distributions(rounded, path, rows), theirs, strict=True):
+            for ours, reference in zip(distributions(quantized, path, rows), theirs, strict=True):
                 same += int((ours.argmax(-1) == reference.argmax(-1)).sum())
                 divergence += float((reference.exp() * (reference - ours)).sum())
                 count += len(ours)
-        found[mode] = {"positions": count, "top1": round(same / count, 4), "kl": round(divergence / count, 6)}
+        agreement[mode] = {
+            "positions": count,
+            "top1": round(same / count, 4),
+            "kl": round(divergence / count, 6),
+        }
         print(
             f"{mode}: top-1 agreement {same / count:.1%}, KL {divergence / count:.5f} over {count} positions"
         )
-    print(json.dumps(found))
+    print(json.dumps(agreement))
 
 
 def written(model: Predictor, path: Path) -> list[tuple[list[int], list[int]]]:
     """Prompts and what fp32 writes after them, as token ids."""
-    words, encoded = model.generator.tokenizer, model.encode(path)
-    said = [(CAPTION_PROMPT, model.caption(encoded))]
-    said += [(question_prompt(question), model.ask(encoded, question)) for question in QUESTIONS]
-    return [(words.encode(prompt), words.encode(f" {text}\n", frame=False)) for prompt, text in said]
+    tokenizer, encoded = model.generator.tokenizer, model.encode(path)
+    texts = [(CAPTION_PROMPT, model.caption(encoded))]
+    texts += [(question_prompt(question), model.ask(encoded, question)) for question in QUESTIONS]
+    return [(tokenizer.encode(prompt), tokenizer.encode(f" {text}\n", frame=False)) for prompt, text in texts]
 
 
 @torch.inference_mode()

@@ -11,25 +11,24 @@ from __future__ import annotations
 import argparse
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.convert import KINDS, World
-from blip2.checkpoint.dialects import to_paddle
-from blip2.checkpoint.folder import copy_file, new_folder, write_json
+from blip2.checkpoint.convert import KINDS, Format
+from blip2.checkpoint.formats.paddle import PADDLENLP, to_paddle_config
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.layouts import HUGGING_FACE, PADDLENLP
+from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import parse_dtype
-from blip2.checkpoint.remap import as_layout, read_blocks
-from blip2.checkpoint.save import SHARD_BYTES, settings, tokenizer_files
+from blip2.checkpoint.remap import from_hf_layout, read_blocks
+from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config
 from blip2.registry import DEFAULT_FOLDER, PUBLISHED
+from blip2.storage import Content
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
-from blip2.tensorfiles.writers import write_files
 
 SCALE = 0.02  # the standard deviation of every parameter; norms' weights stand around 1
 NORM = re.compile(r"norm\d?\.weight$", re.IGNORECASE)
@@ -37,7 +36,7 @@ HEAD = "language_model.lm_head.weight"
 
 
 class RandomTensors:
-    """A file of tensors that is nowhere: each is drawn when it is asked for."""
+    """A file of tensors that is nowhere: every tensor is drawn when it is read."""
 
     format = "random"
     metadata: Mapping[str, str] = {}
@@ -57,7 +56,7 @@ class RandomTensors:
         """Nowhere."""
 
 
-def write_full_size(name: str, folder: Path, to: World = "hf", dtype: str = "bf16") -> Path:
+def write_full_size(name: str, folder: Path, to: Format = "hf", dtype: str = "bf16") -> Path:
     """Write a published generating model, by its alias, with random weights. The folder must be new."""
     config = next(model.config for model in PUBLISHED if model.alias == name)
     if not isinstance(config, Blip2Config) or to == "lavis":
@@ -66,27 +65,19 @@ def write_full_size(name: str, folder: Path, to: World = "hf", dtype: str = "bf1
         shapes = {to_hugging_face(n): tuple(t.shape) for n, t in Blip2(config).state_dict().items()}
     shapes.pop(HEAD, None)  # OPT's head is its word embeddings' weight
     info = {n: TensorInfo(shape, torch.float32) for n, shape in shapes.items()}
-    tensors = as_layout(Tensors(dict.fromkeys(info, RandomTensors(info))), LAYOUTS[to])
+    tensors = from_hf_layout(Tensors(dict.fromkeys(info, RandomTensors(info))), LAYOUTS[to])
     wanted = parse_dtype(dtype) or torch.float32
     stored = {n: TensorInfo(tensors.info(n).shape, wanted) for n in tensors}
-    kind = KINDS[to]
-    with new_folder(folder) as beside:
-        index = write_files(
-            beside,
-            kind,
-            stored,
-            lambda n: (block.to(wanted) for block in read_blocks(tensors, n)),
-            SHARD_BYTES if to == "hf" else None,
-        )
-        if index is not None:
-            write_json(beside / kind.index, index)
-        files = settings(config, stored, True, DEFAULT_FOLDER, None)
-        if to == "paddle":
-            files["config.json"] = to_paddle(config, str(wanted).removeprefix("torch."))
-        for file, value in files.items():
-            write_json(beside / file, value)
-        for source in tokenizer_files(DEFAULT_FOLDER):
-            copy_file(source, beside)
+    files: dict[str, Content] = {**settings(config, stored, True, DEFAULT_FOLDER, None)}
+    if to == "paddle":
+        files["config.json"] = to_paddle_config(config, str(wanted).removeprefix("torch."))
+    files |= tokenizer_files(DEFAULT_FOLDER)
+
+    def read(name: str) -> Iterator[Tensor]:
+        return (block.to(wanted) for block in read_blocks(tensors, name))
+
+    with new_model_folder(folder, files, KINDS[to], stored, read, SHARD_BYTES if to == "hf" else None):
+        pass
     return folder
 
 

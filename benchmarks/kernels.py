@@ -28,7 +28,7 @@ from blip2.quantization.linear import (
     onednn_multiplies,
     openvino_multiplies,
 )
-from blip2.quantization.packed import Linear
+from blip2.quantization.packed import PackedLinear
 
 OUTPUTS, INPUTS = 16384, 4096
 ROWS = (1, 5, 36, 677)
@@ -42,31 +42,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     print(f"{'ms at so many rows':44}" + "".join(f"{rows:>9}" for rows in ROWS))
-    found = {}
+    least_ms = {}
     with torch.inference_mode():
         for name, make, dtype in kernels():
             layers = [make(torch.randn(OUTPUTS, INPUTS) * 0.02) for _ in range(WEIGHTS)]
-            found[name] = {rows: least(layers, torch.randn(rows, INPUTS).to(dtype)) for rows in ROWS}
+            least_ms[name] = {rows: least(layers, torch.randn(rows, INPUTS).to(dtype)) for rows in ROWS}
             del layers
-            print(f"{name:44}" + "".join(f"{found[name][rows]:9.2f}" for rows in ROWS), flush=True)
-    print(json.dumps(found))
+            print(f"{name:44}" + "".join(f"{least_ms[name][rows]:9.2f}" for rows in ROWS), flush=True)
+    print(json.dumps(least_ms))
 
 
 def kernels() -> Iterator[tuple[str, Callable[[Tensor], Kernel], torch.dtype]]:
     """Name, what makes a layer of a float weight, and the dtype of its rows."""
 
-    def laid_out(weight: Tensor) -> Kernel:
-        layer = Linear(INPUTS, OUTPUTS, bias=False, device="meta")
-        layer.lay_out(weight.bfloat16())
-        return layer
-
     def by_torch(weight: Tensor) -> Kernel:
-        there = linear.openvino_multiplies
+        original = linear.openvino_multiplies
         linear.openvino_multiplies = lambda: False
         try:
             return Int4Linear(Int4Weight.of(weight), None)
         finally:
-            linear.openvino_multiplies = there
+            linear.openvino_multiplies = original
 
     def plain(weight: Tensor) -> Kernel:
         narrow = weight.bfloat16()
@@ -75,9 +70,9 @@ def kernels() -> Iterator[tuple[str, Callable[[Tensor], Kernel], torch.dtype]]:
     narrow, wide = torch.bfloat16, torch.float32
     yield "bf16, as stored", plain, narrow
     if cpu_has_bf16():
-        yield "bf16, laid out for oneDNN", laid_out, narrow
-    yield "8 bits, FBGEMM, one term", lambda weight: Int8Linear(Int8Weight.of(weight), None, 1), wide
-    yield "8 bits, FBGEMM, two terms", two_terms, wide
+        yield "bf16, packed for oneDNN", lambda weight: PackedLinear(weight.bfloat16(), None), narrow
+    yield "8 bits, FBGEMM", lambda weight: Int8Linear(Int8Weight.of(weight), None, hi_lo=False), wide
+    yield "8 bits, FBGEMM, hi/lo split", hi_lo_split, wide
     if onednn_multiplies():
         yield "8 bits, oneDNN", lambda weight: Int8ImageLinear(Int8Weight.of(weight), None), wide
     yield "4 bits, torch", by_torch, wide
@@ -85,9 +80,9 @@ def kernels() -> Iterator[tuple[str, Callable[[Tensor], Kernel], torch.dtype]]:
         yield "4 bits, OpenVINO", lambda weight: Int4Linear(Int4Weight.of(weight), None), wide
 
 
-def two_terms(weight: Tensor) -> Kernel:
-    """Every token steep: one value of it is a hundred times as large as the others."""
-    layer = Int8Linear(Int8Weight.of(weight), None, 2)
+def hi_lo_split(weight: Tensor) -> Kernel:
+    """Every token an outlier: one value of it is a hundred times as large as the others."""
+    layer = Int8Linear(Int8Weight.of(weight), None)
 
     def run(rows: Tensor) -> Tensor:
         rows[:, 0] = 400

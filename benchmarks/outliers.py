@@ -1,12 +1,12 @@
-"""What rounding does beside outlier channels at full width: layers of OPT-6.7B's shape, with random weights.
+"""What quantizing does beside outlier channels at full width: layers of OPT-6.7B's shape, with random weights.
 
     python -m benchmarks.outliers [--layers 4]
 
 Seven channels of what every linear layer after a norm reads are 20 to 60 times as large as the others, as in OPT from
 6.7 billion parameters on (Dettmers et al., LLM.int8, 2022). Printed beside fp32 on the same weights: top-1 agreement of
-the next token and the mean KL divergence in nats, with the weights alone rounded, with activations in one 8 bit term
-(plain rounding of each token) and as they come, and in int4; then the same without outliers. Next tokens of random
-weights are close to one another, and what rounding the weights alone leaves is the most that any arithmetic could
+the next token and the mean KL divergence in nats, with the weights alone quantized, with activations in 8 bits
+without the hi/lo split and with it, and in int4; then the same without outliers. Next tokens of random
+weights are close to one another, and what quantizing the weights alone leaves is the most that any arithmetic could
 reach. The last line is one JSON object.
 """
 
@@ -19,20 +19,21 @@ import json
 import torch
 from torch import Tensor, nn
 
-from blip2.modeling.config import OptConfig
-from blip2.modeling.opt import Layer, Opt
-from blip2.quantization.apply import layers, quantize
-from blip2.quantization.formats import Mode
+from blip2.modeling.config import Mode, OptConfig
+from blip2.modeling.opt import Opt, OptDecoderLayer
+from blip2.quantization.apply import quantize_model, quantized_layers
 from blip2.quantization.linear import Int8Linear
 from default_model.pretrain import init_weights
 
 CHANNELS = (7, 512, 1023, 1900, 2777, 3333, 4000)
-WAYS: tuple[tuple[str, Mode, int], ...] = (  # terms at most; 0: activations stay as they are
-    ("int8, weights alone", "int8", 0),
-    ("int8, one term", "int8", 1),
-    ("int8", "int8", 2),
-    ("int4, weights alone", "int4", 0),
-    ("int4", "int4", 2),
+VARIANTS: tuple[
+    tuple[str, Mode, bool | None], ...
+] = (  # with the hi/lo split? None: activations are not quantized
+    ("int8, weights alone", "int8", None),
+    ("int8, without the hi/lo split", "int8", False),
+    ("int8", "int8", True),
+    ("int4, weights alone", "int4", None),
+    ("int4", "int4", True),
 )
 LENGTH = 36  # of each sequence: 32 queries and a prompt
 
@@ -44,30 +45,30 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=8)
     arguments = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for planted in (True, False):
         original = build(arguments.layers, planted)
         exact = next_tokens(original, arguments.sequences)
-        for name, mode, terms in WAYS:
+        for name, mode, hi_lo in VARIANTS:
             model = copy.deepcopy(original)
-            whole = nn.ModuleDict({"language": model})
-            if terms:
-                quantize(whole, mode)
+            parent = nn.ModuleDict({"language": model})
+            if hi_lo is not None:
+                quantize_model(parent, mode)
             else:
-                for _, layer, kind in layers(whole, mode):
+                for _, layer, kind in quantized_layers(parent, mode):
                     layer.weight.data = kind.of(layer.weight.data).float()
             for part in model.modules():
                 if isinstance(part, Int8Linear):
-                    part.terms = terms
-            said = next_tokens(model, arguments.sequences)
+                    part.hi_lo = bool(hi_lo)
+            logprobs = next_tokens(model, arguments.sequences)
             row = {
-                "top1": round(float((said.argmax(-1) == exact.argmax(-1)).float().mean()), 4),
-                "kl": round(float((exact.exp() * (exact - said)).sum(-1).mean()), 6),
+                "top1": round(float((logprobs.argmax(-1) == exact.argmax(-1)).float().mean()), 4),
+                "kl": round(float((exact.exp() * (exact - logprobs)).sum(-1).mean()), 6),
             }
             key = f"{name}, {'with' if planted else 'without'} outliers"
-            found[key] = row
+            figures[key] = row
             print(f"{key}: top-1 agreement {row['top1']:.1%}, KL {row['kl']:.5f}", flush=True)
-    print(json.dumps({"layers": arguments.layers, "positions": arguments.sequences * LENGTH, **found}))
+    print(json.dumps({"layers": arguments.layers, "positions": arguments.sequences * LENGTH, **figures}))
 
 
 def build(layers: int, planted: bool) -> Opt:
@@ -76,7 +77,7 @@ def build(layers: int, planted: bool) -> Opt:
     init_weights(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     for layer in model.layers:
-        assert isinstance(layer, Layer)
+        assert isinstance(layer, OptDecoderLayer)
         for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
             times = 20 + 40 * torch.rand(len(CHANNELS), generator=generator)
             if planted:
@@ -88,8 +89,8 @@ def build(layers: int, planted: bool) -> Opt:
 def next_tokens(model: Opt, sequences: int) -> Tensor:
     """Log-probabilities at every position of random sequences: [sequences * LENGTH, V]."""
     generator = torch.Generator().manual_seed(2)
-    read = torch.randn(sequences, LENGTH, model.config.hidden_size, generator=generator)
-    logits = model.head(model(read)).float()
+    embeddings = torch.randn(sequences, LENGTH, model.config.hidden_size, generator=generator)
+    logits = model.lm_head(model(embeddings)).float()
     return logits.log_softmax(-1).flatten(0, 1)
 
 

@@ -33,27 +33,25 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--quantize", choices=("int8", "int4"))
     arguments = parser.parse_args()
-    rounded = arguments.quantize or stored_as(Path(arguments.folder))
-    dtype = None if rounded else arguments.dtype  # between rounded weights fp32 is computed
-    model = load_model(arguments.folder, dtype=dtype, quantize=arguments.quantize, lay_out=True)
+    quantized = arguments.quantize or stored_as(Path(arguments.folder))
+    dtype = None if quantized else arguments.dtype  # between quantized weights fp32 is computed
+    model = load_model(arguments.folder, dtype=dtype, quantize=arguments.quantize, prepack=True)
     assert isinstance(model, Blip2)
-    image_processor, words = load_processors(arguments.folder)
+    image_processor, tokenizer = load_processors(arguments.folder)
     pixels = torch.randn(1, 3, image_processor.size, image_processor.size)
-    ids = torch.tensor([words.encode(CAPTION_PROMPT)])
+    ids = torch.tensor([tokenizer.encode(CAPTION_PROMPT)])
     with torch.inference_mode():
         prefix = model.embed_image(pixels)
-        whole = torch.cat([prefix, model.language.embed(ids).to(prefix.dtype)], dim=1)
-        mask = torch.ones(whole.shape[:2], dtype=torch.int64)
-        context, tail, logits = model.language.start(whole, mask, rows=BEAMS, max_new_tokens=32)
-        tokens = logits.topk(BEAMS).indices.flatten()
-        found = {
+        state = model.prefill(prefix, ids, rows=BEAMS, max_new_tokens=32)
+        tokens = state.logits.topk(BEAMS).indices.flatten()
+        profiles = {
             "encode": profiled("encoding an image", lambda: model.embed_image(pixels), 2),
-            "prefill": profiled("reading its prompt", lambda: model.language.read(whole, mask), 2),
-            "step": profiled(
-                f"a step with {BEAMS} beams", lambda: model.language.step(tokens, context, tail), 8
+            "prefill": profiled(
+                "reading its prompt", lambda: model.prefill(prefix, ids, max_new_tokens=1), 2
             ),
+            "step": profiled(f"a step with {BEAMS} beams", lambda: state.decode_step(tokens), 8),
         }
-    print(json.dumps(found))
+    print(json.dumps(profiles))
 
 
 def profiled(what: str, work: Callable[[], object], times: int) -> dict[str, float]:

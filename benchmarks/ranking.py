@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 import blip2
-from blip2.modeling.config import T5Config
 from blip2.predict import Predictor
 
 IMAGE = Path(__file__).parent.parent / "examples/four-pineapples.jpg"
@@ -23,25 +22,20 @@ QUESTION = "how many pineapples are in the picture?"
 def one_by_one(
     model: Predictor, image: Path | blip2.EncodedImage, question: str, answers: list[str]
 ) -> list[float]:
-    """Question and answer read in full for each answer, as a loop over answers does; an image that is none yet, too."""
+    """Question and answer read in full for each answer, as a loop over answers does."""
     config, tokenizer = model.model.config.language, model.generator.tokenizer
     prompt = torch.tensor([tokenizer.encode(model.question_prompt(question))], device=model.device)
-    end = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
-    found = []
+    logprobs = []
     for answer in answers:
         prefix = model.encode(image).prefix
-        ids = torch.tensor([[*tokenizer.encode(" " + answer, frame=False), end]], device=model.device)
+        ids = torch.tensor(
+            [[*tokenizer.encode(" " + answer, frame=False), config.eos_token_ids[0]]], device=model.device
+        )
         with torch.inference_mode():
-            if isinstance(config, T5Config):
-                first = ids.new_full((1, 1), config.decoder_start_token_id)
-                logits = model.model.logits_from_prefix(
-                    prefix, prompt, None, torch.cat([first, ids[:, :-1]], 1)
-                )
-            else:
-                logits = model.model.logits_from_prefix(prefix, torch.cat([prompt, ids], 1))
-                logits = logits[:, -ids.shape[1] - 1 : -1]
-        found.append(float(logits.float().log_softmax(-1).gather(2, ids[..., None]).sum()))
-    return found
+            input_ids = prompt if config.is_encoder_decoder else torch.cat([prompt, ids], 1)
+            logits, targets = model.model.target_logits(prefix, input_ids, None, ids)
+        logprobs.append(float(logits.float().log_softmax(-1).gather(1, targets[:, None]).sum()))
+    return logprobs
 
 
 def main() -> None:
@@ -69,7 +63,7 @@ def main() -> None:
         one_by_one(model, encoded, QUESTION, answers)
         alone.append(after - middle)
         read.append(time.perf_counter() - after)
-    logprobs = {each.answer: each.logprob for each in ranked}
+    logprobs = {answer.answer: answer.logprob for answer in ranked}
     apart = max(abs(logprobs[answer] - value) for answer, value in zip(answers, reference, strict=True))
     fast, slow, text = (sorted(times)[len(times) // 2] for times in (shared, alone, read))
     print(f"{len(answers)} answers: together {fast * 1000:.0f} ms, one by one {slow * 1000:.0f} ms")

@@ -74,7 +74,7 @@ def serve(url: str, images: list[bytes], num_beams: int, clients: int) -> tuple[
 
 
 def others(image: bytes) -> dict[str, dict[str, Any]]:
-    """What is asked for beside a stream."""
+    """What is requested beside a stream."""
     texts = [f"a photo of {i} things" for i in range(64)]
     long = "a photo of many things on a table in a room with a window and a door"
     return {
@@ -87,7 +87,7 @@ def others(image: bytes) -> dict[str, dict[str, Any]]:
 def stall(
     url: str, images: list[bytes], path: str | None, request: dict[str, Any]
 ) -> tuple[list[float], float]:
-    """Seconds between the pieces of streams while something else is asked for, and what that takes by itself."""
+    """Seconds between the pieces of streams while something else is requested, and what that takes by itself."""
     waits: list[float] = []
     done = threading.Event()
     with httpx2.Client(base_url=url, timeout=120, trust_env=False) as client, ThreadPoolExecutor(1) as pool:
@@ -121,16 +121,16 @@ def start(model: str, threads: int) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr
     for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+        if address := re.search(r"http://127\.0\.0\.1:\d+", line):
             break
     else:
         raise SystemExit("the server did not start")
     # what it goes on writing must not fill the pipe
     ThreadPoolExecutor(1).submit(process.stderr.read)
-    with httpx2.Client(base_url=found[0], trust_env=False) as client:
+    with httpx2.Client(base_url=address[0], trust_env=False) as client:
         while client.get("/ready").status_code != 200:
             time.sleep(0.1)
-    return process, found[0]
+    return process, address[0]
 
 
 def percentile(times: list[float], share: float) -> float:
@@ -154,21 +154,21 @@ def main() -> None:
         for num_beams in args.num_beams:
             loop(model, pictures(4, 0), num_beams)
             serve(url, pictures(16, 1), num_beams, 4)
-            found: dict[int, list[tuple[float, float, float]]] = {clients: [] for clients in CLIENTS}
+            figures: dict[int, list[tuple[float, float, float]]] = {clients: [] for clients in CLIENTS}
             for round_ in range(args.rounds):
                 # in turns, so that what else the machine does falls on both
                 for clients in CLIENTS:
                     images = pictures(args.requests, 100 + 10 * round_ + clients)
                     plain = loop(model, images, num_beams)
                     total, times = serve(url, images, num_beams, clients)
-                    found[clients].append(
+                    figures[clients].append(
                         (
                             sum(plain) / total,
                             percentile(times, 0.5) / percentile(plain, 0.5),
                             percentile(times, 0.99) / percentile(plain, 0.99),
                         )
                     )
-            for clients, rounds in found.items():
+            for clients, rounds in figures.items():
                 throughput, p50, p99 = (statistics.median(column) for column in zip(*rounds, strict=True))
                 print(
                     f"beams {num_beams}, {clients:2} clients: throughput {throughput:.2f} of the loop's, "

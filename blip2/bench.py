@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,11 @@ from blip2.checkpoint.load import load_model, load_processors, read_config_file
 from blip2.generation.decoding import generate
 from blip2.generation.options import GenerationOptions
 from blip2.modeling.blip2 import Blip2
-from blip2.modeling.config import Blip2Config, OptConfig
-from blip2.quantization.formats import Int8Weight, Mode
+from blip2.modeling.config import Blip2Config, Mode
+from blip2.modeling.kv_cache import PromptCache
+from blip2.quantization.formats import Int8Weight
 from blip2.quantization.linear import Int8ImageLinear, Int8Linear, onednn_multiplies
-from blip2.registry import BYTES, KnownModel, int4_bytes, matrix_values
+from blip2.registry import BYTES, KnownModel, int4_bytes
 from blip2.text import CAPTION_PROMPT
 
 PEERS = ("transformers",)
@@ -40,7 +41,7 @@ BEAMS = 5
 
 @dataclass(frozen=True)
 class Contender:
-    """One side: whose code, in what dtype, and how its weights are rounded."""
+    """One side: whose code, in what dtype, and how its weights are quantized."""
 
     code: str  # "blip2" or one of PEERS
     folder: str
@@ -53,42 +54,39 @@ class Contender:
         return f"{self.code} {self.quantize or self.dtype}"
 
 
-class Side(Protocol):
-    """A loaded model, as the measurement uses it."""
-
-    def encode(self, pixels: Tensor) -> Any:
-        """Pixels [B, 3, S, S] -> what the language model reads first."""
-
-    def write(self, prefix: Any, num_beams: int, tokens: int) -> None:
-        """A text of exactly so many tokens for each image."""
-
-    def again(self, prefix: Any) -> Callable[[], None]:
-        """What a second question about the same images costs, up to its first token."""
-
-
 class Ours:
+    """This package's model, loaded.
+
+    encode: pixels [B, 3, S, S] -> what the language model reads first. write: a text of exactly so many tokens for each
+    image. ask_again: a second question about the same images, up to its first token.
+    """
+
     def __init__(self, side: Contender) -> None:
         model = load_model(
             side.folder,
             dtype=None if side.quantize else side.dtype,
             device=side.device,
             quantize=side.quantize,
-            lay_out=True,
+            prepack=True,
         )
         assert isinstance(model, Blip2)
-        self.model, words = model, load_processors(side.folder)[1]
-        self.ids = torch.tensor([words.encode(CAPTION_PROMPT)], device=side.device)
+        self.model, tokenizer = model, load_processors(side.folder)[1]
+        self.ids = torch.tensor([tokenizer.encode(CAPTION_PROMPT)], device=side.device)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.embed_image(pixels)
 
-    def write(self, prefix: Tensor, num_beams: int, tokens: int, context: Any = None) -> None:
+    def write(
+        self, prefix: Tensor, num_beams: int, tokens: int, prompt_cache: PromptCache | None = None
+    ) -> None:
         options = GenerationOptions(num_beams=num_beams, max_new_tokens=tokens, min_new_tokens=tokens)
-        generate(self.model, prefix, self.ids.expand(len(prefix), -1), None, options, context=context)
+        generate(
+            self.model, prefix, self.ids.expand(len(prefix), -1), None, options, prompt_cache=prompt_cache
+        )
 
-    def again(self, prefix: Tensor) -> Callable[[], None]:
-        context = self.model.read_prefix(prefix)
-        return lambda: self.write(prefix, 1, 1, context)
+    def ask_again(self, prefix: Tensor) -> Callable[[], None]:
+        prompt_cache = self.model.prefill_prefix(prefix)
+        return lambda: self.write(prefix, 1, 1, prompt_cache)
 
 
 class Theirs:
@@ -100,15 +98,15 @@ class Theirs:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[side.dtype]
         model: Any = Blip2ForConditionalGeneration.from_pretrained(side.folder, dtype=dtype)
         self.model = model.eval().to(side.device)
-        words = load_processors(side.folder)[1]
-        self.ids = torch.tensor([words.encode(CAPTION_PROMPT)], device=side.device)
+        tokenizer = load_processors(side.folder)[1]
+        self.ids = torch.tensor([tokenizer.encode(CAPTION_PROMPT)], device=side.device)
 
     def encode(self, pixels: Tensor) -> Tensor:
         model = self.model
         features = model.vision_model(pixel_values=pixels.to(model.dtype)).last_hidden_state
         queries = model.query_tokens.expand(len(pixels), -1, -1)
-        read = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
-        prefix: Tensor = model.language_projection(read.to(model.language_projection.weight.dtype))
+        output = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        prefix: Tensor = model.language_projection(output.to(model.language_projection.weight.dtype))
         return prefix
 
     def write(self, prefix: Tensor, num_beams: int, tokens: int) -> None:
@@ -124,9 +122,6 @@ class Theirs:
             min_new_tokens=tokens,
         )
 
-    def again(self, prefix: Tensor) -> Callable[[], None]:
-        raise NotImplementedError("transformers begins anew with every question")
-
 
 # --- one round of one side, in a process of its own ------------------------------------------------------------------
 
@@ -134,8 +129,8 @@ class Theirs:
 def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     """Seconds by figure, and "peak" in bytes. Loads the model; for a fresh process."""
     start = time.perf_counter()
-    loaded: Side = Ours(side) if side.code == "blip2" else Theirs(side)
-    found = {"load": time.perf_counter() - start}
+    loaded = Ours(side) if side.code == "blip2" else Theirs(side)
+    figures = {"load": time.perf_counter() - start}
     size = load_processors(side.folder)[0].size
     pixels = torch.randn(max(batches), 3, size, size, generator=torch.Generator().manual_seed(0)).to(
         side.device
@@ -143,28 +138,27 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     with torch.inference_mode():
         prefix = loaded.encode(pixels[:1])
         loaded.write(prefix, 1, 2)  # pages come in from the disk
-        found["encode"] = _seconds(lambda: loaded.encode(pixels[:1]))
-        found["prefill"] = _seconds(lambda: loaded.write(prefix, 1, 1))
+        figures["encode"] = _seconds(lambda: loaded.encode(pixels[:1]))
+        figures["prefill"] = _seconds(lambda: loaded.write(prefix, 1, 1))
         greedy = _seconds(lambda: loaded.write(prefix, 1, 1 + SHORT))
-        found["greedy step"] = (greedy - found["prefill"]) / SHORT
+        figures["greedy step"] = (greedy - figures["prefill"]) / SHORT
         short = _seconds(lambda: loaded.write(prefix, BEAMS, SHORT))
         long = _seconds(lambda: loaded.write(prefix, BEAMS, LONG))
-        found[f"beam-{BEAMS} step"] = (long - short) / (LONG - SHORT)
-        found[f"caption of {SHORT} tokens, {BEAMS} beams"] = found["encode"] + short
-        found[f"caption of {LONG} tokens, {BEAMS} beams"] = found["encode"] + long
-        first = found["encode"] + found["prefill"]
-        found["first token, first question"] = first
-        found["first token, second question"] = (
-            _seconds(loaded.again(prefix)) if side.code == "blip2" else first
-        )
+        figures[f"beam-{BEAMS} step"] = (long - short) / (LONG - SHORT)
+        figures[f"caption of {SHORT} tokens, {BEAMS} beams"] = figures["encode"] + short
+        figures[f"caption of {LONG} tokens, {BEAMS} beams"] = figures["encode"] + long
+        first = figures["encode"] + figures["prefill"]
+        figures["first token, first question"] = first
+        second = _seconds(loaded.ask_again(prefix)) if isinstance(loaded, Ours) else first
+        figures["first token, second question"] = second  # transformers begins anew
         # of one image, which is what `blip2 doctor` predicts
-        found["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        figures["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         for batch in batches:
             if batch > 1:
-                found[f"an image in a batch of {batch}"] = (
+                figures[f"an image in a batch of {batch}"] = (
                     _seconds(lambda: loaded.write(loaded.encode(pixels[:batch]), BEAMS, SHORT), 1) / batch  # noqa: B023
                 )
-    return found
+    return figures
 
 
 def _seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -191,8 +185,8 @@ def limits() -> dict[str, float]:
     side = 1536
     a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
     operations = 2 * side**3
-    narrow, rounded = a.bfloat16(), Int8Weight.of(a)
-    eight = Int8ImageLinear(rounded, None) if onednn_multiplies() else Int8Linear(rounded, None, 1)
+    narrow, weight = a.bfloat16(), Int8Weight.of(a)
+    eight = Int8ImageLinear(weight, None) if onednn_multiplies() else Int8Linear(weight, None, hi_lo=False)
     return {
         "read": read,
         "fp32": operations / _seconds(lambda: a @ a.mT, 5),
@@ -242,31 +236,31 @@ class Bench:
 
     def _shares(self, name: str) -> str:
         """A contender's figures as shares of what this machine can do."""
-        figures, told = self.figures[name], []
+        figures, shares = self.figures[name], []
         products = name.split()[-1].replace("int4", "int8")  # an image is encoded in 8 bits in both
         for what, operations in self.operations.items():
             if what in figures and products in self.limits:
                 rate = operations / figures[what]
                 share = rate / self.limits[products]
-                told.append(
+                shares.append(
                     f"{what} {operations / 1e12:.2f} TOP at {rate / 1e9:.0f} GOP/s, {share:.0%} of {products}'s limit"
                 )
         for step in (step for step in ("greedy step", f"beam-{BEAMS} step") if step in figures):
             rate = self.decode_bytes[name] / figures[step]
-            told.append(
+            shares.append(
                 f"a {step} reads {self.decode_bytes[name] / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, "
                 f"{rate / self.limits['read']:.0%} of what this machine reads"
             )
         if "peak" in figures and name in self.predicted:
-            told.append(f"`blip2 doctor` predicts {self.predicted[name] / figures['peak']:.0%} of its peak")
-        return "; ".join(told)
+            shares.append(f"`blip2 doctor` predicts {self.predicted[name] / figures['peak']:.0%} of its peak")
+        return "; ".join(shares)
 
     def as_json(self) -> str:
         """All of it on one line."""
-        rounded = {
-            name: {f: float(f"{v:.4g}") for f, v in each.items()} for name, each in self.figures.items()
+        figures = {
+            name: {f: float(f"{v:.4g}") for f, v in values.items()} for name, values in self.figures.items()
         }
-        facts = {"figures": rounded, "limits": {n: float(f"{v:.4g}") for n, v in self.limits.items()}}
+        facts = {"figures": figures, "limits": {n: float(f"{v:.4g}") for n, v in self.limits.items()}}
         work = {
             "decode_bytes": self.decode_bytes,
             "operations": self.operations,
@@ -291,25 +285,25 @@ def run(
 
     Args:
         record: a file to which every measurement is added, a line of JSON each; what it holds already is taken from
-            it. A run that takes long can so be made in pieces.
+            it. So a run that takes long can be made in pieces.
 
     Raises:
         ValueError: a contender that cannot run; the message is its own.
     """
-    found = _recorded(record)
+    measured = _recorded(record)
     sides = {"limits": limits} | {side.name: partial(_apart, side, batches) for side in contenders}
     for number in range(rounds):
         for name, measurement in sides.items():
-            if (name, number) not in found:
+            if (name, number) not in measured:
                 report(f"round {number + 1} of {rounds}: {name}")
-                found[name, number] = measurement()
+                measured[name, number] = measurement()
                 if record is not None:
                     with record.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps([name, number, found[name, number]]) + "\n")
-    per_side = {name: [found[name, number] for number in range(rounds)] for name in sides}
+                        file.write(json.dumps([name, number, measured[name, number]]) + "\n")
+    per_side = {name: [measured[name, number] for number in range(rounds)] for name in sides}
     machine = per_side.pop("limits")
     figures = {name: {f: median(r[f] for r in all_) for f in all_[0]} for name, all_ in per_side.items()}
-    best = {name: max(each[name] for each in machine) for name in machine[0]}
+    best = {name: max(row[name] for row in machine) for name in machine[0]}
     reads = {side.name: decode_bytes(side) for side in contenders}
     predicted = {side.name: predicted_peak(side) for side in contenders if side.code == "blip2"}
     return Bench(contenders, rounds, best, figures, reads, operations(contenders[0]), predicted)
@@ -328,9 +322,9 @@ def _recorded(record: Path | None) -> dict[tuple[str, int], dict[str, float]]:
 
 def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     """One round in a process of its own."""
-    asked = json.dumps({"side": asdict(side), "batches": batches})
+    request = json.dumps({"side": asdict(side), "batches": batches})
     done = subprocess.run(
-        [sys.executable, "-m", "blip2.bench", asked], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "blip2.bench", request], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise ValueError(f"{side.name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -339,7 +333,7 @@ def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
 
 
 def predicted_peak(side: Contender) -> float:
-    """The memory that `blip2 doctor` tells for a side."""
+    """The memory that `blip2 doctor` predicts for a side."""
     config, parameters, disk_bytes = stored_model(Path(side.folder))
     return KnownModel(side.folder, "", "", config, parameters, disk_bytes).memory_bytes(
         side.quantize or side.dtype
@@ -356,9 +350,9 @@ def operations(side: Contender) -> dict[str, float]:
     matrices = 4 * width * width + 2 * width * vision.intermediate_size
     layer = 2 * positions * matrices + 4 * positions * positions * width
     counted = {"encode": float(vision.num_hidden_layers * layer)}
-    if isinstance(language, OptConfig):
+    if not language.is_encoder_decoder:
         prompt = config.num_query_tokens + len(load_processors(folder)[1].encode(CAPTION_PROMPT))
-        counted["prefill"] = 2.0 * prompt * matrix_values(language)
+        counted["prefill"] = 2.0 * prompt * language.matrix_values()
     return counted
 
 
@@ -367,10 +361,10 @@ def decode_bytes(side: Contender) -> float:
     config = read_config_file(Path(side.folder))
     assert isinstance(config, Blip2Config)
     language = config.language
-    width = language.width
-    head = language.vocab_size * width
-    each = {"int8": 1.0, "int4": int4_bytes(language)}.get(side.quantize or "", BYTES[side.dtype])
-    return matrix_values(language, decoder=True) * each + head * (1.0 if side.quantize else BYTES[side.dtype])
+    head = language.vocab_size * language.width
+    value = {"int8": 1.0, "int4": int4_bytes(language)}.get(side.quantize or "", BYTES[side.dtype])
+    matrices = language.matrix_values(decode_step=True) * value
+    return matrices + head * (1.0 if side.quantize else BYTES[side.dtype])
 
 
 if __name__ == "__main__":

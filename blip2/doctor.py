@@ -25,7 +25,7 @@ from blip2.registry import (
     default_model,
     known_models,
     readable,
-    resolve,
+    resolve_alias,
 )
 
 # Instruction sets that decide how fast a model runs, as /proc/cpuinfo calls them (x86, then ARM).
@@ -112,7 +112,7 @@ def examine_models(machine: Machine, name: str | None = None) -> list[Checkup]:
 def _find(name: str) -> KnownModel:
     if name == DEFAULT:
         return default_model()
-    full = resolve(name)
+    full = resolve_alias(name)
     for model in PUBLISHED:
         if model.name == full:
             return model

@@ -2,11 +2,11 @@
 
 The log-probability of a word is differentiated with respect to the image features, through language model and Q-Former:
 how much the word depends on what the Q-Former's cross-attention takes from each place (saliency, Simonyan et al., 2013;
-what else was tried is in docs/explaining.md). By the last layer of the image encoder a feature holds what others have
-told it: attention rollout (Abnar and Zuidema, 2020) says from which patches it came, each layer weighted by how much
+what else was tried is in docs/explaining.md). By the last layer of the image encoder a feature holds what it took from
+others: attention rollout (Abnar and Zuidema, 2020) tells from which patches that came, each layer weighted by how much
 its attention adds to what was there (the norms, as in Kobayashi et al., 2021).
 
-The model's own code knows nothing of this: hooks look at what its layers take and give.
+The model's own code knows nothing of this: forward hooks read what its layers take and give.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from blip2.modeling.blip2 import Blip2
-from blip2.modeling.config import T5Config
 from blip2.modeling.layers import split_heads
-from blip2.modeling.qformer import Attention
-from blip2.modeling.t5 import T5
-from blip2.modeling.vision import SelfAttention
+from blip2.modeling.qformer import QFormerAttention
+from blip2.modeling.vision import VisionAttention
 from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.results import GeneratedText
 from blip2.text import Tokenizer
@@ -36,7 +33,7 @@ from blip2.text import Tokenizer
 TILE_PX = 320  # longest side of one picture in `Explanation.image`
 # From nothing to most, colours whose lightness rises steadily, so that they can be told apart without seeing colour.
 RAMP = ((0.0, (24, 15, 62)), (0.35, (136, 34, 106)), (0.7, (237, 105, 37)), (1.0, (252, 255, 164)))
-# The temperature of what is differentiated: a word said with certainty has hardly any gradient left.
+# The temperature of what is differentiated: a word written with certainty has hardly any gradient left.
 SOFT = 2.0
 
 
@@ -53,17 +50,9 @@ class Word:
     logprob: float
 
 
-class Explained(NamedTuple):
-    """What is computed of an `Explanation`."""
-
-    text: str
-    words: tuple[Word, ...]
-    attention: NDArray[np.float32]
-
-
 @dataclass(frozen=True, eq=False)
-class Explanation:
-    """A text about a picture, and for each word where it comes from.
+class Explained:
+    """A text, and for each word where in the picture it comes from.
 
     attention: float32 [layers, heads, queries, rows, columns], the Q-Former's cross-attention as it is, of the layers
         that have one. With what goes to the class position, which has no place, each map sums to 1.
@@ -72,6 +61,12 @@ class Explanation:
     text: str
     words: tuple[Word, ...]
     attention: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation(Explained):
+    """The same with the picture, to be shown."""
+
     picture: Image.Image
 
     def heat_map(self, word: int) -> NDArray[np.float32]:
@@ -88,7 +83,7 @@ class Explanation:
             ValueError: no word of that number.
         """
         shown = self.words if word is None else (self._word(word),)
-        tiles = [_tile(self.picture, each) for each in shown]
+        tiles = [_tile(self.picture, one) for one in shown]
         columns = min(len(tiles), 4) or 1
         width, height = tiles[0].size if tiles else (TILE_PX, 0)
         rows = -(-len(tiles) // columns)
@@ -120,17 +115,17 @@ def explain(
         pixels: the picture, float32 [1, 3, S, S].
 
     Raises:
-        ValueError: no words, more than the language model reads, or a model with rounded weights, through which there
+        ValueError: no words, more than the language model reads, or a model with quantized weights, through which there
             is no gradient.
     """
     if any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules()):
-        raise ValueError("there is no gradient through rounded weights; load the model without quantize=")
-    tokens, asked = _tokens(model, tokenizer, text), tokenizer.encode(prompt)
-    spans = words_of(tokens, tokenizer.decode)
+        raise ValueError("there is no gradient through quantized weights; load the model without quantize=")
+    tokens, prompt_ids = _tokens(model, tokenizer, text), tokenizer.encode(prompt)
+    spans = split_words(tokens, tokenizer.decode)
     if not spans:
         raise ValueError("there is no word to explain: the text is empty")
     room = model.prompt_room(len(tokens))
-    if len(asked) > room:
+    if len(prompt_ids) > room:
         raise ValueError(f"the text is too long: question and text may have {room + len(tokens)} tokens")
     encoder, grid = model.vision, model.vision.config.grid
     with torch.no_grad(), _mixing(encoder) as mixed:
@@ -140,15 +135,15 @@ def explain(
     with torch.enable_grad(), _cross_attention(model.qformer, attention):
         features = features.detach().requires_grad_()
         prefix = model.project(model.qformer(features))
-        logits = _logits(model, prefix, asked, tokens)  # [T, V]
-        each = torch.tensor(tokens, device=logits.device)[:, None]
-        logprobs, soft = ((logits / at).log_softmax(-1).gather(1, each)[:, 0] for at in (1.0, SOFT))  # [T]
+        logits = _logits(model, prefix, prompt_ids, tokens)  # [T, V]
+        column = torch.tensor(tokens, device=logits.device)[:, None]  # [T, 1]
+        logprobs, soft = ((logits / at).log_softmax(-1).gather(1, column)[:, 0] for at in (1.0, SOFT))  # [T]
     words = []
     for word, places in spans:
         yield
         (gradient,) = torch.autograd.grad(soft[places].sum(), features, retain_graph=True)
-        given = gradient.float().norm(dim=-1)  # [1, N]
-        heat = (given @ mixed[0])[0, 1:].view(grid, grid)  # the class position has no place
+        saliency = gradient.float().norm(dim=-1)  # [1, N]
+        heat = (saliency @ mixed[0])[0, 1:].view(grid, grid)  # the class position has no place
         words.append(Word(word, _to_one(heat), logprobs[places].sum().item()))
     maps = torch.stack(attention)[:, 0, ..., 1:].unflatten(-1, (grid, grid))  # [L, H, Q, rows, columns]
     return Explained(tokenizer.decode(tokens).strip(), tuple(words), maps.cpu().numpy())
@@ -158,29 +153,25 @@ def _tokens(model: Blip2, tokenizer: Tokenizer, text: str) -> list[int]:
     """A text's ids as the language model writes them, without the end token."""
     language = model.config.language
     if isinstance(text, GeneratedText) and text.tokens:
-        ends = language.eos_token_id
-        end_ids = {ends} if isinstance(ends, int) else {*ends}
-        return [token for token in text.tokens if token not in end_ids]
-    # after OPT's prompt a text begins with a space; T5 writes a text of its own
-    begun = text.strip() if isinstance(language, T5Config) else " " + text.strip()
-    return tokenizer.encode(begun, frame=False) if text.strip() else []
+        return [token for token in text.tokens if token not in language.eos_token_ids]
+    # a text that continues the prompt begins with a space; an encoder-decoder writes a text of its own
+    stripped = text.strip() if language.is_encoder_decoder else " " + text.strip()
+    return tokenizer.encode(stripped, frame=False) if text.strip() else []
 
 
 def _logits(model: Blip2, prefix: Tensor, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
     """The logits each token was chosen from, float32 [T, V]."""
     targets = torch.tensor([tokens], device=prefix.device)
-    asked = torch.tensor([prompt], dtype=torch.int64, device=prefix.device)
-    if isinstance(model.language, T5):
-        written = model.language.shift_right(targets)
-        return model.logits_from_prefix(prefix, asked, decoder_input_ids=written)[0].float()
-    read = torch.cat([asked, targets], dim=1)
-    return model.logits_from_prefix(prefix, read)[0, -len(tokens) - 1 : -1].float()
+    input_ids = torch.tensor([prompt], dtype=torch.int64, device=prefix.device)
+    if not model.config.language.is_encoder_decoder:  # it reads the text that it continues
+        input_ids = torch.cat([input_ids, targets], dim=1)
+    return model.target_logits(prefix, input_ids, None, targets)[0].float()
 
 
-def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, list[int]]]:
-    """The words of a text, each with the places of its tokens; what stands between spaces is a word."""
+def split_words(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, list[int]]]:
+    """The words of a text, each with the places of its tokens; what is between spaces is a word."""
     ends = [len(decode(tokens[: i + 1])) for i in range(len(tokens))]
-    found = []
+    words = []
     for match in re.finditer(r"\S+", decode(tokens)):
         begin, end = match.span()
         # a token that only completes a character adds no length: it counts to the character
@@ -188,16 +179,16 @@ def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> l
             i for i, stop in enumerate(ends) if stop > begin and min(ends[i - 1] if i else 0, stop - 1) < end
         ]
         if places:
-            found.append((match.group(), places))
-    return found
+            words.append((match.group(), places))
+    return words
 
 
 @contextmanager
 def _cross_attention(qformer: nn.Module, into: list[Tensor]) -> Iterator[None]:
     """While this is open, the cross-attention's probabilities [B, H, Q, N] of every layer are added to `into`."""
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
-        assert isinstance(module, Attention)
+    def hook(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(module, QFormerAttention)
         with torch.no_grad():
             query = split_heads(module.attention.query(args[0]), module.heads)
             key = split_heads(module.attention.key(args[1]), module.heads)
@@ -206,9 +197,9 @@ def _cross_attention(qformer: nn.Module, into: list[Tensor]) -> Iterator[None]:
     crossing = [
         module
         for name, module in qformer.named_modules()
-        if isinstance(module, Attention) and name.endswith("crossattention")
+        if isinstance(module, QFormerAttention) and name.endswith("crossattention")
     ]
-    handles = [module.register_forward_hook(look) for module in crossing]
+    handles = [module.register_forward_hook(hook) for module in crossing]
     try:
         yield
     finally:
@@ -225,19 +216,19 @@ def _mixing(encoder: nn.Module) -> Iterator[list[Tensor]]:
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         blocks[:] = [args[0]]
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        assert isinstance(module, SelfAttention)
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        assert isinstance(module, VisionAttention)
         query, key, _ = module.qkv(args[0]).unflatten(-1, (3, module.heads, -1)).permute(2, 0, 3, 1, 4)
-        read = _probabilities(query, key)[0].mean(0)  # [N, N], over heads
-        added, kept = (each[0].float().norm(dim=-1, keepdim=True) for each in (out, blocks[0]))
+        attention = _probabilities(query, key)[0].mean(0)  # [N, N], over heads
+        added, kept = (x[0].float().norm(dim=-1, keepdim=True) for x in (out, blocks[0]))
         share = added / (added + kept).clamp(min=1e-12)  # [N, 1]
-        here = share * read + torch.diag_embed(1 - share[:, 0])
-        mixed[:] = [here @ mixed[0] if mixed else here]
+        mixing = share * attention + torch.diag_embed(1 - share[:, 0])
+        mixed[:] = [mixing @ mixed[0] if mixed else mixing]
 
     handles = []
     for block in encoder.get_submodule("layers").children():
         handles.append(block.register_forward_pre_hook(enter))
-        handles.append(block.get_submodule("self_attn").register_forward_hook(look))
+        handles.append(block.get_submodule("self_attn").register_forward_hook(hook))
     try:
         yield mixed
     finally:

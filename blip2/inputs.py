@@ -10,13 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
+from blip2.images import SUFFIXES as SUFFIXES
 from blip2.images import ImageError, ImageSource, load_image
 
 BATCH_SIZE = 8  # images computed at a time
-# Files that are taken for images when a folder is given; what they really are is read from their content.
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
-)
 
 T = TypeVar("T")
 Item = TypeVar("Item", covariant=True)
@@ -71,21 +68,19 @@ def expand(argument: str) -> list[str]:
     Raises:
         ImageError: a folder without images, or a pattern that nothing matches.
     """
-    if Path(argument).is_dir():
-        paths = sorted(_images_under(argument))
-        if not paths:
-            raise ImageError(f"{argument}: the folder holds no images ({' '.join(sorted(SUFFIXES))})")
-        return paths
     if Path(argument).exists() or not glob.has_magic(argument):
-        return [argument]
-    paths = []
-    for path in sorted(glob.glob(argument, recursive=True)):
-        paths += _images_under(path) if Path(path).is_dir() else [path]
+        matches, problem = [argument], f"the folder holds no images ({' '.join(sorted(SUFFIXES))})"
+    else:
+        matches, problem = sorted(glob.glob(argument, recursive=True)), "no file matches this pattern"
+    paths = dict.fromkeys(image for path in matches for image in _images_at(path))
     if not paths:
-        raise ImageError(f"{argument}: no file matches this pattern")
-    return list(dict.fromkeys(paths))
+        raise ImageError(f"{argument}: {problem}")
+    return list(paths)
 
 
-def _images_under(folder: str) -> list[str]:
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+def _images_at(path: str) -> list[str]:
+    """A folder's images, sorted; any other path as it is."""
+    if not Path(path).is_dir():
+        return [path]
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names]
     return sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from blip2.checkpoint import count_parameters, load_model, load_processors
-from blip2.checkpoint import resolve as find_files
+from blip2.checkpoint import count_parameters, load_model, load_processors, resolve_path
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.quantization.formats import Mode
+from blip2.modeling.config import Mode
 from blip2.quantization.linear import Int4Linear, Int8Linear
-from blip2.registry import default_dtype, resolve
+from blip2.registry import default_dtype, resolve_alias
 from blip2.text import Tokenizer
 
 
@@ -45,7 +44,7 @@ def load_components(
     quantize: Mode | None = None,
 ) -> LoadedModel:
     """Load what a name or a folder holds; arguments as for `predict.load`."""
-    files = find_files(resolve(name) if isinstance(name, str) else name, revision)
+    files = resolve_path(resolve_alias(name) if isinstance(name, str) else name, revision)
     if dtype is None and quantize is None:
         dtype = default_dtype(count_parameters(files, vision=vision, language=language))
         if (
@@ -56,7 +55,7 @@ def load_components(
             dtype = "fp16"
     image_processor, tokenizer = load_processors(files, vision=vision, language=language)
     model = load_model(
-        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, lay_out=True
+        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, prepack=True
     )
     return LoadedModel(model, image_processor, tokenizer)
 
@@ -68,13 +67,13 @@ def device_of(device: str | torch.device) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not known; choose auto, cpu, cuda or mps") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {str(device)!r}: torch finds no NVIDIA GPU here; use 'cpu', or see `blip2 doctor`"
         )
-    if place.type == "mps" and not torch.backends.mps.is_available():
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {str(device)!r}: torch finds no Apple GPU here; use 'cpu'")
-    return place
+    return chosen

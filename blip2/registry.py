@@ -7,8 +7,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from blip2.modeling.config import MODES as MODES
 from blip2.modeling.config import (
     Blip2Config,
+    LanguageConfig,
     MatcherConfig,
     OptConfig,
     QFormerConfig,
@@ -23,11 +25,9 @@ DEFAULT_FOLDER = ASSETS / "default"  # the generating model
 DEFAULT_MATCHER_FOLDER = ASSETS / "default-matcher"  # the stage-1 model that belongs to it
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one parameter
-MODES = ("int8", "int4")  # how weights can be rounded, as `quantize.MODES`, which needs torch
-PRECISIONS = ("fp32", "bf16", *MODES)  # what memory is told for
-INT4_BYTES = (
-    0.5 + 3 / 128
-)  # stored, and read by a product: a scale of 16 bits and a zero of 8 for 128 weights
+PRECISIONS = ("fp32", "bf16", *MODES)  # that memory is estimated for
+# Of a value stored in int4, and read by a product: a scale of 16 bits and a zero of 8 for 128 weights.
+INT4_BYTES = 0.5 + 3 / 128
 INT4_MEMORY = 0.62  # as OpenVINO holds a value, with what it works with; torch's kernel takes 0.53
 PROCESS_BYTES = 300 * 2**20  # Python with torch and the libraries, before any weight; 257 MiB measured
 
@@ -36,7 +36,7 @@ PROCESS_BYTES = 300 * 2**20  # Python with torch and the libraries, before any w
 class KnownModel:
     """A model that can be loaded by name.
 
-    name: as on the Hugging Face Hub, or "default". alias: what may be typed instead. lavis: its name and type in LAVIS.
+    name: as on the Hugging Face Hub, or "default". alias: the short name. lavis: its name and type in LAVIS.
     parameters: those of the published ones are checked against the built model (tests/test_models.py).
     disk_bytes: the published weights, which are fp32; the default model's and its matcher's files.
     """
@@ -53,15 +53,15 @@ class KnownModel:
         """Memory for one image with five beams of thirty new tokens: an estimate.
 
         Args:
-            dtype: "fp32", "bf16" or "fp16", or how the weights are rounded: "int8" or "int4".
+            dtype: "fp32", "bf16" or "fp16", or how the weights are quantized: "int8" or "int4".
         """
-        width = BYTES.get(dtype, 4)  # between rounded weights fp32 is computed
+        width = BYTES.get(dtype, 4)  # between quantized weights fp32 is computed
         vision = self.config.vision
         working = vision.num_positions * (8 * vision.hidden_size + 2 * vision.intermediate_size) * width
         if isinstance(self.config, Blip2Config):
             language, num_beams, prompt, new = self.config.language, 5, 16, 30
             positions = self.config.num_query_tokens + prompt + num_beams * new
-            working += 2 * _keys_per_position(language) * positions * width  # keys and values
+            working += 2 * language.keys_per_position * positions * width  # keys and values
             working += 4 * num_beams * language.vocab_size * 4  # scores are float32 whatever the dtype
         return PROCESS_BYTES + self._weight_bytes(dtype) + working
 
@@ -74,39 +74,16 @@ class KnownModel:
             table = self.config.qformer.vocab_size * self.config.qformer.hidden_size  # stays fp32
             return self.parameters + kept + 3 * table
         language = self.config.language
-        width = language.width
-        # the head is laid out for its product: where it is the table's weight it is there twice
-        total = self.parameters + kept + (language.vocab_size * width if language.tie_word_embeddings else 0)
-        return total - (
-            0 if dtype == "int8" else int((1 - int4_bytes(language, INT4_MEMORY)) * matrix_values(language))
-        )
+        # the head is packed for its product: where it is the word embeddings' weight, that is in memory twice
+        head = language.vocab_size * language.width if language.tie_word_embeddings else 0
+        saved = 0.0 if dtype == "int8" else 1 - int4_bytes(language, INT4_MEMORY)
+        return self.parameters + kept + head - int(saved * language.matrix_values())
 
 
-def int4_bytes(language: OptConfig | T5Config, inner: float = INT4_BYTES) -> float:
+def int4_bytes(language: LanguageConfig, inner: float = INT4_BYTES) -> float:
     """Bytes of a matrix's value in "int4", the mean over the language model's layers: first and last are in 8 bits."""
-    depth = language.num_hidden_layers if isinstance(language, OptConfig) else language.num_decoder_layers
-    ends = min(2, depth) / depth
+    ends = min(2, language.depth) / language.depth
     return ends + (1 - ends) * inner
-
-
-def matrix_values(language: OptConfig | T5Config, *, decoder: bool = False) -> int:
-    """Values of the matrices in the language model's layers; those that every new token reads, with `decoder`."""
-    if isinstance(language, OptConfig):
-        width = language.width
-        return language.num_hidden_layers * (4 * width * width + 2 * width * language.ffn_dim)
-    attention = 4 * language.d_model * language.num_heads * language.d_kv
-    forward = (3 if language.is_gated_act else 2) * language.d_model * language.d_ff
-    if decoder:  # keys and values of what was read are there
-        return language.num_decoder_layers * (attention + attention // 2 + forward)
-    return language.num_layers * (attention + forward) + language.num_decoder_layers * (
-        2 * attention + forward
-    )
-
-
-def _keys_per_position(language: OptConfig | T5Config) -> int:
-    if isinstance(language, OptConfig):
-        return language.depth * language.width
-    return language.num_decoder_layers * language.num_heads * language.d_kv
 
 
 _VIT_224 = VisionConfig(image_size=224)
@@ -119,7 +96,7 @@ _WITH_TEXT = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)  # 305
 
 
 def _generator(
-    name: str, vision: VisionConfig, language: OptConfig | T5Config, parameters: int, lavis: str
+    name: str, vision: VisionConfig, language: LanguageConfig, parameters: int, lavis: str
 ) -> KnownModel:
     use = "captions, questions, chat" if vision is _VIT_224 else "captions in the style of COCO"
     config = Blip2Config(vision=vision, language=language)
@@ -159,7 +136,7 @@ _LAVIS_ADDRESS = "https://storage.googleapis.com/sfr-vision-language-research/LA
 
 
 def default_dtype(parameters: int) -> str:
-    """What a model computes in unless told otherwise.
+    """The dtype of a model where none is given.
 
     Up to a billion parameters fp32: processors are quick in it, and nothing is lost whatever the file holds. Above
     bf16: half the memory, and its range is that of fp32, where fp16 turns image features into NaN.
@@ -167,7 +144,7 @@ def default_dtype(parameters: int) -> str:
     return "fp32" if parameters <= 1_000_000_000 else "bf16"
 
 
-def resolve(name: str) -> str:
+def resolve_alias(name: str) -> str:
     """An alias, or a model's name and type in LAVIS -> the name on the Hub; any other name as it is.
 
     Raises:
@@ -206,7 +183,7 @@ def folder_model(folder: Path, *more: Path, name: str, use: str = "") -> KnownMo
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = [file for each in (folder, *more) for file in each.glob("*.safetensors")]
+        weights = [file for directory in (folder, *more) for file in directory.glob("*.safetensors")]
         parameters = sum(_stored_parameters(file) for file in weights)
         disk_bytes = sum(file.stat().st_size for file in weights)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.opt import Layer as OptLayer
-from blip2.modeling.opt import Opt
-from blip2.modeling.qformer import Layer
-from blip2.modeling.vision import Block, ImageEncoder
-from blip2.train import losses
+from blip2.modeling.opt import Opt, OptDecoderLayer
+from blip2.modeling.qformer import QFormerLayer
+from blip2.modeling.vision import ImageEncoder, VisionBlock
 from blip2.train.loop import Task
+from default_model import losses
 
 Batch = Mapping[str, Tensor]
 
@@ -128,7 +127,7 @@ def init_mimetic(vision: ImageEncoder, seed: int) -> None:
 
     with torch.no_grad():
         for layer in vision.layers:
-            assert isinstance(layer, Block)
+            assert isinstance(layer, VisionBlock)
             query, key, value = layer.self_attn.qkv.weight.chunk(3)
             for head in range(heads):
                 left, root, right = near_identity(0.7, 0.7)
@@ -156,7 +155,7 @@ def init_matching_heads(language: Opt, seed: int, *, heads: int = 2) -> None:
     noise = torch.randn(width, rows, generator=torch.Generator().manual_seed(seed))
     directions = torch.linalg.qr(noise)[0].mT  # [rows, W], orthonormal
     first = language.layers[0]
-    assert isinstance(first, OptLayer)
+    assert isinstance(first, OptDecoderLayer)
     with torch.no_grad():
         first.self_attn.q_proj.weight[:rows] = directions
         first.self_attn.k_proj.weight[:rows] = directions
@@ -179,7 +178,7 @@ def init_weights(module: nn.Module, seed: int, *, std: float = 0.02) -> None:
                 elif parameter.ndim >= 2:
                     nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
         for part in module.modules():
-            if isinstance(part, Layer) and hasattr(part, "intermediate"):
+            if isinstance(part, QFormerLayer) and hasattr(part, "intermediate"):
                 part.intermediate_query.load_state_dict(part.intermediate.state_dict())
                 part.output_query.load_state_dict(part.output.state_dict())
 

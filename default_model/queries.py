@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.opt import Opt
-from blip2.modeling.qformer import Layer, QFormer
-from blip2.train import losses
+from blip2.modeling.qformer import QFormer, QFormerLayer
 from blip2.train.loop import Task
 from blip2.train.tasks import Finetune, Stage2, layerwise_groups, train_only
+from default_model import losses
 from default_model.pretrain import ImageTextEncoders
 
 Batch = Mapping[str, Tensor]
@@ -207,7 +207,7 @@ def init_query_attention(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.linalg.qr(torch.randn(width, count, generator=generator))[0].mT * math.sqrt(width)
     first = qformer.layers[0]
-    assert isinstance(first, Layer) and first.crossattention is not None
+    assert isinstance(first, QFormerLayer) and first.crossattention is not None
     cross = first.crossattention
     with torch.no_grad():
         qformer.query_tokens[0] = tokens

@@ -147,7 +147,7 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     newline = write_opt_tokenizer(base / "tokenizer")
     config = Blip2Config(VISION, QFORMER, _opt(newline), num_query_tokens=4)
     model = make_visible(Blip2(config), seed=1)
-    model.projection.weight.data *= 4  # what is said must depend on the image
+    model.projection.weight.data *= 4  # what is written must depend on the image
     return save_model(model, base / "model", tokenizer=base / "tokenizer", dtype="fp16")
 
 
@@ -175,7 +175,7 @@ def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
 
-# Widths by which the attention heads of EVA-CLIP (88) and of CLIP and BERT (64) are told.
+# Widths by which the attention heads of EVA-CLIP (88) and of CLIP and BERT (64) are recognized.
 _EVA = replace(VISION, hidden_size=88, num_attention_heads=1)
 _CLIP = replace(_EVA, hidden_size=64, hidden_act="quick_gelu", layer_norm_eps=1e-5, pre_norm=True)
 _BERT = replace(QFORMER, hidden_size=64, num_hidden_layers=3, num_attention_heads=1)

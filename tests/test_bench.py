@@ -54,10 +54,10 @@ def test_a_run_goes_on_where_its_record_ends(generator_folder: Path, tmp_path: P
     side, record = Contender("blip2", str(generator_folder), "fp32"), tmp_path / "figures.jsonl"
     kept = {"load": 7.0, "greedy step": 8.0}
     record.write_text(json.dumps([side.name, 0, kept]) + "\n")
-    found = run((side,), rounds=1, batches=(1,), record=record)
-    assert found.figures == {side.name: kept}
+    bench = run((side,), rounds=1, batches=(1,), record=record)
+    assert bench.figures == {side.name: kept}
     names = [json.loads(line)[0] for line in record.read_text().splitlines()]
-    assert names == [side.name, "limits"] and found.limits["read"] > 0
+    assert names == [side.name, "limits"] and bench.limits["read"] > 0
     record.write_text("figures\n")
     with pytest.raises(ValueError, match="holds no measurements"):
         run((side,), rounds=1, batches=(1,), record=record)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import blip2
 from blip2 import cli
-from blip2.explain import SOFT, _cross_attention, spread, words_of
+from blip2.explain import SOFT, _cross_attention, split_words, spread
 from blip2.images import load_image, to_pixels
 from default_model.explained import words_for
 from default_model.scenes import Noun
@@ -26,35 +26,35 @@ def model(request: pytest.FixtureRequest) -> blip2.Predictor:
 
 
 def test_words_make_up_the_text_and_each_has_a_map(model: blip2.Predictor, pictures: list[Path]) -> None:
-    found = model.explain(pictures[0], text="a photo of the red cat")
-    assert found.text == "a photo of the red cat" == " ".join(word.text for word in found.words)
-    for i, word in enumerate(found.words):
+    explanation = model.explain(pictures[0], text="a photo of the red cat")
+    assert explanation.text == "a photo of the red cat" == " ".join(word.text for word in explanation.words)
+    for i, word in enumerate(explanation.words):
         assert word.heat.shape == (4, 4) and word.heat.dtype == np.float32
         assert word.heat.min() >= 0 and word.heat.max() in (0, 1)
         assert word.logprob < 0
-        assert found.heat_map(i).shape == (40, 30)  # the picture's height and width
-    assert found.attention.shape == (
+        assert explanation.heat_map(i).shape == (40, 30)  # the picture's height and width
+    assert explanation.attention.shape == (
         1,
         4,
         4,
         4,
         4,
     )  # layers that read the image, heads, queries, rows, columns
-    assert found.attention.min() >= 0 and (found.attention.sum((-1, -2)) < 1).all()
+    assert explanation.attention.min() >= 0 and (explanation.attention.sum((-1, -2)) < 1).all()
 
 
 def test_its_own_caption_and_answer_have_their_own_probability(
     model: blip2.Predictor, pictures: list[Path]
 ) -> None:
-    for own, found in (
+    for own, explanation in (
         (model.caption(pictures[1]), model.explain(pictures[1])),
         (model.ask(pictures[1], "what is it?"), model.explain(pictures[1], question="what is it?")),
     ):
-        assert found.text == own
+        assert explanation.text == own
         ended = model.model.config.language.eos_token_id == own.tokens[-1]
-        said = sum(own.token_logprobs[: -1 if ended else None])
+        total = sum(own.token_logprobs[: -1 if ended else None])
         # tokens of nothing but space belong to no word
-        assert sum(word.logprob for word in found.words) >= said - 1e-3
+        assert sum(word.logprob for word in explanation.words) >= total - 1e-3
     given = model.explain(pictures[1], question="what is it?", answer="a cat")
     assert given.text == "a cat"
 
@@ -66,18 +66,20 @@ def test_heat_is_the_derivative_where_the_encoder_mixes_nothing(
     for block in model.model.vision.layers:
         block.self_attn.projection.weight.data.zero_()
         block.self_attn.projection.bias.data.zero_()
-    found = model.explain(pictures[2], text="cat")
+    explanation = model.explain(pictures[2], text="cat")
     tokenizer, inner = model.generator.tokenizer, model.model.double()
-    asked, written = tokenizer.encode("a photo of"), tokenizer.encode(" cat", frame=False)
+    prompt, written = tokenizer.encode("a photo of"), tokenizer.encode(" cat", frame=False)
     pixels = to_pixels([load_image(pictures[2])], model.generator.image_processor)
     features = inner.vision(pixels.double()).detach()
 
     features.requires_grad_()
-    logits = inner.logits_from_prefix(inner.project(inner.qformer(features)), torch.tensor([asked + written]))
-    said = (logits[0, -len(written) - 1 : -1] / SOFT).log_softmax(-1)
-    (slope,) = torch.autograd.grad(said[torch.arange(len(written)), written].sum(), features)
+    logits = inner.logits_from_prefix(
+        inner.project(inner.qformer(features)), torch.tensor([prompt + written])
+    )
+    logprobs = (logits[0, -len(written) - 1 : -1] / SOFT).log_softmax(-1)
+    (slope,) = torch.autograd.grad(logprobs[torch.arange(len(written)), written].sum(), features)
     expected = slope[0, 1:].norm(dim=-1).view(4, 4).numpy()
-    assert found.words[0].heat == pytest.approx(expected / expected.max(), abs=1e-3)
+    assert explanation.words[0].heat == pytest.approx(expected / expected.max(), abs=1e-3)
 
 
 def test_looking_changes_nothing(generator_folder: Path, pictures: list[Path]) -> None:
@@ -117,24 +119,24 @@ def test_a_word_is_all_tokens_it_has() -> None:
         joined = b"".join(p if isinstance(p, bytes) else p.encode() for p in (pieces[i] for i in ids))
         return joined.decode(errors="replace")
 
-    assert words_of(range(len(pieces)), decode) == [("a", [0]), ("cat,", [1, 2, 3]), ("café", [4, 5, 6])]
+    assert split_words(range(len(pieces)), decode) == [("a", [0]), ("cat,", [1, 2, 3]), ("café", [4, 5, 6])]
 
 
 def test_names_of_several_words() -> None:
     words = tuple(SimpleNamespace(text=text) for text in ("a", "hot", "air", "balloon,", "and", "a", "bear."))
-    found = SimpleNamespace(words=words)
-    assert words_for(found, Noun("hot air balloon", "hot air balloons", "a", "")) == [1, 2, 3]  # type: ignore[arg-type]
-    assert words_for(found, Noun("bear", "bears", "a", "")) == [6]  # type: ignore[arg-type]
-    assert words_for(found, Noun("loon", "loons", "a", "")) == []  # type: ignore[arg-type]
+    explanation = SimpleNamespace(words=words)
+    assert words_for(explanation, Noun("hot air balloon", "hot air balloons", "a", "")) == [1, 2, 3]  # type: ignore[arg-type]
+    assert words_for(explanation, Noun("bear", "bears", "a", "")) == [6]  # type: ignore[arg-type]
+    assert words_for(explanation, Noun("loon", "loons", "a", "")) == []  # type: ignore[arg-type]
 
 
 def test_pictures(model: blip2.Predictor, pictures: list[Path]) -> None:
-    found = model.explain(pictures[3], text="a photo of two dogs")
-    one, all_of_them = found.image(1), found.image()
+    explanation = model.explain(pictures[3], text="a photo of two dogs")
+    one, all_of_them = explanation.image(1), explanation.image()
     assert one.mode == "RGB" and all_of_them.width == 4 * one.width
     assert len(one.getcolors(1 << 20)) > 50
     with pytest.raises(ValueError, match="words 0 to 4"):
-        found.image(5)
+        explanation.image(5)
     heat = np.zeros((4, 4), np.float32)
     heat[1, 3] = 1
     y, x = np.unravel_index(spread(heat, (400, 80)).argmax(), (80, 400))
@@ -178,9 +180,9 @@ def test_command_line(
 
 def test_the_default_model_points_at_what_it_names() -> None:
     examples = Path(__file__).parent.parent / "examples"
-    found = blip2.load(device="cpu").explain(
+    explanation = blip2.load(device="cpu").explain(
         examples / "swallow-and-balloon.jpg", text="a swallow and a hot air balloon"
     )
-    width = found.picture.width
-    swallow, balloon = found.heat_map(1).argmax() % width, found.heat_map(5).argmax() % width
+    width = explanation.picture.width
+    swallow, balloon = explanation.heat_map(1).argmax() % width, explanation.heat_map(5).argmax() % width
     assert swallow < width * 0.55 < balloon

@@ -87,6 +87,11 @@ def test_modules_import_what_the_layout_allows(module: str) -> None:
         assert not IMPORTS[module] & set(LAYOUT["apart"])
 
 
+def test_every_folder_is_a_package_that_gets_installed() -> None:
+    folders = {path.parent for path in MODULES.values()}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
 def test_the_layout_has_no_stale_entries() -> None:
     assert set(MAY_IMPORT) == ROOMS
     arrows = {(_room(module), _room(name)) for module, names in IMPORTS.items() for name in names}

@@ -221,7 +221,7 @@ def test_an_encoded_image_is_not_read_again(
         raise AssertionError("read again")
 
     monkeypatch.setattr(model.model, "embed_image", refuse)
-    monkeypatch.setattr(model.model, "read_prefix", refuse)
+    monkeypatch.setattr(model.model, "prefill_prefix", refuse)
     assert model.ask(encoded, "what is it?") == expected
     assert model.ask(encoded[2], "what is it?") == expected[2]
     assert [image.size for image in encoded] == [load_image(picture).size for picture in pictures]
@@ -546,7 +546,7 @@ def test_an_alias_is_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         requests.append((name, revision))
         raise ValueError("not today")
 
-    monkeypatch.setattr(loading, "find_files", find)
+    monkeypatch.setattr(loading, "resolve_path", find)
     for name in ("opt-6.7b-coco", "Salesforce/blip2-opt-6.7b-coco"):
         with pytest.raises(ValueError, match="not today"):
             blip2.load(name, revision="main")

@@ -12,10 +12,10 @@ import torch
 from blip2 import doctor, registry
 from blip2.checkpoint import convert
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Blip2Config
-from blip2.quantization.apply import EXCLUDED, layers
-from blip2.quantization.formats import Int8Weight, Mode
-from blip2.registry import KnownModel, folder_model, known_models, readable, resolve
+from blip2.modeling.config import Blip2Config, Mode
+from blip2.quantization.apply import EXCLUDED, quantized_layers
+from blip2.quantization.formats import Int8Weight
+from blip2.registry import KnownModel, folder_model, known_models, readable, resolve_alias
 
 
 @pytest.mark.parametrize("known", registry.PUBLISHED, ids=lambda known: known.alias)
@@ -43,13 +43,13 @@ def test_the_6_7b_model_is_as_published() -> None:
 
 @pytest.mark.parametrize("known", registry.PUBLISHED, ids=lambda known: known.alias)
 @pytest.mark.parametrize("mode", registry.MODES)
-def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> None:
+def test_quantized_weights_take_the_estimated_memory(known: KnownModel, mode: Mode) -> None:
     with torch.device("meta"):
         built = Blip2(known.config) if isinstance(known.config, Blip2Config) else Blip2Matcher(known.config)
-        rounded = {name: kind for name, _, kind in layers(built, mode)}
+        kinds = {name: kind for name, _, kind in quantized_layers(built, mode)}
     stored = 0.0
     for name, values in built.state_dict().items():
-        if (kind := rounded.get(name.removesuffix(".weight"))) is not None:
+        if (kind := kinds.get(name.removesuffix(".weight"))) is not None:
             stored += values.numel() * (1 if kind is Int8Weight else registry.INT4_MEMORY)
         else:
             stored += values.numel() * (2 if name.startswith(EXCLUDED) and name.endswith("weight") else 4)
@@ -60,21 +60,21 @@ def test_rounded_weights_take_what_is_told(known: KnownModel, mode: Mode) -> Non
 def test_aliases() -> None:
     aliases = [known.alias for known in registry.PUBLISHED]
     assert len({*aliases, *(known.name for known in registry.PUBLISHED)}) == 2 * len(aliases)
-    assert resolve("itm-coco") == "Salesforce/blip2-itm-vit-g-coco"
-    assert resolve("someone/else") == "someone/else"
+    assert resolve_alias("itm-coco") == "Salesforce/blip2-itm-vit-g-coco"
+    assert resolve_alias("someone/else") == "someone/else"
 
 
 def test_names_of_lavis() -> None:
     assert len({known.lavis for known in registry.PUBLISHED}) == len(registry.PUBLISHED)
-    assert resolve("blip2_opt:caption_coco_opt6.7b") == "Salesforce/blip2-opt-6.7b-coco"
-    assert resolve("blip2_t5:pretrain_flant5xxl") == "Salesforce/blip2-flan-t5-xxl"
+    assert resolve_alias("blip2_opt:caption_coco_opt6.7b") == "Salesforce/blip2-opt-6.7b-coco"
+    assert resolve_alias("blip2_t5:pretrain_flant5xxl") == "Salesforce/blip2-flan-t5-xxl"
     assert (
-        resolve("blip2:coco")
-        == resolve("blip2_image_text_matching:coco")
+        resolve_alias("blip2:coco")
+        == resolve_alias("blip2_image_text_matching:coco")
         == "Salesforce/blip2-itm-vit-g-coco"
     )
     with pytest.raises(ValueError, match=r"blip2_pretrained_flant5xl_vitL\.pth .* --vision .* --language"):
-        resolve("blip2_t5:pretrain_flant5xl_vitL")
+        resolve_alias("blip2_t5:pretrain_flant5xl_vitL")
 
 
 def test_dtype_by_size() -> None:
@@ -161,7 +161,7 @@ def test_a_good_machine_has_no_problems(machine: doctor.Machine) -> None:
 )
 def test_what_would_go_wrong(machine: doctor.Machine, change: dict[str, object], problem: str) -> None:
     (checkup,) = doctor.examine_models(dataclasses.replace(machine, **change), "opt-6.7b-coco")  # type: ignore[arg-type]
-    assert [found for found in checkup.problems if problem in found]
+    assert [line for line in checkup.problems if problem in line]
 
 
 def test_what_is_worth_knowing(machine: doctor.Machine) -> None:
@@ -196,4 +196,4 @@ def test_the_report(machine: doctor.Machine) -> None:
     assert "avx512_bf16" in text
     first, *rest = json.loads(json.dumps(doctor.report_records(machine, checkups)))
     assert first["machine"]["memory"] == 32 * GIB
-    assert [each["name"] for each in rest] == [checkup.name for checkup in checkups]
+    assert [model["name"] for model in rest] == [checkup.name for checkup in checkups]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from blip2.bulk.index import Entry, Index, IndexFile, content_key, key_of
-from blip2.storage import lock
+from blip2.storage import lock_file
 
 NAME, INDEX, LOCK = "journal", "index", "lock"
 GO_ON = "run the same command again to go on"
@@ -51,7 +51,7 @@ class Journal:
             self._lock = (folder / LOCK).open("wb")
         except OSError as error:
             raise BulkError(f"{folder}: cannot be written ({error.strerror}); name another --out") from error
-        if not lock(self._lock.fileno()):
+        if not lock_file(self._lock):
             self._lock.close()
             raise BulkError(
                 f"{folder}: another run is writing this output; wait for it, or name another --out"

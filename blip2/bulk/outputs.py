@@ -13,15 +13,15 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from PIL import Image
 
-from blip2.bulk.index import key_of
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
 from blip2.bulk.sources import IN_TABLE, NO_PYARROW, ImageItem, parquet_items
 from blip2.images import ImageError
 from blip2.inputs import SUFFIXES
+from blip2.storage import replace_file
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 ERRORS = "errors.jsonl"  # beside the journal
@@ -67,11 +67,12 @@ def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
     Raises:
         BulkError: the disk refuses.
     """
-    if kind == "parquet":
-        _parquet(rows, out)
-        return
-    with _writing_text(out) as text:
-        {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
+    with _writing(out) as beside:
+        if kind == "parquet":
+            _parquet(rows, beside)
+        else:
+            with _text_file(beside) as text:
+                {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
 
 
 def write_sidecars(rows: Iterable[Row], out: Path) -> None:
@@ -83,8 +84,8 @@ def write_sidecars(rows: Iterable[Row], out: Path) -> None:
     for row in rows:
         if "sidecar" in row and "texts" in row:
             content = row.get("before", "") + _lines_of(row) + row.get("after", "") + "\n"
-            with _writing(out / row["sidecar"]) as file:
-                file.write(content.encode("utf-8", "surrogateescape"))
+            with _writing(out / row["sidecar"], sync_name=False) as beside:  # there may be millions of them
+                beside.write_bytes(content.encode("utf-8", "surrogateescape"))
 
 
 def write_errors(rows: Iterable[Row], folder: Path) -> None:
@@ -93,7 +94,7 @@ def write_errors(rows: Iterable[Row], folder: Path) -> None:
     Raises:
         BulkError: the disk refuses.
     """
-    with _writing_text(folder / ERRORS) as text:
+    with _writing(folder / ERRORS) as beside, _text_file(beside) as text:
         _jsonl((row for row in rows if "error" in row), text)
 
 
@@ -107,37 +108,17 @@ def flat(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{key_of(path.name):016x}.part")  # never longer than a name may be
+def _writing(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
+    """`replace_file`; what the disk refuses is a BulkError."""
     try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """The same; what the disk refuses is a BulkError."""
-    try:
-        with _replacing(path) as file:
-            yield file
+        with replace_file(path, sync_name=sync_name) as beside:
+            yield beside
     except OSError as error:
         raise disk_error(path, error) from error
 
 
-@contextmanager
-def _writing_text(path: Path) -> Iterator[TextIO]:
-    with _writing(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="")
-        yield text
-        text.detach()  # what it holds is written; the file stays open
+def _text_file(path: Path) -> TextIO:
+    return path.open("w", encoding="utf-8", newline="")
 
 
 def _lines_of(row: Row) -> str:
@@ -199,7 +180,7 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
 
     numbers = ("score", "logprob", "match")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
-    with _writing(out) as file, pq.ParquetWriter(file, schema) as writer:
+    with pq.ParquetWriter(out, schema) as writer:
         block: list[Row] = []
         for row in flat(rows):
             block.append(_valid(row))
@@ -220,7 +201,7 @@ def write_shard(journal: Journal, out: Path, number: int) -> None:
     Raises:
         BulkError: the disk refuses, or an image is no longer what was captioned.
     """
-    with _writing(shard(out, number)) as file, tarfile.open(fileobj=file, mode="w") as archive:
+    with _writing(shard(out, number)) as beside, tarfile.open(beside, mode="w") as archive:
         rows = journal.succeeded_rows(number)
         for i, (row, image) in enumerate(_with_images(rows), number * journal.SHARD_SIZE):
             record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})

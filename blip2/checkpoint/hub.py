@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from blip2.tensorfiles.tensors import CheckpointError
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.text import TOKENIZER_FILES
 
 # Weights that are data alone, and the settings beside them: never code.
 HUB_FILES = (
@@ -13,14 +14,7 @@ HUB_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
+    *TOKENIZER_FILES,
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
@@ -37,8 +31,8 @@ OLDER_FILES = (
 )
 
 
-def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The local path of a model: what was given where it exists, else the Hub's files for that name, downloaded once.
+def resolve_path(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The local path of a model: a path that exists as it is, else the Hub's files for that name, downloaded once.
 
     The cache and offline mode are huggingface_hub's own: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN.
 
@@ -50,10 +44,10 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     try:
         path = Path(name_or_path).expanduser()
-        there = path.exists()
+        exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, with a NUL
         raise CheckpointError(f"{str(name_or_path)[:200]!r} is no valid path ({error})") from error
-    if there:
+    if exists:
         if revision is not None:
             raise CheckpointError(f"{path} is a local path; revision={revision!r} is for models on the Hub")
         return path
@@ -67,11 +61,11 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
 
     which = name if revision is None else f"{name} at revision {revision!r}"
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-        if not any(found.glob("*.safetensors")):
-            wanted = [*HUB_FILES, *OLDER_FILES]
-            found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-        return found
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            patterns = [*HUB_FILES, *OLDER_FILES]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return folder
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{which} is not in the local cache and the Hugging Face Hub cannot be reached; "

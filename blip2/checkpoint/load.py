@@ -1,15 +1,15 @@
-"""A checkpoint -> a model, strictly: every tensor of the file finds its place and every place its tensor.
+"""A checkpoint -> a model, strictly: every tensor of the file has a place in the model, and every place a tensor.
 
 Tensors whose dtype stays are mapped from the file, so a model takes the memory of its weights once and is ready as soon
-as it is built. Do not overwrite a file in place while a model loaded from it lives (`save_model` never does).
+as it is built. Do not overwrite a file in place while a model loaded from it is in use (`save_model` never does).
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.dialects import read_json_file
-from blip2.checkpoint.hub import resolve
-from blip2.checkpoint.key_mapping import from_hugging_face
+from blip2.checkpoint.hub import resolve_path
+from blip2.checkpoint.key_mapping import HEAD, from_hugging_face
 from blip2.checkpoint.remap import equal_values, parameters, read_blocks
-from blip2.checkpoint.source import open_checkpoint
+from blip2.checkpoint.source import folder_of, has_tokenizer, open_checkpoint
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, OptConfig, read_config
+from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, Mode, read_config
+from blip2.modeling.layers import cpu_has_bf16
+from blip2.quantization import apply
 from blip2.quantization.apply import EMBEDDINGS
-from blip2.quantization.apply import quantize as round_layers
-from blip2.quantization.formats import Int4Weight, Mode, QuantizedWeight
+from blip2.quantization.formats import Int4Weight, QuantizedWeight, read_quantized, stored_mode
 from blip2.quantization.linear import openvino_multiplies
-from blip2.quantization.packed import Linear, cpu_has_bf16, malloc_trim
-from blip2.quantization.stored import rounded, stored_mode
-from blip2.tensorfiles.tensors import CheckpointError, Tensors
-from blip2.text import TOKENIZER_FILES, Tokenizer
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.strict_json import read_json
+from blip2.tensorfiles.tensors import Tensors
+from blip2.text import Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -53,13 +53,6 @@ DROPPED = frozenset(
         "language_model.model.decoder.version",
     }
 )
-_HEAD, _OPT_WORDS, _T5_WORDS = (
-    "language.lm_head.weight",
-    "language.embed_tokens.weight",
-    "language.shared.weight",
-)
-# The parts whose linear layers are worth laying out.
-_LAID_OUT = ("vision.", "qformer.", "language.")
 # T5's matrices that overflow in fp16, whose range ends at 65504. Kept in fp32 as transformers keeps them.
 _OVERFLOWS = ".DenseReluDense.wo.weight"
 # What runs together and therefore has one dtype. Between parts the model converts what it passes on.
@@ -94,7 +87,7 @@ def load_model(
     vision: str | Path | None = None,
     language: str | Path | None = None,
     quantize: Mode | None = None,
-    lay_out: bool = False,
+    prepack: bool = False,
 ) -> Blip2 | Blip2Matcher:
     """Load a model in eval mode, from Hugging Face's layout, LAVIS's, PaddleNLP's or PaddleMIX's.
 
@@ -108,36 +101,34 @@ def load_model(
         revision: branch, tag or commit of a model on the Hub.
         vision, language: the image encoder and the language model, for a checkpoint that was saved without them, as
             LAVIS does: a tensor file, a folder, or a name on the Hub.
-        quantize: "int8" or "int4": round the linear layers' weights, one at a time, so that no more than the rounded
-            ones are ever in memory; see `blip2.quantize`.
-        lay_out: for inference: lay bf16 weights out for this processor, where it has bf16 (see `layers.Linear`). They
-            are then read from the file one by one, not mapped.
+        quantize: "int8" or "int4": quantize the linear layers' weights, one at a time, so that no more than the
+            quantized ones are ever in memory; see `blip2.quantization.apply`.
+        prepack: for inference: pack bf16 weights for this CPU, where it has bf16 (see `PackedLinear`). They are then
+            read from the file one by one, not mapped. Such a model cannot be trained until it is unpacked.
 
     Raises:
         CheckpointError: not found, unreadable, or tensors missing, left over or of another shape than config.json says.
         ConfigError: config.json describes no model this package builds.
     """
-    wanted = parse_dtype(dtype)
-    parts = [None if part is None else resolve(part) for part in (vision, language)]
-    with open_checkpoint(resolve(path, revision), vision=parts[0], language=parts[1]) as found:
-        config = found.required()  # what is wrong with the settings is told first
-        names = our_names(found.tensors)
-        return build_model(config, found.tensors, names, wanted, torch.device(device), quantize, lay_out)
+    target_dtype = parse_dtype(dtype)
+    with open_checkpoint(path, revision, vision=vision, language=language) as checkpoint:
+        config = checkpoint.required()  # what is wrong with the settings is reported first
+        names, tensors = our_names(checkpoint.tensors), checkpoint.tensors
+        return build_model(config, tensors, names, target_dtype, torch.device(device), quantize, prepack)
 
 
 def count_parameters(
     path: Path, *, vision: str | Path | None = None, language: str | Path | None = None
 ) -> int:
     """How many values a checkpoint holds, the parts from elsewhere counted in; arguments as `load_model`'s."""
-    parts = [None if part is None else resolve(part) for part in (vision, language)]
-    with open_checkpoint(path, vision=parts[0], language=parts[1]) as found:
-        return parameters(found.tensors)
+    with open_checkpoint(path, vision=vision, language=language) as checkpoint:
+        return parameters(checkpoint.tensors)
 
 
 def stored_as(path: Path) -> Mode | None:
-    """How a checkpoint's weights are rounded; None where they are floats."""
-    with open_checkpoint(path) as found:
-        return stored_mode(found.tensors)
+    """How a checkpoint's weights are quantized; None where they are floats."""
+    with open_checkpoint(path) as checkpoint:
+        return stored_mode(checkpoint.tensors)
 
 
 def load_processors(
@@ -152,34 +143,28 @@ def load_processors(
     Raises:
         CheckpointError, ConfigError, ImageError, TextError: a file is missing or broken.
     """
-    found = resolve(path, revision)
-    folder = found if found.is_dir() else found.parent
+    file = resolve_path(path, revision)
+    folder = folder_of(file)
     if (folder / "config.json").is_file():
         size = read_config_file(folder).vision.image_size
     else:
-        parts = [None if part is None else resolve(part) for part in (vision, language)]
-        with open_checkpoint(found, vision=parts[0], language=parts[1]) as checkpoint:
+        with open_checkpoint(file, vision=vision, language=language) as checkpoint:
             size = checkpoint.required().vision.image_size
-    words = folder if language is None or has_tokenizer(folder) else resolve(language)
-    return ImageProcessor.load(folder, size), Tokenizer.load(words)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds tokenizer files."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer_folder = folder if language is None or has_tokenizer(folder) else resolve_path(language)
+    return ImageProcessor.load(folder, size), Tokenizer.load(tokenizer_folder)
 
 
 def read_config_file(folder: Path) -> Blip2Config | MatcherConfig:
     """The config.json of a checkpoint's folder."""
-    return read_config(read_json_file(folder / "config.json"))
+    return read_config(read_json(folder / "config.json"))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype or its name -> the dtype; None stays None. Raises CheckpointError for any other."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in DTYPES.values():
+    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and parsed not in DTYPES.values():
         raise CheckpointError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-    return found
+    return parsed
 
 
 def build_model(
@@ -189,13 +174,13 @@ def build_model(
     dtype: torch.dtype | None,
     device: torch.device,
     quantize: Mode | None = None,
-    lay_out: bool = False,
+    prepack: bool = False,
 ) -> Blip2 | Blip2Matcher:
     """A model in eval mode from tensors in Hugging Face's layout.
 
     Args:
         names: our parameter name -> the name in `tensors`.
-        dtype, quantize, lay_out: see `load_model`.
+        dtype, quantize, prepack: see `load_model`.
     """
     model, names, tied = match_state_dict(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
@@ -205,66 +190,43 @@ def build_model(
         weights = names
 
         def read(name: str, kind: type[QuantizedWeight]) -> QuantizedWeight:
-            # a table of words is looked up as it is stored: only the words that occur are ever read
+            # word embeddings are looked up as they are stored: only the words that occur are ever read
             mapped = name in EMBEDDINGS or (
                 kind is Int4Weight and device.type == "cpu" and openvino_multiplies()
             )
-            return rounded(tensors, weights[f"{name}.weight"], kind, mapped=mapped).to(device)
+            return read_quantized(tensors, weights[f"{name}.weight"], kind, mapped=mapped).to(device)
 
-        round_layers(model, quantize, read)
+        apply.quantize_model(model, quantize, read)
         rest = model.state_dict()
         names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
-    if lay_out and device.type == "cpu" and cpu_has_bf16():
-        # a head that is the word embeddings' weight is needed as it is
-        plain = {ours: stored for ours, stored in names.items() if not (tied and ours == _HEAD)}
-        # beside rounded weights, where nothing else is asked for, what is left of the linear layers is bf16 too
-        narrow = dict.fromkeys(dtypes, torch.bfloat16) if quantize is not None and dtype is None else dtypes
-        done = _lay_out(model, tensors, plain, narrow)
-        names = {ours: stored for ours, stored in names.items() if ours not in done}
+    if prepack and device.type == "cpu" and cpu_has_bf16():
+        # beside quantized weights, where no dtype is given, what is left of the linear layers is bf16 too
+        narrow = quantize is not None and dtype is None
+        packed = {
+            name: partial(tensors.copy, names[f"{name}.weight"])
+            for name, _ in apply.linear_layers(model)
+            # a head that is the word embeddings' weight is needed as it is
+            if (narrow or dtypes[_part(name)] == torch.bfloat16) and not (tied and f"{name}.weight" == HEAD)
+        }
+        apply.prepack(model, packed)
+        names = {ours: stored for ours, stored in names.items() if ours.removesuffix(".weight") not in packed}
     for ours, stored in names.items():
-        if not (tied and ours == _HEAD):
+        if not (tied and ours == HEAD):
             target = dtypes[_part(ours)]
             if target == torch.float16 and ours.endswith(_OVERFLOWS):
                 target = torch.float32
-            as_it_is = tensors.info(stored).dtype == target and device.type == "cpu"
-            state[ours] = tensors[stored] if as_it_is else tensors.copy(stored).to(device, target)
+            unchanged = tensors.info(stored).dtype == target and device.type == "cpu"
+            state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
     if tied:
         assert isinstance(config, Blip2Config)
-        state[_HEAD] = state[words_of(config)]
+        state[HEAD] = state[embeddings_weight(config)]
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
         assert isinstance(model, Blip2)
         model.language.tie()
+    apply.widen(model)
     return model.eval()
-
-
-def _lay_out(
-    model: Blip2 | Blip2Matcher, tensors: Tensors, names: Mapping[str, str], dtypes: Mapping[str, torch.dtype]
-) -> set[str]:
-    """Fill the linear layers that are to be bf16, laid out; the names of their weights.
-
-    One is read while the one before is laid out, and then dropped: a mapped weight would stay in memory beside it.
-    """
-    weights = {
-        f"{name}.weight": layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and name.startswith(_LAID_OUT) and f"{name}.weight" in names
-    }
-    weights = {name: layer for name, layer in weights.items() if dtypes[_part(name)] == torch.bfloat16}
-    if not weights:
-        return set()
-    with ThreadPoolExecutor(1) as reader:
-        waiting = deque(weights)
-        coming = reader.submit(tensors.copy, names[waiting[0]])
-        while waiting:
-            layer, weight = weights[waiting.popleft()], coming.result()
-            if waiting:
-                coming = reader.submit(tensors.copy, names[waiting[0]])
-            layer.lay_out(weight.to(torch.bfloat16))
-            del weight
-            malloc_trim()
-    return set(weights)
 
 
 def match_state_dict(
@@ -280,7 +242,7 @@ def match_state_dict(
         CheckpointError: tensors missing, left over or of another shape than the config says.
     """
     names = dict(names)
-    tied = isinstance(config, Blip2Config) and _share_head(tensors, names, words_of(config))
+    tied = isinstance(config, Blip2Config) and _share_head(tensors, names, embeddings_weight(config))
     model = empty_model(config, tensors, names, tied=tied)
     _check(model.state_dict(), tensors, names)
     return model, names, tied
@@ -291,21 +253,21 @@ def empty_model(
 ) -> Blip2 | Blip2Matcher:
     """The model of a config on the meta device, its vocabulary as long as it is stored."""
     if isinstance(config, Blip2Config):
-        words = _vocabulary(tensors, names, words_of(config), config.language.vocab_size)
-        language = replace(config.language, vocab_size=words, tie_word_embeddings=tied)
+        size = _vocabulary(tensors, names, embeddings_weight(config), config.language.vocab_size)
+        language = replace(config.language, vocab_size=size, tie_word_embeddings=tied)
         with torch.device("meta"), SkipInit():
             return Blip2(replace(config, language=language))
-    words = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
-    qformer = replace(config.qformer, vocab_size=words)
+    size = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
+    qformer = replace(config.qformer, vocab_size=size)
     with torch.device("meta"), SkipInit():
         return Blip2Matcher(
             replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
         )
 
 
-def words_of(config: Blip2Config) -> str:
-    """Our name for the weight that a tied head shares."""
-    return _OPT_WORDS if isinstance(config.language, OptConfig) else _T5_WORDS
+def embeddings_weight(config: Blip2Config) -> str:
+    """Our name for the word embeddings' weight, which a tied head shares."""
+    return f"language.{config.language.word_embeddings}.weight"
 
 
 def our_names(tensors: Tensors) -> dict[str, str]:
@@ -330,11 +292,11 @@ def our_names(tensors: Tensors) -> dict[str, str]:
 
 def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> bool:
     """Whether the head is the word embeddings' weight: absent, or stored and equal. One that differs counts."""
-    stored = [name for name in (_HEAD, embeddings) if name in names]
+    stored = [name for name in (HEAD, embeddings) if name in names]
     if len(stored) == 1:
-        names[_HEAD] = names[embeddings] = names[stored[0]]
+        names[HEAD] = names[embeddings] = names[stored[0]]
         return True
-    return bool(stored) and _equal(tensors, names[_HEAD], names[embeddings])
+    return bool(stored) and _equal(tensors, names[HEAD], names[embeddings])
 
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
@@ -343,10 +305,10 @@ def _equal(tensors: Tensors, one: str, other: str) -> bool:
     )
 
 
-def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, announced: int) -> int:
-    """vocab_size as stored: vocabularies get padded or extended, and config.json is not always told."""
+def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, configured: int) -> int:
+    """vocab_size as stored: vocabularies get padded or extended, and config.json is not always updated."""
     shape = tensors.info(names[embeddings]).shape if embeddings in names else ()
-    return shape[0] if len(shape) == 2 and shape[0] <= MAX_SIZE else announced
+    return shape[0] if len(shape) == 2 and shape[0] <= MAX_SIZE else configured
 
 
 def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]) -> None:
@@ -355,7 +317,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str,
     problems = []
     if missing:
         problems.append(f"lacks {_listed(missing)}")
-        if all(name in missing for name in expected if name.startswith("language.")) and _HEAD in expected:
+        if all(name in missing for name in expected if name.startswith("language.")) and HEAD in expected:
             problems.append(
                 "so it has no language model: it is a part of a model, such as its Q-Former alone"
             )

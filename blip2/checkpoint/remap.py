@@ -1,35 +1,32 @@
-"""A checkpoint's tensors under the names and in the shapes of another layout, one made when it is asked for.
+"""A checkpoint's tensors under the names and in the shapes of another layout, each computed when it is read.
 
-Between a layout and Hugging Face's stands a plan: for each wanted tensor, which stored ones it is made of and how.
-Linear weights are transposed, a joint bias is put together or taken apart; everything else is a new name.
+A table of recipes leads from a layout to Hugging Face's and back: which stored tensors a tensor is made of, and how.
+Linear weights are transposed, a joint bias is concatenated or split; everything else is a new name.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.layouts import HUGGING_FACE, LAVIS, Layout, is_transposed, to_hugging_face, to_theirs
-from blip2.tensorfiles.tensors import CheckpointError, TensorInfo, Tensors, quoted
+from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS, rename
+from blip2.checkpoint.layouts import HUGGING_FACE, Layout
+from blip2.tensorfiles.errors import CheckpointError, quoted
+from blip2.tensorfiles.tensors import TensorInfo, Tensors
 
 BLOCK_ELEMENTS = 8 << 20  # how much is converted and written at a time: 32 MB of fp32
 _T5_MARKS = ("t5_model.", "language_model.t5.", "language_model.encoder.")
-_CLIP_ADDED = {  # what CLIP stores without leading ones
-    "vision_model.embeddings.class_embedding": 2,
-    "vision_model.embeddings.position_embedding": 1,
-}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """How a tensor is made.
+class TensorRecipe:
+    """How a tensor is made of stored ones.
 
-    stored: the tensors it is made of, joined along the first side; None stands for zeros.
-    transposed: the only stored one is turned round.
+    stored: their names; they are concatenated along the first side. None stands for zeros.
+    transposed: the only stored one is transposed.
     third: it is the first, second or third part (0, 1, 2) of the only stored one.
     """
 
@@ -40,63 +37,57 @@ class Piece:
 
     @property
     def plain(self) -> str | None:
-        """The stored tensor that this is as it stands, but for its name and leading ones."""
+        """The stored tensor that differs from this in nothing but its name and leading ones."""
         return None if self.transposed or self.third is not None or len(self.stored) > 1 else self.stored[0]
 
 
-class Translated:
-    """Tensors made from others: a file of tensors, as far as its users can see."""
+class RemappedTensors:
+    """Tensors made of others: to its users a `TensorFile`."""
 
-    format = "translated"
-    metadata: Mapping[str, str] = {}
+    format = "remapped"
 
-    def __init__(self, tensors: Tensors, pieces: Mapping[str, Piece]) -> None:
-        self.tensors, self.pieces = tensors, pieces
-        self.info: Mapping[str, TensorInfo] = {name: piece.info for name, piece in pieces.items()}
+    def __init__(self, tensors: Tensors, recipes: Mapping[str, TensorRecipe]) -> None:
+        self.tensors, self.recipes = tensors, recipes
+        self.info: Mapping[str, TensorInfo] = {name: recipe.info for name, recipe in recipes.items()}
 
     def mapped(self, name: str) -> Tensor:
-        """The tensor; mapped from the file where it stands there as it is."""
-        piece = self.pieces[name]
-        if piece.plain is not None:
-            return self.tensors[piece.plain].reshape(piece.info.shape)
+        """The tensor; mapped from the file where it is stored as it is."""
+        recipe = self.recipes[name]
+        if recipe.plain is not None:
+            return self.tensors[recipe.plain].reshape(recipe.info.shape)
         return self.copied(name)
 
     def copied(self, name: str) -> Tensor:
         """The tensor in memory of its own."""
-        piece = self.pieces[name]
-        if piece.transposed:
-            out = torch.empty(piece.info.shape, dtype=piece.info.dtype)
-            done = 0
-            for block in self.blocks(name):
-                out.view(-1)[done : done + len(block)] = block
-                done += len(block)
-            return out
-        parts = [None if stored is None else self.tensors.copy(stored) for stored in piece.stored]
+        recipe = self.recipes[name]
+        parts = [None if part is None else self.tensors.copy(part) for part in recipe.stored]
         if len(parts) == 1:
             assert parts[0] is not None
-            whole = parts[0] if piece.third is None else parts[0].chunk(3)[piece.third].clone()
-            return whole.reshape(piece.info.shape)
+            if recipe.transposed:
+                return parts[0].t().contiguous()
+            stored = parts[0] if recipe.third is None else parts[0].chunk(3)[recipe.third].clone()
+            return stored.reshape(recipe.info.shape)
         length = next(len(part) for part in parts if part is not None)
-        zeros = torch.zeros(length, dtype=piece.info.dtype)
+        zeros = torch.zeros(length, dtype=recipe.info.dtype)
         return torch.cat([zeros if part is None else part for part in parts])
 
     def place(self, name: str) -> None:
-        """None: `blocks` knows better."""
+        """None: values are read by `blocks`."""
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The values in order, flat, in pieces; a transposed tensor is never in memory twice."""
-        piece = self.pieces[name]
-        if piece.plain is not None:
-            yield from read_blocks(self.tensors, piece.plain)
+        recipe = self.recipes[name]
+        if recipe.plain is not None:
+            yield from read_blocks(self.tensors, recipe.plain)
             return
-        if not piece.transposed:
+        if not recipe.transposed:
             yield from blocks(self.copied(name))
             return
-        assert piece.stored[0] is not None
-        stored = self.tensors.copy(piece.stored[0])  # [in, out] for [out, in], or the other way round
+        assert recipe.stored[0] is not None
+        stored = self.tensors.copy(recipe.stored[0])  # [in, out] for [out, in], or the other way round
         rows = max(1, BLOCK_ELEMENTS // max(1, stored.shape[0]))
         for start in range(0, stored.shape[1], rows):
-            # first a copy of some columns, then the turn: torch turns a whole matrix fast, a part of one slowly
+            # copied before they are transposed: torch transposes a whole matrix fast, a part of one slowly
             yield stored[:, start : start + rows].contiguous().t().contiguous().view(-1)
 
 
@@ -108,9 +99,9 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def read_blocks(tensors: Tensors, name: str) -> Iterator[Tensor]:
-    """The values of a tensor in order, flat, in pieces; read piece by piece where the file lets them."""
+    """The values of a tensor in order, flat, in pieces; read piece by piece where the file allows it."""
     file, info = tensors.file(name), tensors.info(name)
-    if isinstance(file, Translated):
+    if isinstance(file, RemappedTensors):
         yield from file.blocks(name)
         return
     place = file.place(name)
@@ -126,12 +117,12 @@ def read_blocks(tensors: Tensors, name: str) -> Iterator[Tensor]:
 
 
 def equal_values(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """Whether two streams of values are equal, however they are cut. Values that are no number equal nothing."""
-    return all(torch.equal(a, b) for a, b in side_by_side(one, other))
+    """Whether two streams of values are equal, in pieces of whatever lengths. NaN equals nothing."""
+    return all(torch.equal(a, b) for a, b in aligned_blocks(one, other))
 
 
-def side_by_side(one: Iterable[Tensor], other: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two streams of equally many values, cut alike."""
+def aligned_blocks(one: Iterable[Tensor], other: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two streams of equally many values, in pieces of the same lengths."""
     left, right = iter(one), iter(other)
     a, b = torch.empty(0), torch.empty(0)
     while True:
@@ -145,25 +136,25 @@ def side_by_side(one: Iterable[Tensor], other: Iterable[Tensor]) -> Iterator[tup
         a, b = a[length:], b[length:]
 
 
-def joined(*several: Mapping[str, tuple[Tensors, str]]) -> Tensors:
-    """Tensors of several files as one; of two with one name the first counts. name -> (where it is, its name there)."""
-    files: dict[str, Translated] = {}
-    for part in several:
+def merge_tensors(*parts: Mapping[str, tuple[Tensors, str]]) -> Tensors:
+    """Tensors of several files as one; of two with one name the first counts. name -> (its file, its name there)."""
+    files: dict[str, RemappedTensors] = {}
+    for part in parts:
         for name, (tensors, stored) in part.items():
             if name not in files:
-                files[name] = Translated(tensors, {name: Piece(tensors.info(stored), (stored,))})
+                files[name] = RemappedTensors(tensors, {name: TensorRecipe(tensors.info(stored), (stored,))})
     return Tensors(files)
 
 
-def view(tensors: Tensors, pieces: Mapping[str, Piece]) -> Tensors:
-    """Tensors made from others."""
-    return Tensors(dict.fromkeys(pieces, Translated(tensors, pieces)))
+def remap_tensors(tensors: Tensors, recipes: Mapping[str, TensorRecipe]) -> Tensors:
+    """Tensors made of others, by name."""
+    return Tensors(dict.fromkeys(recipes, RemappedTensors(tensors, recipes)))
 
 
 # --- a layout -> Hugging Face's --------------------------------------------------------------------------------------
 
 
-def as_hugging_face(tensors: Tensors, layout: Layout) -> Tensors:
+def to_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
     """A file's tensors under Hugging Face's names and in its shapes.
 
     A tensor that the layout has no name for keeps its own, for the strict check of whoever loads it.
@@ -172,7 +163,7 @@ def as_hugging_face(tensors: Tensors, layout: Layout) -> Tensors:
         return tensors
     rules = layout.all_rules
     t5 = any(name.startswith(_T5_MARKS) for name in tensors)
-    pieces: dict[str, Piece] = {}
+    recipes: dict[str, TensorRecipe] = {}
     for name in tensors:
         if layout.is_dropped(name) or _is_other_bias(name, tensors, layout):
             continue
@@ -180,47 +171,48 @@ def as_hugging_face(tensors: Tensors, layout: Layout) -> Tensors:
         if layout.split_qkv_bias and name.endswith(".q_bias"):
             joint = name.removesuffix("q_bias")
             stored = (name, joint + "k_bias" if joint + "k_bias" in tensors else None, joint + "v_bias")
-            target = to_hugging_face(joint + "qkv.bias", rules) or name
+            target = rename(joint + "qkv.bias", rules, back=True) or name
             if target == name or stored[2] not in tensors or len(info.shape) != 1:
-                target, piece = name, Piece(info, (name,))
+                target, recipe = name, TensorRecipe(info, (name,))
             else:
-                if any(each is not None and tensors.info(each) != info for each in stored):
+                if any(part is not None and tensors.info(part) != info for part in stored):
                     raise CheckpointError(f"{name} and the other biases beside it differ in length or dtype")
-                piece = Piece(TensorInfo((3 * info.shape[0],), info.dtype), stored)
+                recipe = TensorRecipe(TensorInfo((3 * info.shape[0],), info.dtype), stored)
         else:
-            target = to_hugging_face(name, rules) or name
-            piece = _turned(info, name, is_transposed(target, len(info.shape), layout, t5=t5), target)
-        if target in pieces:
+            target = rename(name, rules, back=True) or name
+            recipe = _reshaped(info, name, target, layout, t5=t5)
+        if target in recipes:
             raise CheckpointError(
-                f"the file holds {target} under two names, {name} and {pieces[target].stored[0]}"
+                f"the file holds {target} under two names, {name} and {recipes[target].stored[0]}"
             )
-        pieces[target] = piece
-    return view(tensors, pieces)
+        recipes[target] = recipe
+    return remap_tensors(tensors, recipes)
 
 
 def _is_other_bias(name: str, tensors: Tensors, layout: Layout) -> bool:
-    """Whether this is the key's or value's bias of a joint one that its query's bias stands for."""
+    """Whether this is the key's or value's bias of a joint one, which is made with the query's bias."""
     if not layout.split_qkv_bias or not name.endswith((".k_bias", ".v_bias")):
         return False
     return name[: -len("k_bias")] + "q_bias" in tensors
 
 
-def _turned(info: TensorInfo, name: str, transposed: bool, target: str) -> Piece:
-    shape = info.shape
+def _reshaped(info: TensorInfo, name: str, target: str, layout: Layout, *, t5: bool) -> TensorRecipe:
+    shape, ones = info.shape, layout.leading_ones.get(target, 0)
+    transposed = layout.is_transposed(target, len(shape), t5=t5)
     if transposed:
         shape = (shape[1], shape[0])
-    elif target in _CLIP_ADDED and len(shape) == 3 - _CLIP_ADDED[target]:
-        shape = (1,) * _CLIP_ADDED[target] + shape
+    elif ones and len(shape) == 3 - ones:
+        shape = (1,) * ones + shape
     elif target == "temp" and shape == (1,):
         shape = ()
-    return Piece(TensorInfo(shape, info.dtype), (name,), transposed)
+    return TensorRecipe(TensorInfo(shape, info.dtype), (name,), transposed)
 
 
 # --- Hugging Face's -> a layout --------------------------------------------------------------------------------------
 
 
-def as_layout(tensors: Tensors, layout: Layout) -> Tensors:
-    """Tensors under Hugging Face's names as the layout stores them; the inverse of `as_hugging_face`.
+def from_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
+    """Tensors under Hugging Face's names as the layout stores them; the inverse of `to_hf_layout`.
 
     Raises:
         CheckpointError: a tensor the layout has no place for.
@@ -230,43 +222,42 @@ def as_layout(tensors: Tensors, layout: Layout) -> Tensors:
     rules = layout.rules(tensors)
     t5 = any(name.startswith(_T5_MARKS) for name in tensors)
     clip = any(name.startswith("vision_model.pre_layernorm.") for name in tensors)
-    pieces: dict[str, Piece] = {}
+    recipes: dict[str, TensorRecipe] = {}
     for name in tensors:
         info = tensors.info(name)
-        target = to_theirs(name, rules)
+        target = rename(name, rules)
         if target is None:
             raise CheckpointError(f"{name} has no place in the layout of {layout.name}")
         if layout.split_qkv_bias and not clip and name.endswith(".self_attn.qkv.bias"):
-            pieces |= _split_bias(tensors, name, target.removesuffix("qkv.bias"))
+            recipes |= _split_bias(tensors, name, target.removesuffix("qkv.bias"))
             continue
         shape = info.shape
-        transposed = is_transposed(name, len(shape), layout, t5=t5)
+        transposed = layout.is_transposed(name, len(shape), t5=t5)
         if transposed:
             shape = (shape[1], shape[0])
-        elif layout is LAVIS and clip and name in _CLIP_ADDED:
-            shape = shape[_CLIP_ADDED[name] :]
+        elif clip and name in layout.leading_ones:
+            shape = shape[layout.leading_ones[name] :]
         elif layout.transposed and name == "temp":
             shape = (1,)
-        pieces[target] = Piece(TensorInfo(shape, info.dtype), (name,), transposed)
-    head, words = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
-    if layout.transposed and not t5 and words in tensors and head not in tensors:
+        recipes[target] = TensorRecipe(TensorInfo(shape, info.dtype), (name,), transposed)
+    if layout.transposed and not t5 and HF_OPT_EMBEDDINGS in tensors and HF_HEAD not in tensors:
         # PaddleNLP never ties OPT's head: it is stored, or drawn at random
-        target = to_theirs(head, rules)
+        target = rename(HF_HEAD, rules)
         assert target is not None
-        pieces[target] = Piece(tensors.info(words), (words,))
-    return view(tensors, pieces)
+        recipes[target] = TensorRecipe(tensors.info(HF_OPT_EMBEDDINGS), (HF_OPT_EMBEDDINGS,))
+    return remap_tensors(tensors, recipes)
 
 
-def _split_bias(tensors: Tensors, name: str, prefix: str) -> dict[str, Piece]:
-    """A joint bias as the query's and the value's. The key's is zero and not stored; where it is not (it changes no
-    output, softmax takes it away, but training may leave it so) it is kept beside them, and LAVIS does not look."""
+def _split_bias(tensors: Tensors, name: str, prefix: str) -> dict[str, TensorRecipe]:
+    """A joint bias as the query's and the value's. The key's is zero and not stored. Where training has left another
+    value in it, which changes no output (softmax cancels it), it is kept beside them, and LAVIS does not read it."""
     length, dtype = tensors.info(name).shape[0] // 3, tensors.info(name).dtype
     info = TensorInfo((length,), dtype)
     key = tensors.copy(name).chunk(3)[1].contiguous()
     kept = ("q", "k", "v") if bool(key.view(torch.uint8).any()) else ("q", "v")
-    return {f"{prefix}{each}_bias": Piece(info, (name,), third="qkv".index(each)) for each in kept}
+    return {f"{prefix}{part}_bias": TensorRecipe(info, (name,), third="qkv".index(part)) for part in kept}
 
 
 def parameters(tensors: Tensors) -> int:
     """How many values the tensors hold."""
-    return sum(math.prod(tensors.info(name).shape) for name in tensors)
+    return sum(tensors.info(name).numel for name in tensors)

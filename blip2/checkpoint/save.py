@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.folder import copy_file, new_folder, write_json
-from blip2.checkpoint.key_mapping import to_hugging_face
+from blip2.checkpoint.key_mapping import HEAD, to_hugging_face
 from blip2.checkpoint.load import SkipInit, parse_dtype
 from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, to_hf
-from blip2.tensorfiles.tensors import CheckpointError, TensorInfo
-from blip2.tensorfiles.writers import SAFETENSORS, write_files
+from blip2.modeling.config import Blip2Config, MatcherConfig, to_hf
+from blip2.storage import Content, new_folder, sync, write_file
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.tensors import TensorInfo
+from blip2.tensorfiles.writers import SAFETENSORS, FileKind, Read
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
-_HEAD = "language.lm_head.weight"
 
 
 def save_model(
@@ -37,11 +38,11 @@ def save_model(
 ) -> Path:
     """Write a model so that `load_model` and transformers open it.
 
-    Everything is written to a folder beside the target, handed to the disk and then renamed, so that an interrupted
+    Everything is written to a folder beside the target, flushed to the disk and then renamed, so that an interrupted
     save leaves no half-written model. One tensor at a time is converted. A tied head is stored once.
 
     Args:
-        folder: where to; it must not exist yet, or be empty.
+        folder: the new folder; it must not exist yet, or be empty.
         tokenizer: the folder whose tokenizer files are copied.
         image_processor: how images are prepared; None is BLIP-2's own way at the model's image size.
         dtype: of the stored weights; None as they are in the model.
@@ -55,23 +56,71 @@ def save_model(
     """
     target = Path(folder)
     state, tied = _state(model)
-    wanted = parse_dtype(dtype)
-    info = {name: TensorInfo(tuple(tensor.shape), wanted or tensor.dtype) for name, tensor in state.items()}
-    with new_folder(target) as beside:
-        for name, value in settings(model.config, info, tied, tokenizer, image_processor).items():
-            write_json(beside / name, value)
-        for source in () if tokenizer is None else tokenizer_files(Path(tokenizer)):
-            copy_file(source, beside)
-        index = write_files(
-            beside,
-            SAFETENSORS,
-            info,
-            lambda name: (block.to(info[name].dtype) for block in blocks(state[name].detach().cpu())),
-            shard_bytes,
-        )
-        if index is not None:
-            write_json(beside / SAFETENSORS.index, index)
-    return target
+    target_dtype = parse_dtype(dtype)
+    info = {
+        name: TensorInfo(tuple(tensor.shape), target_dtype or tensor.dtype) for name, tensor in state.items()
+    }
+    files: dict[str, Content] = {**settings(model.config, info, tied, tokenizer, image_processor)}
+    if tokenizer is not None:
+        files |= tokenizer_files(Path(tokenizer))
+
+    def read(name: str) -> Iterator[Tensor]:
+        return (block.to(info[name].dtype) for block in blocks(state[name].detach().cpu()))
+
+    with new_model_folder(target, files, SAFETENSORS, info, read, shard_bytes):
+        return target
+
+
+@contextmanager
+def new_model_folder(
+    folder: Path,
+    files: Mapping[str, Content],
+    kind: FileKind,
+    info: Mapping[str, TensorInfo],
+    read: Read,
+    shard_bytes: int | None,
+) -> Iterator[Path]:
+    """Write a model's folder.
+
+    Gives the folder that holds it until the block ends without an error; then it takes the place of `folder`.
+
+    Args:
+        files: what is beside the tensors, by name.
+        kind, info, read: the kind of tensor files, the tensors as they are to be stored, and their values.
+        shard_bytes: start another file when one would grow beyond this; None: one file.
+
+    Raises:
+        CheckpointError: the place is taken, or the disk refuses.
+    """
+    with new_folder(folder) as beside:
+        write_files(beside, kind, info, read, shard_bytes)
+        for name, content in files.items():
+            write_file(beside / name, content)
+        yield beside
+
+
+def write_files(
+    folder: Path, kind: FileKind, info: Mapping[str, TensorInfo], read: Read, limit: int | None
+) -> None:
+    """Write tensors to as many files as `limit`, bytes in each, needs (None: one); to several, with their index."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    room = limit or 0
+    for name, entry in info.items():
+        if limit is not None and shards[-1] and entry.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = entry
+        room -= entry.nbytes
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        path = folder / (kind.single if len(shards) == 1 else kind.shard.format(i, len(shards)))
+        with path.open("wb") as file:
+            kind.write(file, shard, read)
+        sync(path)
+        weight_map |= dict.fromkeys(shard, path.name)
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in info.values())
+        write_file(folder / kind.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
@@ -87,7 +136,7 @@ def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
         raise CheckpointError("the model is quantized or changed; only a model as it was loaded can be saved")
     tied = isinstance(model, Blip2) and model.language.tied
     if tied:
-        del state[_HEAD]
+        del state[HEAD]
     return {to_hugging_face(name): tensor for name, tensor in state.items()}, tied
 
 
@@ -101,7 +150,7 @@ def settings(
     """The JSON files beside the weights of a folder in Hugging Face's layout.
 
     Args:
-        info: the stored tensors. tied: whether the head is left out of them.
+        info: the tensors that are stored. tied: whether the head is left out of them.
     """
     processor: dict[str, Any] = {"processor_class": "Blip2Processor"}
     files: dict[str, dict[str, Any]] = {}
@@ -112,15 +161,9 @@ def settings(
         config = replace(config, language=language)
         if config.image_token_id is not None:
             processor["num_query_tokens"] = config.num_query_tokens
-        end = language.eos_token_id
-        files["generation_config.json"] = {
-            "eos_token_id": (list(end) or None) if isinstance(end, tuple) else end,
-            "pad_token_id": language.pad_token_id,
-        } | (
-            {"bos_token_id": language.bos_token_id}
-            if isinstance(language, OptConfig)
-            else {"decoder_start_token_id": language.decoder_start_token_id}
-        )
+        text_config = to_hf(config)["text_config"]
+        names = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+        files["generation_config.json"] = {name: text_config[name] for name in names if name in text_config}
     counts: Counter[torch.dtype] = Counter()
     for entry in info.values():
         counts[entry.dtype] += entry.nbytes
@@ -134,15 +177,16 @@ def settings(
 
 
 def _image_token(tokenizer: Path, vocab_size: int) -> int | None:
-    """The id transformers' processor lets the queries stand for: `<image>`, or the first id after the tokenizer's."""
-    words = Tokenizer.load(tokenizer)
-    found = words.token_id("<image>")
-    found = len(words) if found is None else found
-    return found if found < vocab_size else None
+    """The id that transformers' processor replaces by the queries: `<image>`, or the first id after the tokenizer's."""
+    known = Tokenizer.load(tokenizer)
+    image = known.token_id("<image>")
+    image = len(known) if image is None else image
+    return image if image < vocab_size else None
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not found:
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer files in a folder, by name. Raises CheckpointError where there are none."""
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if not files:
         raise CheckpointError(f"{folder} holds no tokenizer files")
-    return found
+    return files

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout, opened: its tensors under Hugging Face's names, and what settings or shapes say it is."""
+"""A checkpoint of any layout, opened: its tensors under Hugging Face's names, its config from settings or shapes."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint.dialects import LANGUAGES, derive, from_paddle, read_json_file
-from blip2.checkpoint.layouts import LAVIS, PADDLEMIX, Layout, recognise
-from blip2.checkpoint.remap import Piece, as_hugging_face, joined, view
+from blip2.checkpoint.formats import detect_layout
+from blip2.checkpoint.formats.lavis import LAVIS, UNUSED_LAYERS, check_parts, read_lavis_config
+from blip2.checkpoint.formats.paddle import PADDLEMIX, read_paddle_config
+from blip2.checkpoint.hub import resolve_path
+from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
+from blip2.checkpoint.layouts import Layout
+from blip2.checkpoint.remap import TensorRecipe, merge_tensors, remap_tensors, to_hf_layout
 from blip2.modeling.config import Blip2Config, ConfigError, MatcherConfig, read_config
-from blip2.quantization.stored import as_floats
+from blip2.quantization.formats import as_floats
+from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.open import open_tensors
-from blip2.tensorfiles.tensors import CheckpointError, Tensors
-from blip2.text import TextError, Tokenizer
+from blip2.tensorfiles.strict_json import read_json
+from blip2.tensorfiles.tensors import Tensors
+from blip2.text import TOKENIZER_FILES, TextError, Tokenizer
 
 _VISION, _LANGUAGE = "vision_model.", "language_model."
-_HEADS = ("language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight")
-# The image encoders LAVIS takes from elsewhere are a layer or two deeper than it uses them: width -> layers too many.
-_UNUSED: Mapping[tuple[int, ...], tuple[int, ...]] = {(1408,): (39, 40), (1024,): (22, 23)}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An open checkpoint.
 
-    folder: where its settings and tokenizer are. stored: its tensors as the file names them. file_format: of these.
-    tensors: the same under Hugging Face's names and in its shapes, with what came from elsewhere.
+    folder: where its settings are. tokenizer: where its tokenizer is, None without one.
+    stored: its tensors as the file names them. file_format: of these.
+    tensors: the same under Hugging Face's names and in its shapes, with the parts from other files.
     raw: its settings in Hugging Face's spelling; config: the same, read. None where something is wrong: see problem.
     """
 
     path: Path
     folder: Path
+    tokenizer: Path | None
     layout: Layout
     stored: Tensors
     tensors: Tensors
@@ -57,118 +62,104 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(
-    path: Path, *, vision: Path | None = None, language: Path | None = None
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
 ) -> Iterator[Checkpoint]:
-    """Open a folder or a tensor file.
+    """Open a folder, a tensor file or a model on the Hub.
 
     Args:
-        vision: the image encoder, where the checkpoint was saved without: a file or folder.
-        language: the language model, likewise: a folder of OPT or T5, with its tokenizer.
+        revision: branch, tag or commit of a model on the Hub.
+        vision: the image encoder, where the checkpoint was saved without: a file, folder or name on the Hub.
+        language: the language model, likewise: OPT or T5, with its tokenizer.
 
     Raises:
         CheckpointError: no tensor file there that this package reads, or a broken one. What is wrong with its settings
             is in the checkpoint's `problem`.
     """
+    encoder, decoder = (None if part is None else resolve_path(part) for part in (vision, language))
+    path = resolve_path(source, revision)
     with ExitStack() as stack:
         stored = stack.enter_context(open_tensors(path))
-        layout = recognise({name: stored.info(name).shape for name in stored})
-        tensors = as_floats(as_hugging_face(stored, layout))
-        folder = path if path.is_dir() else path.parent
-        if vision is not None:
-            tensors = _with_vision(tensors, stack.enter_context(open_tensors(vision)))
-        if language is not None:
-            tensors = _with_language(tensors, stack.enter_context(open_tensors(language)))
+        layout = detect_layout({name: stored.info(name).shape for name in stored})
+        tensors = as_floats(to_hf_layout(stored, layout))
+        if encoder is not None:
+            tensors = _with_vision(tensors, stack.enter_context(open_tensors(encoder)))
+        if decoder is not None:
+            tensors = _with_language(tensors, stack.enter_context(open_tensors(decoder)))
+        folder = folder_of(path)
         raw, config, problem = None, None, None
         try:
-            raw = _settings(folder, layout, tensors, language)
-            config = read_config(raw)
+            raw = _settings(folder, layout, tensors, decoder)
+            # which model it is, its tensors show: files say it in `architectures`, or not at all
+            is_matcher = "itm_head.weight" in tensors
+            config = read_config(
+                raw | {"architectures": ["Blip2ForImageTextRetrieval"]} if is_matcher else raw
+            )
         except (CheckpointError, ConfigError) as error:
             problem = error
-        kind = next((stored.file(name).format for name in stored), "empty")
-        yield Checkpoint(path, folder, layout, stored, tensors, kind, raw, config, problem)
+        file_format = next((stored.file(name).format for name in stored), "empty")
+        tokenizer = next(
+            (place for place in (folder, decoder) if place is not None and has_tokenizer(place)), None
+        )
+        yield Checkpoint(path, folder, tokenizer, layout, stored, tensors, file_format, raw, config, problem)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a checkpoint that is given by it or by a file in it."""
+    return path if path.is_dir() else path.parent
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds tokenizer files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _settings(folder: Path, layout: Layout, tensors: Tensors, language: Path | None) -> dict[str, Any]:
-    """What config.json says, in Hugging Face's spelling; without one, what the shapes say."""
-    beside = folder / "config.json"
-    if beside.is_file() or layout not in (LAVIS, PADDLEMIX):
-        raw = read_json_file(beside)
-        if layout.transposed:
-            raw = from_paddle(raw)
-        if (
-            "itm_head.weight" in tensors
-        ):  # what is stored counts: files say it by `architectures`, or not at all
-            raw["architectures"] = ["Blip2ForImageTextRetrieval"]
-        return raw
-    _check_parts(tensors)
-    own, newline = None, None
-    if language is not None:
-        own = read_json_file((language if language.is_dir() else language.parent) / "config.json")
-        newline = _newline(language)
-    return derive(tensors, own, newline)
+    """The settings in config.json, in Hugging Face's spelling; of LAVIS without one, those that shapes show."""
+    file = folder / "config.json"
+    if file.is_file() or layout not in (LAVIS, PADDLEMIX):
+        raw = read_json(file)
+        return read_paddle_config(raw) if layout.transposed else raw
+    check_parts(tensors)
+    if language is None:
+        return read_lavis_config(tensors, None, None)
+    return read_lavis_config(tensors, read_json(folder_of(language) / "config.json"), _newline(language))
 
 
 def _newline(language: Path) -> int | None:
     try:
-        return Tokenizer.load(language if language.is_dir() else language.parent).token_id("Ċ")
+        return Tokenizer.load(folder_of(language)).token_id("Ċ")
     except TextError:
         return None
-
-
-def _check_parts(tensors: Tensors) -> None:
-    """Say which of a checkpoint's parts were left out when it was saved, and where to get them."""
-    missing = []
-    for part, where in (
-        (
-            "query_tokens",
-            "its Q-Former: it is a part of a model, to be given as vision= or language= with another file",
-        ),
-        (
-            "vision_model.encoder.layers.0.",
-            "its image encoder (visual_encoder.*), which was frozen and left out; "
-            "give it as vision= (--vision): EVA-CLIP's eva_vit_g.pth, or clip_vit_L.pth for a _vitL model",
-        ),
-    ):
-        if not any(name.startswith(part) for name in tensors):
-            missing.append(where)
-    if "itm_head.weight" not in tensors:
-        t5 = any(name.startswith("language_model.encoder.") for name in tensors)
-        first = "language_model.decoder.block.0." if t5 else "language_model.model.decoder.layers.0."
-        if not any(name.startswith(first) for name in tensors):
-            projection = "language_projection.weight"
-            shape = tensors.info(projection).shape if projection in tensors else ()
-            fitting = [name for (width, _), name in LANGUAGES.items() if shape[:1] == (width,)]
-            missing.append(
-                "its language model (opt_model.* or t5_model.*), which was frozen and left out; "
-                f"give it as language= (--language): the folder of {' or '.join(fitting) or 'OPT or T5'}"
-            )
-    if missing:
-        raise CheckpointError(f"the file lacks {'; and '.join(missing)}")
 
 
 # --- parts from elsewhere ---------------------------------------------------------------------------------------------
 
 
-def _with_vision(tensors: Tensors, found: Tensors) -> Tensors:
+def _with_vision(tensors: Tensors, other: Tensors) -> Tensors:
     """Add the image encoder's tensors that are missing, no deeper than BLIP-2 uses it."""
-    bare = not any(name.startswith(("visual_encoder.", "vision_model.")) for name in found)
-    if bare:
-        found = view(found, {f"visual_encoder.{name}": Piece(found.info(name), (name,)) for name in found})
-    encoder = as_hugging_face(found, recognise({name: found.info(name).shape for name in found}))
+    if not any(name.startswith(("visual_encoder.", "vision_model.")) for name in other):  # an encoder alone
+        recipes = {f"visual_encoder.{name}": TensorRecipe(other.info(name), (name,)) for name in other}
+        other = remap_tensors(other, recipes)
+    encoder = to_hf_layout(other, detect_layout({name: other.info(name).shape for name in other}))
     patches = "vision_model.embeddings.patch_embedding.weight"
     width = encoder.info(patches).shape[:1] if patches in encoder else ()
-    unused = tuple(f"{_VISION}encoder.layers.{number}." for number in _UNUSED.get(width, ()))
+    unused = tuple(f"{_VISION}encoder.layers.{number}." for number in UNUSED_LAYERS.get(width, ()))
     added = {
         name: (encoder, name) for name in encoder if name.startswith(_VISION) and not name.startswith(unused)
     }
-    return joined({name: (tensors, name) for name in tensors}, added)
+    return merge_tensors({name: (tensors, name) for name in tensors}, added)
 
 
-def _with_language(tensors: Tensors, found: Tensors) -> Tensors:
-    """Add the language model's tensors that are missing. A head or its embeddings alone stand for both."""
-    bare = "decoder.embed_positions.weight" in found  # OPT saved without its head
+def _with_language(tensors: Tensors, other: Tensors) -> Tensors:
+    """Add the language model's tensors that are missing. A stored head or stored embeddings count for both."""
+    bare = "decoder.embed_positions.weight" in other  # OPT saved without its head
     prefix = f"{_LANGUAGE}model." if bare else _LANGUAGE
-    added = {name if name.startswith(_LANGUAGE) else prefix + name: (found, name) for name in found}
-    if any(name in tensors for name in _HEADS):
-        added = {name: where for name, where in added.items() if name not in _HEADS}
-    return joined({name: (tensors, name) for name in tensors}, added)
+    added = {name if name.startswith(_LANGUAGE) else prefix + name: (other, name) for name in other}
+    shared = {HF_HEAD, HF_OPT_EMBEDDINGS}
+    if any(name in tensors for name in shared):
+        added = {name: place for name, place in added.items() if name not in shared}
+    return merge_tensors({name: (tensors, name) for name in tensors}, added)

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
 from blip2.checkpoint.load import build_model, our_names
-from blip2.checkpoint.remap import equal_values, parameters, read_blocks, side_by_side
+from blip2.checkpoint.remap import aligned_blocks, equal_values, parameters, read_blocks
 from blip2.checkpoint.source import Checkpoint
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import T5Config
-from blip2.tensorfiles.tensors import CheckpointError, Tensors
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.tensors import Tensors
 
-_HEAD, _WORDS = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
 _TOLERANCE = 1e-4  # of the largest output: two layouts may be added up in another order
 
 
 def compare_tensors(
-    expected: Tensors, found: Tensors, dtype: torch.dtype | None, report: Callable[[str, int, int], None]
+    expected: Tensors, actual: Tensors, dtype: torch.dtype | None, report: Callable[[str, int, int], None]
 ) -> int:
     """Compare all tensors, both under Hugging Face's names, bit by bit.
 
     Args:
-        dtype: what the expected ones are rounded to first; None compares values, whatever each is stored in.
+        dtype: what the expected ones are rounded to first; None compares values, whatever dtypes they are stored in.
 
     Returns:
         how many there are.
@@ -34,53 +34,51 @@ def compare_tensors(
     Raises:
         CheckpointError: one is missing, there is one more, or a value differs.
     """
-    spare = set(found) - set(expected)
-    if spare == {_HEAD} and _WORDS in expected:  # a head that is no longer tied
-        if not equal_values(read_blocks(found, _HEAD), read_blocks(found, _WORDS)):
-            raise CheckpointError(f"the result is wrong: {_HEAD} is not {_WORDS}")
+    spare = set(actual) - set(expected)
+    if spare == {HF_HEAD} and HF_OPT_EMBEDDINGS in expected:  # a head that is no longer tied
+        if not equal_values(read_blocks(actual, HF_HEAD), read_blocks(actual, HF_OPT_EMBEDDINGS)):
+            raise CheckpointError(f"the result is wrong: {HF_HEAD} is not {HF_OPT_EMBEDDINGS}")
         spare = set()
-    if spare or set(expected) - set(found):
-        odd = ", ".join(sorted(spare | (set(expected) - set(found)))[:5])
+    if spare or set(expected) - set(actual):
+        odd = ", ".join(sorted(spare | (set(expected) - set(actual)))[:5])
         raise CheckpointError(f"the result is wrong: missing or spare tensors, {odd}")
-    total = sum(expected.info(name).nbytes for name in expected)
+    total = expected.nbytes
     for name in expected:
-        old, new = expected.info(name), found.info(name)
+        old, new = expected.info(name), actual.info(name)
         equal = old.shape == new.shape
         target = dtype if dtype is not None and old.dtype.is_floating_point else None
         if equal:
-            for a, b in side_by_side(read_blocks(expected, name), read_blocks(found, name)):
+            for a, b in aligned_blocks(read_blocks(expected, name), read_blocks(actual, name)):
                 equal = equal and _same_bits(a if target is None else a.to(target), b)
                 report("verify", a.numel() * a.dtype.itemsize, total)
         if not equal:
-            raise CheckpointError(f"the result is wrong: {name} differs from what it was made of")
+            raise CheckpointError(f"the result is wrong: {name} differs from the source's")
     return len(expected)
 
 
-def _same_bits(expected: Tensor, found: Tensor) -> bool:
+def _same_bits(expected: Tensor, actual: Tensor) -> bool:
     """Whether values are equal bit by bit; one that was stored in fewer bits is widened first."""
-    widened = found.to(expected.dtype)
+    widened = actual.to(expected.dtype)
     return torch.equal(expected.contiguous().view(torch.uint8), widened.contiguous().view(torch.uint8))
 
 
-def compare_logits(expected: Checkpoint, found: Checkpoint, dtype: torch.dtype | None) -> str:
-    """Compare what two checkpoints make of a probe image, each with its own settings; says what was compared.
+def compare_logits(expected: Checkpoint, actual: Checkpoint, dtype: torch.dtype | None) -> str:
+    """Compare the outputs of two checkpoints for a probe image, each with its own settings; gives the result in words.
 
     Both are computed in `dtype` (None: fp32), one after the other, where this machine has the memory for one.
 
     Raises:
         CheckpointError: outputs differ.
     """
-    wanted = dtype or torch.float32
-    needed = parameters(expected.tensors) * wanted.itemsize * 5 // 4
+    compute_dtype = dtype or torch.float32
+    needed = parameters(expected.tensors) * compute_dtype.itemsize * 5 // 4
     free = _free_memory()
     if free is not None and needed > free:
         return f"outputs not compared, which takes {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free"
-    ours, theirs = (_outputs(each, wanted) for each in (expected, found))
-    for a, b in zip(ours, theirs, strict=True):
+    outputs = (_outputs(checkpoint, compute_dtype) for checkpoint in (expected, actual))
+    for a, b in zip(*outputs, strict=True):
         if a.shape != b.shape or not bool((a - b).abs().max() <= _TOLERANCE * a.abs().max().clamp(min=1)):
-            raise CheckpointError(
-                "the result is wrong: it gives other outputs for an image than what it was made of"
-            )
+            raise CheckpointError("the result is wrong: it gives other outputs for an image than the source")
     return "outputs for a probe image equal"
 
 
@@ -88,7 +86,7 @@ def compare_logits(expected: Checkpoint, found: Checkpoint, dtype: torch.dtype |
 def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Tensor]:
     tensors = checkpoint.tensors
     model = build_model(checkpoint.required(), tensors, our_names(tensors), dtype, torch.device("cpu"))
-    return [each.float() for each in _probe(model)]
+    return [output.float() for output in _probe(model)]
 
 
 def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
@@ -97,7 +95,7 @@ def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
     pixels = torch.arange(3 * size * size, dtype=torch.float32).mul(0.37).sin().view(1, 3, size, size) * 2
     ids, mask = torch.tensor([[2, 5, 9, 4]]), torch.ones(1, 4, dtype=torch.int64)
     if isinstance(model, Blip2):
-        return [model(pixels, ids, mask, ids if isinstance(model.config.language, T5Config) else None)]
+        return [model(pixels, ids, mask, ids if model.config.language.is_encoder_decoder else None)]
     features = model.vision(pixels)
     return [
         model.image_embeddings(features),
@@ -107,10 +105,10 @@ def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
 
 
 def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Bytes that can be had without swapping; None where the system does not report them."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        facts = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         return None
-    sizes = dict(line.split(":", 1) for line in lines)
-    return math.prod((int(sizes["MemAvailable"].split()[0]), 1024)) if "MemAvailable" in sizes else None
+    match = re.search(r"^MemAvailable: +(\d+) kB", facts, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None

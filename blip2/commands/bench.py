@@ -33,13 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the figures."""
     from blip2.bench import Contender, run
-    from blip2.checkpoint import count_parameters, resolve, stored_as
+    from blip2.checkpoint import count_parameters, resolve_path, stored_as
     from blip2.loading import device_of
     from blip2.registry import DEFAULT, default_dtype
 
     if min(args.rounds, *args.batches) < 1:
         raise ValueError("--rounds and --batches are at least 1")
-    folder, *others = (resolve(named_checkpoint(name)) for name in args.model or [DEFAULT])
+    folder, *others = (resolve_path(named_checkpoint(name)) for name in args.model or [DEFAULT])
     dtype = args.dtype or default_dtype(count_parameters(folder))
     device = str(device_of(args.device))
     if args.quantize and stored_as(folder):

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the figures and write the reports."""
-    from blip2.evaluate.report import lines, report_json, write
+    from blip2.evaluate.report import lines, report_summary, write
     from blip2.evaluate.run import EvalSettings, evaluate
 
     if args.abstain and not args.answers:
@@ -73,5 +73,5 @@ def run(args: argparse.Namespace) -> int:
             for path in write(report, folder):
                 print(path, file=sys.stderr)
         if args.json:
-            terminal.print_json(report_json(report))
+            terminal.print_json(report_summary(report))
     return terminal.DONE

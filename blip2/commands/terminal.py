@@ -118,9 +118,9 @@ def named_checkpoint(name: str) -> str | Path:
     Raises:
         ValueError: `default`, and this installation holds no such model; or one of LAVIS's that is not on the Hub.
     """
-    from blip2.registry import DEFAULT, DEFAULT_FOLDER, default_model, resolve
+    from blip2.registry import DEFAULT, DEFAULT_FOLDER, default_model, resolve_alias
 
     if name != DEFAULT:
-        return resolve(name)
+        return resolve_alias(name)
     default_model()
     return DEFAULT_FOLDER

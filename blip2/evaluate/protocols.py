@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from blip2.generation.options import GenerateKwargs
-from blip2.registry import DEFAULT, resolve
+from blip2.registry import DEFAULT, resolve_alias
 from blip2.text import CAPTION_PROMPT
 
 
@@ -83,4 +83,4 @@ def published(task: str, model: str) -> dict[str, float]:
     """The published figures of a model, by its name or alias; empty if there are none."""
     if model == DEFAULT:
         return {}
-    return PUBLISHED.get(task, {}).get(resolve(model).rpartition("blip2-")[2], {})
+    return PUBLISHED.get(task, {}).get(resolve_alias(model).rpartition("blip2-")[2], {})

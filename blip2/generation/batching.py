@@ -1,8 +1,8 @@
-"""Texts written side by side that begin and end at different times: what a server decodes with.
+"""Continuous batching: texts written together that begin and end at different times, as a server needs it.
 
-Ids, rules, log-probabilities and scores are those of `generate` for each prompt alone: the next id is chosen by the
-same functions, and padding never changes a result. A row is what the decoder writes one token of in a step: a greedy or
-sampled text is one row, a beam search has one for each of its beams.
+Ids, log-probabilities and scores are those of `generate` for each prompt alone: the next id is chosen by the same
+functions, and padding never changes a result. A row is what the decoder writes one token of in a step: a greedy or
+sampled sequence is one row, a beam search has one for each of its beams.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from blip2.generation.decoding import (
     Move,
     Search,
     beam_search,
-    choose,
+    choose_next,
     end_ids_of,
-    said_before,
-    scored,
+    history_before,
+    sequence_score,
     uniform_numbers,
 )
+from blip2.generation.logits import PADDING
 from blip2.generation.options import GenerationOptions
-from blip2.modeling.blip2 import Blip2, DecodeState
+from blip2.modeling.blip2 import Blip2
 from blip2.modeling.kv_cache import PromptCache
+from blip2.modeling.language import DecodeState
 
 
 @dataclass(eq=False)
@@ -39,9 +41,9 @@ class SampledSequence:
     """
 
     options: GenerationOptions
-    before: list[int]  # what the rules count as said before
+    history: list[int]  # the ids before the first new token, as the logits processors see them
     noise: list[float] | None
-    ends: tuple[int, ...]
+    end_ids: tuple[int, ...]
     top: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -50,7 +52,7 @@ class SampledSequence:
 
     @property
     def finished(self) -> bool:
-        return bool(self.ids) and self.ids[-1] in self.ends
+        return bool(self.ids) and self.ids[-1] in self.end_ids
 
     @property
     def done(self) -> bool:
@@ -59,45 +61,45 @@ class SampledSequence:
     @property
     def score(self) -> float:
         """As `Generated.scores`."""
-        return scored(self.ids, self.logprobs, self.options)[2]
+        return sequence_score(self.logprobs, self.options)
 
     @property
     def sampling_key(self) -> tuple[object, ...]:
-        """Rows for which this is equal choose their next id in one go."""
+        """Sequences for which this is equal choose their next id together."""
         options = self.options
         return (
             options.repetition_penalty,
             options.no_repeat_ngram_size,
             len(self.ids) < options.min_new_tokens,
-            self.ends,
+            self.end_ids,
             (options.temperature, options.top_k, options.top_p) if options.do_sample else None,
         )
 
 
 @dataclass(eq=False)
 class BeamSequence:
-    """A beam search for one prompt. `found`: its texts, once it is done."""
+    """A beam search for one prompt. `generated`: its sequences, once it is done."""
 
     options: GenerationOptions
-    seen: Tensor  # int64 [1, L]
-    ends: Tensor  # int64 [E]
-    found: Generated | None = None
+    history: Tensor  # int64 [1, L]
+    end_ids: Tensor  # int64 [E]
+    generated: Generated | None = None
     dropped: bool = False
     _search: Search | None = None
 
     @property
     def done(self) -> bool:
-        return self.found is not None
+        return self.generated is not None
 
-    def move(self, logits: Tensor) -> Move | None:
+    def next_move(self, logits: Tensor) -> Move | None:
         """The next step of the search, given the logits [n, V] of the last; None: it is done."""
         try:
-            if self._search is None:  # the rows are still one and the same
-                self._search = beam_search(logits[:1], self.seen, self.options, self.ends)
+            if self._search is None:  # the rows are still all the same
+                self._search = beam_search(logits[:1], self.history, self.options, self.end_ids)
                 return next(self._search)
             return self._search.send(logits)
         except StopIteration as end:
-            self.found = end.value
+            self.generated = end.value
             return None
 
 
@@ -107,8 +109,10 @@ def width(options: GenerationOptions) -> int:
 
 
 class ContinuousBatch:
-    """All texts being written. `choose` gives each row its next token, `advance` reads those tokens; between the two
-    texts may be dropped, and before the next `choose` others may join."""
+    """All texts being written: `join` adds some, `choose` picks each row's next token, `advance` decodes those tokens.
+
+    Between `choose` and `advance` texts may be dropped; before the next `choose` others may join.
+    """
 
     def __init__(self, model: Blip2) -> None:
         self._model = model
@@ -130,56 +134,65 @@ class ContinuousBatch:
         options: Sequence[GenerationOptions],
         *,
         tops: Sequence[int],
-        context: PromptCache | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> tuple[list[list[SampledSequence | BeamSequence]], list[PromptCache | None]]:
-        """Begin texts for B prompts; arguments as for `generate`, options and tops for each prompt.
+        """Begin texts for B prompts.
+
+        Args:
+            prefix, input_ids, attention_mask, prompt_cache: as for `generate`.
+            options, tops: for each prompt; how many of the likeliest ids to record with each token.
 
         All prompts must have the same max_new_tokens: positions are counted for the longest prompt with that many.
 
         Returns:
-            for each prompt its `num_return_sequences` rows, or its one search; and the context of each prefix, good
-            for other prompts after it: None where one was given, and with T5, which has none.
+            for each prompt its `num_return_sequences` sequences, or its one beam search; and the prompt cache of each
+            prefix, good for other prompts after it: None where one was given, and with T5, which has none.
 
         Raises:
             ValueError: more positions than the language model has; nothing has joined then.
         """
-        (limit,) = {each.max_new_tokens for each in options}
-        decoding = self._model.start(prefix, input_ids, attention_mask, max_new_tokens=limit, context=context)
-        read: list[PromptCache | None] = [None] * len(prefix)
-        if context is None:
-            read = decoding.prefixes(prefix.shape[1])
-        said = said_before(self._model, prefix, input_ids, attention_mask)
-        made: list[list[SampledSequence | BeamSequence]] = []
-        for i, (each, top) in enumerate(zip(options, tops, strict=True)):
-            ends = end_ids_of(self._model, each, input_ids.device)
-            if each.num_beams > 1:
-                made.append([BeamSequence(each, said[i : i + 1], ends)])
-                continue
-            count = each.num_return_sequences
-            noise = uniform_numbers(each, count).tolist() if each.do_sample else [None] * count
-            before = [id for id in said[i].tolist() if id >= 0]
-            made.append(
-                [SampledSequence(each, before, numbers, tuple(ends.tolist()), top) for numbers in noise]
-            )
-        places = [i for i, each in enumerate(options) for _ in range(width(each))]
-        index = torch.tensor(places, device=prefix.device)
+        (limit,) = {option.max_new_tokens for option in options}
+        decoding = self._model.prefill(
+            prefix, input_ids, attention_mask, max_new_tokens=limit, prompt_cache=prompt_cache
+        )
+        prefixes: list[PromptCache | None] = [None] * len(prefix)
+        if prompt_cache is None:
+            prefixes = decoding.prefixes(prefix.shape[1])
+        history = history_before(self._model, prefix, input_ids, attention_mask)
+        joined = [
+            self._begin(option, history[i : i + 1], top)
+            for i, (option, top) in enumerate(zip(options, tops, strict=True))
+        ]
+        prompts = [i for i, option in enumerate(options) for _ in range(width(option))]
+        index = torch.tensor(prompts, device=prefix.device)
         logits = decoding.logits[index]
-        if len(places) > len(options):
-            decoding.keep(index)
+        if len(prompts) > len(options):
+            decoding.batch_select_indices(index)
         if self._decoding is None or self._logits is None:
             self._decoding, self._logits = decoding, logits
         else:
-            self._decoding.join(decoding)
+            self._decoding.concat(decoding)
             self._logits = torch.cat([self._logits, logits])
-        self._texts += [text for texts in made for text in texts]
-        return made, read
+        self._texts += [text for texts in joined for text in texts]
+        return joined, prefixes
 
-    def _placed(self) -> Iterator[tuple[int, SampledSequence | BeamSequence]]:
-        """Each text and its first row."""
-        place = 0
+    def _begin(
+        self, options: GenerationOptions, history: Tensor, top: int
+    ) -> list[SampledSequence | BeamSequence]:
+        end_ids = end_ids_of(self._model, options, history.device)
+        if options.num_beams > 1:
+            return [BeamSequence(options, history, end_ids)]
+        count = options.num_return_sequences
+        noise = uniform_numbers(options, count).tolist() if options.do_sample else [None] * count
+        before, ends = [id for id in history[0].tolist() if id != PADDING], tuple(end_ids.tolist())
+        return [SampledSequence(options, before, numbers, ends, top) for numbers in noise]
+
+    def _first_rows(self) -> Iterator[tuple[int, SampledSequence | BeamSequence]]:
+        """Each text with its first row."""
+        row = 0
         for text in self._texts:
-            yield place, text
-            place += text.options.num_beams
+            yield row, text
+            row += text.options.num_beams
 
     @torch.inference_mode()
     def choose(self) -> None:
@@ -187,59 +200,62 @@ class ContinuousBatch:
         assert self._logits is not None
         self._ids = torch.zeros(len(self), dtype=torch.int64, device=self._logits.device)
         self._parents = torch.arange(len(self), device=self._logits.device)
-        ways: dict[tuple[object, ...], list[tuple[int, SampledSequence]]] = {}
-        for place, text in self._placed():
+        groups: dict[tuple[object, ...], list[tuple[int, SampledSequence]]] = {}
+        for row, text in self._first_rows():
             if isinstance(text, SampledSequence):
-                ways.setdefault(text.sampling_key, []).append((place, text))
+                groups.setdefault(text.sampling_key, []).append((row, text))
                 continue
-            these = slice(place, place + text.options.num_beams)
-            move = text.move(self._logits[these])
+            rows = slice(row, row + text.options.num_beams)
+            move = text.next_move(self._logits[rows])
             if move is not None:
-                self._ids[these], self._parents[these] = move.ids, move.parents + place
-        for placed in ways.values():
-            self._write(torch.tensor([place for place, _ in placed]), [row for _, row in placed])
+                self._ids[rows], self._parents[rows] = move.ids, move.parents + row
+        for group in groups.values():
+            self._append(torch.tensor([row for row, _ in group]), [sequence for _, sequence in group])
 
-    def _write(self, places: Tensor, rows: list[SampledSequence]) -> None:
-        """One more token for rows that go the same way."""
+    def _append(self, rows: Tensor, sequences: list[SampledSequence]) -> None:
+        """One more token for sequences of one sampling key, which are these rows (int64 [r])."""
         assert self._logits is not None and self._ids is not None
-        places = places.to(self._logits.device)
-        logits = self._logits[places]
-        ids = self._choose(logits, rows)
-        self._ids[places] = ids
+        rows = rows.to(self._logits.device)
+        logits = self._logits[rows]
+        ids = self._choose_next(logits, sequences)
+        self._ids[rows] = ids
         logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
-        for i, (row, token, logprob) in enumerate(zip(rows, ids.tolist(), logprobs.tolist(), strict=True)):
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-            if row.top:
-                best = logits[i].log_softmax(0).topk(min(row.top, logits.shape[1]))
-                row.tops.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        tokens = zip(sequences, logits, ids.tolist(), logprobs.tolist(), strict=True)
+        for sequence, token_logits, token, logprob in tokens:
+            sequence.ids.append(token)
+            sequence.logprobs.append(logprob)
+            if sequence.top:
+                best = token_logits.log_softmax(0).topk(min(sequence.top, len(token_logits)))
+                sequence.tops.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
-    def _choose(self, logits: Tensor, rows: list[SampledSequence]) -> Tensor:
-        options, step, device = rows[0].options, len(rows[0].ids), logits.device
-        said: list[list[int]] = [[] for _ in rows]
+    def _choose_next(self, logits: Tensor, sequences: list[SampledSequence]) -> Tensor:
+        options, step, device = sequences[0].options, len(sequences[0].ids), logits.device
+        ids: list[list[int]] = [[] for _ in sequences]
         if options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0:
-            said = [row.before + row.ids for row in rows]
-        length = max(map(len, said))
-        seen = torch.tensor([[-1] * (length - len(each)) + each for each in said], device=device)
-        ends = torch.tensor(rows[0].ends, dtype=torch.int64, device=device)
+            ids = [sequence.history + sequence.ids for sequence in sequences]
+        length = max(map(len, ids))
+        history = torch.tensor([[PADDING] * (length - len(row)) + row for row in ids], device=device)
+        end_ids = torch.tensor(sequences[0].end_ids, dtype=torch.int64, device=device)
         uniform = None
         if options.do_sample:
-            uniform = torch.tensor([(row.noise or [])[len(row.ids)] for row in rows], device=device)
-        return choose(logits, seen.long(), options, step, ends, uniform)
+            numbers = [(sequence.noise or [])[len(sequence.ids)] for sequence in sequences]
+            uniform = torch.tensor(numbers, device=device)
+        return choose_next(logits, history.long(), options, step, end_ids, uniform)
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Leave out the texts that are done or dropped, and read the others' last tokens."""
-        placed = [(place, text) for place, text in self._placed() if not (text.done or text.dropped)]
-        if not placed or self._decoding is None:
+        """Leave out the texts that are done or dropped, and decode the others' last tokens."""
+        left = [(row, text) for row, text in self._first_rows() if not (text.done or text.dropped)]
+        if not left or self._decoding is None:
             self._texts, self._decoding, self._logits = [], None, None
             return
         assert self._ids is not None and self._parents is not None
-        rows = [place + i for place, text in placed for i in range(text.options.num_beams)]
+        rows = [row + i for row, text in left for i in range(text.options.num_beams)]
         index = torch.tensor(rows, device=self._ids.device)
         if len(rows) < len(self):
-            self._decoding.keep(self._parents[index])  # a search's rows have all read the same prompt
-            self._texts = [text for _, text in placed]
+            # all beams of a search have the same prompt
+            self._decoding.batch_select_indices(self._parents[index])
+            self._texts = [text for _, text in left]
         elif any(isinstance(text, BeamSequence) for text in self._texts):
-            self._decoding.reorder(self._parents)
-        self._logits = self._decoding.step(self._ids[index])
+            self._decoding.reorder_cache(self._parents)
+        self._logits = self._decoding.decode_step(self._ids[index])

@@ -13,7 +13,7 @@ from torch import Tensor
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.kv_cache import PromptCache
 
-ROWS = 128  # answers read side by side: their logits, as wide as the vocabulary, are what takes the memory
+ROWS = 128  # answers read together: their logits, as wide as the vocabulary, are what takes the memory
 
 
 @torch.inference_mode()
@@ -24,15 +24,15 @@ def answer_logprobs(
     attention_mask: Tensor,
     answers: Sequence[Sequence[int]],
     *,
-    context: PromptCache | None = None,
+    prompt_cache: PromptCache | None = None,
     rows: int = ROWS,
 ) -> Tensor:
     """The log-probability that the model writes each answer and then ends: float32 [B, N].
 
     Args:
-        prefix: [B, Q, W]; input_ids, attention_mask: [B, T], the prompts; context: as for `Blip2.start`.
+        prefix: [B, Q, W]; input_ids, attention_mask: [B, T], the prompts; prompt_cache: as for `Blip2.prefill`.
         answers: the ids of each answer, without the end token; the same answers for every prompt.
-        rows: answers read side by side for all prompts together; memory, never the result.
+        rows: answers read together for all prompts together; memory, never the result.
 
     Raises:
         ValueError: an answer without tokens, or one longer than the model's positions leave room for.
@@ -43,42 +43,33 @@ def answer_logprobs(
     # The longest first: those that are read to their end are the last rows, and are dropped.
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i]))
     width = min(max(1, rows // prompts), len(answers))
-    decoding = model.start(
-        prefix,
-        input_ids,
-        attention_mask,
-        rows=width,
-        max_new_tokens=len(answers[order[0]]) + 1,
-        context=context,
+    limit = len(answers[order[0]]) + 1
+    decoding = model.prefill(
+        prefix, input_ids, attention_mask, rows=width, max_new_tokens=limit, prompt_cache=prompt_cache
     )
-    configured = model.config.language.eos_token_id
-    ends = torch.tensor([configured] if isinstance(configured, int) else list(configured), device=device)
+    end_ids = torch.tensor(model.config.language.eos_token_ids, device=device)
     first = decoding.logits.log_softmax(-1)  # [B, V]
-    found = torch.zeros(prompts, len(answers), device=device)
+    totals = torch.zeros(prompts, len(answers), device=device)
     for start in range(0, len(answers), width):
-        some = order[start : start + width]
-        decoding.rewind()
+        batch = order[start : start + width]
+        decoding.crop()
         logprobs = first[:, None]  # [B, 1, V], for the first token the same for all rows
-        reading = width
-        for t in range(len(answers[some[0]]) + 1):
-            going = sum(len(answers[i]) > t for i in some)
-            if t:
-                ended = [n for n in range(len(some)) if len(answers[some[n]]) == t]
-                if ended:
-                    places = torch.tensor([some[n] for n in ended], device=device)
-                    found[:, places] += logprobs[:, ended][..., ends].logsumexp(-1)
-            if not going:
+        count = width  # answers that are still read
+        for t in range(len(answers[batch[0]]) + 1):
+            longer = sum(len(answers[i]) > t for i in batch)
+            ended = [n for n in range(len(batch)) if t and len(answers[batch[n]]) == t]
+            if ended:
+                columns = torch.tensor([batch[n] for n in ended], device=device)
+                totals[:, columns] += logprobs[:, ended][..., end_ids].logsumexp(-1)
+            if not longer:
                 break
-            ids = torch.tensor([answers[i][t] for i in some[:going]], device=device)
-            chosen = logprobs.expand(-1, going, -1) if t == 0 else logprobs[:, :going]
-            found[:, torch.tensor(some[:going], device=device)] += chosen.gather(
-                2, ids[None, :, None].expand(prompts, -1, 1)
-            )[..., 0]
-            if going < reading:
-                kept = torch.arange(prompts, device=device)[:, None] * reading + torch.arange(
-                    going, device=device
-                )
-                decoding.reorder(kept.flatten())
-                reading = going
-            logprobs = decoding.step(ids.repeat(prompts)).log_softmax(-1).view(prompts, going, -1)
-    return found
+            columns = torch.tensor(batch[:longer], device=device)
+            ids = torch.tensor([answers[i][t] for i in batch[:longer]], device=device)
+            of_rows = logprobs.expand(-1, longer, -1) if t == 0 else logprobs[:, :longer]
+            totals[:, columns] += of_rows.gather(2, ids[None, :, None].expand(prompts, -1, 1))[..., 0]
+            if longer < count:
+                prompt_rows = torch.arange(prompts, device=device)[:, None] * count
+                decoding.reorder_cache((prompt_rows + torch.arange(longer, device=device)).flatten())
+                count = longer
+            logprobs = decoding.decode_step(ids.repeat(prompts)).log_softmax(-1).view(prompts, longer, -1)
+    return totals

@@ -7,13 +7,16 @@ Field names are those of config.json. `read_config` accepts what transformers ac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 MAX_LAYERS = 1000
 MAX_SIZE = 2**24  # of any number in a config
 MAX_IMAGE_PX = 2**14
+T5_TRAINED_TOKENS = 512  # the longest text T5 was trained on; its positions have no end
+Mode = Literal["int8", "int4"]  # how weights can be quantized; here, as this file needs no torch
+MODES: tuple[Mode, ...] = ("int8", "int4")
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
 
 
@@ -91,8 +94,17 @@ class QFormerConfig:
         )
 
 
+class _EndTokens:
+    eos_token_id: int | tuple[int, ...]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+
 @dataclass(frozen=True)
-class OptConfig:
+class OptConfig(_EndTokens):
     """The language model OPT. The defaults are OPT-2.7B as BLIP-2 uses it: captions end at a newline (50118)."""
 
     vocab_size: int = 50272
@@ -112,7 +124,10 @@ class OptConfig:
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         _check_activation("text_config.activation_function", self.activation_function)
 
-    is_encoder_decoder = False
+    model_type: ClassVar[str] = "opt"
+    is_encoder_decoder: ClassVar[bool] = False
+    decoder_start_token_id: ClassVar[int | None] = None  # it continues the prompt
+    word_embeddings: ClassVar[str] = "embed_tokens"  # the module that holds them
 
     @property
     def width(self) -> int:
@@ -125,13 +140,21 @@ class OptConfig:
         return self.num_hidden_layers
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
-        return _as_ids(self.eos_token_id)
+    def keys_per_position(self) -> int:
+        """Key values that one position takes, in all layers."""
+        return self.depth * self.width
+
+    def matrix_values(self, *, decode_step: bool = False) -> int:
+        """Values of the layers' matrices; `decode_step`: of those that every new token reads."""
+        return self.depth * (4 * self.width * self.width + 2 * self.width * self.ffn_dim)
+
+    def prompt_positions(self, max_new_tokens: int) -> int:
+        """How many positions prefix and prompt may take."""
+        return self.max_position_embeddings - max_new_tokens
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(_EndTokens):
     """The language model T5. The defaults are FlanT5-XL as BLIP-2 uses it: with plain gelu in its feed-forward."""
 
     vocab_size: int = 32128
@@ -166,22 +189,40 @@ class T5Config:
             "expected an even number of them, and a distance of more than half of it",
         )
 
-    is_encoder_decoder = True
+    model_type: ClassVar[str] = "t5"
+    is_encoder_decoder: ClassVar[bool] = True
+    word_embeddings: ClassVar[str] = "shared"
 
     @property
     def width(self) -> int:
-        """Of the embeddings, and so of the prefix."""
+        """As `OptConfig.width`."""
         return self.d_model
 
     @property
     def depth(self) -> int:
-        """Layers of the decoder."""
+        """As `OptConfig.depth`."""
         return self.num_decoder_layers
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
-        return _as_ids(self.eos_token_id)
+    def keys_per_position(self) -> int:
+        """As `OptConfig.keys_per_position`."""
+        return self.depth * self.num_heads * self.d_kv
+
+    def matrix_values(self, *, decode_step: bool = False) -> int:
+        """As `OptConfig.matrix_values`."""
+        attention = 4 * self.d_model * self.num_heads * self.d_kv
+        forward = (3 if self.is_gated_act else 2) * self.d_model * self.d_ff
+        if decode_step:  # keys and values of the prompt are there
+            return self.depth * (attention + attention // 2 + forward)
+        return self.num_layers * (attention + forward) + self.depth * (2 * attention + forward)
+
+    def prompt_positions(self, max_new_tokens: int) -> int:
+        """As `OptConfig.prompt_positions`."""
+        return T5_TRAINED_TOKENS
+
+
+LanguageConfig = OptConfig | T5Config
+LANGUAGE_CONFIGS: tuple[type[LanguageConfig], ...] = (OptConfig, T5Config)
 
 
 @dataclass(frozen=True)
@@ -190,7 +231,7 @@ class Blip2Config:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    language: OptConfig | T5Config = field(default_factory=OptConfig)
+    language: LanguageConfig = field(default_factory=OptConfig)
     num_query_tokens: int = 32
     image_token_id: int | None = None
 
@@ -215,27 +256,23 @@ class MatcherConfig:
         )
 
 
-def _as_ids(ids: int | tuple[int, ...]) -> tuple[int, ...]:
-    return ids if isinstance(ids, tuple) else (ids,)
-
-
-def _check_heads(where: str, width: int, heads: int) -> None:
+def _check_heads(section: str, width: int, heads: int) -> None:
     _check(
         heads > 0 and width % heads == 0,
-        f"{where}: hidden_size {width} cannot be divided into {heads} attention heads",
+        f"{section}: hidden_size {width} cannot be divided into {heads} attention heads",
     )
 
 
-def _check_depth(where: str, *layers: int) -> None:
+def _check_depth(section: str, *layers: int) -> None:
     # A file that lies about this would have us build layers for ever.
     _check(
         max(layers) <= MAX_LAYERS,
-        f"{where}: {max(layers)} layers; known are models of up to {MAX_LAYERS}",
+        f"{section}: {max(layers)} layers; known are models of up to {MAX_LAYERS}",
     )
 
 
-def _check_activation(where: str, name: str) -> None:
-    _check(name in ACTIVATIONS, f"{where} is {name!r}; known activations: {', '.join(ACTIVATIONS)}")
+def _check_activation(section: str, name: str) -> None:
+    _check(name in ACTIVATIONS, f"{section} is {name!r}; known activations: {', '.join(ACTIVATIONS)}")
 
 
 def _check_widths(vision: VisionConfig, qformer: QFormerConfig) -> None:
@@ -248,19 +285,20 @@ def _check_widths(vision: VisionConfig, qformer: QFormerConfig) -> None:
 
 # --- config.json -> config -----------------------------------------------------------------------------------------
 
-# What transformers assumes where a nested text_config (OPT) is silent.
+# What transformers assumes where a nested text_config is silent, where it differs from the defaults above.
 _OPT_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50272,
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "ffn_dim": 3072,
-    "max_position_embeddings": 2048,
-    "activation_function": "relu",
-    "bos_token_id": 2,
-    "pad_token_id": 1,
     "eos_token_id": 2,
-    "tie_word_embeddings": True,
+}
+_T5_DEFAULTS: dict[str, Any] = {  # `_read_t5` completes the rest
+    "d_model": 512,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "feed_forward_proj": "relu",
 }
 # Settings of OPT that no BLIP-2 checkpoint uses and this package does not build.
 _OPT_REQUIRED: dict[str, Any] = {
@@ -270,19 +308,10 @@ _OPT_REQUIRED: dict[str, Any] = {
     "_remove_final_layer_norm": False,
 }
 
-# The same for T5, where the defaults above differ; `_read_t5` completes the rest.
-_T5_DEFAULTS: dict[str, Any] = {
-    "d_model": 512,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "feed_forward_proj": "relu",
-}
-
 Config = TypeVar("Config", VisionConfig, QFormerConfig, OptConfig, T5Config)
 
 
-def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -> Config:
+def _pick(cls: type[Config], section: str, raw: Mapping[str, Any], **fixed: Any) -> Config:
     """Build `cls` from the keys of `raw` it knows, with the type of each one checked."""
     values: dict[str, Any] = dict(fixed)
     defaults = cls()
@@ -291,29 +320,29 @@ def _pick(cls: type[Config], where: str, raw: Mapping[str, Any], **fixed: Any) -
             continue
         value, default = raw[name], getattr(defaults, name)
         if isinstance(default, float) and isinstance(value, int):
-            value = float(_whole(f"{where}.{name}", value, 0))
+            value = float(_whole(f"{section}.{name}", value, 0))
         if name in ("image_size", "patch_size") and isinstance(value, list):
             _check(
                 bool(value) and all(side == value[0] for side in value),
-                f"{where}.{name} is {value}; only square images and patches are supported",
+                f"{section}.{name} is {value}; only square images and patches are supported",
             )
             value = value[0]
         if name == "eos_token_id" and isinstance(value, list):
-            value = tuple(_whole(f"{where}.{name}", each, 0) for each in value)
+            value = tuple(_whole(f"{section}.{name}", token, 0) for token in value)
         elif type(default) is int:
-            value = _whole(f"{where}.{name}", value, -1 if name.endswith("_token_id") else 1)
+            value = _whole(f"{section}.{name}", value, -1 if name.endswith("_token_id") else 1)
         else:
             expected = type(default).__name__
             good = type(value) is type(default) and (type(value) is not float or math.isfinite(value))
-            _check(good, f"{where}.{name} is {value!r}, expected {expected}")
+            _check(good, f"{section}.{name} is {value!r}, expected {expected}")
         values[name] = value
     return cls(**values)
 
 
-def _whole(where: str, value: object, least: int = 1) -> int:
+def _whole(section: str, value: object, least: int = 1) -> int:
     """A whole number that a model may have."""
     good = type(value) is int and least <= value <= MAX_SIZE
-    _check(good, f"{where} is {str(value)[:80]!r}, expected a whole number from {least} to {MAX_SIZE:,}")
+    _check(good, f"{section} is {str(value)[:80]!r}, expected a whole number from {least} to {MAX_SIZE:,}")
     assert type(value) is int
     return value
 
@@ -348,15 +377,17 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
     width = {"encoder_hidden_size": vision.hidden_size}
     architectures = raw.get("architectures") or []
     _check(isinstance(architectures, list), f"architectures is {architectures!r}, expected a list of names")
-    if any("ImageTextRetrieval" in str(name) for name in architectures):
-        qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
-        width_of_both = _whole("image_text_hidden_size", raw.get("image_text_hidden_size") or 256)
-        return MatcherConfig(vision, qformer, queries, width_of_both)
     qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
+    if any("ImageTextRetrieval" in str(name) for name in architectures):
+        shared_width = _whole("image_text_hidden_size", raw.get("image_text_hidden_size") or 256)
+        return MatcherConfig(vision, qformer, queries, shared_width)
     text = _section(raw, "text_config")
     kind = text.get("model_type", "opt")
-    _check(kind in ("opt", "t5"), f"the language model is {kind!r}; this version builds 'opt' and 't5'")
-    language = _read_opt(text) if kind == "opt" else _read_t5(text)
+    _check(
+        isinstance(kind, str) and kind in _READERS,
+        f"the language model is {kind!r}; this version builds {' and '.join(map(repr, _READERS))}",
+    )
+    language = _READERS[kind](text)
     image_token = raw.get("image_token_index", raw.get("image_token_id"))
     if image_token is not None:
         image_token = _whole("image_token_index", image_token, 0)
@@ -369,7 +400,7 @@ def _read_opt(text: Mapping[str, Any]) -> OptConfig:
             text.get(name, needed) == needed,
             f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}",
         )
-    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | _said(text))
+    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | _settings(text))
     embedded = text.get("word_embed_proj_dim") or language.hidden_size
     _check(
         embedded == language.hidden_size,
@@ -379,30 +410,34 @@ def _read_opt(text: Mapping[str, Any]) -> OptConfig:
 
 
 def _read_t5(text: Mapping[str, Any]) -> T5Config:
-    """What a T5 config says by halves, as transformers completes it; what it spells out beside that counts."""
-    said = _T5_DEFAULTS | _said(text)
-    form = said["feed_forward_proj"]
+    """What a T5 config leaves out is completed as transformers does; what it spells out counts."""
+    settings = _T5_DEFAULTS | _settings(text)
+    form = settings["feed_forward_proj"]
     gated, _, activation = form.rpartition("-") if isinstance(form, str) else ("?", "", "")
     _check(
         gated in ("", "gated"),
         f"text_config.feed_forward_proj is {form!r}, expected an activation, or 'gated-' before it",
     )
-    tied = said.get("tie_word_embeddings", True)
+    tied = settings.get("tie_word_embeddings", True)
     completed = {
-        "num_decoder_layers": said["num_layers"],
+        "num_decoder_layers": settings["num_layers"],
         "dense_act_fn": "gelu_new" if form == "gated-gelu" else activation,
         "is_gated_act": gated == "gated",
         "scale_decoder_outputs": tied,
         "tie_word_embeddings": tied,
     }
-    return _pick(T5Config, "text_config", completed | said)
+    return _pick(T5Config, "text_config", completed | settings)
 
 
-def _said(text: Mapping[str, Any]) -> dict[str, Any]:
-    said = {name: value for name, value in text.items() if value is not None}
-    if "eos_token_id" in text and text["eos_token_id"] is None:  # null is no silence: nothing ends a text
-        said["eos_token_id"] = []
-    return said
+def _settings(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a text_config; null is as good as absent."""
+    settings = {name: value for name, value in text.items() if value is not None}
+    if "eos_token_id" in text and text["eos_token_id"] is None:  # but here it says that nothing ends a text
+        settings["eos_token_id"] = []
+    return settings
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], LanguageConfig]] = {"opt": _read_opt, "t5": _read_t5}
 
 
 # --- config -> config.json -----------------------------------------------------------------------------------------
@@ -428,17 +463,18 @@ def to_hf(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
     language = asdict(config.language)
     if isinstance(config.language.eos_token_id, tuple):
         language["eos_token_id"] = list(config.language.eos_token_id) or None
+    language["model_type"] = config.language.model_type
     if isinstance(config.language, OptConfig):
-        language |= {"model_type": "opt", "word_embed_proj_dim": config.language.hidden_size}
+        language["word_embed_proj_dim"] = config.language.hidden_size
     else:
         activation = config.language.dense_act_fn.removesuffix("_new")
         form = f"gated-{activation}" if config.language.is_gated_act else activation
-        language |= {"model_type": "t5", "is_encoder_decoder": True, "feed_forward_proj": form}
+        language |= {"is_encoder_decoder": True, "feed_forward_proj": form}
     raw |= {
         "architectures": ["Blip2ForConditionalGeneration"],
         "text_config": language,
         "tie_word_embeddings": config.language.tie_word_embeddings,
-        "use_decoder_only_language_model": isinstance(config.language, OptConfig),
+        "use_decoder_only_language_model": not config.language.is_encoder_decoder,
     }
     if config.image_token_id is not None:
         raw["image_token_index"] = config.image_token_id

@@ -1,14 +1,26 @@
-"""What the model's parts are built from: activations, attention, feed-forward, what a decoder has read and written."""
+"""What the model's parts share: activations, attention, and what this CPU does in bf16."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from blip2.quantization.packed import Linear, cpu_has_bf16
+
+@lru_cache(maxsize=1)
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16."""
+    # a torch without oneDNN, as on Apple's processors, lacks it
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+def lacks_native_bf16(weight: Tensor) -> bool:
+    """Whether products with a weight are slow for want of instructions: bf16 on a CPU without them."""
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not cpu_has_bf16()
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -76,12 +88,12 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
 
 
-_MANY = 128  # positions
+_MIN_POSITIONS = 128  # an image's; a text has fewer
 
 
 def _is_image_in_bf16(query: Tensor) -> bool:
     narrow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_has_bf16()
-    return narrow and query.shape[2] >= _MANY
+    return narrow and query.shape[2] >= _MIN_POSITIONS
 
 
 def _attend_by_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -91,22 +103,8 @@ def _attend_by_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     """
     out = query.new_empty(query.shape)  # [B, H, T, D]
     unused = query.new_empty(1)
-    each = (part.flatten(0, 1) for part in (query, key, value))
-    for into, q, k, v in zip(out.flatten(0, 1), *each, strict=True):
+    heads = (part.flatten(0, 1) for part in (out, query, key, value))  # each [B * H, T, D]
+    for o, q, k, v in zip(*heads, strict=True):
         scores = torch.addmm(unused, q, k.mT, beta=0, alpha=scale)  # [T, S]
-        torch.mm(scores.softmax(-1), v, out=into)
+        torch.mm(scores.softmax(-1), v, out=o)
     return out
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with an activation between them: [..., width] -> [..., width]."""
-
-    def __init__(self, width: int, inner: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, inner)
-        self.fc2 = Linear(inner, width)
-        self.activation = ACTIVATION[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.activation(self.fc1(x)))
-        return out

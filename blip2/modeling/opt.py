@@ -1,32 +1,29 @@
-"""The language model OPT: embeddings [B, T, W] -> logits [B, T, V]. Zhang et al., OPT (2022).
-
-It reads a prompt once (`read`) whatever the number of beams that continue it: every row of a prompt attends to the
-prompt's one copy of keys and values, and only to its own new tokens besides (`step`).
-"""
+"""The language model OPT: embeddings [B, T, W] -> logits [B, T, V]. Zhang et al., OPT (2022)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.modeling.config import OptConfig
 from blip2.modeling.kv_cache import KVCache, PromptCache
+from blip2.modeling.language import IGNORE_INDEX, DecodeState, LanguageModel
 from blip2.modeling.layers import ACTIVATION, attend, merge_heads, split_heads
-from blip2.quantization.packed import Linear
 
 POSITION_OFFSET = 2  # OPT's position table begins with two entries no position uses
 
 
-class SelfAttention(nn.Module):
-    """Causal multi-head self-attention over what has been read and what comes now."""
+class OptAttention(nn.Module):
+    """Causal multi-head self-attention over the prompt and the new tokens."""
 
     def __init__(self, config: OptConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
@@ -38,31 +35,31 @@ class SelfAttention(nn.Module):
         out = self.out_proj(merge_heads(attend(query, key, value, mask, causal=mask is None)))
         return out, key, value
 
-    def step(
+    def decode_step(
         self,
         x: Tensor,
-        context: tuple[Tensor, Tensor],
-        seen: Tensor,
-        unwritten: Tensor | None,
-        tail: KVCache,
+        prompt: tuple[Tensor, Tensor],
+        prompt_mask: Tensor,
+        padding: Tensor | None,
+        kv_cache: KVCache,
         layer: int,
     ) -> Tensor:
-        """One token for each row: x [B * n, 1, W]; context [B, H, S, D]; seen bool [B, 1, 1, S]; unwritten, of the
-        tail, bool [B, 1, n, t] (None: nowhere)."""
+        """One token for each row: x [B * n, 1, W]; prompt, keys and values [B, H, S, D]; prompt_mask bool [B, 1, 1, S];
+        padding, of the kv_cache, bool [B, 1, n, t] (None: nowhere)."""
         query, key, value = self._project(x)  # [B * n, H, 1, D]
-        keys, values = tail.append(layer, key, value)  # [B * n, H, t, D]
-        prompts = len(context[0])
+        keys, values = kv_cache.append(layer, key, value)  # [B * n, H, t, D]
+        prompts = len(prompt[0])
         query = query * query.shape[-1] ** -0.5
-        shared = query.squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, D]
-        far = (shared @ context[0].mT).masked_fill(~seen, float("-inf"))  # [B, H, n, S]
+        by_prompt = query.squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, D]
+        far = (by_prompt @ prompt[0].mT).masked_fill(~prompt_mask, float("-inf"))  # [B, H, n, S]
         near = (query @ keys.mT).squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, t]
-        if unwritten is not None:
-            near = near.masked_fill(unwritten, float("-inf"))
+        if padding is not None:
+            near = near.masked_fill(padding, float("-inf"))
         weights = torch.cat([far, near], dim=-1).float().softmax(-1).to(x.dtype)
         far, near = weights.split([far.shape[-1], near.shape[-1]], dim=-1)
-        read = (far @ context[1]).transpose(1, 2).flatten(0, 1)  # [B * n, H, D]
-        own = (near.transpose(1, 2).flatten(0, 1).unsqueeze(2) @ values).squeeze(2)  # [B * n, H, D]
-        out: Tensor = self.out_proj((read + own).flatten(1).unsqueeze(1))
+        from_prompt = (far @ prompt[1]).transpose(1, 2).flatten(0, 1)  # [B * n, H, D]
+        from_row = (near.transpose(1, 2).flatten(0, 1).unsqueeze(2) @ values).squeeze(2)  # [B * n, H, D]
+        out: Tensor = self.out_proj((from_prompt + from_row).flatten(1).unsqueeze(1))
         return out
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,16 +70,16 @@ class SelfAttention(nn.Module):
         )
 
 
-class Layer(nn.Module):
+class OptDecoderLayer(nn.Module):
     """One pre-norm decoder layer."""
 
     def __init__(self, config: OptConfig) -> None:
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = OptAttention(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.fc1 = Linear(config.hidden_size, config.ffn_dim)
-        self.fc2 = Linear(config.ffn_dim, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.hidden_size)
         self.activation = ACTIVATION[config.activation_function]
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -90,8 +87,10 @@ class Layer(nn.Module):
         return out
 
 
-class Opt(nn.Module):
+class Opt(LanguageModel):
     """OPT with its head. The head shares the word embeddings' weight until a checkpoint gives it its own."""
+
+    config: OptConfig
 
     def __init__(self, config: OptConfig) -> None:
         super().__init__()
@@ -100,127 +99,100 @@ class Opt(nn.Module):
         self.embed_positions = nn.Embedding(
             config.max_position_embeddings + POSITION_OFFSET, config.hidden_size
         )
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(OptDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie()
 
-    def tie(self) -> None:
-        """Share one weight between the head and the word embeddings."""
-        self.lm_head.weight = self.embed_tokens.weight
-
-    @property
-    def tied(self) -> bool:
-        """Whether head and word embeddings share one weight."""
-        return self.lm_head.weight is self.embed_tokens.weight
-
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] -> embeddings [B, T, W], without positions."""
         out: Tensor = self.embed_tokens(ids)
         return out.to(self.embed_positions.weight.dtype)
 
     def forward(
-        self, embeddings: Tensor, mask: Tensor | None = None, context: PromptCache | None = None
+        self, embeddings: Tensor, mask: Tensor | None = None, decoder_ids: Tensor | None = None
     ) -> Tensor:
-        """Embeddings [B, T, W], mask [B, T] (None: no padding) -> hidden states [B, T, W] for `head`."""
-        return self.read(embeddings, mask, context)[0]
+        if decoder_ids is not None:
+            raise ValueError("decoder_input_ids are for T5; OPT takes none")
+        return self._read(embeddings, mask)[0]
 
-    def read(
+    def target_states(self, embeddings: Tensor, mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self(embeddings, mask)[:, :-1]
+        return hidden, F.pad(labels, (embeddings.shape[1] - labels.shape[1], 0), value=IGNORE_INDEX)[:, 1:]
+
+    def _read(
         self, embeddings: Tensor, mask: Tensor | None = None, past: PromptCache | None = None
     ) -> tuple[Tensor, PromptCache]:
-        """Read embeddings after what has been read already.
-
-        Args:
-            embeddings: [B, T, W].
-            mask: [B, T], 0 where a position is padding; padding anywhere changes nothing for the others.
-            past: what the same B rows have read before.
-
-        Returns:
-            hidden states [B, T, W] and the context that includes these positions.
-
-        Raises:
-            ValueError: more positions than the model has.
-        """
+        """Hidden states [B, T, W] of embeddings that come after `past`, and the cache that includes them."""
         batch, length = embeddings.shape[:2]
         before = 0 if past is None else past.length
-        here = (
+        new_mask = (
             torch.ones(batch, length, dtype=torch.bool, device=embeddings.device)
             if mask is None
             else mask.bool()
         )
-        seen = here if past is None else torch.cat([past.mask, here], dim=1)  # [B, S]
-        self.check_length(int(seen.sum(1).max()))
-        positions = (seen.cumsum(1) * seen - 1)[:, before:]  # counted over what is not padding
+        full_mask = new_mask if past is None else torch.cat([past.mask, new_mask], dim=1)  # [B, S]
+        self._check_length(int(full_mask.sum(1).max()))
+        positions = (full_mask.cumsum(1) * full_mask - 1)[:, before:]  # counted over what is not padding
         allowed = None
         if mask is not None or past is not None:
-            causal = torch.ones(length, before + length, dtype=torch.bool, device=here.device).tril(before)
-            itself = torch.eye(length, before + length, dtype=torch.bool, device=here.device).roll(before, 1)
-            allowed = causal & seen[:, None, None, :]  # [B, 1, T, S]
+            device = new_mask.device
+            causal = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+            itself = torch.eye(length, before + length, dtype=torch.bool, device=device).roll(before, 1)
+            allowed = causal & full_mask[:, None, None, :]  # [B, 1, T, S]
             allowed |= itself & ~allowed.any(-1, keepdim=True)  # padding with nothing to see would give NaN
         x = embeddings + self.embed_positions(positions + POSITION_OFFSET).to(embeddings.dtype)
         layers = []
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
+            assert isinstance(layer, OptDecoderLayer)
             out, key, value = layer.self_attn(
                 layer.self_attn_layer_norm(x), None if past is None else past.layers[i], allowed
             )
             x = layer.feed_forward(x + out)
             layers.append((key, value))
-        return self.final_layer_norm(x), PromptCache(tuple(layers), seen)
+        return self.final_layer_norm(x), PromptCache(tuple(layers), full_mask)
 
-    def start(
+    def prefill_prefix(self, prefix: Tensor) -> PromptCache:
+        return self._read(prefix)[1]
+
+    def prefill(
         self,
         embeddings: Tensor,
         mask: Tensor,
-        past: PromptCache | None = None,
+        prompt_cache: PromptCache | None = None,
         *,
         rows: int,
         max_new_tokens: int,
-    ) -> tuple[PromptCache, KVCache, Tensor]:
-        """Read prompts, ready to write `rows` continuations of each.
-
-        Args: as for `read`.
-
-        Returns:
-            what was read, the empty tail of B * rows texts, and logits float32 [B, V] for the first new token.
-
-        Raises:
-            ValueError: what was read and the new tokens take more positions than the model has.
-        """
+    ) -> DecodeState:
         # Checked before anything is written; the last new token is never read.
-        before = 0 if past is None else past.mask.sum(1)
-        self.check_length(int((before + mask.sum(1)).max()) + max_new_tokens - 1)
-        hidden, context = self.read(embeddings, mask, past)
+        before = 0 if prompt_cache is None else prompt_cache.mask.sum(1)
+        self._check_length(int((before + mask.sum(1)).max()) + max_new_tokens - 1)
+        hidden, prompt_cache = self._read(embeddings, mask, prompt_cache)
         last = (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B], not padding
-        logits = self.head(hidden[torch.arange(len(last), device=last.device), last]).float()
+        logits = self.lm_head(hidden[torch.arange(len(last), device=last.device), last]).float()
         heads, width = self.config.num_attention_heads, self.config.hidden_size
         shape = (self.config.num_hidden_layers, len(mask) * rows, heads, max_new_tokens, width // heads)
-        return context, KVCache(shape, embeddings), logits
+        return DecodeState(self, prompt_cache, KVCache(shape, embeddings), logits)
 
-    def step(self, ids: Tensor, context: PromptCache, tail: KVCache) -> Tensor:
-        """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""
-        rows = len(ids) // len(context.mask)
-        positions = context.mask.sum(1).repeat_interleave(rows) + tail.written + POSITION_OFFSET
+    def decode_step(self, ids: Tensor, prompt_cache: PromptCache, kv_cache: KVCache) -> Tensor:
+        rows = len(ids) // len(prompt_cache.mask)
+        positions = prompt_cache.mask.sum(1).repeat_interleave(rows) + kv_cache.row_lengths + POSITION_OFFSET
         x = (self.embed(ids) + self.embed_positions(positions)).unsqueeze(1)  # [B * n, 1, W]
-        seen, unwritten = context.mask[:, None, None, :], tail.unwritten
-        if unwritten is not None:
-            unwritten = unwritten.unflatten(0, (-1, rows))[:, None]  # [B, 1, n, t + 1]
+        prompt_mask, padding = prompt_cache.mask[:, None, None, :], kv_cache.padding
+        if padding is not None:
+            padding = padding.unflatten(0, (-1, rows))[:, None]  # [B, 1, n, t + 1]
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
-            out = layer.self_attn.step(
-                layer.self_attn_layer_norm(x), context.layers[i], seen, unwritten, tail, i
+            assert isinstance(layer, OptDecoderLayer)
+            normed = layer.self_attn_layer_norm(x)
+            out = layer.self_attn.decode_step(
+                normed, prompt_cache.layers[i], prompt_mask, padding, kv_cache, i
             )
             x = layer.feed_forward(x + out)
-        tail.length += 1
-        return self.head(self.final_layer_norm(x)).squeeze(1).float()
+        kv_cache.length += 1
+        logits: Tensor = self.lm_head(self.final_layer_norm(x))
+        return logits.squeeze(1).float()
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., W] -> logits [..., V]."""
-        out: Tensor = self.lm_head(hidden)
-        return out
-
-    def check_length(self, length: int) -> None:
+    def _check_length(self, length: int) -> None:
         """Raise ValueError where a text, padding not counted, is longer than the model's positions."""
         limit = self.config.max_position_embeddings
         if length > limit:

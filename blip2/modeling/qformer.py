@@ -12,25 +12,24 @@ from torch import Tensor, nn
 
 from blip2.modeling.config import QFormerConfig
 from blip2.modeling.layers import ACTIVATION, attend, merge_heads, split_heads
-from blip2.quantization.packed import Linear
 
 
-class Projections(nn.Module):
+class QFormerProjections(nn.Module):
     """The query, key and value matrices of one attention."""
 
     def __init__(self, width: int, read_width: int) -> None:
         super().__init__()
-        self.query = Linear(width, width)
-        self.key = Linear(read_width, width)
-        self.value = Linear(read_width, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(read_width, width)
+        self.value = nn.Linear(read_width, width)
 
 
-class AddNorm(nn.Module):
+class QFormerOutput(nn.Module):
     """Linear, dropout, residual, norm: how every sub-layer of a BERT ends."""
 
     def __init__(self, config: QFormerConfig, inner: int) -> None:
         super().__init__()
-        self.dense = Linear(inner, config.hidden_size)
+        self.dense = nn.Linear(inner, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
@@ -39,14 +38,14 @@ class AddNorm(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class QFormerAttention(nn.Module):
     """Attention of x over itself, or over `memory` (the image features)."""
 
     def __init__(self, config: QFormerConfig, read_width: int) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.attention = Projections(config.hidden_size, read_width)
-        self.output = AddNorm(config, config.hidden_size)
+        self.attention = QFormerProjections(config.hidden_size, read_width)
+        self.output = QFormerOutput(config, config.hidden_size)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         read = x if memory is None else memory
@@ -57,34 +56,34 @@ class Attention(nn.Module):
         return out
 
 
-class Intermediate(nn.Module):
+class QFormerIntermediate(nn.Module):
     """The widening half of a feed-forward."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.intermediate_size)
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATION[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.dense(x))
 
 
-class Layer(nn.Module):
+class QFormerLayer(nn.Module):
     """Self-attention, cross-attention for the queries in some layers, one feed-forward for queries and one for text."""
 
     def __init__(self, config: QFormerConfig, index: int) -> None:
         super().__init__()
-        self.attention = Attention(config, config.hidden_size)
+        self.attention = QFormerAttention(config, config.hidden_size)
         self.crossattention = (
-            Attention(config, config.encoder_hidden_size)
+            QFormerAttention(config, config.encoder_hidden_size)
             if index % config.cross_attention_frequency == 0
             else None
         )
-        self.intermediate_query = Intermediate(config)
-        self.output_query = AddNorm(config, config.intermediate_size)
+        self.intermediate_query = QFormerIntermediate(config)
+        self.output_query = QFormerOutput(config, config.intermediate_size)
         if config.use_qformer_text_input:
-            self.intermediate = Intermediate(config)
-            self.output = AddNorm(config, config.intermediate_size)
+            self.intermediate = QFormerIntermediate(config)
+            self.output = QFormerOutput(config, config.intermediate_size)
 
     def forward(self, x: Tensor, queries: int, features: Tensor | None, mask: Tensor | None) -> Tensor:
         """x: [B, Q + T, W], the first `queries` positions queries; mask: bool, broadcastable to [B, H, Q+T, Q+T]."""
@@ -110,7 +109,7 @@ class QFormer(nn.Module):
         self.config = config
         self.query_tokens = nn.Parameter(torch.zeros(1, num_queries, config.hidden_size))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(QFormerLayer(config, i) for i in range(config.num_hidden_layers))
         if words:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -119,29 +118,29 @@ class QFormer(nn.Module):
         """Image features [B, N, W_image] -> queries [B, Q, W]."""
         return self._run(self._queries(len(features)), self.query_tokens.shape[1], features, None)
 
-    def read_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text alone, bidirectional: ids and mask [B, T] -> [B, T, W]."""
         return self._run(self._embed(ids), 0, None, mask.bool()[:, None, None, :])
 
     def encode_multimodal(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Queries and text see each other (ITM): -> [B, Q + T, W], queries first."""
-        queries = self.query_tokens.shape[1]
-        allowed = F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]  # [B, 1, 1, Q + T]
-        x = torch.cat([self._queries(len(ids)), self._embed(ids)], dim=1)
-        return self._run(x, queries, features, allowed)
+        return self._encode_both(features, ids, mask, causal=False)
 
-    def write_text(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_causal(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Text sees the queries and itself causally, the queries see only themselves (ITG): -> [B, Q + T, W].
 
         The queries come out as from `forward`, so one pass serves ITC and ITG.
         """
+        return self._encode_both(features, ids, mask, causal=True)
+
+    def _encode_both(self, features: Tensor, ids: Tensor, mask: Tensor, *, causal: bool) -> Tensor:
         queries = self.query_tokens.shape[1]
-        total = queries + ids.shape[1]
-        causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()
-        causal[:queries, :queries] = True
-        allowed = (
-            causal & F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]
-        )  # [B, 1, Q + T, Q + T]
+        allowed = F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]  # [B, 1, 1, Q + T]
+        if causal:
+            size = allowed.shape[-1]
+            before = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
+            before[:queries, :queries] = True
+            allowed = before & allowed  # [B, 1, Q + T, Q + T]
         x = torch.cat([self._queries(len(ids)), self._embed(ids)], dim=1)
         return self._run(x, queries, features, allowed)
 

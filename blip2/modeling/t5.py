@@ -1,9 +1,8 @@
 """The language model T5, in the form of FlanT5: embeddings [B, S, W] -> logits [B, T, V] of the text that answers them.
 
-Raffel et al., T5 (2020); with the gated feed-forward and the head of its version 1.1. An encoder reads prefix and
-prompt once (`read`), whatever the number of beams: every row of a prompt attends to the prompt's one copy of the
-cross-attention's keys and values, and to its own new tokens (`step`). Positions are distances, counted over what is not
-padding, so there is no longest text.
+Raffel et al., T5 (2020); with the gated feed-forward and the head of its version 1.1. The encoder reads prefix and
+prompt; the prompt cache holds the cross-attention's keys and values. Positions are distances, counted over what is not
+padding, so no text is too long.
 
 The second matrix of a feed-forward gives more than fp16 can hold. Where a model is loaded in fp16 it stays in fp32, as
 in transformers (`checkpoint.load`), and with it all that is added up from layer to layer.
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 
 from blip2.modeling.config import T5Config
 from blip2.modeling.kv_cache import KVCache, PromptCache
+from blip2.modeling.language import DecodeState, LanguageModel
 from blip2.modeling.layers import ACTIVATION, attend, merge_heads, split_heads
-from blip2.quantization.packed import Linear
 
 
-class Norm(nn.Module):
+class T5LayerNorm(nn.Module):
     """Root mean square norm: no mean taken off, no bias."""
 
     def __init__(self, config: T5Config) -> None:
@@ -36,47 +35,49 @@ class Norm(nn.Module):
         return self.weight * (x * size).to(self.weight.dtype)
 
 
-class Attention(nn.Module):
+class T5Attention(nn.Module):
     """Multi-head attention; its scores are not scaled, the weights are trained for that."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.heads = config.num_heads
         inner = config.num_heads * config.d_kv
-        self.q = Linear(config.d_model, inner, bias=False)
-        self.k = Linear(config.d_model, inner, bias=False)
-        self.v = Linear(config.d_model, inner, bias=False)
-        self.o = Linear(inner, config.d_model, bias=False)
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
 
-    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, S, D] of x [B, S, W]."""
         return split_heads(self.k(x), self.heads), split_heads(self.v(x), self.heads)
 
-    def forward(self, x: Tensor, read: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x [B, T, W] looks at what was read; mask as for `attend`."""
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """x [B, T, W] attends to keys and values; mask as for `attend`."""
         query = split_heads(self.q(x), self.heads)
-        out: Tensor = self.o(merge_heads(attend(query, *read, mask, scale=1.0)))
+        out: Tensor = self.o(merge_heads(attend(query, *keys_values, mask, scale=1.0)))
         return out
 
 
-class FeedForward(nn.Module):
+class T5FeedForward(nn.Module):
     """Widen, activate, narrow; in the gated form a second widening is multiplied in. [..., W] -> [..., W]."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.gated = config.is_gated_act
         if self.gated:
-            self.wi_0 = Linear(config.d_model, config.d_ff, bias=False)
-            self.wi_1 = Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         else:
-            self.wi = Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = Linear(config.d_ff, config.d_model, bias=False)
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.activation = ACTIVATION[config.dense_act_fn]
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.activation(self.wi_0(x)) * self.wi_1(x) if self.gated else self.activation(self.wi(x))
-        if isinstance(self.wo, Linear):  # in fp16 models it stays in fp32; a quantized layer takes any dtype
-            inner = inner.to(self.wo.dtype)
+        if isinstance(
+            self.wo, nn.Linear
+        ):  # in fp16 models it stays in fp32; packed and quantized ones take any dtype
+            inner = inner.to(self.wo.weight.dtype)
         out: Tensor = self.wo(inner)
         return out
 
@@ -84,53 +85,49 @@ class FeedForward(nn.Module):
 # The sub-layers of a layer, each with the norm before it. A layer holds them in a list, under the published names.
 
 
-class SelfAttentionLayer(nn.Module):
+class T5SelfAttentionLayer(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.SelfAttention = Attention(config)
-        self.layer_norm = Norm(config)
+        self.SelfAttention = T5Attention(config)
+        self.layer_norm = T5LayerNorm(config)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, W]; mask [B or 1, H, T, T] is added to the scores."""
+    def forward(self, x: Tensor, mask: Tensor, kv_cache: KVCache | None = None, index: int = 0) -> Tensor:
+        """x [R, T, W] after kv_cache, of layer `index`; mask [1 or R, H, T, S] is added to the scores."""
         normed = self.layer_norm(x)
-        out: Tensor = x + self.SelfAttention(normed, self.SelfAttention.read(normed), mask)
-        return out
-
-    def step(self, x: Tensor, mask: Tensor, tail: KVCache, layer: int) -> Tensor:
-        """One token for each row: x [R, 1, W]; mask [1 or R, H, 1, t + 1]."""
-        normed = self.layer_norm(x)
-        written = tail.append(layer, *self.SelfAttention.read(normed))
-        out: Tensor = x + self.SelfAttention(normed, written, mask)
+        keys_values = self.SelfAttention.keys_values(normed)
+        if kv_cache is not None:
+            keys_values = kv_cache.append(index, *keys_values)
+        out: Tensor = x + self.SelfAttention(normed, keys_values, mask)
         return out
 
 
-class CrossAttentionLayer(nn.Module):
+class T5CrossAttentionLayer(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.EncDecAttention = Attention(config)
-        self.layer_norm = Norm(config)
+        self.EncDecAttention = T5Attention(config)
+        self.layer_norm = T5LayerNorm(config)
 
-    def forward(self, x: Tensor, read: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """x [B, T, W] looks at what the encoder has read: keys and values [B, H, S, D], mask bool [B, 1, 1, S]."""
-        out: Tensor = x + self.EncDecAttention(self.layer_norm(x), read, mask)
+    def forward(self, x: Tensor, prompt: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """x [B, T, W] attends to the prompt: keys and values [B, H, S, D], mask bool [B, 1, 1, S]."""
+        out: Tensor = x + self.EncDecAttention(self.layer_norm(x), prompt, mask)
         return out
 
 
-class FeedForwardLayer(nn.Module):
+class T5FeedForwardLayer(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.DenseReluDense = FeedForward(config)
-        self.layer_norm = Norm(config)
+        self.DenseReluDense = T5FeedForward(config)
+        self.layer_norm = T5LayerNorm(config)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.DenseReluDense(self.layer_norm(x))
         return out
 
 
-class EncoderLayer(nn.Module):
+class T5EncoderLayer(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([SelfAttentionLayer(config), FeedForwardLayer(config)])
+        self.layer = nn.ModuleList([T5SelfAttentionLayer(config), T5FeedForwardLayer(config)])
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         attention, feed_forward = self.layer
@@ -138,207 +135,191 @@ class EncoderLayer(nn.Module):
         return out
 
 
-class DecoderLayer(nn.Module):
+class T5DecoderLayer(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
-            [SelfAttentionLayer(config), CrossAttentionLayer(config), FeedForwardLayer(config)]
+            [T5SelfAttentionLayer(config), T5CrossAttentionLayer(config), T5FeedForwardLayer(config)]
         )
 
-    def read(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, D] of what the encoder has read [B, S, W]."""
-        cross = self.layer[1]
-        assert isinstance(cross, CrossAttentionLayer)
-        return cross.EncDecAttention.read(memory)
-
-    def forward(self, x: Tensor, mask: Tensor, read: tuple[Tensor, Tensor], seen: Tensor) -> Tensor:
-        """x [B, T, W]; mask [1, H, T, T] is added to the scores; read, seen as for `CrossAttentionLayer`."""
-        attention, cross, feed_forward = self.layer
-        out: Tensor = feed_forward(cross(attention(x, mask), read, seen))
-        return out
-
-    def step(
-        self, x: Tensor, mask: Tensor, tail: KVCache, index: int, read: tuple[Tensor, Tensor], seen: Tensor
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        prompt: tuple[Tensor, Tensor],
+        prompt_mask: Tensor,
+        kv_cache: KVCache | None,
+        index: int,
     ) -> Tensor:
-        """One token for each row, x [B * n, 1, W], on the prompts' own keys and values [B, H, S, D]."""
+        """x [B * n, T, W]; mask and kv_cache as for `T5SelfAttentionLayer`; the prompts' own keys and values
+        [B, H, S, D], mask bool [B, 1, 1, S]."""
         attention, cross, feed_forward = self.layer
-        assert isinstance(attention, SelfAttentionLayer)
-        x = attention.step(x, mask, tail, index)
-        by_prompt = x.view(len(seen), -1, x.shape[-1])  # [B, n, W]: to what was read, rows are positions
-        out: Tensor = feed_forward(cross(by_prompt, read, seen).view_as(x))
+        x = attention(x, mask, kv_cache, index)
+        by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])  # [B, n * T, W]: a prompt's rows are positions
+        out: Tensor = feed_forward(cross(by_prompt, prompt, prompt_mask).view_as(x))
         return out
 
 
-class PositionBias(nn.Module):
+class T5PositionBias(nn.Module):
     """What a key's distance from its query adds to the scores of each head, learned by bucket."""
 
-    def __init__(self, config: T5Config, *, both_ways: bool) -> None:
-        """`both_ways`: keys stand before and after their query (the encoder's do)."""
+    def __init__(self, config: T5Config, *, bidirectional: bool) -> None:
+        """`bidirectional`: keys come before and after their query (the encoder's do)."""
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.relative_attention_num_buckets, config.num_heads))
-        self.longest, self.both_ways = config.relative_attention_max_distance, both_ways
+        self.max_distance, self.bidirectional = config.relative_attention_max_distance, bidirectional
 
     def forward(self, distance: Tensor) -> Tensor:
         """distance int64 [B, T, S], the key's position less the query's -> [B, H, T, S]."""
-        buckets = position_buckets(distance, len(self.weight), self.longest, both_ways=self.both_ways)
+        buckets = position_buckets(
+            distance, len(self.weight), self.max_distance, bidirectional=self.bidirectional
+        )
         return F.embedding(buckets, self.weight).movedim(-1, 1)
 
 
-def position_buckets(distance: Tensor, count: int, longest: int, *, both_ways: bool) -> Tensor:
+def position_buckets(distance: Tensor, count: int, max_distance: int, *, bidirectional: bool) -> Tensor:
     """Which of `count` buckets each distance belongs to.
 
-    The near ones have a bucket each; those farther away share ever wider ones, up to `longest` by their logarithm, and
-    the last one holds all beyond. With `both_ways` half of the buckets are for keys after their query.
+    The near ones have a bucket each; those farther away share ever wider ones, by their logarithm, up to
+    `max_distance`, and the last one holds all beyond. With `bidirectional` half of the buckets are for keys after their
+    query.
     """
     first = torch.zeros_like(distance)
-    if both_ways:
+    if bidirectional:
         count //= 2
-        first, away = (distance > 0) * count, distance.abs()
+        first, size = (distance > 0) * count, distance.abs()
     else:
-        away = (-distance).clamp(min=0)
+        size = (-distance).clamp(min=0)
     near = count // 2
-    growth = torch.log(away.clamp(min=near).float() / near) / math.log(longest / near)  # 0 .. 1 at `longest`
+    # 0 .. 1 at `max_distance`
+    growth = torch.log(size.clamp(min=near).float() / near) / math.log(max_distance / near)
     far = (near + (growth * (count - near)).long()).clamp(max=count - 1)
-    return first + torch.where(away < near, away, far)
+    return first + torch.where(size < near, size, far)
 
 
-class Encoder(nn.Module):
-    """Reads: every position sees all others."""
+class T5Encoder(nn.Module):
+    """Every position attends to all others."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.relative_attention_bias = PositionBias(config, both_ways=True)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        self.final_layer_norm = Norm(config)
+        self.relative_attention_bias = T5PositionBias(config, bidirectional=True)
+        self.layers = nn.ModuleList(T5EncoderLayer(config) for _ in range(config.num_layers))
+        self.final_layer_norm = T5LayerNorm(config)
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """x [B, S, W], seen bool [B, S] -> [B, S, W]."""
-        positions = seen.cumsum(1) - 1  # counted over what is not padding
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, S, W], mask bool [B, S] -> [B, S, W]."""
+        positions = mask.cumsum(1) - 1  # counted over what is not padding
         bias = self.relative_attention_bias(positions[:, None, :] - positions[:, :, None])
-        mask = bias.masked_fill(~seen[:, None, None, :], float("-inf"))  # [B, H, S, S]
+        bias = bias.masked_fill(~mask[:, None, None, :], float("-inf"))  # [B, H, S, S]
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, bias)
         out: Tensor = self.final_layer_norm(x)
         return out
 
 
-class Decoder(nn.Module):
-    """Writes: every position sees those before it, and all that the encoder has read."""
+class T5Decoder(nn.Module):
+    """Every position attends to those before it, and to all of the prompt."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.relative_attention_bias = PositionBias(config, both_ways=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
-        self.final_layer_norm = Norm(config)
+        self.relative_attention_bias = T5PositionBias(config, bidirectional=False)
+        self.layers = nn.ModuleList(T5DecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.final_layer_norm = T5LayerNorm(config)
 
-    def read(self, memory: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Every layer's keys and values [B, H, S, D] of what the encoder has read [B, S, W]."""
-        read = []
+    def read_prompt(self, memory: Tensor, mask: Tensor) -> PromptCache:
+        """Every layer's keys and values of what the encoder gives: [B, S, W], mask bool [B, S]."""
+        layers = []
         for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            read.append(layer.read(memory))
-        return tuple(read)
+            cross = layer.get_submodule("layer.1")
+            assert isinstance(cross, T5CrossAttentionLayer)
+            layers.append(cross.EncDecAttention.keys_values(memory))
+        return PromptCache(tuple(layers), mask)
 
-    def forward(self, x: Tensor, context: PromptCache) -> Tensor:
-        """x [B, T, W] -> [B, T, W]."""
-        positions = torch.arange(x.shape[1], device=x.device)
-        distance = positions[None, None, :] - positions[None, :, None]  # [1, T, T]
-        bias = self.relative_attention_bias(distance)
-        mask = bias.masked_fill((distance > 0)[:, None], float("-inf"))  # [1, H, T, T]
-        seen = context.mask[:, None, None, :]
-        for layer, read in zip(self.layers, context.layers, strict=True):
-            x = layer(x, mask, read, seen)
-        out: Tensor = self.final_layer_norm(x)
-        return out
-
-    def step(self, x: Tensor, context: PromptCache, tail: KVCache) -> Tensor:
-        """One token for each row: x [B * n, 1, W] -> [B * n, 1, W]; `tail` grows by one."""
-        distance = torch.arange(-tail.length, 1, device=x.device)[None, None]
-        mask = self.relative_attention_bias(distance)  # [1, H, 1, t + 1]
-        unwritten = tail.unwritten
-        if unwritten is not None:
-            mask = mask.masked_fill(unwritten[:, None, None], float("-inf"))  # [B * n, H, 1, t + 1]
-        seen = context.mask[:, None, None, :]
+    def forward(self, x: Tensor, prompt_cache: PromptCache, kv_cache: KVCache | None = None) -> Tensor:
+        """x [B, T, W] -> [B, T, W]; or one token for each row after those of kv_cache: [B * n, 1, W] -> the same."""
+        before = 0 if kv_cache is None else kv_cache.length
+        positions = torch.arange(-before, x.shape[1], device=x.device)
+        distance = positions[None, None, :] - positions[None, before:, None]  # [1, T, before + T]
+        mask = self.relative_attention_bias(distance)
+        mask = mask.masked_fill((distance > 0)[:, None], float("-inf"))  # [1, H, T, before + T]
+        if kv_cache is not None and kv_cache.padding is not None:
+            padding = kv_cache.padding[:, None, None]  # [B * n, 1, 1, before + 1]
+            mask = mask.masked_fill(padding, float("-inf"))
+        prompt_mask = prompt_cache.mask[:, None, None, :]
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            x = layer.step(x, mask, tail, i, context.layers[i], seen)
-        tail.length += 1
+            x = layer(x, mask, prompt_cache.layers[i], prompt_mask, kv_cache, i)
+        if kv_cache is not None:
+            kv_cache.length += 1
         out: Tensor = self.final_layer_norm(x)
         return out
 
 
-class T5(nn.Module):
+class T5(LanguageModel):
     """Word embeddings, encoder, decoder, head."""
+
+    config: T5Config
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.encoder = T5Encoder(config)
+        self.decoder = T5Decoder(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie()
 
-    def tie(self) -> None:
-        """Share one weight between the head and the word embeddings."""
-        self.lm_head.weight = self.shared.weight
-
-    @property
-    def tied(self) -> bool:
-        """Whether head and word embeddings share one weight."""
-        return self.lm_head.weight is self.shared.weight
-
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] -> embeddings [B, T, W]."""
         out: Tensor = self.shared(ids)
         return out
 
-    def forward(self, embeddings: Tensor, mask: Tensor | None, decoder_ids: Tensor) -> Tensor:
-        """What is read, embeddings [B, S, W] and mask [B, S] (None: no padding), and what is written, beginning with
-        the start token, int64 [B, T] -> hidden states [B, T, W] for `head`."""
-        out: Tensor = self.decoder(self.embed(decoder_ids), self.read(embeddings, mask))
-        return out
+    def forward(
+        self, embeddings: Tensor, mask: Tensor | None = None, decoder_ids: Tensor | None = None
+    ) -> Tensor:
+        if decoder_ids is None:
+            raise ValueError(
+                "decoder_input_ids are missing: T5 writes a text of its own, beginning with them"
+            )
+        return self._scale(self.decoder(self.embed(decoder_ids), self._read(embeddings, mask)))
 
-    def read(self, embeddings: Tensor, mask: Tensor | None = None) -> PromptCache:
-        """What the decoder is to know of embeddings [B, S, W]; padding (mask [B, S] is 0) changes nothing."""
+    def target_states(self, embeddings: Tensor, mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        decoder_ids = labels.roll(1, dims=1)  # before each label the start token, then all but the last
+        decoder_ids = decoder_ids.masked_fill(decoder_ids < 0, self.config.pad_token_id)
+        decoder_ids[:, 0] = self.config.decoder_start_token_id
+        return self(embeddings, mask, decoder_ids), labels
+
+    def prefill_prefix(self, prefix: Tensor) -> None:
+        """None: the encoder reads prefix and prompt together."""
+
+    def prefill(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        prompt_cache: PromptCache | None = None,
+        *,
+        rows: int,
+        max_new_tokens: int,
+    ) -> DecodeState:
+        if prompt_cache is not None:
+            raise ValueError("T5 reads prefix and prompt together and has no cache of a prefix alone")
+        prompt_cache = self._read(embeddings, mask)
+        config, count = self.config, len(mask) * rows
+        # for the start token and all new tokens but the last, which is never read
+        shape = (config.num_decoder_layers, count, config.num_heads, max_new_tokens, config.d_kv)
+        kv_cache = KVCache(shape, embeddings)
+        first = torch.full((count,), config.decoder_start_token_id, device=mask.device)
+        logits = self.decode_step(first, prompt_cache, kv_cache)[::rows]
+        return DecodeState(self, prompt_cache, kv_cache, logits)
+
+    def decode_step(self, ids: Tensor, prompt_cache: PromptCache, kv_cache: KVCache) -> Tensor:
+        hidden = self.decoder(self.embed(ids).unsqueeze(1), prompt_cache, kv_cache)
+        logits: Tensor = self.lm_head(self._scale(hidden))
+        return logits.squeeze(1).float()
+
+    def _read(self, embeddings: Tensor, mask: Tensor | None) -> PromptCache:
         shape = embeddings.shape[:2]
-        seen = embeddings.new_ones(shape, dtype=torch.bool) if mask is None else mask.bool()
-        return PromptCache(self.decoder.read(self.encoder(embeddings, seen)), seen)
+        mask = embeddings.new_ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+        return self.decoder.read_prompt(self.encoder(embeddings, mask), mask)
 
-    def start(
-        self, embeddings: Tensor, mask: Tensor, *, rows: int, max_new_tokens: int
-    ) -> tuple[PromptCache, KVCache, Tensor]:
-        """Read prompts, ready to write `rows` texts for each; as `Opt.start`. The start token is written already."""
-        context = self.read(embeddings, mask)
-        shape = (
-            self.config.num_decoder_layers,
-            len(mask) * rows,
-            self.config.num_heads,
-            max_new_tokens,  # the start token and all new ones but the last, which is never read
-            self.config.d_kv,
-        )
-        tail = KVCache(shape, embeddings)
-        first = torch.full((shape[1],), self.config.decoder_start_token_id, device=mask.device)
-        return context, tail, self.step(first, context, tail)[::rows]
-
-    def step(self, ids: Tensor, context: PromptCache, tail: KVCache) -> Tensor:
-        """One more token for each row: ids int64 [B * n] -> logits float32 [B * n, V]; `tail` grows by one."""
-        hidden = self.decoder.step(self.embed(ids).unsqueeze(1), context, tail)
-        return self.head(hidden).squeeze(1).float()
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., W] -> logits [..., V]."""
-        if self.config.scale_decoder_outputs:
-            hidden = hidden * self.config.d_model**-0.5
-        out: Tensor = self.lm_head(hidden)
-        return out
-
-    def shift_right(self, labels: Tensor) -> Tensor:
-        """Labels [B, T] -> what the decoder has read before each of them: the start token, then all but the last.
-
-        Labels that are no target (below 0) are read as padding.
-        """
-        read = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) < 0, self.config.pad_token_id)
-        read[:, 0] = self.config.decoder_start_token_id
-        return read
+    def _scale(self, hidden: Tensor) -> Tensor:
+        return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden

@@ -7,18 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.modeling.config import VisionConfig
-from blip2.modeling.layers import FeedForward, attend, merge_heads
-from blip2.quantization.packed import Linear, lacks_native_bf16
+from blip2.modeling.layers import ACTIVATION, attend, lacks_native_bf16, merge_heads
 
 
-class SelfAttention(nn.Module):
+class VisionAttention(nn.Module):
     """Multi-head self-attention with one matrix for query, key and value."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.projection = Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
@@ -27,15 +26,29 @@ class SelfAttention(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class VisionFeedForward(nn.Module):
+    """Two linear layers with an activation between them: [..., width] -> [..., width]."""
+
+    def __init__(self, width: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.activation = ACTIVATION[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return out
+
+
+class VisionBlock(nn.Module):
     """One pre-norm transformer block."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = VisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = VisionFeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -54,7 +67,7 @@ class ImageEncoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_positions, width))
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=not config.pre_norm)
         self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(width, eps=config.last_norm_eps or config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, *, interpolate: bool = False, keep: Tensor | None = None) -> Tensor:
@@ -82,10 +95,8 @@ class ImageEncoder(nn.Module):
             )
         patches = self._patches(pixels)
         positions = self.positions(patches.shape[-2], patches.shape[-1])
-        x = torch.cat(
-            [self.class_embedding.expand(len(pixels), -1, -1), patches.flatten(2).mT], dim=1
-        )  # [B, N, W]
-        x = x + positions
+        first = self.class_embedding.expand(len(pixels), -1, -1)
+        x = torch.cat([first, patches.flatten(2).mT], dim=1) + positions  # [B, N, W]
         if keep is not None:
             kept = x[:, 1:].gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, K, W]
             x = torch.cat([x[:, :1], kept], dim=1)
@@ -99,12 +110,13 @@ class ImageEncoder(nn.Module):
     def _patches(self, pixels: Tensor) -> Tensor:
         """Pixels -> patches [B, W, h, w]."""
         embedding = self.patch_embedding
+        out: Tensor
         if not lacks_native_bf16(embedding.weight):
-            out: Tensor = embedding(pixels.to(embedding.weight.dtype))
+            out = embedding(pixels.to(embedding.weight.dtype))
             return out
-        weight, bias = (None if part is None else part.float() for part in (embedding.weight, embedding.bias))
-        assert weight is not None
-        return F.conv2d(pixels.float(), weight, bias, embedding.stride).to(embedding.weight.dtype)
+        bias = None if embedding.bias is None else embedding.bias.float()
+        out = F.conv2d(pixels.float(), embedding.weight.float(), bias, embedding.stride)
+        return out.to(embedding.weight.dtype)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1, rows * columns + 1, W] for a grid of patches, bicubic from the stored square."""

@@ -12,36 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.quantization import openvino as openvino_product
-from blip2.quantization.formats import _AT_ONCE, GROUP, Int4Weight, Int8Weight
-from blip2.quantization.openvino import Product
+from blip2.quantization import openvino
+from blip2.quantization.formats import GROUP, WEIGHTS_AT_ONCE, Int4Weight, Int8Weight
+from blip2.quantization.openvino import OpenVinoLinear
 
-# A token whose largest value is so many times its mean size is written in two terms. Of 4096 normally distributed
-# values the largest is 5 times the mean size, of 16384 after a ReLU 11 times, beside seven outlier channels 100 times.
+# A token whose largest value is so many times its mean size is split in hi and lo. Of 4096 normally distributed values
+# the largest is 5 times the mean size, of 16384 after a ReLU 11 times, beside seven outlier channels 100 times.
 OUTLIER_RATIO = 12.0
 
 
-_NONE = torch.empty(0, dtype=torch.int64)
-
-
 class Int8Linear(nn.Module):
-    """A linear layer with a scale for each output and 8 bit activations, in one term or two.
+    """A linear layer with a scale for each output and 8 bit activations; outlier tokens are split in hi and lo.
 
     On x86 the product is FBGEMM's, exact in whole numbers: a row gives the same bits alone and in any batch. Elsewhere
     the weights are widened for each product, which saves memory, not time.
     """
 
     def __init__(
-        self, weight: Int8Weight, bias: Tensor | None, terms: int, steep: float = OUTLIER_RATIO
+        self,
+        weight: Int8Weight,
+        bias: Tensor | None,
+        *,
+        hi_lo: bool = True,
+        outlier_ratio: float = OUTLIER_RATIO,
     ) -> None:
-        """bias: [N] in any float. terms: 1 or 2, of the activations. steep: see `OUTLIER_RATIO`; 0: every token is."""
+        """bias: [N] in any float. hi_lo: whether tokens are split. outlier_ratio: from which one on; 0: every token."""
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
-        self.terms, self.steep = terms, steep
+        self.hi_lo, self.outlier_ratio = hi_lo, outlier_ratio
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        packs = weight.values.device.type == "cpu" and levels() > 0
-        self._packed: Any = _pack(weight) if packs else None
-        self._plain = None if packs else weight
+        has_kernel = weight.values.device.type == "cpu" and max_activation_level() > 0
+        self._packed: Any = _pack(weight) if has_kernel else None
+        self._plain = None if has_kernel else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] in any float -> [..., N] in the same."""
@@ -56,46 +58,46 @@ class Int8Linear(nn.Module):
 
     def _product(self, rows: Tensor) -> Tensor:
         """rows float32 [M, K] -> float32 [M, N]."""
-        most, sizes = levels(), rows.abs()
+        level, sizes = max_activation_level(), rows.abs()
         largest = sizes.amax(dim=1, keepdim=True).clamp_(min=1e-30)  # [M, 1]
-        step = largest / most
+        step = largest / level
         scaled = rows / step
-        first = scaled.round()  # FBGEMM would round some values close to halfway the other way
-        again = self._again(sizes, largest)
-        if len(again) == 0:
-            out = _multiply(first, self._packed)
+        hi = scaled.round()  # FBGEMM would round some values close to halfway the other way
+        split = self._split_tokens(sizes, largest)
+        if len(split) == 0:
+            out = _multiply(hi, self._packed)
         else:
-            second = (scaled[again] - first[again]).mul_(2 * most)  # what is left is at most a half
-            both = _multiply(torch.cat([first, second]), self._packed)
-            out = both[: len(rows)].index_add_(0, again, both[len(rows) :], alpha=0.5 / most)
+            lo = (scaled[split] - hi[split]).mul_(2 * level)  # what is left is at most a half
+            both = _multiply(torch.cat([hi, lo]), self._packed)
+            out = both[: len(rows)].index_add_(0, split, both[len(rows) :], alpha=0.5 / level)
         return out.mul_(step) if self.bias is None else torch.addcmul(self.bias, out, step)
 
-    def _again(self, sizes: Tensor, largest: Tensor) -> Tensor:
-        """The tokens that get a second term, by the sizes of their values [M, K] and the largest [M, 1]: int64 [k]."""
-        if self.terms == 1:
-            return _NONE
-        if levels() < 127:
+    def _split_tokens(self, sizes: Tensor, largest: Tensor) -> Tensor:
+        """The tokens that are split, by the sizes of their values [M, K] and the largest [M, 1]: int64 [k]."""
+        if not self.hi_lo:
+            return torch.empty(0, dtype=torch.int64)
+        if max_activation_level() < 127:
             return torch.arange(len(sizes))
         # the order of a sum depends on the batch: in double precision it decides nothing
-        steep = largest > self.steep * sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
-        return steep.flatten().nonzero().flatten()
+        outlier = largest > self.outlier_ratio * sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
+        return outlier.flatten().nonzero().flatten()
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8, terms={self.terms}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, int8, hi_lo={self.hi_lo}"
 
 
 class Int8ImageLinear(nn.Module):
     """As `Int8Linear`, for the image encoder's hundreds of rows: oneDNN multiplies, twice as fast at so many.
 
-    A token is rounded once, in 256 steps between its smallest value and its largest. What comes out of a GELU is nearly
-    all positive: between the negative and the positive largest value it would have half as many.
+    A token is quantized once, in 256 steps between its smallest value and its largest. What a GELU gives is nearly all
+    positive: between the negative and the positive largest value it would have half as many.
     """
 
-    def __init__(self, weight: Int8Weight, bias: Tensor | None, out: torch.dtype | None = None) -> None:
-        """bias: [N] in any float. out: the dtype of what comes out; None: as what comes in."""
+    def __init__(self, weight: Int8Weight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> None:
+        """bias: [N] in any float. out_dtype: of the result; None: as the input's."""
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
-        self.out = out
+        self.out_dtype = out_dtype
         self.bias = nn.Parameter(
             torch.zeros(self.out_features) if bias is None else bias.float(), requires_grad=False
         )
@@ -115,10 +117,10 @@ class Int8ImageLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] in any float -> [..., N]."""
         rows = x.reshape(-1, self.in_features).float().contiguous()
-        # torch rounds the rows of embedding tables so: [M, K] in 0 .. 255, each row's step and smallest value after it
-        rounded = torch.ops.quantized.embedding_bag_byte_prepack(rows)
-        steps, ends = rounded.split([self.in_features, 8], dim=1)
-        step, low = ends.contiguous().view(torch.float32).split(1, dim=1)  # [M, 1]
+        # torch quantizes embedding tables so: rows [M, K] in 0 .. 255, each with its step and smallest value at the end
+        quantized = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+        steps, step_and_low = quantized.split([self.in_features, 8], dim=1)
+        step, low = step_and_low.contiguous().view(torch.float32).split(1, dim=1)  # [M, 1]
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             steps.contiguous(),
             1.0,
@@ -136,7 +138,7 @@ class Int8ImageLinear(nn.Module):
         )
         # in place: new memory for the rows of an image takes as long as what is computed
         out.mul_(step).addcmul_(low, self.sums).add_(self.bias)
-        return out.to(self.out or x.dtype).view(*x.shape[:-1], self.out_features)
+        return out.to(self.out_dtype or x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"
@@ -170,20 +172,17 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = len(weight.values), 2 * weight.values.shape[1]
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        self._product: Product | None = None
+        self._product: OpenVinoLinear | None = None
         self._plain = None
         if weight.values.device.type != "cpu":
             self._plain = weight
         elif openvino_multiplies():
-            self._product = Product(weight.values, weight.scales, weight.zeros, mapped=weight.mapped)
+            self._product = OpenVinoLinear(weight.values, weight.scales, weight.zeros, mapped=weight.mapped)
         else:
             zeros = (8 - weight.zeros.float()) * weight.scales.float()  # torch's kernel adds them
-            pairs = torch.stack([weight.scales, zeros.bfloat16()], dim=-1).transpose(
-                0, 1
-            )  # [K / GROUP, N, 2]
-            rows = max(
-                64, _AT_ONCE // self.in_features // 64 * 64
-            )  # the layout's blocks have 64 outputs at most
+            pairs = torch.stack([weight.scales.mT, zeros.bfloat16().mT], dim=-1)  # [K / GROUP, N, 2]
+            # the layout's blocks have at most 64 outputs
+            rows = max(64, WEIGHTS_AT_ONCE // self.in_features // 64 * 64)
             parts = (weight.rows(slice(i, i + rows)) for i in range(0, self.out_features, rows))
             packed = torch.cat(
                 [torch._convert_weight_to_int4pack_for_cpu(part.unpacked().int(), 1) for part in parts]
@@ -214,8 +213,8 @@ _PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
 
 
 @lru_cache(maxsize=1)
-def levels() -> int:
-    """How far 8 bit activations may go on this processor, 0 where FBGEMM does not run.
+def max_activation_level() -> int:
+    """The largest 8 bit value of activations on this processor, 0 where FBGEMM does not run.
 
     127, or 63 where instructions for whole numbers (VNNI) are missing: sums of two products are then held in 16 bits
     and cut off beyond them. Found by trying, so that a torch without these operators is no error either.
@@ -229,19 +228,19 @@ def levels() -> int:
 
 def onednn_multiplies() -> bool:
     """Whether oneDNN multiplies 8 bit values here and is quick at it: on x86 with VNNI."""
-    return levels() == 127 and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return max_activation_level() == 127 and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 def openvino_multiplies() -> bool:
     """Whether OpenVINO multiplies 4 bit weights here: where it is installed, on x86 with VNNI."""
-    return levels() == 127 and openvino_product.installed()
+    return max_activation_level() == 127 and openvino.installed()
 
 
 @contextmanager
-def _packing() -> Iterator[None]:
+def fbgemm_engine() -> Iterator[None]:
     """Weights are packed for FBGEMM meanwhile, in all threads."""
     engine = torch.backends.quantized.engine
-    if engine == "fbgemm":  # whoever began sets it back
+    if engine == "fbgemm":  # the outermost call sets it back
         yield
         return
     torch.backends.quantized.engine = "fbgemm"
@@ -254,14 +253,15 @@ def _packing() -> Iterator[None]:
 def _pack(weight: Int8Weight) -> Any:
     """A weight in FBGEMM's layout."""
     zeros = torch.zeros(len(weight.scale), dtype=torch.int64)
-    with _packing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer releases announce that these tensors will go; see `levels`
+    with fbgemm_engine(), warnings.catch_warnings():
+        # newer releases announce that these tensors will go; see `max_activation_level`
+        warnings.simplefilter("ignore")
         tensor = torch._make_per_channel_quantized_tensor(weight.values, weight.scale.double(), zeros, 0)
         return torch.ops.quantized.linear_prepack(tensor, None)
 
 
-def _multiply(rows: Tensor, packed: Any, most: int | None = None) -> Tensor:
-    """Rows float32 [M, K] of values up to `most`, rounded -> their product with the scaled weights, float32 [M, N]."""
-    middle = 1 + (most or levels())
+def _multiply(rows: Tensor, packed: Any, level: int | None = None) -> Tensor:
+    """Rows float32 [M, K] of whole values up to `level` -> their product with the scaled weights, float32 [M, N]."""
+    middle = 1 + (level or max_activation_level())
     out: Tensor = getattr(torch.ops.quantized, _PRODUCT)(rows, 1.0, middle, packed)
     return out

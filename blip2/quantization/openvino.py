@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST = 64  # rows at a time: with more OpenVINO widens the weights first
+_MAX_ROWS = 64  # rows at a time: with more OpenVINO widens the weights first
 
 
 @lru_cache(maxsize=1)
@@ -35,24 +35,24 @@ def _core() -> Any:
     return openvino.Core()
 
 
-class Product:
-    """The product with one weight. Several threads may ask for it; they take turns."""
+class OpenVinoLinear:
+    """The product with one weight. Several threads may call it; they take turns."""
 
     def __init__(self, values: Tensor, scales: Tensor, zeros: Tensor, *, mapped: bool) -> None:
         """values uint8 [N, K / 2], two a byte, the first one low; scales in any float and zeros uint8 [N, groups].
 
         A value q stands for (q - zero) * scale.
 
-        OpenVINO lays the weight out anew and still wants the values as they were, which it does not read again. They
-        are therefore left in a file: `mapped` says that they are mapped from one already, else a temporary one is made.
+        OpenVINO packs the weight anew and still wants the values as they were, which it does not read again. They are
+        therefore left in a file: `mapped` says that they are mapped from one already, else a temporary one is made.
         """
         import openvino as ov
         from openvino import opset13 as op
 
         self.outputs, inputs, groups = len(values), 2 * values.shape[1], scales.shape[1]
         self._values = values.flatten() if mapped else _in_a_file(values.flatten())
-        each = ov.Shape([self.outputs, groups, inputs // groups])
-        steps = op.convert(op.constant(ov.Tensor(self._values.numpy(), each, ov.Type.u4)), "f32")
+        groups_shape = ov.Shape([self.outputs, groups, inputs // groups])
+        steps = op.convert(op.constant(ov.Tensor(self._values.numpy(), groups_shape, ov.Type.u4)), "f32")
         steps = op.subtract(steps, op.convert(op.constant(zeros[..., None].numpy()), "f32"))
         weight = op.multiply(steps, op.constant(scales.float()[..., None].numpy()))
         weight = op.reshape(weight, op.constant([self.outputs, inputs]), special_zero=False)
@@ -66,16 +66,16 @@ class Product:
         }
         model = ov.Model([op.matmul(rows, weight, False, True)], [rows])
         self._request = _core().compile_model(model, "CPU", settings).create_infer_request()
-        self._turn = Lock()
-        self(torch.zeros(1, inputs))  # now it is laid out
-        _give_back_pages(self._values)
+        self._lock = Lock()
+        self(torch.zeros(1, inputs))  # now it is packed
+        _drop_pages(self._values)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Product:
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenVinoLinear:
         return self  # nothing of it ever changes
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a weight that OpenVINO has laid out cannot be pickled; load the model where it is needed"
+            "a weight that OpenVINO has packed cannot be pickled; load the model where it is needed"
         )
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class Product:
         import openvino as ov
 
         out = rows.new_empty(len(rows), self.outputs)
-        with self._turn:
-            for part, into in zip(rows.contiguous().split(_MOST), out.split(_MOST), strict=True):
-                self._request.set_input_tensor(ov.Tensor(part.numpy(), shared_memory=True))
-                self._request.set_output_tensor(ov.Tensor(into.numpy(), shared_memory=True))
+        with self._lock:
+            for some, result in zip(rows.contiguous().split(_MAX_ROWS), out.split(_MAX_ROWS), strict=True):
+                self._request.set_input_tensor(ov.Tensor(some.numpy(), shared_memory=True))
+                self._request.set_output_tensor(ov.Tensor(result.numpy(), shared_memory=True))
                 self._request.infer()
         return out
 
@@ -101,7 +101,7 @@ def _in_a_file(values: Tensor) -> Tensor:
         )
 
 
-def _give_back_pages(values: Tensor) -> None:
+def _drop_pages(values: Tensor) -> None:
     """Let the system have the pages of what is mapped from a file and has not been written to."""
     page = mmap.PAGESIZE
     start = -(-values.data_ptr() // page) * page

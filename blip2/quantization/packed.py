@@ -1,4 +1,4 @@
-"""Linear layers with bf16 weights packed for the CPU."""
+"""Linear layers that are swapped in at load for bf16 weights on CPUs: see `apply.prepack` and `apply.widen`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from blip2.modeling.layers import lacks_native_bf16
 
-def lacks_native_bf16(weight: Tensor) -> bool:
-    """Whether products with a weight are slow for want of instructions: bf16 on a processor without them."""
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not cpu_has_bf16()
+_PACKED_ROWS = 5  # rows a weight is packed for: five beams; the packed weight serves any number
+_WIDEN_FROM_ROWS = 8  # with fewer, reading the weight is what takes the time
+_WIDENED_OUTPUTS = 256  # outputs whose weights are widened together: 4 MB of them at OPT-6.7B's width
 
 
 @lru_cache(maxsize=1)
-def _trim() -> Callable[[int], int] | None:
-    """glibc's malloc_trim; None elsewhere."""
+def _glibc_malloc_trim() -> Callable[[int], int] | None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
         return trim
@@ -27,136 +27,107 @@ def _trim() -> Callable[[int], int] | None:
 
 
 def malloc_trim() -> None:
-    """Give what was freed back to the system, where the allocator would keep it between what is in use.
+    """Return freed memory to the system, where the allocator would keep it between what is in use.
 
-    While weights are laid out one by one it would keep about as much as the weights take.
+    While weights are packed one by one it would keep about as much as the weights take. Nothing without glibc.
     """
-    if (trim := _trim()) is not None:
+    if (trim := _glibc_malloc_trim()) is not None:
         trim(0)
 
 
-@lru_cache(maxsize=1)
-def cpu_has_bf16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 by itself."""
-    # a torch without oneDNN, as on Apple's processors, lacks it
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is not None and bool(supported())
-
-
-_WIDE_FROM = 8  # rows; with fewer, reading the weight is what takes the time
-
-
-_FEW = 5  # rows a laid-out weight is meant for: five beams; the layout serves any number
-
-
-_AT_ONCE = 256  # outputs whose weights are widened together: 4 MB of them at OPT-6.7B's width
-
-
-class _Through(torch.autograd.Function):
-    """A product with a laid-out weight that gradients pass; backward has it plainly for a moment only."""
+class _PackedProduct(torch.autograd.Function):
+    """A product with a packed weight that gradients pass; backward unpacks the weight for a moment only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, laid_out: Tensor) -> Tensor:
-        ctx.laid_out = laid_out
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], None)
+    def forward(ctx: Any, x: Tensor, packed: Tensor) -> Tensor:
+        ctx.packed = packed
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.laid_out.to_dense(), None
+        return grad @ ctx.packed.to_dense(), None
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` as this processor is quick at it.
+class PackedLinear(nn.Module):
+    """A linear layer with a bf16 weight in the blocked layout that oneDNN reads, and in no other.
 
-    Where bf16 is slow the weight is widened a block at a time, and the sums are fp32's: with AVX2 that is six times as
-    fast at 677 rows of 4096 values, an image's. Where the processor has bf16 the weight can be laid out (`lay_out`).
+    For inference on a CPU with bf16 instructions: at few rows torch reads a plain weight at half of what the memory
+    gives. Gradients pass to the input; the weight itself is no parameter and stays bf16 on the CPU, whatever the model
+    is moved to. `state_dict` gives it plainly, and copies and pickles hold it.
     """
 
-    _laid_out: Tensor | None = None
-    _learns = True  # whether the weight that is laid out required gradients
-
-    def lay_out(self, weight: Tensor) -> None:
-        """Hold a bf16 weight [N, K] the way oneDNN reads it, blocks of it in one piece, and in no other way.
-
-        For inference: at few rows torch reads a plain weight at half of what the memory gives. Training, another device
-        or dtype, and loading a state put the plain weight back; `weight` and `state_dict` give a copy of it.
-        """
-        self._laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
-        held = self._parameters.pop("weight", None)
-        self._learns = held is None or held.requires_grad
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        """weight: bf16 [N, K]. bias: [N] in any float."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The weight's."""
-        return self.weight.dtype if self._laid_out is None else self._laid_out.dtype
+    def weight(self) -> Tensor:
+        """A plain copy of the weight, bf16 [N, K]."""
+        plain: Tensor = self._packed.to_dense()
+        return plain
 
-    def put_back(self) -> None:
-        """Hold the weight plainly again."""
-        if self._laid_out is not None:
-            self.weight = self._plain()
-
-    def _plain(self) -> nn.Parameter:
-        assert self._laid_out is not None
-        with torch.inference_mode(False):  # an inference tensor could never be trained
-            return nn.Parameter(self._laid_out.to_dense(), requires_grad=self._learns)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and self._laid_out is not None:  # this one counts from now on
-            self._parameters["weight"], self._laid_out = None, None
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self._laid_out is not None:
-            return self._laid_out.to_dense()
-        return super().__getattr__(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._laid_out is None:
-            return self.__dict__
-        # what is laid out can be neither copied nor pickled
-        held = {"weight": self._plain(), **self._parameters}
-        return self.__dict__ | {"_laid_out": None, "_parameters": held}
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] in any float -> [..., N] in the same."""
+        narrow = x.to(torch.bfloat16)  # between quantized layers activations are fp32
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        if torch.is_grad_enabled():
+            product: Tensor = _PackedProduct.apply(narrow, self._packed)  # type: ignore[no-untyped-call]
+            return (product if bias is None else product + bias).to(x.dtype)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(narrow, self._packed, bias, "none", [], None)
+        return out.to(x.dtype)
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            self.put_back()
+            raise ValueError(
+                "packed weights cannot be trained: load the model without packing (prepack=False), "
+                "or call blip2.quantization.apply.unpack(model)"
+            )
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.put_back()
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": self.weight}  # a packed tensor can be neither copied nor pickled
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if args[0].get(f"{args[1]}weight") is not None:
-            self.put_back()
-        super()._load_from_state_dict(*args, **kwargs)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(state["_packed"], _PACKED_ROWS)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._laid_out is not None:
-            destination[f"{prefix}weight"] = self._laid_out.to_dense()
+        destination[f"{prefix}weight"] = self.weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, packed bf16"
+
+
+class WideningLinear(nn.Linear):
+    """A linear layer that widens its bf16 weight to fp32 a block at a time, for inference on CPUs without bf16.
+
+    Sums are fp32's. With AVX2 that is six times as fast as torch at 677 rows of 4096 values, an image's. In other
+    dtypes, at few rows and for training it is `nn.Linear`.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        """A layer that shares another's parameters."""
+        nn.Module.__init__(self)  # nn.Linear's would draw a weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        if (laid_out := self._laid_out) is not None:
-            narrow = x.to(laid_out.dtype)  # in a model with rounded weights what comes is fp32
-            bias = None if self.bias is None else self.bias.to(laid_out.dtype)
-            if torch.is_grad_enabled():
-                product: Tensor = _Through.apply(narrow, laid_out)  # type: ignore[no-untyped-call]
-                return (product if bias is None else product + bias).to(x.dtype)
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(narrow, laid_out, bias, "none", [], None)
-            return out.to(x.dtype)
         rows = x.numel() // self.in_features
-        if rows < _WIDE_FROM or not lacks_native_bf16(self.weight) or torch.is_grad_enabled():
+        if rows < _WIDEN_FROM_ROWS or not lacks_native_bf16(self.weight) or torch.is_grad_enabled():
             return super().forward(x)
         flat = x.reshape(rows, self.in_features).float()
         out = x.new_empty(rows, self.out_features)
-        widened = flat.new_empty(min(_AT_ONCE, self.out_features), self.in_features)
-        added = out.new_zeros(self.out_features) if self.bias is None else self.bias
-        for start in range(0, self.out_features, _AT_ONCE):
-            these = slice(start, min(start + _AT_ONCE, self.out_features))
-            block = widened[: these.stop - start].copy_(self.weight[these])
-            out[:, these] = torch.addmm(added[these].float(), flat, block.mT)
+        widened = flat.new_empty(min(_WIDENED_OUTPUTS, self.out_features), self.in_features)
+        bias = out.new_zeros(self.out_features) if self.bias is None else self.bias
+        for start in range(0, self.out_features, _WIDENED_OUTPUTS):
+            block = slice(start, min(start + _WIDENED_OUTPUTS, self.out_features))
+            weight = widened[: block.stop - start].copy_(self.weight[block])
+            out[:, block] = torch.addmm(bias[block].float(), flat, weight.mT)
         return out.view(*x.shape[:-1], self.out_features)

@@ -434,7 +434,7 @@ class Engine:
         options = [request.options for request, _ in prompts]
         tops = [request.top_logprobs for request, _ in prompts]
         sequences, prefix_caches = self._batch.join(
-            prefix, ids, mask, options, tops=tops, context=prompt_cache
+            prefix, ids, mask, options, tops=tops, prompt_cache=prompt_cache
         )
         for key, image, cache in zip(keys, images, prefix_caches, strict=True):
             self.cache.put(key, replace(image, prompt_cache=cache) if image.prompt_cache is None else image)
@@ -468,7 +468,7 @@ class Engine:
     def _outputs(self, sequence: SampledSequence | BeamSequence) -> list[TextOutput]:
         if isinstance(sequence, SampledSequence):
             return [self.output_of(sequence)]
-        texts = sequence.found
+        texts = sequence.generated
         assert texts is not None
         columns = zip(texts.ids, texts.scores, texts.token_logprobs, texts.finished, strict=True)
         return [

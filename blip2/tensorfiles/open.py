@@ -1,4 +1,4 @@
-"""Any file or folder of tensors, opened by what it is: names, shapes and dtypes at once, values when asked for."""
+"""Any file or folder of tensors, opened by its content: names, shapes and dtypes at once, values on request."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from blip2.tensorfiles.errors import BrokenFileError, CheckpointError, UnsupportedFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.paddle_files import open_paddle
-from blip2.tensorfiles.safetensors_files import SafetensorsFile
-from blip2.tensorfiles.tensors import (
-    BrokenFileError,
-    CheckpointError,
-    TensorFile,
-    Tensors,
-    UnsupportedFileError,
-    parse_json,
-    quoted,
-)
+from blip2.tensorfiles.safetensors_files import open_safetensors
+from blip2.tensorfiles.strict_json import read_json
+from blip2.tensorfiles.tensors import TensorFile, Tensors
 from blip2.tensorfiles.torch_files import is_legacy, open_archive, open_legacy
 
 SINGLE_FILE = "model.safetensors"
@@ -64,16 +58,16 @@ def _choose(folder: Path) -> Path:
     for name in FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
-    there = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if len(there) == 1:
-        return there[0]
-    if not there:
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(files) == 1:
+        return files[0]
+    if not files:
         raise CheckpointError(
-            f"{folder}: no {SINGLE_FILE} and no other tensor file ({', '.join(f'*{each}' for each in SUFFIXES)})"
+            f"{folder}: no {SINGLE_FILE} and no other tensor file ({', '.join(f'*{suffix}' for suffix in SUFFIXES)})"
         )
     raise CheckpointError(
-        f"{folder}: no {SINGLE_FILE} nor {INDEX_FILE}, and {len(there)} tensor files "
-        f"({', '.join(file.name for file in there[:5])}{' ...' if len(there) > 5 else ''}); give the path of the one "
+        f"{folder}: no {SINGLE_FILE} nor {INDEX_FILE}, and {len(files)} tensor files "
+        f"({', '.join(file.name for file in files[:5])}{' ...' if len(files) > 5 else ''}); give the path of the one "
         "to take, or get the index if they are the shards of one model"
     )
 
@@ -84,7 +78,7 @@ def _open_file(path: Path, stack: ExitStack) -> TensorFile:
     start = file.read(0, min(file.size, 64), "its beginning")
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header <= file.size - 8:
-        return SafetensorsFile(file, stack)
+        return open_safetensors(file)
     if start.startswith(b"PK\x03\x04"):
         return open_archive(file)
     if is_legacy(start):
@@ -94,11 +88,11 @@ def _open_file(path: Path, stack: ExitStack) -> TensorFile:
         start[:1] in (b"(", b"}", b"]", b")", b"c") and file.read(file.size - 1, 1, "its end") == b"."
     ):
         return open_paddle(file)
-    raise UnsupportedFileError(f"{path}: {_what_it_is(start, file)}")
+    raise file.unsupported(_what_it_is(start, file))
 
 
 def _what_it_is(start: bytes, file: FileBytes) -> str:
-    """Says of a file that is of no known kind what it seems to be, and what to do."""
+    """What a file of no known kind seems to be, and what to do about it."""
     if start.startswith(b"version "):
         return "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
     if file.path.suffix == ".safetensors":
@@ -116,12 +110,7 @@ def _what_it_is(start: bytes, file: FileBytes) -> str:
 
 
 def _open_index(path: Path, stack: ExitStack) -> Tensors:
-    index = FileBytes(path, stack)
-    if index.size > MAX_INDEX_BYTES:
-        raise UnsupportedFileError(
-            f"{path}: an index of {index.size:,} bytes, over {MAX_INDEX_BYTES:,}: no model's"
-        )
-    weight_map = parse_json(index.read(0, index.size, "the index"), path).get("weight_map")
+    weight_map = read_json(path, limit=MAX_INDEX_BYTES, unique_names=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BrokenFileError(
             f"{path}: no valid index: 'weight_map' must give the file of every tensor; give the path of a tensor file "
@@ -148,12 +137,12 @@ def _open_index(path: Path, stack: ExitStack) -> Tensors:
     for name, shard in weight_map.items():
         if name not in shards[shard].info:
             raise BrokenFileError(
-                f"{path}: the index says {quoted(name)} stands in {shard}, which does not hold it; get both again"
+                f"{path}: the index puts {quoted(name)} in {shard}, which does not hold it; get both again"
             )
     for shard, file in shards.items():
         for name in file.info:
             if weight_map.get(name) != shard:
                 raise BrokenFileError(
-                    f"{path}: {shard} holds {quoted(name)}, which the index does not say; get both again"
+                    f"{path}: {shard} holds {quoted(name)}, which the index does not list; get both again"
                 )
     return Tensors({name: shards[shard] for name, shard in weight_map.items()})

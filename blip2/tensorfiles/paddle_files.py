@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
+from blip2.tensorfiles.errors import BrokenFileError, UnsafeFileError, quoted
+from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.pickles import (
     ORDERED_DICT,
     Call,
@@ -26,14 +26,7 @@ from blip2.tensorfiles.pickles import (
     find_state_dict,
     read_pickle,
 )
-from blip2.tensorfiles.tensors import (
-    BrokenFileError,
-    TensorInfo,
-    UnsafeFileError,
-    UnsupportedFileError,
-    checked_shape,
-    quoted,
-)
+from blip2.tensorfiles.tensors import StoredTensor, StoredTensors, TensorInfo, checked_shape
 
 SPLIT_TABLE = "UnpackBigParamInfor@@"
 _CHUNK = 1 << 20
@@ -48,7 +41,7 @@ _TUPLE = frozenset({Global("__builtin__", "tuple"), Global("builtins", "tuple")}
 ALLOWED = _RECONSTRUCT | _BYTES | _TUPLE | {_ARRAY, _DTYPE, _ENCODE, ORDERED_DICT}
 
 # numpy's names of dtypes. Paddle's bfloat16 is numpy's uint16, see above.
-_DTYPES: Mapping[str, torch.dtype] = {
+DTYPES: Mapping[str, torch.dtype] = {
     "b1": torch.bool,
     "u1": torch.uint8,
     "i1": torch.int8,
@@ -81,68 +74,48 @@ def open_paddle(file: FileBytes) -> PaddleFile:
     try:
         pickle = read_pickle(file, 0, file.size, ALLOWED)
     except UnsafeFileError as error:
-        if error.asked not in ("builtins.eval", "__builtin__.eval"):
+        if error.requested not in ("builtins.eval", "__builtin__.eval"):
             raise
         raise UnsafeFileError(
             f"{file.path}: refused: it calls Python's eval, as Paddle does when it saves C++ tensors (and an attacker "
             "could). Nothing was run. In Paddle, save a layer's state_dict() with paddle.save",
-            error.asked,
+            error.requested,
         ) from error
     if pickle.end != file.size:
-        raise BrokenFileError(f"{file.path}: {file.size - pickle.end:,} bytes follow the end of its pickle")
+        raise file.broken(f"{file.size - pickle.end:,} bytes follow the end of its pickle")
     return PaddleFile(file, pickle.value)
 
 
-class PaddleFile:
+class PaddleFile(StoredTensors):
     """The tensors of one .pdparams file."""
-
-    format = "paddle"
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, file: FileBytes, value: Any) -> None:
         self._file = file
-        self.info: dict[str, TensorInfo] = {}
-        self._slices: dict[str, list[_Array]] = {}  # one of them is the whole tensor
         table = as_dict(value)
-        found = find_state_dict(value, _is_tensor, file)
-        arrays = {name: self._read_array(name, entry) for name, entry in found.items()}
+        entries = find_state_dict(value, _is_tensor, file)
+        arrays = {name: self._read_array(name, entry) for name, entry in entries.items()}
         split = {} if table is None else table.get(SPLIT_TABLE, {})
         if not isinstance(split, dict):
-            raise BrokenFileError(f"{file.path}: {SPLIT_TABLE} is no dict; get the file again")
+            raise file.broken(f"{SPLIT_TABLE} is no dict")
+        self._slices: dict[str, list[_Array]] = {}  # one of them is the whole tensor
+        tensors: dict[str, StoredTensor] = {}
         for name, entry in split.items():
-            slices = self._take_slices(name, entry, arrays)
-            self._slices[name] = slices
-            self.info[name] = TensorInfo(self._split_shape(name, entry, slices), slices[0].info.dtype)
+            slices = self._slices[name] = self._take_slices(name, entry, arrays)
+            info = TensorInfo(self._split_shape(name, entry, slices), slices[0].info.dtype)
+            tensors[name] = StoredTensor(info, None, None, slices[0].big_endian)
         for name, array in arrays.items():
-            self.info[name] = array.info
             self._slices[name] = [array]
+            start = array.data.start if isinstance(array.data, Stored) and not array.data.text else None
+            shape = array.info.shape
+            strides = tuple(math.prod(shape[:i]) for i in range(len(shape))) if array.columns_first else None
+            tensors[name] = StoredTensor(array.info, start, strides, array.big_endian)
+        super().__init__(file, "paddle", tensors)
 
-    def mapped(self, name: str) -> Tensor:
-        info, (array, *more) = self.info[name], self._slices[name]
-        row = None
-        if isinstance(array.data, Stored) and not (array.data.text or array.big_endian or more):
-            # None for most: they do not stand aligned in the file.
-            row = self._file.mapped(array.data.start, info, f"tensor {quoted(name)}")
-        return self.copied(name) if row is None else _shaped(row, array, info)
-
-    def copied(self, name: str) -> Tensor:
-        info, slices = self.info[name], self._slices[name]
-        row = torch.empty(info.nbytes, dtype=torch.uint8)
-        out = row.numpy().data
+    def _read(self, name: str, out: memoryview) -> None:
         start = 0
-        for array in slices:
+        for array in self._slices[name]:
             self._read_into(array.data, out[start : start + array.info.nbytes], f"tensor {quoted(name)}")
             start += array.info.nbytes
-        if slices[0].big_endian:
-            swap_bytes(row, info.dtype)
-        return _shaped(row.view(info.dtype), slices[0], info)
-
-    def place(self, name: str) -> tuple[FileBytes, int] | None:
-        array, *more = self._slices[name]
-        odd = array.big_endian or array.columns_first or more
-        if odd or not isinstance(array.data, Stored) or array.data.text:
-            return None
-        return self._file, array.data.start
 
     def _read_into(self, data: Stored | bytes, out: memoryview, what: str) -> None:
         if isinstance(data, bytes):
@@ -160,27 +133,23 @@ class PaddleFile:
                     )
                     values = characters.encode("latin-1")
                 except UnicodeError as error:
-                    raise BrokenFileError(
-                        f"{self._file.path}: {what} holds no bytes as text; get it again"
-                    ) from error
+                    raise self._file.broken(f"{what} holds no bytes as text") from error
                 if done + len(values) <= len(out):
                     out[done : done + len(values)] = values
                 done += len(values)
             if done != len(out):
-                raise BrokenFileError(
-                    f"{self._file.path}: {what} has {done:,} bytes of values instead of {len(out):,}; get it again"
-                )
+                raise self._file.broken(f"{what} has {done:,} bytes of values instead of {len(out):,}")
 
-    # --- what the pickle says ---
+    # --- the pickle's description of an array ---
 
     def _wrong(self, name: str, why: str) -> BrokenFileError:
-        return BrokenFileError(f"{self._file.path}: tensor {quoted(name)} {why}; get the file again")
+        return self._file.broken(f"tensor {quoted(name)} {why}")
 
     def _read_array(self, name: str, value: Any) -> _Array:
         call = _array_call(value)
         state = call.state if call else None
         if call is None or call.arguments[:1] != (_ARRAY,) or not isinstance(state, tuple) or len(state) != 5:
-            raise self._wrong(name, "is described in no way that numpy has")
+            raise self._wrong(name, "is not described as numpy describes an array")
         _, sizes, kind, columns_first, data = state
         code, big_endian = self._read_dtype(name, kind)
         shape = checked_shape(sizes)
@@ -188,7 +157,7 @@ class PaddleFile:
             raise self._wrong(name, "has no valid shape")
         if columns_first not in (0, 1):
             raise self._wrong(name, "has no valid order of values")
-        info = TensorInfo(shape, _DTYPES[code])
+        info = TensorInfo(shape, DTYPES[code])
         data = self._read_data(name, data)
         if isinstance(data, Stored) and data.text:
             fits = data.length // 2 <= info.nbytes <= data.length  # a byte takes one or two
@@ -204,12 +173,12 @@ class PaddleFile:
         if isinstance(value, Call) and value.function == _DTYPE and value.arguments:
             code, state = value.arguments[0], value.state
             order = state[1] if isinstance(state, tuple) and len(state) >= 2 else None
-            if type(code) is str and type(order) is str and code in _DTYPES and order in ("<", ">", "|"):
+            if type(code) is str and type(order) is str and code in DTYPES and order in ("<", ">", "|"):
                 return code, order == ">"
-            if type(code) is str and code not in _DTYPES:
-                raise UnsupportedFileError(
-                    f"{self._file.path}: tensor {quoted(name)} has numpy's dtype {quoted(code)}; known are "
-                    f"{', '.join(_DTYPES)} (u2 is Paddle's bfloat16)"
+            if type(code) is str and code not in DTYPES:
+                raise self._file.unsupported(
+                    f"tensor {quoted(name)} has numpy's dtype {quoted(code)}; known are "
+                    f"{', '.join(DTYPES)} (u2 is Paddle's bfloat16)"
                 )
         raise self._wrong(name, "has no valid dtype")
 
@@ -253,13 +222,6 @@ class PaddleFile:
         if shape is None or math.prod(shape) != sum(math.prod(array.info.shape) for array in slices):
             raise self._wrong(name, "has slices that do not make up its shape")
         return shape
-
-
-def _shaped(row: Tensor, array: _Array, info: TensorInfo) -> Tensor:
-    """Values in a row -> the tensor."""
-    if array.columns_first:
-        return row.reshape(info.shape[::-1]).permute(*reversed(range(len(info.shape))))
-    return row.reshape(info.shape)
 
 
 def _array_call(value: Any) -> Call | None:

@@ -1,12 +1,12 @@
 """Pickles read as data: a tree of values and inert descriptions. Nothing is imported, looked up or called.
 
 A pickle is a program for a small stack machine. This machine knows the opcodes that build data. A name (GLOBAL) must
-stand on the reader's list and becomes a `Global`, a pair of words; a call of it (REDUCE) becomes a `Call`, which says
-what was to be called with what. The readers of tensor files recognise the few calls that describe tensors. Opcodes are
+be on the reader's list and becomes a `Global`, a pair of words; a call of it (REDUCE) becomes a `Call`: what
+was to be called with what. The readers of tensor files recognise the few calls that describe tensors. Opcodes are
 those of Python's pickletools, protocols 0 to 5.
 
-Long strings, which are the values of tensors, stay where they stand: they become a `Stored`, a place in the file. So a
-pickle of 30 GB is read in the time and memory of its names and shapes.
+Long strings, which are the values of tensors, are not read: they become a `Stored`, a place in the file.
+So a pickle of 30 GB is read in the time and memory of its names and shapes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from blip2.tensorfiles.errors import UnsafeFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.tensors import BrokenFileError, UnsafeFileError, UnsupportedFileError, quoted
 
 SHORT = 1024  # bytes; longer strings stay in the file
 MAX_OPCODES = 500_000  # some 40 a tensor: the 6.7B model of 1,247 tensors takes 50,000
@@ -87,7 +87,7 @@ def read_pickle(
 
     Returns:
         A tree of None, bool, int, float, str, bytes, tuple, list, dict (keys are short strings or integers), and of the
-        classes above. A set is read as a list. The same object may stand at several places, even within itself: do not
+        classes above. A set is read as a list. The same object may occur at several places, even within itself: do not
         walk it without a bound.
 
     Raises:
@@ -114,38 +114,35 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 def find_state_dict(value: Any, is_tensor: Callable[[Any], bool], file: FileBytes) -> dict[str, Any]:
     """A file's table of tensors: its dict of them, or the one under "model" or another of `WRAPPERS`.
 
-    What stands beside tensors (counters, name tables) and beside the wrapped dict (optimizer, settings) is left out.
+    What is beside tensors (counters, name tables) and beside the wrapped dict (optimizer, settings) is left out.
     """
     outer = as_dict(value)
     if outer is None:
-        raise UnsupportedFileError(
-            f"{file.path}: it holds {quoted(value)}, expected a dict of tensors; save the model's state dict"
+        raise file.unsupported(
+            f"it holds {quoted(value)}, expected a dict of tensors; save the model's state dict"
         )
     tables = {}
-    for where, table in [("", outer), *((key, as_dict(outer.get(key))) for key in WRAPPERS)]:
-        found = {name: entry for name, entry in (table or {}).items() if is_tensor(entry)}
-        if found:
-            tables[where] = found
+    for wrapper, table in [("", outer), *((key, as_dict(outer.get(key))) for key in WRAPPERS)]:
+        if entries := {name: entry for name, entry in (table or {}).items() if is_tensor(entry)}:
+            tables[wrapper] = entries
     if len(tables) > 1:
-        raise UnsupportedFileError(
-            f"{file.path}: it holds tensors in several places "
-            f"({', '.join(repr(where) if where else 'outside' for where in tables)}), so which are the model's is "
+        raise file.unsupported(
+            f"it holds tensors in several places "
+            f"({', '.join(repr(key) if key else 'outside' for key in tables)}), so which are the model's is "
             "ambiguous; save the one state dict alone"
         )
     if not tables:
         if not outer:
             return {}
-        raise UnsupportedFileError(
-            f"{file.path}: no tensors at its top nor under {', '.join(WRAPPERS)}; it holds "
+        raise file.unsupported(
+            f"no tensors at its top nor under {', '.join(WRAPPERS)}; it holds "
             f"{', '.join(quoted(key) for key in list(outer)[:10])}: save the model's state dict alone"
         )
-    (found,) = tables.values()
-    for name in found:
+    (entries,) = tables.values()
+    for name in entries:
         if not isinstance(name, str):
-            raise UnsupportedFileError(
-                f"{file.path}: a tensor has the name {quoted(name)}; names must be strings"
-            )
-    return found
+            raise file.unsupported(f"a tensor has the name {quoted(name)}; names must be strings")
+    return entries
 
 
 # --- the machine ---------------------------------------------------------------------------------------------------
@@ -227,22 +224,20 @@ class _Machine:
                 self.unsafe(f"the opcode {_REFUSED[opcode]}")
             else:
                 self.broken(f"{opcode:#04x} is no opcode")
-        raise UnsupportedFileError(
-            f"{self.file.path}: its pickle has over {MAX_OPCODES:,} opcodes, more than any model's file"
+        raise self.file.unsupported(
+            f"its pickle has over {MAX_OPCODES:,} opcodes, more than any model's file"
         )
 
     # --- errors, bytes and the stack ---
 
     def broken(self, why: str) -> NoReturn:
-        raise BrokenFileError(
-            f"{self.file.path}: a broken pickle, at byte {self.position:,}: {why}; get the file again"
-        )
+        raise self.file.broken(f"a broken pickle, at byte {self.position:,}: {why}")
 
-    def unsafe(self, why: str, asked: str = "") -> NoReturn:
+    def unsafe(self, why: str, requested: str = "") -> NoReturn:
         raise UnsafeFileError(
             f"{self.file.path}: refused, at byte {self.position:,}: {why}. Nothing was run. Ask for the model as "
             "safetensors, or save its plain state dict where the file comes from",
-            asked,
+            requested,
         )
 
     def take(self, length: int) -> bytes:
@@ -285,8 +280,8 @@ class _Machine:
     def count_text(self, length: int) -> None:
         self.text_bytes += length
         if self.text_bytes > MAX_TEXT_BYTES:
-            raise UnsupportedFileError(
-                f"{self.file.path}: its pickle holds over {MAX_TEXT_BYTES:,} bytes of names and settings, more than "
+            raise self.file.unsupported(
+                f"its pickle holds over {MAX_TEXT_BYTES:,} bytes of names and settings, more than "
                 "any model's file"
             )
 
@@ -320,12 +315,12 @@ class _Machine:
         if self.position != self.start + 1:
             self.broken("a second beginning")
         if (version := self.take(1)[0]) > 5:
-            raise UnsupportedFileError(f"{self.file.path}: a pickle of protocol {version}; known are 0 to 5")
+            raise self.file.unsupported(f"a pickle of protocol {version}; known are 0 to 5")
 
     def frame(self) -> None:
         length = int.from_bytes(self.take(8), "little")
         if self.position < self.frame_end or length > self.end - self.position:
-            self.broken(f"a frame of {length:,} bytes that does not fit where it stands")
+            self.broken(f"a frame of {length:,} bytes that does not fit where it is")
         self.frame_end = self.position + length
 
     def mark(self) -> None:
@@ -413,7 +408,7 @@ class _Machine:
             if type(key) is not str and not (type(key) is int and abs(key) < 2**60):
                 self.broken(f"{quoted(key)} as a name; names are short strings or integers")
             if key in entries:
-                self.broken(f"the name {quoted(key)} stands twice in a dict")
+                self.broken(f"the name {quoted(key)} occurs twice in a dict")
             entries[key] = value
 
     def make_dict(self, values: list[Any]) -> None:
@@ -423,10 +418,10 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             self.unsafe("a name made of other things than texts")
-        found = Global(module, name)
-        if found not in self.allowed:
-            self.unsafe(f"it asks for {quoted(str(found))}, which no tensor needs", str(found))
-        self.stack.append(found)
+        value = Global(module, name)
+        if value not in self.allowed:
+            self.unsafe(f"it asks for {quoted(str(value))}, which no tensor needs", str(value))
+        self.stack.append(value)
 
     def call(self) -> None:
         function, arguments = self.pop_many(2)

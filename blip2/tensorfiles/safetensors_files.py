@@ -1,26 +1,16 @@
-"""Safetensors files. The library maps the tensors; we check what it lets pass."""
+"""Safetensors files: a header of JSON, and the tensors one after another, without a gap."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
+from blip2.tensorfiles.errors import quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.tensors import (
-    BrokenFileError,
-    CheckpointError,
-    TensorInfo,
-    UnsupportedFileError,
-    checked_shape,
-    parse_json,
-    quoted,
-)
+from blip2.tensorfiles.strict_json import parse_json
+from blip2.tensorfiles.tensors import StoredTensor, StoredTensors, TensorInfo, checked_shape
 
 MAX_HEADER_BYTES = 4 << 20  # 1,247 tensors (the 6.7B model) take 0.2 MB
 
@@ -45,77 +35,45 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-class SafetensorsFile:
-    """The tensors of one safetensors file."""
+def open_safetensors(file: FileBytes) -> StoredTensors:
+    """Open a safetensors file.
 
-    format = "safetensors"
-
-    def __init__(self, file: FileBytes, stack: ExitStack) -> None:
-        """Raises BrokenFileError or UnsupportedFileError for a header that lies."""
-        self._bytes = file
-        self.info, self._starts, self.metadata = _read_header(file)
-        try:
-            self._file = stack.enter_context(safe_open(file.path, framework="pt"))
-        except Exception as error:
-            raise BrokenFileError(
-                f"{file.path}: a broken safetensors file ({_first_line(error)}); get it again"
-            ) from error
-
-    def mapped(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._file.get_tensor(name)
-        except Exception as error:
-            raise CheckpointError(
-                f"{self._bytes.path}: tensor {quoted(name)} cannot be read ({_first_line(error)}); read tensors inside "
-                "the `with` block, and leave the file as it is meanwhile"
-            ) from error
-        return tensor
-
-    def copied(self, name: str) -> Tensor:
-        info = self.info[name]
-        values = torch.empty(info.nbytes, dtype=torch.uint8)
-        self._bytes.read_into(self._starts[name], values.numpy().data, f"tensor {quoted(name)}")
-        return values.view(info.dtype).reshape(info.shape)
-
-    def place(self, name: str) -> tuple[FileBytes, int]:
-        return self._bytes, self._starts[name]
-
-
-def _read_header(file: FileBytes) -> tuple[dict[str, TensorInfo], dict[str, int], dict[str, str]]:
-    """What a safetensors file says it holds, where in the file each tensor begins, and what it says of itself.
-
-    Checks what the safetensors library lets pass, repeated names and absurd sizes; offsets it checks itself.
+    Raises:
+        BrokenFileError, UnsupportedFileError: the header contradicts itself or the file, or is absurdly long.
     """
     length = int.from_bytes(file.read(0, 8, "the header"), "little")
     if length > MAX_HEADER_BYTES:
-        raise UnsupportedFileError(
-            f"{file.path}: the header announces {length:,} bytes, over {MAX_HEADER_BYTES:,}: no model's file"
+        raise file.unsupported(
+            f"the header announces {length:,} bytes, over {MAX_HEADER_BYTES:,}: no model's file"
         )
-    header = parse_json(file.read(8, length, "the header"), file.path)
+    header = parse_json(file.read(8, length, "the header"), f"{file.path}: its header", unique_names=True)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise BrokenFileError(f"{file.path}: __metadata__ is no table of texts; get the file again")
-    info, starts = {}, {}
-    for name, entry in header.items():
-        info[name], begin = _tensor_info(name, entry, file.path)
-        starts[name] = 8 + length + begin
-    return info, starts, metadata
+        raise file.broken("__metadata__ is no table of texts")
+    tensors = {name: _read_entry(file, name, entry, 8 + length) for name, entry in header.items()}
+    position = 8 + length
+    for start, nbytes, name in sorted((t.start or 0, t.info.nbytes, name) for name, t in tensors.items()):
+        if start != position:
+            raise file.broken(f"tensor {quoted(name)} does not begin where the one before it ends")
+        position += nbytes
+    if position != file.size:
+        raise file.broken(f"its tensors end at byte {position:,} of {file.size:,}")
+    return StoredTensors(file, "safetensors", tensors)
 
 
-def _tensor_info(name: str, entry: Any, path: Path) -> tuple[TensorInfo, int]:
-    """A header's entry for a tensor: what it is, and its first byte among the data."""
-    wrong = f"{path}: the header gives tensor {quoted(name)}"
+def _read_entry(file: FileBytes, name: str, entry: Any, data: int) -> StoredTensor:
+    """A header's entry for a tensor. `data`: the first byte after the header."""
+    what = f"the header gives tensor {quoted(name)}"
     if not isinstance(entry, dict):
-        raise BrokenFileError(f"{wrong} no description; get the file again")
+        raise file.broken(f"{what} no description")
     shape, dtype, place = checked_shape(entry.get("shape")), entry.get("dtype"), entry.get("data_offsets")
     if shape is None:
-        raise BrokenFileError(f"{wrong} no valid shape; get the file again")
+        raise file.broken(f"{what} no valid shape")
     if not isinstance(place, list) or len(place) != 2 or any(type(n) is not int or n < 0 for n in place):
-        raise BrokenFileError(f"{wrong} no valid place; get the file again")
+        raise file.broken(f"{what} no valid place")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnsupportedFileError(f"{wrong} the dtype {quoted(dtype)}; known are {', '.join(DTYPES)}")
-    return TensorInfo(shape, DTYPES[dtype]), place[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0][:200]
+        raise file.unsupported(f"{what} the dtype {quoted(dtype)}; known are {', '.join(DTYPES)}")
+    info = TensorInfo(shape, DTYPES[dtype])
+    if place[1] - place[0] != info.nbytes:
+        raise file.broken(f"{what} {place[1] - place[0]:,} bytes instead of {info.nbytes:,}")
+    return StoredTensor(info, data + place[0])

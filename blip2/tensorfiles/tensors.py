@@ -1,44 +1,19 @@
-"""What every reader of tensor files gives: names, shapes and dtypes at once, values when asked for; and its errors."""
+"""What every reader of tensor files gives: names, shapes and dtypes at once, values on request."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from blip2.tensorfiles.filebytes import FileBytes
+from blip2.tensorfiles.errors import quoted
+from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
 
 MAX_ELEMENTS = 2**48
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read, loaded or written."""
-
-
-class UnsafeFileError(CheckpointError):
-    """A file that asks for more than data: a class, a function, a module. Nothing of what it asks for was run.
-
-    `asked` is the name it asked for, where it was one.
-    """
-
-    def __init__(self, message: str, asked: str = "") -> None:
-        super().__init__(message)
-        self.asked = asked
-
-
-class BrokenFileError(CheckpointError):
-    """A file cut short, or one whose parts contradict each other."""
-
-
-class UnsupportedFileError(CheckpointError):
-    """A file of a kind or a layout that this package does not read."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +24,14 @@ class TensorInfo:
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes its values take."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 class TensorFile(Protocol):
@@ -60,10 +40,6 @@ class TensorFile(Protocol):
     @property
     def format(self) -> str:
         """ "safetensors", "torch" or "paddle"."""
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What a safetensors file says of itself; empty for the others."""
 
     @property
     def info(self) -> Mapping[str, TensorInfo]:
@@ -76,18 +52,84 @@ class TensorFile(Protocol):
         """The tensor in memory of its own."""
 
     def place(self, name: str) -> tuple[FileBytes, int] | None:
-        """Where its values stand one after another as this machine keeps them; None where they do not."""
+        """The file and the first byte of its values, where these are one after another as in this machine's memory."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its values, from the byte `start` in steps of `strides` values; None: in order.
+
+    start: None where its values are not one after another in the file.
+    """
+
+    info: TensorInfo
+    start: int | None
+    strides: tuple[int, ...] | None = None
+    big_endian: bool = False
+
+    @property
+    def span(self) -> int:
+        """How many values there are from the first to the last, both included."""
+        shape, strides = self.info.shape, self.strides
+        if strides is None or 0 in shape:
+            return self.info.numel
+        return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+class StoredTensors:
+    """The tensors of one file: a `TensorFile` of any format."""
+
+    def __init__(self, file: FileBytes, format: str, tensors: Mapping[str, StoredTensor]) -> None:
+        self.format, self._file, self._tensors = format, file, tensors
+        self.info: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in tensors.items()}
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor, mapped from the file where its values are aligned there."""
+        tensor, dtype, row = self._tensors[name], self.info[name].dtype, None
+        if tensor.start is not None and not tensor.big_endian:
+            length = tensor.span * dtype.itemsize
+            row = self._file.mapped(tensor.start, length, dtype, f"tensor {quoted(name)}")
+        return self.copied(name) if row is None else self._shaped(row, tensor)
+
+    def copied(self, name: str) -> Tensor:
+        """The tensor in memory of its own."""
+        tensor, dtype = self._tensors[name], self.info[name].dtype
+        row = torch.empty(tensor.span * dtype.itemsize, dtype=torch.uint8)
+        self._read(name, row.numpy().data)
+        if tensor.big_endian:
+            swap_bytes(row, dtype)
+        values = self._shaped(row.view(dtype), tensor)
+        return values if tensor.span == values.numel() else values.contiguous()
+
+    def place(self, name: str) -> tuple[FileBytes, int] | None:
+        """See `TensorFile`."""
+        tensor = self._tensors[name]
+        in_order = tensor.strides in (None, torch.empty(tensor.info.shape, device="meta").stride())
+        return (
+            None if tensor.start is None or tensor.big_endian or not in_order else (self._file, tensor.start)
+        )
+
+    def _read(self, name: str, out: memoryview) -> None:
+        """Fill `out` with the values as they are in the file."""
+        start = self._tensors[name].start
+        assert start is not None
+        self._file.read_into(start, out, f"tensor {quoted(name)}")
+
+    @staticmethod
+    def _shaped(row: Tensor, tensor: StoredTensor) -> Tensor:
+        shape = tensor.info.shape
+        return row.reshape(shape) if tensor.strides is None else row.as_strided(shape, tensor.strides)
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a file or folder, by the names they have there. A value is read when it is asked for.
+    """The tensors of a file or folder, by the names they have there. A value is read on request.
 
     Where the file can be mapped into memory a tensor costs no memory of its own until its values are looked at; it may
     be written to (the file stays as it is) and stays valid after the file is closed.
     """
 
     def __init__(self, files: Mapping[str, TensorFile]) -> None:
-        """`files`: where each tensor stands."""
+        """`files`: the file that holds each tensor."""
         self._files = files
 
     def __getitem__(self, name: str) -> Tensor:
@@ -106,13 +148,18 @@ class Tensors(Mapping[str, Tensor]):
         """Shape and dtype, without reading the tensor."""
         return self._files[name].info[name]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes the values of all tensors take."""
+        return sum(self.info(name).nbytes for name in self)
+
     def copy(self, name: str) -> Tensor:
         """The tensor in memory of its own. For a value that is converted and dropped: a mapped one would leave the
         file's pages in the process."""
         return self._files[name].copied(name)
 
     def file(self, name: str) -> TensorFile:
-        """The open file a tensor stands in: its format, and what it says of itself."""
+        """The open file that holds a tensor: its format, and where in it the values are."""
         return self._files[name]
 
 
@@ -124,36 +171,3 @@ def checked_shape(sizes: Any) -> tuple[int, ...] | None:
         return None
     # Zeros do not count: torch multiplies the other sizes into strides all the same.
     return tuple(sizes) if math.prod(max(n, 1) for n in sizes) <= MAX_ELEMENTS else None
-
-
-def quoted(name: object) -> str:
-    """A name from a file as a message may show it: short, on one line."""
-    text = ascii(name) if isinstance(name, (str, int, float, bool, bytes)) else f"a {type(name).__name__}"
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in which a file lists its tensors. No name may stand twice: readers could take it in two ways."""
-    try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_no_repeats)
-    except (ValueError, RecursionError) as error:
-        reason = f" ({error})" if isinstance(error, _RepeatedNameError) else ""
-        raise BrokenFileError(
-            f"{path}: no valid JSON where its list of tensors should be{reason}; get the file again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise BrokenFileError(
-            f"{path}: its list of tensors is a {type(raw).__name__}, expected an object; get the file again"
-        )
-    return raw
-
-
-class _RepeatedNameError(ValueError):
-    pass
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _RepeatedNameError("a name stands there twice")
-    return found

@@ -1,7 +1,7 @@
 """Files of torch.save: today's zip archives, and the older files without an archive.
 
 Both hold a pickle in which a tensor is a call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`,
-and each storage, a row of values that several tensors may share, stands outside the pickle: in an archive as a record,
+and each storage, a row of values that several tensors may share, is outside the pickle: in an archive as a record,
 in an older file after the pickle. Layout as torch/serialization.py writes it.
 """
 
@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
+from blip2.tensorfiles.errors import quoted
+from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Reference, find_state_dict, read_pickle
-from blip2.tensorfiles.tensors import BrokenFileError, TensorInfo, UnsupportedFileError, checked_shape, quoted
-from blip2.tensorfiles.zips import Record, read_records
+from blip2.tensorfiles.tensors import StoredTensor, StoredTensors, TensorInfo, checked_shape
+from blip2.tensorfiles.zips import ZipRecord, read_records
 
 # The first pickle of an older file: one large number. Protocols 0 and 1 write it as text.
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -26,7 +25,7 @@ _MAGIC_BYTES = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
 _MAGIC_LINE = f"L{_MAGIC}L\n.".encode()
 _PROTOCOL = 1001
 
-_STORAGES: Mapping[Global, torch.dtype] = {
+STORAGES: Mapping[Global, torch.dtype] = {
     Global("torch", "FloatStorage"): torch.float32,
     Global("torch", "DoubleStorage"): torch.float64,
     Global("torch", "HalfStorage"): torch.float16,
@@ -41,7 +40,7 @@ _STORAGES: Mapping[Global, torch.dtype] = {
     Global("torch", "ComplexDoubleStorage"): torch.complex128,
     Global("torch.storage", "UntypedStorage"): torch.uint8,
 }
-# Newer dtypes have no storage class; their tensors say the dtype themselves.
+# Newer dtypes have no storage class; their tensors name the dtype themselves.
 _DTYPES: Mapping[Global, torch.dtype] = {
     Global("torch", "uint16"): torch.uint16,
     Global("torch", "uint32"): torch.uint32,
@@ -55,7 +54,7 @@ _TENSOR_3 = Global("torch._utils", "_rebuild_tensor_v3")
 _PARAMETER = Global("torch._utils", "_rebuild_parameter")
 _PARAMETER_2 = Global("torch._utils", "_rebuild_parameter_with_state")
 _TENSORS = frozenset({_TENSOR, _TENSOR_2, _TENSOR_3, _PARAMETER, _PARAMETER_2})
-ALLOWED = _TENSORS | _STORAGES.keys() | _DTYPES.keys() | {ORDERED_DICT}
+ALLOWED = _TENSORS | STORAGES.keys() | _DTYPES.keys() | {ORDERED_DICT}
 
 
 def is_legacy(start: bytes) -> bool:
@@ -63,7 +62,7 @@ def is_legacy(start: bytes) -> bool:
     return _MAGIC_BYTES in start[:40] or start.startswith(_MAGIC_LINE)
 
 
-def open_archive(file: FileBytes) -> TorchFile:
+def open_archive(file: FileBytes) -> StoredTensors:
     """Open a zip archive of torch.save (torch 1.6 and later).
 
     Raises:
@@ -76,34 +75,32 @@ def open_archive(file: FileBytes) -> TorchFile:
         what = (
             "a TorchScript program" if roots else "a zip archive, but none of torch.save (it has no data.pkl)"
         )
-        raise UnsupportedFileError(
-            f"{file.path}: {what}; give a file of torch.save(model.state_dict()) or safetensors"
-        )
+        raise file.unsupported(f"{what}; give a file of torch.save(model.state_dict()) or safetensors")
     root = roots[0]
     main = records[f"{root}/data.pkl"]
     end = main.start + main.length
     pickle = read_pickle(file, main.start, end, ALLOWED, references=True)
     if pickle.end != end:
-        raise BrokenFileError(f"{file.path}: data.pkl goes on after its end")
+        raise file.broken("data.pkl goes on after its end")
     order = b"little"
     if f"{root}/byteorder" in records:
         place = records[f"{root}/byteorder"]
         order = file.read(place.start, min(place.length, 16), "the byte order")
         if order not in (b"little", b"big"):
-            raise BrokenFileError(f"{file.path}: the byte order is {quoted(order)}, not little or big")
+            raise file.broken(f"the byte order is {quoted(order)}, not little or big")
     storages = {}
     for key, (dtype, count) in _announced(pickle.references, 5, file).items():
         record = records.get(f"{root}/data/{key}")
         if record is None or record.length != count * dtype.itemsize:
-            raise BrokenFileError(
-                f"{file.path}: storage {quoted(key)} should have {count * dtype.itemsize:,} bytes, the archive has "
-                f"{'none' if record is None else format(record.length, ',')}; get the file again"
+            raise file.broken(
+                f"storage {quoted(key)} should have {count * dtype.itemsize:,} bytes, the archive has "
+                f"{'none' if record is None else format(record.length, ',')}"
             )
         storages[key] = record
-    return TorchFile(file, pickle.value, storages, big_endian=order == b"big")
+    return _tensors(file, pickle.value, storages, big_endian=order == b"big")
 
 
-def open_legacy(file: FileBytes) -> TorchFile:
+def open_legacy(file: FileBytes) -> StoredTensors:
     """Open a file of torch.save from before torch 1.6, or written with `_use_new_zipfile_serialization=False`.
 
     Raises:
@@ -117,46 +114,44 @@ def open_legacy(file: FileBytes) -> TorchFile:
         position = pickle.end
     magic, version, machine = heads
     if magic != _MAGIC or version != _PROTOCOL or not isinstance(machine, dict):
-        raise UnsupportedFileError(f"{file.path}: a torch file of an unknown version")
+        raise file.unsupported("a torch file of an unknown version")
     if machine.get("little_endian") is not True:
-        raise UnsupportedFileError(
-            f"{file.path}: written on a big-endian machine, in torch's older format; save it anew with today's torch"
+        raise file.unsupported(
+            "written on a big-endian machine, in torch's older format; save it anew with today's torch"
         )
     pickle = read_pickle(file, position, file.size, ALLOWED, references=True)
     keys = read_pickle(file, pickle.end, file.size, frozenset())
     announced = _announced(pickle.references, 6, file)
     if not isinstance(keys.value, list) or any(type(key) is not str for key in keys.value):
-        raise BrokenFileError(f"{file.path}: no list of storages after the pickle; get the file again")
+        raise file.broken("no list of storages after the pickle")
     if len(set(keys.value)) != len(keys.value) or set(keys.value) != announced.keys():
-        raise BrokenFileError(
-            f"{file.path}: the storages that follow are not those its tensors name; get it again"
-        )
+        raise file.broken("the storages that follow are not those its tensors name")
     storages = {}
     position = keys.end
     for key in keys.value:
         dtype, count = announced[key]
-        told = int.from_bytes(file.read(position, 8, f"storage {quoted(key)}"), "little")
-        record = Record(position + 8, count * dtype.itemsize)
+        stored_count = int.from_bytes(file.read(position, 8, f"storage {quoted(key)}"), "little")
+        record = ZipRecord(position + 8, count * dtype.itemsize)
         position = record.start + record.length
-        if told != count or position > file.size:
-            raise BrokenFileError(
-                f"{file.path}: storage {quoted(key)} should have {count:,} values, it says {told:,} and "
-                f"{max(file.size - record.start, 0):,} bytes are left; get the file again"
+        if stored_count != count or position > file.size:
+            raise file.broken(
+                f"storage {quoted(key)} should have {count:,} values, its length is {stored_count:,} and "
+                f"{max(file.size - record.start, 0):,} bytes are left"
             )
         storages[key] = record
     if position != file.size:
-        raise BrokenFileError(f"{file.path}: {file.size - position:,} bytes follow the last storage")
-    return TorchFile(file, pickle.value, storages, big_endian=False)
+        raise file.broken(f"{file.size - position:,} bytes follow the last storage")
+    return _tensors(file, pickle.value, storages)
 
 
 def _announced(
     references: Iterable[Reference], length: int, file: FileBytes
 ) -> dict[str, tuple[torch.dtype, int]]:
-    """What the pickle says of its storages: dtype and number of values by key.
+    """The storages that the pickle names: dtype and number of values by key.
 
     A reference is ("storage", class, key, device, number of values), in older files with None at the end.
     """
-    found: dict[str, tuple[torch.dtype, int]] = {}
+    storages: dict[str, tuple[torch.dtype, int]] = {}
     for reference in references:
         fields = reference.id
         if (
@@ -165,109 +160,71 @@ def _announced(
             or type(fields[0]) is not str
             or fields[0] != "storage"
             or not isinstance(fields[1], Global)
-            or fields[1] not in _STORAGES
+            or fields[1] not in STORAGES
             or type(fields[2]) is not str
             or type(fields[4]) is not int
             or not 0 <= fields[4] < 2**48
             or fields[5:] not in ((), (None,))
         ):
-            raise UnsupportedFileError(
-                f"{file.path}: it refers to something that is no storage of a tensor; save a plain state dict"
+            raise file.unsupported(
+                "it refers to something that is no storage of a tensor; save a plain state dict"
             )
-        announced = (_STORAGES[fields[1]], fields[4])
-        if found.setdefault(fields[2], announced) != announced:
-            raise BrokenFileError(
-                f"{file.path}: storage {quoted(fields[2])} is announced in two ways; get the file again"
-            )
-    return found
+        announced = (STORAGES[fields[1]], fields[4])
+        if storages.setdefault(fields[2], announced) != announced:
+            raise file.broken(f"storage {quoted(fields[2])} is announced in two ways")
+    return storages
 
 
-@dataclass(frozen=True)
-class _View:
-    """A tensor: values of a storage, from `start` (in bytes of the file) in steps of `strides` (in values)."""
+def _tensors(
+    file: FileBytes, value: Any, storages: Mapping[str, ZipRecord], *, big_endian: bool = False
+) -> StoredTensors:
+    """The tensors that a pickle describes."""
+    calls = find_state_dict(value, _is_tensor, file)
+    tensors = {name: _read_call(file, name, call, storages, big_endian) for name, call in calls.items()}
+    return StoredTensors(file, "torch", tensors)
 
-    start: int
-    strides: tuple[int, ...]
-    span: int  # values from the first to the last, both included
 
-
-class TorchFile:
-    """The tensors of one file of torch.save."""
-
-    format = "torch"
-    metadata: Mapping[str, str] = {}
-
-    def __init__(
-        self, file: FileBytes, value: Any, storages: Mapping[str, Record], *, big_endian: bool
-    ) -> None:
-        self._file, self._storages, self._big_endian = file, storages, big_endian
-        self.info: dict[str, TensorInfo] = {}
-        self._views: dict[str, _View] = {}
-        for name, call in find_state_dict(value, _is_tensor, file).items():
-            self.info[name], self._views[name] = self._read_call(name, call)
-
-    def mapped(self, name: str) -> Tensor:
-        info, view = self.info[name], self._views[name]
-        row = None
-        if not self._big_endian:
-            row = self._file.mapped(
-                view.start, TensorInfo((view.span,), info.dtype), f"tensor {quoted(name)}"
-            )
-        return self.copied(name) if row is None else row.as_strided(info.shape, view.strides)
-
-    def copied(self, name: str) -> Tensor:
-        info, view = self.info[name], self._views[name]
-        row = torch.empty(view.span * info.dtype.itemsize, dtype=torch.uint8)
-        self._file.read_into(view.start, row.numpy().data, f"tensor {quoted(name)}")
-        if self._big_endian:
-            swap_bytes(row, info.dtype)
-        values = row.view(info.dtype).as_strided(info.shape, view.strides)
-        return values if view.span == values.numel() else values.contiguous()
-
-    def place(self, name: str) -> tuple[FileBytes, int] | None:
-        info, view = self.info[name], self._views[name]
-        in_order = torch.empty(info.shape, device="meta").stride() == view.strides
-        return (self._file, view.start) if in_order and not self._big_endian else None
-
-    def _read_call(self, name: str, call: Call) -> tuple[TensorInfo, _View]:
-        """What a call of a function in `_TENSORS` describes."""
-        wrong = f"{self._file.path}: tensor {quoted(name)}"
-        if call.function in (_PARAMETER, _PARAMETER_2):
-            inner = call.arguments[0] if call.arguments else None
-            if not isinstance(inner, Call) or inner.function not in (_TENSOR, _TENSOR_2, _TENSOR_3):
-                raise UnsupportedFileError(f"{wrong} is a parameter without values; save a plain state dict")
-            call = inner
-        lengths = {_TENSOR: (4,), _TENSOR_2: (6, 7), _TENSOR_3: (7, 8)}[call.function]
-        if len(call.arguments) not in lengths or not isinstance(call.arguments[0], Reference):
-            raise BrokenFileError(f"{wrong} is described by {len(call.arguments)} values; get the file again")
-        storage, offset, sizes, strides = call.arguments[:4]
-        _, kind, key, *_ = storage.id
-        dtype = _STORAGES[kind]
-        if call.function == _TENSOR_3:
-            asked = call.arguments[6]
-            if not isinstance(asked, Global) or asked not in _DTYPES:
-                raise UnsupportedFileError(f"{wrong} has dtype {quoted(str(asked))}")
-            dtype = _DTYPES[asked]
-        shape = checked_shape(sizes)
-        if shape is None:
-            raise BrokenFileError(f"{wrong} has no valid shape; get the file again")
-        if (
-            not isinstance(strides, tuple)
-            or len(strides) != len(shape)
-            or any(type(n) is not int or not 0 <= n < 2**48 for n in strides)
-            or type(offset) is not int
-            or not 0 <= offset < 2**48
-        ):
-            raise BrokenFileError(f"{wrong} has no valid place in its storage; get the file again")
-        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides)) if 0 not in shape else 0
-        if (offset + span) * dtype.itemsize > self._storages[key].length:
-            raise BrokenFileError(f"{wrong} reaches beyond its storage; get the file again")
-        if math.prod(shape) > span:
-            raise UnsupportedFileError(
-                f"{wrong} shows the same values several times (strides {strides}); save it as `tensor.contiguous()`"
-            )
-        start = self._storages[key].start + offset * dtype.itemsize
-        return TensorInfo(shape, dtype), _View(start, strides, span)
+def _read_call(
+    file: FileBytes, name: str, call: Call, storages: Mapping[str, ZipRecord], big_endian: bool
+) -> StoredTensor:
+    """The tensor that a call of a function in `_TENSORS` describes."""
+    what = f"tensor {quoted(name)}"
+    if call.function in (_PARAMETER, _PARAMETER_2):
+        inner = call.arguments[0] if call.arguments else None
+        if not isinstance(inner, Call) or inner.function not in (_TENSOR, _TENSOR_2, _TENSOR_3):
+            raise file.unsupported(f"{what} is a parameter without values; save a plain state dict")
+        call = inner
+    lengths = {_TENSOR: (4,), _TENSOR_2: (6, 7), _TENSOR_3: (7, 8)}[call.function]
+    if len(call.arguments) not in lengths or not isinstance(call.arguments[0], Reference):
+        raise file.broken(f"{what} is described by {len(call.arguments)} values")
+    storage, offset, sizes, strides = call.arguments[:4]
+    _, kind, key, *_ = storage.id
+    dtype = STORAGES[kind]
+    if call.function == _TENSOR_3:
+        name_of_dtype = call.arguments[6]
+        if not isinstance(name_of_dtype, Global) or name_of_dtype not in _DTYPES:
+            raise file.unsupported(f"{what} has dtype {quoted(str(name_of_dtype))}")
+        dtype = _DTYPES[name_of_dtype]
+    shape = checked_shape(sizes)
+    if shape is None:
+        raise file.broken(f"{what} has no valid shape")
+    if (
+        not isinstance(strides, tuple)
+        or len(strides) != len(shape)
+        or any(type(n) is not int or not 0 <= n < 2**48 for n in strides)
+        or type(offset) is not int
+        or not 0 <= offset < 2**48
+    ):
+        raise file.broken(f"{what} has no valid place in its storage")
+    start = storages[key].start + offset * dtype.itemsize
+    tensor = StoredTensor(TensorInfo(shape, dtype), start, strides, big_endian)
+    if (offset + tensor.span) * dtype.itemsize > storages[key].length:
+        raise file.broken(f"{what} reaches beyond its storage")
+    if math.prod(shape) > tensor.span:
+        raise file.unsupported(
+            f"{what} shows the same values several times (strides {strides}); save it as `tensor.contiguous()`"
+        )
+    return tensor
 
 
 def _is_tensor(value: Any) -> bool:

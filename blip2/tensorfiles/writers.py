@@ -1,34 +1,34 @@
-"""Files of tensors, written one piece at a time: safetensors, and what paddle.save and torch.save write.
+"""Tensors written to an open file, a piece at a time: as safetensors, and as paddle.save and torch.save write them.
 
-The latter two are pickles, spelled out here opcode by opcode: a handful of them say all that a list of arrays needs.
+The latter two are pickles, written here opcode by opcode: a list of arrays needs a handful of them.
 Values go to the file as they come and are never in memory as a whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
+from blip2.tensorfiles import paddle_files, torch_files
+from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.safetensors_files import DTYPES
-from blip2.tensorfiles.tensors import CheckpointError, TensorInfo
+from blip2.tensorfiles.tensors import TensorInfo
 
 Read = Callable[[str], Iterable[Tensor]]  # a tensor's values by its name: in order, flat, in pieces
 
 
 class Writer(Protocol):
-    """Writes a file of tensors; on return it is on the disk."""
+    """Writes tensors to an open file."""
 
-    def __call__(self, path: Path, info: Mapping[str, TensorInfo], read: Read) -> None: ...
+    def __call__(self, file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None: ...
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------
@@ -36,10 +36,10 @@ class Writer(Protocol):
 _SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_safetensors(path: Path, info: Mapping[str, TensorInfo], read: Read) -> None:
-    """Write a safetensors file. Wide dtypes stand first so that every tensor is aligned.
+def write_safetensors(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
+    """Write a safetensors file. Wide dtypes come first so that every tensor is aligned.
 
-    Values are asked for in the order of `info`: the parts of a rounded weight, of several dtypes, one after another.
+    Values are read in the order of `info`: the parts of a quantized weight, of several dtypes, one after another.
     """
     names = sorted(info, key=lambda name: (-info[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -54,41 +54,18 @@ def write_safetensors(path: Path, info: Mapping[str, TensorInfo], read: Read) ->
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        start = file.tell()
-        for name in info:
-            file.seek(start + header[name]["data_offsets"][0])
-            _write_values(file, read(name), info[name])
-        sync(file)
+    file.write(len(text).to_bytes(8, "little") + text)
+    start = file.tell()
+    for name in info:
+        file.seek(start + header[name]["data_offsets"][0])
+        _write_values(file, read(name), info[name])
 
 
 # --- pickle, as much as is needed of it -----------------------------------------------------------------------------
 
-# numpy's names of dtypes. It has none for bf16: Paddle keeps the bits as unsigned numbers.
-_NUMPY: Mapping[torch.dtype, str] = {
-    torch.float64: "f8",
-    torch.float32: "f4",
-    torch.float16: "f2",
-    torch.bfloat16: "u2",
-    torch.int64: "i8",
-    torch.int32: "i4",
-    torch.int16: "i2",
-    torch.int8: "i1",
-    torch.uint8: "u1",
-    torch.bool: "b1",
-}
-_STORAGES: Mapping[torch.dtype, str] = {
-    torch.float64: "DoubleStorage",
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.int64: "LongStorage",
-    torch.int32: "IntStorage",
-    torch.int16: "ShortStorage",
-    torch.int8: "CharStorage",
-    torch.uint8: "ByteStorage",
-    torch.bool: "BoolStorage",
+_NUMPY = {dtype: name for name, dtype in paddle_files.DTYPES.items()}
+_STORAGES = {
+    dtype: storage.name for storage, dtype in torch_files.STORAGES.items() if storage.module == "torch"
 }
 
 _MARK, _STOP, _REDUCE, _BUILD, _SETITEMS, _PERSISTENT = b"(", b".", b"R", b"b", b"u", b"Q"
@@ -121,24 +98,22 @@ def _global(module: str, name: str) -> bytes:
 NAME_TABLE = "StructuredToParameterName@@"  # with it paddle.load makes tensors of the arrays
 
 
-def write_pdparams(path: Path, info: Mapping[str, TensorInfo], read: Read) -> None:
+def write_pdparams(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
     """Write what paddle.save(state_dict, path, protocol=4) writes: a pickle of arrays, and a table of their names.
 
     Raises:
         CheckpointError: a dtype that Paddle's arrays do not have.
     """
-    with path.open("wb") as file:
-        file.write(_PROTOCOL_4 + _EMPTY_DICT + _MARK)
-        for name, entry in info.items():
-            if entry.dtype not in _NUMPY:
-                raise CheckpointError(f"{name} is {entry.dtype}, which a .pdparams file cannot hold")
-            file.write(_text(name) + _array_start(entry))
-            _write_values(file, read(name), entry)
-            file.write(_TUPLE + _BUILD)
-        names = b"".join(_text(name) + _text(name) for name in info)
-        file.write(_text(NAME_TABLE) + _EMPTY_DICT + _MARK + names + _SETITEMS)
-        file.write(_SETITEMS + _STOP)
-        sync(file)
+    file.write(_PROTOCOL_4 + _EMPTY_DICT + _MARK)
+    for name, entry in info.items():
+        if entry.dtype not in _NUMPY:
+            raise CheckpointError(f"{name} is {entry.dtype}, which a .pdparams file cannot hold")
+        file.write(_text(name) + _array_start(entry))
+        _write_values(file, read(name), entry)
+        file.write(_TUPLE + _BUILD)
+    names = b"".join(_text(name) + _text(name) for name in info)
+    file.write(_text(NAME_TABLE) + _EMPTY_DICT + _MARK + names + _SETITEMS)
+    file.write(_SETITEMS + _STOP)
 
 
 def _array_start(entry: TensorInfo) -> bytes:
@@ -161,20 +136,18 @@ _ROOT = "archive"
 _ALIGNMENT = 64  # of the values in the file, so that torch can map it
 
 
-def write_torch(path: Path, info: Mapping[str, TensorInfo], read: Read) -> None:
+def write_torch(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
     """Write what torch.save({"model": state_dict}, path) writes: LAVIS's checkpoints are such files.
 
     Raises:
         CheckpointError: a dtype that torch's storages do not have.
     """
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            _write_member(archive, "data.pkl", [_state_dict(info)])
-            _write_member(archive, "byteorder", [sys.byteorder.encode()])
-            for i, (name, entry) in enumerate(info.items()):
-                _write_member(archive, f"data/{i}", (_bytes(block) for block in read(name)), entry.nbytes)
-            _write_member(archive, "version", [b"3\n"])
-        sync(file)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _write_member(archive, "data.pkl", [_state_dict(info)])
+        _write_member(archive, "byteorder", [sys.byteorder.encode()])
+        for i, (name, entry) in enumerate(info.items()):
+            _write_member(archive, f"data/{i}", (_bytes(block) for block in read(name)), entry.nbytes)
+        _write_member(archive, "version", [b"3\n"])
 
 
 def _state_dict(info: Mapping[str, TensorInfo]) -> bytes:
@@ -229,7 +202,7 @@ def _write_member(
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """How a layout stores tensors: the writer, and the names of one file, of one of several, and of their index."""
 
     write: Writer
@@ -238,43 +211,16 @@ class Kind:
     index: str = ""
 
 
-SAFETENSORS = Kind(
+SAFETENSORS = FileKind(
     write_safetensors, "model.safetensors", "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
 )
-PDPARAMS = Kind(
+PDPARAMS = FileKind(
     write_pdparams,
     "model_state.pdparams",
     "model_state-{:05}-of-{:05}.pdparams",
     "model_state.pdparams.index.json",
 )
-TORCH = Kind(write_torch, "model.pth")
-
-
-def write_files(
-    folder: Path, kind: Kind, info: Mapping[str, TensorInfo], read: Read, limit: int | None
-) -> dict[str, Any] | None:
-    """Write tensors to as many files as `limit`, bytes in each, asks for (None: one).
-
-    Returns:
-        the index of the files, where there are several.
-    """
-    shards: list[dict[str, TensorInfo]] = [{}]
-    room = limit or 0
-    for name, entry in info.items():
-        if limit is not None and shards[-1] and entry.nbytes > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = entry
-        room -= entry.nbytes
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = kind.single if len(shards) == 1 else kind.shard.format(i, len(shards))
-        kind.write(folder / file, shard, read)
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) == 1:
-        return None
-    total = sum(entry.nbytes for entry in info.values())
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+TORCH = FileKind(write_torch, "model.pth")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -291,9 +237,3 @@ def _write_values(file: BinaryIO, blocks: Iterable[Tensor], entry: TensorInfo) -
         assert block.dtype == entry.dtype
         written += file.write(_bytes(block))
     assert written == entry.nbytes, (written, entry)
-
-
-def sync(file: BinaryIO) -> None:
-    """Hand what was written to the disk."""
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,6 +1,6 @@
 """The records of a zip archive as torch.save writes it: stored as they are, one after the other.
 
-Only the list of records is read, and only where all its parts agree: the archive's end stands at the file's end, the
+Only the list of records is read, and only where all its parts agree: the archive's end is at the file's end, the
 directory just before it, no record is compressed, none overlaps another and none has another's name.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from blip2.tensorfiles.errors import quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.tensors import BrokenFileError, UnsupportedFileError, quoted
 
 MAX_RECORDS = 20_000  # a record a tensor
 MAX_DIRECTORY_BYTES = 8 << 20
@@ -27,14 +27,14 @@ _IN_64 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Record:
-    """Where a record's bytes stand in the file."""
+class ZipRecord:
+    """The place of a record's bytes in the file."""
 
     start: int
     length: int
 
 
-def read_records(file: FileBytes) -> dict[str, Record]:
+def read_records(file: FileBytes) -> dict[str, ZipRecord]:
     """The records of an archive by name.
 
     Raises:
@@ -43,27 +43,25 @@ def read_records(file: FileBytes) -> dict[str, Record]:
     """
     count, start, length = _find_directory(file)
     if count > MAX_RECORDS or length > MAX_DIRECTORY_BYTES:
-        raise UnsupportedFileError(
-            f"{file.path}: an archive of {count:,} records, listed in {length:,} bytes; no model has so many tensors"
+        raise file.unsupported(
+            f"an archive of {count:,} records, listed in {length:,} bytes; no model has so many tensors"
         )
     directory = file.read(start, length, "the archive's directory")
-    records: dict[str, Record] = {}
+    records: dict[str, ZipRecord] = {}
     extents = []
     position = 0
     for _ in range(count):
         name, record, begin, position = _read_entry(file, directory, position)
         if name in records:
-            raise BrokenFileError(f"{file.path}: two records of the archive have the name {quoted(name)}")
+            raise file.broken(f"two records of the archive have the name {quoted(name)}")
         records[name] = record
         extents.append((begin, record.start + record.length, name))
     if position != length:
-        raise BrokenFileError(f"{file.path}: the archive's directory holds more than its {count:,} records")
+        raise file.broken(f"the archive's directory holds more than its {count:,} records")
     extents.sort()
     for (_, end, name), (begin, _, _) in zip([(0, 0, "the first"), *extents], [*extents, (start, 0, "")]):
         if begin - end not in _DESCRIPTOR_SIZES:
-            raise BrokenFileError(
-                f"{file.path}: record {quoted(name)} of the archive does not end where the next begins; get it again"
-            )
+            raise file.broken(f"record {quoted(name)} of the archive does not end where the next begins")
     return records
 
 
@@ -72,9 +70,7 @@ def _find_directory(file: FileBytes) -> tuple[int, int, int]:
     what = "the archive's end"
     end = file.size - _END.size - 4
     if end < 0 or file.read(end, 4, what) != b"PK\x05\x06":
-        raise BrokenFileError(
-            f"{file.path}: a zip archive that does not end as one; it is cut short, get the file again"
-        )
+        raise file.broken("a zip archive that does not end as one; it is cut short")
     disk, first_disk, here, count, length, start, comment = _END.unpack(file.read(end + 4, _END.size, what))
     directory_end = end
     locator = end - _LOCATOR_64.size - 4
@@ -85,19 +81,17 @@ def _find_directory(file: FileBytes) -> tuple[int, int, int]:
         fields = file.read(directory_end, _END_64.size + 4, what)
         size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack(fields[4:])
         if fields[:4] != b"PK\x06\x06" or directory_end + 12 + size != locator or first_disk_64 or disks > 1:
-            raise BrokenFileError(f"{file.path}: the archive's two ends contradict each other")
+            raise file.broken("the archive's two ends contradict each other")
     if comment or disk or first_disk or here != count or start + length != directory_end:
-        raise BrokenFileError(
-            f"{file.path}: the archive's directory is not where its end says; get the file again"
-        )
+        raise file.broken("the archive's directory is not where its end says")
     return count, start, length
 
 
-def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, Record, int, int]:
+def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, ZipRecord, int, int]:
     """A record's name, its bytes, where its own header begins, and where the next entry of the directory does."""
     fixed = directory[position : position + 4 + _ENTRY.size]
     if len(fixed) < 4 + _ENTRY.size or fixed[:4] != b"PK\x01\x02":
-        raise BrokenFileError(f"{file.path}: the archive's directory is broken; get the file again")
+        raise file.broken("the archive's directory is broken")
     _, _, flags, method, _, _, _, packed, length, *sizes, disk, _, _, begin = _ENTRY.unpack(fixed[4:])
     name_end = position + len(fixed) + sizes[0]
     extra_end = name_end + sizes[1]
@@ -105,35 +99,35 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
     name = _checked_name(raw_name, file)
     what = f"record {quoted(name)} of the archive"
     if method or flags & ~(_DESCRIPTOR_FOLLOWS | _UTF8):
-        raise UnsupportedFileError(
-            f"{file.path}: {what} is compressed or encrypted, as torch.save never does; unpack the archive and store "
+        raise file.unsupported(
+            f"{what} is compressed or encrypted, as torch.save never does; unpack the archive and store "
             "it anew without compression"
         )
     length, packed, begin = _wide_fields(directory[name_end:extra_end], [length, packed, begin], what, file)
     if packed != length or disk:
-        raise BrokenFileError(f"{file.path}: {what} has two lengths, {packed:,} and {length:,}")
+        raise file.broken(f"{what} has two lengths, {packed:,} and {length:,}")
 
     local = file.read(begin, 4 + _LOCAL.size, what)
     _, local_flags, local_method, _, _, _, local_packed, local_length, name_size, extra_size = _LOCAL.unpack(
         local[4:]
     )
     start = begin + len(local) + name_size + extra_size
-    told = {local_packed, local_length} - {length}
+    other_lengths = {local_packed, local_length} - {length}
     if local_flags & _DESCRIPTOR_FOLLOWS:
-        told.discard(0)
-    if _IN_64 in told:
+        other_lengths.discard(0)
+    if _IN_64 in other_lengths:
         extra = file.read(start - extra_size, extra_size, what)
-        told = {*_wide_fields(extra, [local_length, local_packed], what, file)} - {length}
+        other_lengths = {*_wide_fields(extra, [local_length, local_packed], what, file)} - {length}
     if (
         local[:4] != b"PK\x03\x04"
         or (local_method, local_flags) != (method, flags)
-        or told
+        or other_lengths
         or file.read(begin + len(local), name_size, what) != raw_name
     ):
-        raise BrokenFileError(f"{file.path}: {what} and the archive's directory contradict each other")
+        raise file.broken(f"{what} and the archive's directory contradict each other")
     if start + length > file.size:
-        raise BrokenFileError(f"{file.path}: {what} ends beyond the end of the file; get the file again")
-    return name, Record(start, length), begin, extra_end + sizes[2]
+        raise file.broken(f"{what} ends beyond the end of the file")
+    return name, ZipRecord(start, length), begin, extra_end + sizes[2]
 
 
 def _checked_name(raw: bytes, file: FileBytes) -> str:
@@ -143,7 +137,7 @@ def _checked_name(raw: bytes, file: FileBytes) -> str:
         name = ""
     # Nothing is ever written under these names; an archive that has others was not made by torch.
     if not name or "\\" in name or "\0" in name or {"", ".", ".."} & set(name.split("/")):
-        raise BrokenFileError(f"{file.path}: the archive has a record of the improper name {quoted(raw)}")
+        raise file.broken(f"the archive has a record of the improper name {quoted(raw)}")
     return name
 
 
@@ -155,11 +149,11 @@ def _wide_fields(extra: bytes, narrow: list[int], what: str, file: FileBytes) ->
         if kind == 1:
             wide = extra[position + 4 : position + 4 + size]
         position += 4 + size
-    found = []
+    numbers = []
     for number in narrow:
         if number == _IN_64:
             if len(wide) < 8:
-                raise BrokenFileError(f"{file.path}: {what} has no length or place")
+                raise file.broken(f"{what} has no length or place")
             number, wide = int.from_bytes(wide[:8], "little"), wide[8:]
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers

@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip2.storage import UNFINISHED, replace_file
 from blip2.train.metrics import RESUME_HINT, TrainingError
 
 KEPT = 2  # checkpoints kept: the latest, and the one to fall back to
-_SUFFIX, _UNFINISHED, _DAMAGED = ".safetensors", ".unfinished", ".damaged"
+_SUFFIX, _DAMAGED = ".safetensors", ".damaged"
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +41,13 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], notes: Mapping[
         TrainingError: it could not be written; nothing has changed.
     """
     path = folder / f"step-{step:09d}{_SUFFIX}"
-    unfinished = path.with_suffix(_UNFINISHED)
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(dict(notes), sort_keys=True)
     meta = {"format": "pt", "notes": text, "sha256": _digest(flat, text)}
     try:
-        save_file(flat, unfinished, meta)
-        _flush(unfinished)
-        os.replace(unfinished, path)
-        _flush(folder)
+        with replace_file(path) as beside:
+            save_file(flat, beside, meta)
     except Exception as error:  # safetensors reports a full disk with an error class of its own
-        unfinished.unlink(missing_ok=True)
         raise TrainingError(f"could not write {path}: {error}; {RESUME_HINT}") from error
     for old in list_checkpoints(folder)[:-KEPT]:
         old.unlink()
@@ -68,7 +65,7 @@ def load_latest(folder: Path) -> TrainingCheckpoint | None:
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    for leftover in folder.glob(f"step-*{_UNFINISHED}"):
+    for leftover in folder.glob(f"*{UNFINISHED}"):
         leftover.unlink()
     paths = list_checkpoints(folder)
     for path in reversed(paths):
@@ -102,12 +99,3 @@ def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

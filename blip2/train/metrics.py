@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from blip2.storage import replace_file
 
 RESUME_HINT = "make room and start the same command again, it goes on from the last checkpoint"
 
@@ -77,13 +78,8 @@ class TrainingLog:
     def _show(self, step: int, rate: float, speed: float, left_s: float) -> None:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in self.latest.items())
         line = f"step {step}/{self._steps}  {numbers}  lr {rate:.3g}  {speed:.1f} images/s  {_duration(left_s)} left"
-        # a terminal gets one line that changes, a file gets a line each
-        print(
-            f"\r\033[K{line}" if sys.stderr.isatty() else line,
-            end="" if sys.stderr.isatty() else "\n",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
+        start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")  # one line that changes, or many
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """End the line of progress."""
@@ -105,9 +101,8 @@ class TrainingLog:
         kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
         if step and lines and lines[0].endswith("\n"):
             kept.insert(0, lines[0])
-        beside = self.path.with_suffix(".csv.unfinished")
-        beside.write_text("".join(kept))
-        os.replace(beside, self.path)
+        with replace_file(self.path) as beside:
+            beside.write_text("".join(kept))
         if len(kept) > 1:
             last = next(csv.DictReader(io.StringIO(kept[0] + kept[-1])))
             self.latest = {k: float(v) for k, v in last.items() if k not in ("step", "lr", "images_per_s")}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import blip2.checkpoint
 from blip2.checkpoint import CheckpointError, convert, inspect, load_model, load_processors, open_tensors
-from blip2.checkpoint.convert import World
+from blip2.checkpoint.convert import Format
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import T5Config
 from blip2.tensorfiles.writers import write_pdparams
@@ -27,7 +27,7 @@ from blip2.tensorfiles.writers import write_pdparams
 convert_module = importlib.import_module("blip2.checkpoint.convert")  # `convert` names the function
 
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
-WORLDS: tuple[World, ...] = ("hf", "paddle", "lavis")
+FORMATS: tuple[Format, ...] = ("hf", "paddle", "lavis")
 LAYOUT = {"hf": "Hugging Face", "paddle": "PaddleNLP", "lavis": "LAVIS"}
 
 
@@ -40,12 +40,12 @@ def outputs(model: Blip2 | Blip2Matcher) -> list[torch.Tensor]:
     if isinstance(model, Blip2):
         return [model(pixels, ids, mask, ids if isinstance(model.config.language, T5Config) else None)]
     features = model.vision(pixels)
-    found = [
+    results = [
         model.image_embeddings(features),
         model.text_embeddings(ids, mask),
         model.itm_logits(features, ids, mask),
     ]
-    return found if model.itg_head is None else [*found, model.itg_logits(features, ids, mask)]
+    return results if model.itg_head is None else [*results, model.text_logits(features, ids, mask)]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -62,24 +62,24 @@ def assert_same_bytes(one: Path, other: Path) -> None:
         assert torch.equal(a[name].reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back(variant: str, world: World, variants: dict[str, Path], tmp_path: Path) -> None:
+def test_there_and_back(variant: str, to: Format, variants: dict[str, Path], tmp_path: Path) -> None:
     source = variants[variant]
-    made = convert(source, tmp_path / "there", to=world, verify=True)
-    assert "bit by bit" in made.verified
-    assert "outputs for a probe image equal" in made.verified
+    conversion = convert(source, tmp_path / "there", to=to, verify=True)
+    assert "bit by bit" in conversion.verified
+    assert "outputs for a probe image equal" in conversion.verified
 
-    found = inspect(tmp_path / "there")
+    inspection = inspect(tmp_path / "there")
     matcher = variant.startswith("matcher")
-    assert found.problems == ()
-    assert found.layout == ("PaddleMIX" if matcher and world == "paddle" else LAYOUT[world])
-    assert found.variant.startswith("matcher" if matcher else "generator")
-    assert found.tokenizer
+    assert inspection.problems == ()
+    assert inspection.layout == ("PaddleMIX" if matcher and to == "paddle" else LAYOUT[to])
+    assert inspection.variant.startswith("matcher" if matcher else "generator")
+    assert inspection.tokenizer
     heads = (
-        304 * 32 if world == "paddle" and variant in ("opt", "clip") else 0
+        304 * 32 if to == "paddle" and variant in ("opt", "clip") else 0
     )  # Paddle stores the tied head too
-    assert found.parameters == inspect(source).parameters + heads
+    assert inspection.parameters == inspect(source).parameters + heads
 
     ours, theirs = load_model(tmp_path / "there"), load_model(source)
     assert ours.config == theirs.config
@@ -152,9 +152,9 @@ def test_paddlenlps_safetensors(variants: dict[str, Path], tmp_path: Path) -> No
         assert_same_bytes(tmp_path / f"{variant}-back", variants[variant])
 
 
-@pytest.mark.parametrize(("world", "pattern"), [("hf", "*.safetensors"), ("paddle", "*.pdparams")])
-def test_shards(world: World, pattern: str, variants: dict[str, Path], tmp_path: Path) -> None:
-    convert(variants["opt"], tmp_path / "there", to=world, shard_bytes=100_000, verify=True)
+@pytest.mark.parametrize(("to", "pattern"), [("hf", "*.safetensors"), ("paddle", "*.pdparams")])
+def test_shards(to: Format, pattern: str, variants: dict[str, Path], tmp_path: Path) -> None:
+    convert(variants["opt"], tmp_path / "there", to=to, shard_bytes=100_000, verify=True)
     files = sorted((tmp_path / "there").glob(pattern))
     assert len(files) > 3
     index = json.loads(next((tmp_path / "there").glob("*.index.json")).read_text())
@@ -166,12 +166,12 @@ def test_shards(world: World, pattern: str, variants: dict[str, Path], tmp_path:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_dtypes(dtype: str, variants: dict[str, Path], tmp_path: Path) -> None:
     target = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    for world in WORLDS:
-        made = convert(variants["opt"], tmp_path / world, to=world, dtype=dtype, verify=True)
-        assert f"after rounding to {dtype}" in made.verified
-        convert(tmp_path / world, tmp_path / f"{world}-back", to="hf")
+    for to in FORMATS:
+        conversion = convert(variants["opt"], tmp_path / to, to=to, dtype=dtype, verify=True)
+        assert f"after rounding to {dtype}" in conversion.verified
+        convert(tmp_path / to, tmp_path / f"{to}-back", to="hf")
         source = tensors_of(variants["opt"])
-        for name, tensor in tensors_of(tmp_path / f"{world}-back").items():
+        for name, tensor in tensors_of(tmp_path / f"{to}-back").items():
             assert torch.equal(tensor, source[name].to(target)), name
 
 
@@ -183,10 +183,12 @@ def test_smallest_exact(variants: dict[str, Path], tmp_path: Path) -> None:
     tensors[brain] = tensors[brain].bfloat16().float() * 2.0**30  # beyond fp16
     tensors[neither][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    made = convert(folder, tmp_path / "small", to="hf", dtype="smallest-exact", verify=False)
+    conversion = convert(folder, tmp_path / "small", to="hf", dtype="smallest-exact", verify=False)
     small = load_file(tmp_path / "small" / "model.safetensors")
-    assert made.narrowed == 2
-    assert made.read_bytes - made.written_bytes == 2 * (small[half].numel() + small[brain].numel())
+    assert conversion.narrowed == 2
+    assert conversion.read_bytes - conversion.written_bytes == 2 * (
+        small[half].numel() + small[brain].numel()
+    )
     assert (small[half].dtype, small[brain].dtype) == (torch.float16, torch.bfloat16)
     for name, tensor in tensors.items():
         assert torch.equal(
@@ -225,8 +227,8 @@ def test_verify_compares_settings(
     """Equal tensors with another activation are another model."""
     real = convert_module.settings
 
-    def wrong(*given: object) -> dict[str, dict[str, object]]:
-        files = real(*given)  # type: ignore[arg-type]
+    def wrong(*arguments: object) -> dict[str, dict[str, object]]:
+        files = real(*arguments)  # type: ignore[arg-type]
         files["config.json"]["text_config"]["activation_function"] = "gelu"
         return files
 
@@ -257,7 +259,7 @@ def test_a_full_disk_leaves_nothing(
         (path / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_module, "write_files", full)
+    monkeypatch.setattr(blip2.checkpoint.save, "write_files", full)
     with pytest.raises(CheckpointError, match="cannot be written"):
         convert(variants["opt"], tmp_path / "new", to="hf")
     assert list(tmp_path.iterdir()) == []
@@ -318,9 +320,9 @@ def test_progress(variants: dict[str, Path], tmp_path: Path) -> None:
         counts[what] = counts.get(what, 0) + done
         totals[what] = total
 
-    made = convert(variants["t5"], tmp_path / "new", to="paddle", verify=True, progress=progress)
+    conversion = convert(variants["t5"], tmp_path / "new", to="paddle", verify=True, progress=progress)
     assert counts == totals
-    assert counts["write"] == made.read_bytes
+    assert counts["write"] == conversion.read_bytes
 
 
 # --- LAVIS's own files: frozen parts left out, no config.json ------------------------------------------------------
@@ -401,9 +403,8 @@ def test_a_spare_tensor_is_an_error(variants: dict[str, Path], tmp_path: Path) -
     convert(variants["t5"], tmp_path / "paddle", to="paddle")
     tensors = tensors_of(tmp_path / "paddle") | {"language_model.t5.odd": torch.zeros(2)}
     info = {name: blip2.checkpoint.TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    write_pdparams(
-        tmp_path / "paddle" / "model_state.pdparams", info, lambda name: [tensors[name].reshape(-1)]
-    )
+    with (tmp_path / "paddle" / "model_state.pdparams").open("wb") as file:
+        write_pdparams(file, info, lambda name: [tensors[name].reshape(-1)])
     with pytest.raises(CheckpointError, match=r"language_model\.odd"):
         load_model(tmp_path / "paddle")
     assert any("language_model.odd" in problem for problem in inspect(tmp_path / "paddle").problems)

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from blip2.checkpoint import CheckpointError, resolve
+from blip2.checkpoint import CheckpointError, resolve_path
 from blip2.checkpoint.hub import HUB_FILES, OLDER_FILES
 
 
@@ -35,9 +35,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], list[dict[str, An
 
 
 def test_local_paths(tmp_path: Path) -> None:
-    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    assert resolve_path(tmp_path) == resolve_path(str(tmp_path)) == tmp_path
     with pytest.raises(CheckpointError, match="is a local path; revision='main' is for models on the Hub"):
-        resolve(tmp_path, "main")
+        resolve_path(tmp_path, "main")
     for name in (
         "missing",
         "./a/b",
@@ -49,19 +49,19 @@ def test_local_paths(tmp_path: Path) -> None:
         Path("a/b"),
     ):
         with pytest.raises(CheckpointError, match="no such file or folder, nor a name"):
-            resolve(name)
+            resolve_path(name)
 
 
 def test_only_data_is_downloaded(hub: Callable[[object], list[dict[str, Any]]], tmp_path: Path) -> None:
     calls = hub(str(tmp_path))
     (tmp_path / "model.safetensors").touch()
-    assert resolve("Salesforce/blip2-opt-2.7b", "abc") == tmp_path
+    assert resolve_path("Salesforce/blip2-opt-2.7b", "abc") == tmp_path
     assert calls == [
         {"name": "Salesforce/blip2-opt-2.7b", "revision": "abc", "allow_patterns": list(HUB_FILES)}
     ]
 
     (tmp_path / "model.safetensors").unlink()
-    assert resolve("facebook/opt-2.7b") == tmp_path
+    assert resolve_path("facebook/opt-2.7b") == tmp_path
     assert calls[-1]["allow_patterns"] == [*HUB_FILES, *OLDER_FILES]
 
     def wanted(file: str) -> bool:
@@ -80,7 +80,7 @@ def http(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "message"),
     [
         (
             errors.LocalEntryNotFoundError("offline"),
@@ -96,16 +96,16 @@ def http(kind: type[Exception]) -> Exception:
     ],
 )
 def test_what_the_hub_says_is_put_plainly(
-    hub: Callable[[object], object], answer: Exception, says: str
+    hub: Callable[[object], object], answer: Exception, message: str
 ) -> None:
     hub(answer)
-    with pytest.raises(CheckpointError, match=says):
-        resolve("someone/something", "x")
+    with pytest.raises(CheckpointError, match=message):
+        resolve_path("someone/something", "x")
 
 
 def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """huggingface_hub itself, told to stay offline."""
+    """huggingface_hub itself, set to stay offline."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"someone/something is not in the local cache.*HF_HUB_OFFLINE"):
-        resolve("someone/something")
+        resolve_path("someone/something")

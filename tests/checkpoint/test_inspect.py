@@ -1,4 +1,4 @@
-"""What `inspect` says of checkpoints, good and bad; it reads no value."""
+"""What `inspect` reports of checkpoints, good and bad; it reads no value."""
 
 from __future__ import annotations
 
@@ -34,27 +34,31 @@ def change(folder: Path, section: str | None = None, **settings: object) -> None
 
 
 def test_a_good_folder(variants: dict[str, Path]) -> None:
-    found = inspect(variants["opt"])
+    inspection = inspect(variants["opt"])
     model = load_model(variants["opt"])
-    assert (found.layout, found.file_format, found.head) == ("Hugging Face", "safetensors", "tied")
-    assert found.variant == "generator, ViT 88 wide, 32 px, OPT 32 wide"
-    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert found.stored_bytes == 4 * found.parameters
-    assert (found.problems, found.notes) == ((), ())
-    assert [*found.parts] == ["image encoder", "Q-Former", "projection", "language model"]
-    assert sum(part.tensors for part in found.parts.values()) == found.tensors
-    encoder = found.parts["image encoder"]
+    assert (inspection.layout, inspection.file_format, inspection.head) == (
+        "Hugging Face",
+        "safetensors",
+        "tied",
+    )
+    assert inspection.variant == "generator, ViT 88 wide, 32 px, OPT 32 wide"
+    assert inspection.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert inspection.stored_bytes == 4 * inspection.parameters
+    assert (inspection.problems, inspection.notes) == ((), ())
+    assert [*inspection.parts] == ["image encoder", "Q-Former", "projection", "language model"]
+    assert sum(part.tensors for part in inspection.parts.values()) == inspection.tensors
+    encoder = inspection.parts["image encoder"]
     assert encoder.dtypes == {"float32": sum(parameter.numel() for parameter in model.vision.parameters())}
-    json.dumps(found.as_json())
+    json.dumps(inspection.as_json())
 
 
 def test_heads(variants: dict[str, Path], tmp_path: Path) -> None:
     assert inspect(variants["opt-untied"]).head == "stored"
     assert inspect(variants["matcher"]).head == "none"
     convert(variants["opt"], tmp_path / "paddle", to="paddle")
-    found = inspect(tmp_path / "paddle")
-    assert (found.head, found.file_format) == ("stored", "paddle")
-    assert any("says that the head is tied, but one is stored" in note for note in found.notes)
+    inspection = inspect(tmp_path / "paddle")
+    assert (inspection.head, inspection.file_format) == ("stored", "paddle")
+    assert any("says that the head is tied, but one is stored" in note for note in inspection.notes)
     convert(variants["opt"], tmp_path / "lavis", to="lavis")
     assert inspect(tmp_path / "lavis").file_format == "torch"
 
@@ -82,9 +86,9 @@ def test_what_looks_wrong(folder: Path) -> None:
         load_model(folder)
 
     rewrite(folder, {words: None, head: None})
-    found = inspect(folder)
-    assert found.head == "missing"
-    assert any(words in problem and head in problem for problem in found.problems)
+    inspection = inspect(folder)
+    assert inspection.head == "missing"
+    assert any(words in problem and head in problem for problem in inspection.problems)
 
 
 def test_what_is_worth_knowing(folder: Path) -> None:
@@ -106,10 +110,10 @@ def test_a_matcher_that_does_not_say_so(variants: dict[str, Path], tmp_path: Pat
     raw = json.loads((folder / "config.json").read_text())
     del raw["architectures"]
     (folder / "config.json").write_text(json.dumps(raw))
-    found = inspect(folder)
-    assert found.variant.startswith("matcher")
-    assert found.problems == ()
-    assert any("its tensors do" in note for note in found.notes)
+    inspection = inspect(folder)
+    assert inspection.variant.startswith("matcher")
+    assert inspection.problems == ()
+    assert any("its tensors do" in note for note in inspection.notes)
     assert load_model(folder).config == load_model(variants["matcher"]).config
 
 
@@ -121,8 +125,8 @@ def test_a_part_of_a_lavis_file(variants: dict[str, Path], tmp_path: Path) -> No
         }
     (tmp_path / "alone").mkdir()
     save_file(kept, tmp_path / "alone" / "model.safetensors")
-    found = inspect(tmp_path / "alone" / "model.safetensors")
-    (problem,) = found.problems
+    inspection = inspect(tmp_path / "alone" / "model.safetensors")
+    (problem,) = inspection.problems
     assert "lacks its image encoder (visual_encoder.*)" in problem
     assert "its language model (opt_model.* or t5_model.*)" in problem
-    assert [*found.parts] == ["image encoder", "Q-Former", "projection"]  # of the encoder, its last norm
+    assert [*inspection.parts] == ["image encoder", "Q-Former", "projection"]  # of the encoder, its last norm

@@ -1,4 +1,4 @@
-"""The name tables: total in both directions, and files told apart by what is in them."""
+"""The name tables: total in both directions, and layouts told apart by the content of files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 
 from blip2.checkpoint import open_tensors
-from blip2.checkpoint.layouts import (
-    HUGGING_FACE,
-    LAVIS,
-    PADDLEMIX,
-    PADDLENLP,
-    Layout,
-    recognise,
-    to_hugging_face,
-    to_theirs,
-)
+from blip2.checkpoint.formats import detect_layout
+from blip2.checkpoint.formats.lavis import LAVIS
+from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP
+from blip2.checkpoint.key_mapping import rename
+from blip2.checkpoint.layouts import HUGGING_FACE, Layout
 
 VARIANTS = ("opt", "opt-untied", "t5", "clip", "matcher", "matcher-itg")
 
@@ -29,18 +24,18 @@ def test_every_name_goes_there_and_back(variant: str, layout: Layout, variants: 
     with open_tensors(variants[variant]) as tensors:
         names = [*tensors]
     rules = layout.rules(names)
-    theirs = [to_theirs(name, rules) for name in names]
-    assert None not in theirs
-    assert len({*theirs}) == len(names)
-    for name, other in zip(names, theirs, strict=True):
+    foreign = [rename(name, rules) for name in names]
+    assert None not in foreign
+    assert len({*foreign}) == len(names)
+    for name, other in zip(names, foreign, strict=True):
         assert other is not None
-        assert to_hugging_face(other, layout.all_rules) == name
+        assert rename(other, layout.all_rules, back=True) == name
         assert not layout.is_dropped(other)
 
 
-def test_names_of_the_peers() -> None:
-    """A few of each, as the peers' own code spells them."""
-    for layout, theirs, hugging_face in (
+def test_names_of_other_formats() -> None:
+    """A few of each, as their own code spells them."""
+    for layout, foreign, hugging_face in (
         (
             LAVIS,
             "visual_encoder.blocks.38.attn.proj.bias",
@@ -74,19 +69,19 @@ def test_names_of_the_peers() -> None:
         (PADDLEMIX, "Qformer.ln_vision.bias", "vision_model.post_layernorm.bias"),
         (PADDLEMIX, "Qformer.language_projection.weight", "language_projection.weight"),
     ):
-        assert to_hugging_face(theirs, layout.all_rules) == hugging_face
-    assert to_hugging_face("Qformer.nonesuch", LAVIS.all_rules) is None
+        assert rename(foreign, layout.all_rules, back=True) == hugging_face
+    assert rename("Qformer.nonesuch", LAVIS.all_rules, back=True) is None
     assert LAVIS.is_dropped("Qformer.bert.embeddings.position_ids")
     assert LAVIS.is_dropped("Qformer.cls.predictions.decoder.weight")
     assert not LAVIS.is_dropped("Qformer.cls.predictions.bias")
 
 
 def test_layouts_are_told_apart() -> None:
-    assert recognise({"vision_model.post_layernorm.bias": (8,)}) is HUGGING_FACE
-    assert recognise({"query_tokens": (1, 4, 8), "ln_vision.weight": (8,)}) is LAVIS
-    assert recognise({"opt_model.lm_head.weight": (9, 8)}) is LAVIS
-    assert recognise({"language_model.opt.decoder.final_layer_norm.bias": (8,)}) is PADDLENLP
-    assert recognise({"Qformer.bert.x": (8,), "Qformer.ln_vision.bias": (8,)}) is PADDLEMIX
+    assert detect_layout({"vision_model.post_layernorm.bias": (8,)}) is HUGGING_FACE
+    assert detect_layout({"query_tokens": (1, 4, 8), "ln_vision.weight": (8,)}) is LAVIS
+    assert detect_layout({"opt_model.lm_head.weight": (9, 8)}) is LAVIS
+    assert detect_layout({"language_model.opt.decoder.final_layer_norm.bias": (8,)}) is PADDLENLP
+    assert detect_layout({"Qformer.bert.x": (8,), "Qformer.ln_vision.bias": (8,)}) is PADDLEMIX
     linear = {"language_projection.weight": (24, 32), "language_projection.bias": (32,)}
-    assert recognise(linear) is PADDLENLP  # [in, out]
-    assert recognise(linear | {"language_projection.bias": (24,)}) is HUGGING_FACE
+    assert detect_layout(linear) is PADDLENLP  # [in, out]
+    assert detect_layout(linear | {"language_projection.bias": (24,)}) is HUGGING_FACE

@@ -1,4 +1,4 @@
-"""Loading is strict, takes the memory of the weights once, and says what is wrong with a file."""
+"""Loading is strict, takes the memory of the weights once, and reports what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -180,13 +180,13 @@ def test_broken_configs(folder: Path) -> None:
     change_config(folder, model_type="llava")
     with pytest.raises(ConfigError, match="model_type 'llava'"):
         load_model(folder)
-    for content, says in (
+    for content, message in (
         (b"{", "no valid JSON"),
         (b"\xff", "no valid JSON"),
         (b"[" * 100_000, "no valid JSON"),
     ):
         (folder / "config.json").write_bytes(content)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=message):
             load_model(folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no config\.json"):

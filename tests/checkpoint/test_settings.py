@@ -26,11 +26,11 @@ def places(settings: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield from ((name, *rest) for rest in places(value))
 
 
-@pytest.mark.parametrize("world", ["hf", "paddle"])
+@pytest.mark.parametrize("to", ["hf", "paddle"])
 @pytest.mark.parametrize("variant", ["opt", "t5", "matcher"])
-def test_no_value_breaks_out(variant: str, world: str, variants: dict[str, Path], tmp_path: Path) -> None:
+def test_no_value_breaks_out(variant: str, to: str, variants: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    if world == "paddle":
+    if to == "paddle":
         convert(variants[variant], folder, to="paddle")
     else:
         shutil.copytree(variants[variant], folder)
@@ -72,10 +72,10 @@ def test_depths_are_bounded(variants: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "says"),
+    ("name", "shape", "message"),
     [
         ("Qformer.bert.encoder.layer.99999999999.output.bias", (3,), "layer '99999999999'"),
-        ("Qformer.bert.encoder.layer." + "9" * 500 + ".output.bias", (3,), "speaks of layer"),
+        ("Qformer.bert.encoder.layer." + "9" * 500 + ".output.bias", (3,), "has a layer"),
         ("visual_encoder.blocks.5000.norm1.bias", (88,), "layer '5000'"),
         ("visual_encoder.pos_embed", (1, 0, 88), "empty"),
         ("opt_proj.weight", (), "opt_proj|language_projection"),
@@ -84,7 +84,7 @@ def test_depths_are_bounded(variants: dict[str, Path], tmp_path: Path) -> None:
     ],
 )
 def test_tensors_that_lie_about_sizes(
-    name: str, shape: tuple[int, ...], says: str, variants: dict[str, Path], tmp_path: Path
+    name: str, shape: tuple[int, ...], message: str, variants: dict[str, Path], tmp_path: Path
 ) -> None:
     """Of a file without settings sizes are derived: none may take for ever, or end in another error than ours."""
     convert(variants["opt"], tmp_path / "lavis", to="lavis")
@@ -93,7 +93,7 @@ def test_tensors_that_lie_about_sizes(
     with open_tensors(file) as tensors:
         state = {each: tensors.copy(each) for each in tensors}
     torch.save({"model": state | {name: torch.zeros(shape)}}, file)
-    with pytest.raises((CheckpointError, ConfigError), match=says):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         load_model(file, language=variants["opt"])
 
 
@@ -107,7 +107,7 @@ def test_settings_that_never_end(variants: dict[str, Path], tmp_path: Path) -> N
     (folder / "config.json").unlink()
     with (folder / "config.json").open("wb") as sparse:
         sparse.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match="settings of 1,099,511,627,776 bytes"):
+    with pytest.raises(CheckpointError, match="JSON of 1,099,511,627,776 bytes"):
         load_model(folder)
 
 

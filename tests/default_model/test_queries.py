@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config, OptConfig, QFormerConfig, VisionConfig
-from blip2.modeling.qformer import Layer, QFormer
+from blip2.modeling.qformer import QFormer, QFormerLayer
 from blip2.train import FitOptions, fit
 from default_model.pretrain import ImageTextEncoders, WordBag, init_weights
 from default_model.queries import (
@@ -66,7 +66,7 @@ def test_initial_queries_attend_to_the_object_whose_middle_is_in_their_part() ->
     init_query_attention(model, features, middles, shown, seed=2)
     assert not torch.equal(before, model.query_tokens)
     layer = model.layers[0]
-    assert isinstance(layer, Layer) and layer.crossattention is not None
+    assert isinstance(layer, QFormerLayer) and layer.crossattention is not None
     cross = layer.crossattention.attention
     with torch.inference_mode():
         query = cross.query(layer.attention(model.layernorm(model.query_tokens)))[0]  # [Q, W]

@@ -14,7 +14,7 @@ from blip2.generation.batching import BeamSequence, ContinuousBatch, SampledSequ
 from blip2.generation.decoding import Generated, generate
 from blip2.generation.options import GenerationOptions
 
-WAYS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"max_new_tokens": 3},
     {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
@@ -44,48 +44,51 @@ def test_joining_and_leaving_changes_no_text(
     chance = random.Random(7)
     rows, begun = ContinuousBatch(model), list[tuple[Any, list[SampledSequence | BeamSequence]]]()
     cases = [
-        (image, prompt, way) for way in WAYS for prompt in PROMPTS for image in chance.sample(encoded, 2)
+        (image, prompt, changes)
+        for changes in OPTIONS
+        for prompt in PROMPTS
+        for image in chance.sample(encoded, 2)
     ]
     chance.shuffle(cases)
     todo = list(cases)
     while todo or len(rows):
         for _ in range(chance.choice([0, 0, 1, 2, 3])):
             if todo:
-                image, prompt, way = todo.pop()
-                options = GenerationOptions(**({"max_new_tokens": 9} | way))
+                image, prompt, changes = todo.pop()
+                options = GenerationOptions(**({"max_new_tokens": 9} | changes))
                 ids, mask = tokenizer.encode_batch([prompt])
-                (made,), _ = rows.join(
-                    image.prefix, ids, mask, [options], tops=[0], context=image.prompt_cache
+                (sequences,), _ = rows.join(
+                    image.prefix, ids, mask, [options], tops=[0], prompt_cache=image.prompt_cache
                 )
-                begun.append(((image, ids, mask, options), made))
+                begun.append(((image, ids, mask, options), sequences))
         if len(rows):
             rows.choose()
             rows.advance()
     assert len(begun) == len(cases)
-    for (image, ids, mask, options), made in begun:
-        alone = generate(model, image.prefix, ids, mask, options, context=image.prompt_cache)
-        found = [found_by(text) for text in made]
-        assert [ids for each in found for ids in each.ids] == alone.ids
-        assert [finished for each in found for finished in each.finished] == alone.finished
-        scores = [score for each in found for score in each.scores]
+    for (image, ids, mask, options), sequences in begun:
+        alone = generate(model, image.prefix, ids, mask, options, prompt_cache=image.prompt_cache)
+        outputs = [generated_by(sequence) for sequence in sequences]
+        assert [ids for output in outputs for ids in output.ids] == alone.ids
+        assert [finished for output in outputs for finished in output.finished] == alone.finished
+        scores = [score for output in outputs for score in output.scores]
         assert scores == pytest.approx(alone.scores, abs=1e-4)
         for logprobs, wanted in zip(
-            [row for each in found for row in each.token_logprobs], alone.token_logprobs, strict=True
+            [row for output in outputs for row in output.token_logprobs], alone.token_logprobs, strict=True
         ):
             assert logprobs == pytest.approx(wanted, abs=1e-4)
 
 
-def found_by(text: SampledSequence | BeamSequence) -> Generated:
+def generated_by(text: SampledSequence | BeamSequence) -> Generated:
     if isinstance(text, SampledSequence):
         return Generated([text.ids], [text.score], [text.logprobs], [text.finished])
-    assert text.found is not None
-    return text.found
+    assert text.generated is not None
+    return text.generated
 
 
 def test_prompts_join_together_and_may_be_dropped(variants: dict[str, Path], pictures: list[Path]) -> None:
     predictor = blip2.load(variants["opt"])
     model, tokenizer = predictor.model, predictor.generator.tokenizer
-    prefix = torch.cat([each.prefix for each in predictor.encode(pictures[:3])])
+    prefix = torch.cat([image.prefix for image in predictor.encode(pictures[:3])])
     ids, mask = tokenizer.encode_batch(PROMPTS[:3])
     options = [
         GenerationOptions(eos_token_id=(), max_new_tokens=6, num_beams=num_beams) for num_beams in (4, 1, 1)

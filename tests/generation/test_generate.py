@@ -14,12 +14,10 @@ from torch import Tensor
 from blip2.generation.decoding import (
     Generated,
     _draw,
-    ban_repeated_ngrams,
     generate,
-    prompt_ids,
-    sampling_distribution,
     stream,
 )
+from blip2.generation.logits import ban_repeated_ngrams, prompt_history, sampling_distribution
 from blip2.generation.options import GenerationOptions
 
 VOCABULARY, END = 6, 5
@@ -29,15 +27,16 @@ class Bigrams:
     """A stand-in for `Blip2`: the next token depends on the image and on the last two ids."""
 
     def __init__(self, seed: int = 0, spread: float = 1.5) -> None:
-        self.config = SimpleNamespace(image_token_id=None, language=SimpleNamespace(eos_token_id=END))
+        language = SimpleNamespace(eos_token_ids=(END,), decoder_start_token_id=None)
+        self.config = SimpleNamespace(image_token_id=None, language=language)
         self.table = spread * torch.randn(VOCABULARY, VOCABULARY, VOCABULARY, generator=_generator(seed))
         self.steps: list[int] = []  # rows of each step
-        self.contexts: list[object] = []
+        self.prompt_caches: list[object] = []
 
     def logits(self, prefix: Tensor, ids: list[int]) -> Tensor:
         return self.table[ids[-2] if len(ids) > 1 else 0, ids[-1]] + prefix[0, :VOCABULARY]
 
-    def start(
+    def prefill(
         self,
         prefix: Tensor,
         input_ids: Tensor,
@@ -45,18 +44,18 @@ class Bigrams:
         *,
         rows: int,
         max_new_tokens: int,
-        context: object,
+        prompt_cache: object,
     ) -> Writing:
-        self.contexts.append(context)
+        self.prompt_caches.append(prompt_cache)
         return Writing(self, prefix, [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask)], rows)
 
     def log_probability(self, prefix: Tensor, prompt: list[int], new: list[int]) -> float:
-        said = [prompt + new[:i] for i in range(len(new))]
-        return sum(self.logits(prefix, ids).log_softmax(0)[i].item() for ids, i in zip(said, new))
+        histories = [prompt + new[:i] for i in range(len(new))]
+        return sum(self.logits(prefix, ids).log_softmax(0)[i].item() for ids, i in zip(histories, new))
 
 
 class Writing:
-    """A stand-in for `Decoding`, by the book: it remembers the ids and keeps no cache."""
+    """A stand-in for `DecodeState`, by the book: it remembers the ids and keeps no cache."""
 
     def __init__(self, model: Bigrams, prefix: Tensor, prompts: list[list[int]], rows: int) -> None:
         self.model, self.rows = model, rows
@@ -64,17 +63,17 @@ class Writing:
         self.ids = [prompt for prompt in prompts for _ in range(rows)]
         self.logits = torch.stack([model.logits(*row) for row in zip(prefix, prompts)])
 
-    def step(self, ids: Tensor) -> Tensor:
+    def decode_step(self, ids: Tensor) -> Tensor:
         assert ids.dtype == torch.int64
-        self.ids = [[*said, new] for said, new in zip(self.ids, ids.tolist(), strict=True)]
+        self.ids = [[*row, new] for row, new in zip(self.ids, ids.tolist(), strict=True)]
         self.model.steps.append(len(self.ids))
         return torch.stack([self.model.logits(*row) for row in zip(self.prefixes, self.ids)])
 
-    def reorder(self, parents: Tensor) -> None:
+    def reorder_cache(self, parents: Tensor) -> None:
         assert all(i // self.rows == parent // self.rows for i, parent in enumerate(parents.tolist()))
         self.ids = [self.ids[i] for i in parents.tolist()]
 
-    def keep(self, prompts: Tensor) -> None:
+    def batch_select_indices(self, prompts: Tensor) -> None:
         kept = [prompt * self.rows + i for prompt in prompts.tolist() for i in range(self.rows)]
         self.ids, self.prefixes = [self.ids[i] for i in kept], [self.prefixes[i] for i in kept]
 
@@ -296,15 +295,15 @@ def test_no_ngram_comes_twice() -> None:
 
 def test_ngrams_longer_than_the_text_ban_nothing() -> None:
     scores = torch.zeros(1, VOCABULARY)
-    nothing_yet = prompt_ids(None, 0, torch.tensor([[3, 3, 3, 2]]), torch.tensor([[0, 0, 0, 1]]))
+    nothing_yet = prompt_history(None, 0, torch.tensor([[3, 3, 3, 2]]), torch.tensor([[0, 0, 0, 1]]))
     assert torch.equal(ban_repeated_ngrams(scores, nothing_yet, 3), scores)
     assert torch.equal(ban_repeated_ngrams(scores, nothing_yet, 9), scores)
 
 
 def test_rules_see_the_image_tokens_beside_the_prompt_and_no_padding() -> None:
     ids, mask = torch.tensor([[9, 9, 2, 3], [2, 3, 9, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 0, 1]])
-    assert prompt_ids(None, 2, ids, mask).tolist() == [[-1, -1, 2, 3], [-1, 2, 3, 4]]
-    assert prompt_ids(8, 2, ids, mask).tolist() == [[-1, -1, 8, 8, 2, 3], [-1, 8, 8, 2, 3, 4]]
+    assert prompt_history(None, 2, ids, mask).tolist() == [[-1, -1, 2, 3], [-1, 2, 3, 4]]
+    assert prompt_history(8, 2, ids, mask).tolist() == [[-1, -1, 8, 8, 2, 3], [-1, 8, 8, 2, 3, 4]]
 
 
 # --- padding, batches, sampling ---
@@ -408,7 +407,7 @@ def test_stream_refuses_beams_at_once() -> None:
         stream(Bigrams(), *batch(), GenerationOptions(num_beams=3))  # type: ignore[arg-type]
 
 
-def test_the_context_is_handed_on() -> None:
-    model, context = Bigrams(), object()
-    generate(model, *batch(), GenerationOptions(max_new_tokens=1), context=context)  # type: ignore[arg-type]
-    assert model.contexts == [context]
+def test_the_prompt_cache_is_handed_on() -> None:
+    model, prompt_cache = Bigrams(), object()
+    generate(model, *batch(), GenerationOptions(max_new_tokens=1), prompt_cache=prompt_cache)  # type: ignore[arg-type]
+    assert model.prompt_caches == [prompt_cache]

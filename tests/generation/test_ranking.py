@@ -20,14 +20,16 @@ def test_log_probabilities_are_those_of_each_answer_alone(
 ) -> None:
     model = blip2.load(request.getfixturevalue(kind))
     questions = ["what is it?", "is the cat red and what of the dogs?", "a"]
-    for given in (pictures[:3], [model.encode(picture) for picture in pictures[:3]]):
-        ranked = model.rank(given, questions, ANSWERS)
-        for picture, question, found in zip(pictures, questions, ranked, strict=False):
-            assert sorted(each.answer for each in found) == sorted(ANSWERS)
-            assert [each.logprob for each in found] == sorted((each.logprob for each in found), reverse=True)
-            assert sum(each.probability for each in found) == pytest.approx(1, abs=1e-5)
-            reference = one_by_one(model, picture, question, [each.answer for each in found])
-            assert [each.logprob for each in found] == pytest.approx(reference, abs=1e-4)
+    for images in (pictures[:3], [model.encode(picture) for picture in pictures[:3]]):
+        ranked = model.rank(images, questions, ANSWERS)
+        for picture, question, answers in zip(pictures, questions, ranked, strict=False):
+            assert sorted(answer.answer for answer in answers) == sorted(ANSWERS)
+            assert [answer.logprob for answer in answers] == sorted(
+                (answer.logprob for answer in answers), reverse=True
+            )
+            assert sum(answer.probability for answer in answers) == pytest.approx(1, abs=1e-5)
+            reference = one_by_one(model, picture, question, [answer.answer for answer in answers])
+            assert [answer.logprob for answer in answers] == pytest.approx(reference, abs=1e-4)
 
 
 def test_rows_at_a_time_change_nothing(generator_folder: Path, pictures: list[Path]) -> None:
@@ -37,7 +39,9 @@ def test_rows_at_a_time_change_nothing(generator_folder: Path, pictures: list[Pa
     encoded = model.encode(pictures[0])
     ids, mask = model.generator.tokenizer.encode_batch(["Question: what is it? Answer:"])
     answers = [model.generator.tokenizer.encode(" " + answer, frame=False) for answer in ANSWERS]
-    whole = answer_logprobs(model.model, encoded.prefix, ids, mask, answers, context=encoded.prompt_cache)
+    whole = answer_logprobs(
+        model.model, encoded.prefix, ids, mask, answers, prompt_cache=encoded.prompt_cache
+    )
     for rows in (1, 3):
         parts = answer_logprobs(model.model, encoded.prefix, ids, mask, answers, rows=rows)
         assert torch.allclose(parts, whole, atol=1e-4)

@@ -238,13 +238,13 @@ def make(base: Path, kind: str) -> None:
     pixels = torch.randn(2, 3, PX, PX, generator=torch.Generator().manual_seed(1))
     folder = base / f"lavis-{kind}"
     folder.mkdir(parents=True, exist_ok=True)
-    given = run(model, kind, pixels)
-    np.savez(folder / "expected.npz", pixels=pixels.numpy(), **given)
+    outputs = run(model, kind, pixels)
+    np.savez(folder / "expected.npz", pixels=pixels.numpy(), **outputs)
     state = {n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}
     torch.save({"model": state, "epoch": 3}, folder / "checkpoint.pth")
     if kind != "stage1":
         (folder / "config.json").write_text(json.dumps(settings(kind), indent=2) + "\n")
-    print(folder, {name: value.tolist() for name, value in given.items() if value.size < 5})
+    print(folder, {name: value.tolist() for name, value in outputs.items() if value.size < 5})
 
 
 def check(file: Path, expected: Path) -> None:
@@ -266,5 +266,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         check(Path(sys.argv[1]), Path(sys.argv[2]))
     else:
-        for each in KINDS:
-            make(Path(sys.argv[1]), each)
+        for kind in KINDS:
+            make(Path(sys.argv[1]), kind)

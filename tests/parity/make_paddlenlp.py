@@ -74,15 +74,15 @@ def make(folder: Path, language: dict[str, object], spread: float) -> None:
 
 def run(model: Blip2ForConditionalGeneration, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Logits of the text; T5 reads it and writes it."""
-    given = {
+    inputs = {
         "pixel_values": paddle.to_tensor(pixels),
         "input_ids": paddle.to_tensor(ids),
         "attention_mask": paddle.ones(ids.shape, dtype="int64"),
     }
     if model.config.text_config.model_type == "t5":
-        given["decoder_input_ids"] = paddle.to_tensor(ids)
+        inputs["decoder_input_ids"] = paddle.to_tensor(ids)
     with paddle.no_grad():
-        return model.eval()(**given, return_dict=True).logits.numpy()
+        return model.eval()(**inputs, return_dict=True).logits.numpy()
 
 
 def check(folder: Path, expected: Path) -> None:

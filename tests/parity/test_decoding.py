@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 from reference import PAD, QUERIES, VOCABULARY, Prompts, ours_from, prompts, their_blip2
 from transformers import Blip2ForConditionalGeneration
 
-from blip2.generation.decoding import Generated, generate, prompt_ids, sampling_distribution, stream
+from blip2.generation.decoding import Generated, generate, stream
+from blip2.generation.logits import prompt_history, sampling_distribution
 from blip2.generation.options import GenerationOptions
 from blip2.modeling.blip2 import Blip2
 
@@ -162,7 +163,9 @@ def test_padding_stands_on_either_side(options: dict[str, Any]) -> None:
         prefix = ours.embed_image(batch.pixels)
     expected = run_ours(ours, batch, chosen)
     assert generate(ours, prefix, *right, chosen).ids == expected.ids
-    assert generate(ours, prefix, *right, chosen, context=ours.read_prefix(prefix)).ids == expected.ids
+    assert (
+        generate(ours, prefix, *right, chosen, prompt_cache=ours.prefill_prefix(prefix)).ids == expected.ids
+    )
     alone = batch.row(1)
     without_mask = generate(ours, prefix[1:2], alone.ids, None, chosen)
     assert without_mask == generate(ours, prefix[1:2], alone.ids, alone.mask, chosen)
@@ -232,12 +235,12 @@ def test_same_sampling_distribution(options: dict[str, Any]) -> None:
     )
     new = out.sequences[:, QUERIES + 3 :]
     assert new.shape[1] > 3
-    seen = prompt_ids(ours.config.image_token_id, QUERIES, batch.ids, batch.mask)
+    seen = prompt_history(ours.config.image_token_id, QUERIES, batch.ids, batch.mask)
     mine = GenerationOptions(do_sample=True, **options)
     for step, scores in enumerate(out.scores):
-        said = torch.cat([batch.ids, new[:, :step]], dim=1)
+        history = torch.cat([batch.ids, new[:, :step]], dim=1)
         with torch.no_grad():
-            logits = ours(batch.pixels, said)[:, -1]
+            logits = ours(batch.pixels, history)[:, -1]
         both = torch.cat([seen, new[:, :step]], dim=1)
         got = sampling_distribution(logits, both, mine, new_tokens=step, end_ids=torch.tensor([end]))
         torch.testing.assert_close(got, scores.softmax(-1), rtol=0.0, atol=1e-6)
@@ -263,12 +266,12 @@ def test_stream_and_context_give_the_same() -> None:
     expected = run_ours(ours, batch, options)
     with torch.no_grad():
         prefix = ours.embed_image(batch.pixels)
-        context = ours.read_prefix(prefix)
-    assert generate(ours, prefix, batch.ids, batch.mask, options, context=context).ids == expected.ids
-    steps = list(stream(ours, prefix, batch.ids, batch.mask, options, context=context))
+        context = ours.prefill_prefix(prefix)
+    assert generate(ours, prefix, batch.ids, batch.mask, options, prompt_cache=context).ids == expected.ids
+    steps = list(stream(ours, prefix, batch.ids, batch.mask, options, prompt_cache=context))
     assert [[i for i in row if i is not None] for row in zip(*steps)] == expected.ids
     num_beams = GenerationOptions(num_beams=3, max_new_tokens=12, eos_token_id=options.eos_token_id)
-    again = generate(ours, prefix, batch.ids, batch.mask, num_beams, context=context)
+    again = generate(ours, prefix, batch.ids, batch.mask, num_beams, prompt_cache=context)
     assert again.ids == run_ours(ours, batch, num_beams).ids
 
 

@@ -18,7 +18,8 @@ from reference import prompts, their_blip2
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 from blip2.checkpoint import convert, load_model
-from blip2.modeling.blip2 import IGNORE_INDEX, Blip2, Blip2Matcher
+from blip2.modeling.blip2 import Blip2, Blip2Matcher
+from blip2.modeling.language import IGNORE_INDEX
 from blip2.train.tasks import Stage1, Stage2
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -105,12 +106,12 @@ def test_a_lavis_file(tmp_path: Path) -> None:
     torch.testing.assert_close(our_logits(tmp_path / "lavis", **parts), their_logits(theirs), **CLOSE)
 
 
-@pytest.mark.parametrize("world", ["paddle", "lavis"])
+@pytest.mark.parametrize("to", ["paddle", "lavis"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_came_back_opens_in_transformers(world: str, tied: bool, tmp_path: Path) -> None:
+def test_what_came_back_opens_in_transformers(to: str, tied: bool, tmp_path: Path) -> None:
     theirs = their_blip2(tie_word_embeddings=tied)
     theirs.save_pretrained(tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "there", to=world)  # type: ignore[arg-type]
+    convert(tmp_path / "theirs", tmp_path / "there", to=to)  # type: ignore[arg-type]
     torch.testing.assert_close(our_logits(tmp_path / "there"), their_logits(theirs), **CLOSE)
     convert(tmp_path / "there", tmp_path / "back", to="hf")
     again, report = Blip2ForConditionalGeneration.from_pretrained(
@@ -125,14 +126,14 @@ def test_torch_and_lavis_open_ours(tmp_path: Path) -> None:
     theirs = without_key_bias(their_blip2())
     theirs.save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "lavis", to="lavis")
-    found = torch.load(tmp_path / "lavis" / "model.pth", weights_only=True)["model"]
+    written = torch.load(tmp_path / "lavis" / "model.pth", weights_only=True)["model"]
     expected = lavis_state(theirs)
     del (
         expected["Qformer.bert.embeddings.position_ids"],
         expected["opt_model.lm_head.weight"],
     )  # counted; tied
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
     yaml = pytest.importorskip("yaml")
     settings = yaml.safe_load((tmp_path / "lavis" / "config.yaml").read_text())
     assert settings["model"]["image_size"] == 32
@@ -176,13 +177,13 @@ def test_paddlenlps_own_model(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits, torch.from_numpy(theirs["logits"]), **CLOSE)
 
 
-@pytest.mark.parametrize("world", ["hf", "paddle", "lavis"])
-def test_lavis_own_stage_1(world: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["hf", "paddle", "lavis"])
+def test_lavis_own_stage_1(to: str, tmp_path: Path) -> None:
     """ITC, ITM and ITG of a model as LAVIS saved it, and its two scores of a pair (recorded by make_lavis.py)."""
     folder = Path(__file__).parent / "fixtures" / "lavis-stage1"
     theirs = {name: torch.from_numpy(value) for name, value in np.load(folder / "expected.npz").items()}
-    made = convert(folder / "checkpoint.pth", tmp_path / world, to=world, verify=True)  # type: ignore[arg-type]
-    for path in (folder / "checkpoint.pth", made.folder):
+    conversion = convert(folder / "checkpoint.pth", tmp_path / to, to=to, verify=True)  # type: ignore[arg-type]
+    for path in (folder / "checkpoint.pth", conversion.folder):
         ours = load_model(path, dtype="fp32").eval()
         assert isinstance(ours, Blip2Matcher)
         task = Stage1(ours, int(theirs["dec"]))

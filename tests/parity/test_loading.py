@@ -62,9 +62,9 @@ def their_matcher(seed: int = 0) -> Blip2ForImageTextRetrieval:
 def their_scores(theirs: Blip2ForImageTextRetrieval) -> tuple[Tensor, Tensor]:
     """ITM logits of image i with text i, and ITC similarity of every image with every text."""
     pixels, ids, mask = matching_inputs()
-    given: dict[str, Any] = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
-    itm = theirs(**given, use_image_text_matching_head=True).logits_per_image
-    return itm, theirs(**given, use_image_text_matching_head=False).logits_per_image
+    inputs: dict[str, Any] = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
+    itm = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
+    return itm, theirs(**inputs, use_image_text_matching_head=False).logits_per_image
 
 
 @torch.inference_mode()

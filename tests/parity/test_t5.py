@@ -22,7 +22,8 @@ from transformers import T5Config as TheirT5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from blip2.checkpoint import CheckpointError, load_model, load_processors, open_tensors, save_model
-from blip2.generation.decoding import generate, sampling_distribution, stream
+from blip2.generation.decoding import generate, stream
+from blip2.generation.logits import sampling_distribution
 from blip2.generation.options import GenerationOptions
 from blip2.images import ImageProcessor, to_pixels
 from blip2.modeling.blip2 import Blip2
@@ -75,7 +76,7 @@ def written(rows: int, length: int = 6) -> Tensor:
 def test_position_buckets(both_ways: bool, count: int, longest: int) -> None:
     distance = torch.arange(-300, 301)
     theirs = T5Attention._relative_position_bucket(distance, both_ways, count, longest)
-    ours = position_buckets(distance, count, longest, both_ways=both_ways)
+    ours = position_buckets(distance, count, longest, bidirectional=both_ways)
     assert torch.equal(ours, theirs)
     assert ours.unique().numel() == (count - 1 if both_ways else count)  # no distance of 0 after the query
 
@@ -148,21 +149,21 @@ def test_one_reading_serves_every_row() -> None:
     _, ours = models(0)
     batch = prompts((2, 5, 3))
     prefix = ours.embed_image(batch.pixels)
-    decoding = ours.start(prefix, batch.ids, batch.mask, rows=2, max_new_tokens=4)
+    decoding = ours.prefill(prefix, batch.ids, batch.mask, rows=2, max_new_tokens=4)
     start = torch.zeros(3, 1, dtype=torch.int64)
     first = ours(batch.pixels, batch.ids, batch.mask, start)[:, -1]
     torch.testing.assert_close(decoding.logits, first, **CLOSE)
-    decoding.step(torch.tensor([10, 11, 12, 13, 14, 15]))
-    decoding.reorder(torch.tensor([1, 0, 3, 3, 4, 5]))
-    decoding.step(torch.tensor([20, 21, 22, 23, 24, 25]))
-    decoding.keep(torch.tensor([0, 2]))
-    logits = decoding.step(torch.tensor([30, 31, 32, 33]))
+    decoding.decode_step(torch.tensor([10, 11, 12, 13, 14, 15]))
+    decoding.reorder_cache(torch.tensor([1, 0, 3, 3, 4, 5]))
+    decoding.decode_step(torch.tensor([20, 21, 22, 23, 24, 25]))
+    decoding.batch_select_indices(torch.tensor([0, 2]))
+    logits = decoding.decode_step(torch.tensor([30, 31, 32, 33]))
     rows = torch.tensor([0, 0, 2, 2])
     new = torch.tensor([[0, 11, 20, 30], [0, 10, 21, 31], [0, 14, 24, 32], [0, 15, 25, 33]])
     again = ours(batch.pixels[rows], batch.ids[rows], batch.mask[rows], new)
     torch.testing.assert_close(logits, again[:, -1], **CLOSE)
-    assert ours.read_prefix(prefix) is None
-    keys, _ = decoding._context.layers[0]
+    assert ours.prefill_prefix(prefix) is None
+    keys, _ = decoding._prompt_cache.layers[0]
     assert len(keys) == 2  # one copy a prompt, whatever the rows
 
 
@@ -292,10 +293,10 @@ def test_same_sampling_distribution(options: dict[str, Any]) -> None:
     assert new.shape[1] > 3
     mine = GenerationOptions(do_sample=True, **options)
     for step, scores in enumerate(out.scores):
-        said = out.sequences[:, : step + 1]
+        history = out.sequences[:, : step + 1]
         with torch.no_grad():
-            logits = ours(batch.pixels, batch.ids, batch.mask, said)[:, -1]
-        got = sampling_distribution(logits, said, mine, new_tokens=step, end_ids=torch.tensor([end]))
+            logits = ours(batch.pixels, batch.ids, batch.mask, history)[:, -1]
+        got = sampling_distribution(logits, history, mine, new_tokens=step, end_ids=torch.tensor([end]))
         running = ~(new[:, :step] == end).any(1)
         torch.testing.assert_close(got[running], scores.softmax(-1)[running], rtol=0.0, atol=1e-6)
 
@@ -393,13 +394,13 @@ def test_missing_and_spare_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["tied", "scaled", "both", "neither"])
 def test_configs_written_out_and_abridged(stored: str) -> None:
     """What newer files write out and older ones leave to be guessed reads as transformers reads it."""
-    said = {k: v for k, v in T5_TEXT.items() if k not in ("tie_word_embeddings", "num_decoder_layers")}
+    text = {k: v for k, v in T5_TEXT.items() if k not in ("tie_word_embeddings", "num_decoder_layers")}
     if stored in ("tied", "both"):
-        said["tie_word_embeddings"] = False
+        text["tie_word_embeddings"] = False
     if stored in ("scaled", "both"):
-        said["scale_decoder_outputs"] = False
-    theirs = their_t5(0, **{"tie_word_embeddings": True, "num_decoder_layers": None} | said).config.to_dict()
-    full, short = read_config(theirs), read_config(theirs | {"text_config": said})
+        text["scale_decoder_outputs"] = False
+    theirs = their_t5(0, **{"tie_word_embeddings": True, "num_decoder_layers": None} | text).config.to_dict()
+    full, short = read_config(theirs), read_config(theirs | {"text_config": text})
     assert (
         full.language.scale_decoder_outputs == short.language.scale_decoder_outputs == (stored == "neither")
     )
@@ -428,7 +429,7 @@ def test_configs_of_older_and_newer_files(tmp_path: Path) -> None:
     assert old.config.image_token_id is None
     rows = {name: torch.cat([tensor, torch.randn(28, 32)]) for name, tensor in
             load_file(tmp_path / "old" / "model.safetensors").items() if name in (HEAD, SHARED)}  # fmt: skip
-    rewrite(tmp_path / "old", **rows)  # the config is not told
+    rewrite(tmp_path / "old", **rows)  # the config is not updated
     new = load_model(tmp_path / "old")
     assert new.config.language.vocab_size == 128
     torch.testing.assert_close(our_logits(new)[..., :100], our_logits(old), **CLOSE)
@@ -515,8 +516,8 @@ def test_our_folder_has_a_processor(tmp_path: Path) -> None:
     with torch.inference_mode():
         got = generate(ours, ours.embed_image(pixels), ids, mask, options)
     expected = theirs.generate(**inputs, num_beams=3, max_new_tokens=6, num_return_sequences=2)
-    said = [words.decode(row) for row in got.ids]
-    assert said == processor.batch_decode(expected, skip_special_tokens=True)
+    texts = [words.decode(row) for row in got.ids]
+    assert texts == processor.batch_decode(expected, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,7 @@ def test_what_fails_fails_alone(
     with pytest.raises(ValueError, match="room"):
         engine.submit(GenerateRequest(engine.prepare_image(images[0]), ("word " * 400,), GenerationOptions()))
     with monkeypatch.context() as patch:
-        patch.setattr(predictor.model.language, "step", lambda *_: broken())
+        patch.setattr(predictor.model.language, "decode_step", lambda *_: broken())
         with pytest.raises(EngineError):
             engine.submit(greedy(engine, images[0], min_new_tokens=5)).result.result(60)
         with pytest.raises(EngineError):

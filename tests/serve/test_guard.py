@@ -200,10 +200,10 @@ def test_errors_reveal_nothing_of_the_inside(
         raise RuntimeError("/secret/path at 0x7f")
 
     with running_server(predictor) as running, running.client() as client:
-        for owner, name in ((predictor.model, "start"), (predictor.matcher, "compare")):
+        for owner, name in ((predictor.model, "prefill"), (predictor.matcher, "compare")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, broken)
-                path, more = ("/caption", {}) if name == "start" else ("/match", {"texts": ["a"]})
+                path, more = ("/caption", {}) if name == "prefill" else ("/match", {"texts": ["a"]})
                 answer = client.post(path, json={"image": data_url(images[0])} | more)
             assert answer.status_code == 500 and "secret" not in answer.text and "0x" not in answer.text
         assert client.post("/caption", json={"image": data_url(images[0])}).status_code == 200
@@ -218,7 +218,7 @@ def test_what_breaks_in_a_stream_is_in_the_log_under_the_requests_id(
     def broken(*_: object) -> None:
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr(predictor.model.language, "step", broken)
+    monkeypatch.setattr(predictor.model.language, "decode_step", broken)
     with running_server(predictor) as running, running.client() as client:
         for path, body in (
             ("/caption", {"image": data_url(images[0])}),

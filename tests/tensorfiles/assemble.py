@@ -73,7 +73,7 @@ def assemble(value: Any, protocol: int) -> bytes:
         case list():
             return b"(" + b"".join(assemble(item, protocol) for item in value) + b"l"
         case dict():
-            return b"(" + b"".join(assemble(each, protocol) for item in value.items() for each in item) + b"d"
+            return b"(" + b"".join(assemble(part, protocol) for item in value.items() for part in item) + b"d"
         case Name():
             return f"c{value.module}\n{value.name}\n".encode()
         case Made():
@@ -177,12 +177,12 @@ def good_files() -> dict[str, bytes]:
         "a@@.1": numpy_array(size=(3,), data=ROW[12:]),
     }
     header = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
-    found = {"safetensors": safetensors_file(header, ROW), "split": pickled(split, 4)}
+    files = {"safetensors": safetensors_file(header, ROW), "split": pickled(split, 4)}
     for container in CONTAINERS:
         for protocol in (2, 3, 4):
             value = {
                 "a": good_tensor(container),
                 "more": {"epoch": 3, "best": 0.5, "none": None, "list": [True]},
             }
-            found[f"{container}, protocol {protocol}"] = wrapped(value, container, protocol)
-    return found
+            files[f"{container}, protocol {protocol}"] = wrapped(value, container, protocol)
+    return files

@@ -117,7 +117,7 @@ _ODD_WAYS = {
 
 
 def _places(code: Code, container: str) -> dict[str, Any]:
-    """Where in a file the attack stands."""
+    """The places in a file where the attack can be."""
     tensor = good_tensor(container)
     return {
         "alone": code,

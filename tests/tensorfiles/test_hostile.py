@@ -67,11 +67,11 @@ def tables(seed: int) -> dict[str, Tensor]:
     """A random table of tensors."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    tables = {}
     for i in range(draw.randrange(1, 9)):
         shape = [draw.choice((0, 1, 2, 5, 40)) for _ in range(draw.randrange(4))]
-        found[f"layer.{i}"] = torch.randint(0, 2, shape, generator=generator).to(draw.choice(DTYPES))
-    return found
+        tables[f"layer.{i}"] = torch.randint(0, 2, shape, generator=generator).to(draw.choice(DTYPES))
+    return tables
 
 
 def test_fifty_sound_files_still_load(tmp_path: Path) -> None:
@@ -79,14 +79,14 @@ def test_fifty_sound_files_still_load(tmp_path: Path) -> None:
     for seed in range(60):
         theirs, path = tables(seed), tmp_path / str(seed)
         kind, wrap = seed % 6, seed % 4 == 0
-        held = {"model": theirs, "epoch": seed} if wrap else theirs
+        content = {"model": theirs, "epoch": seed} if wrap else theirs
         arrays = {name: tensor.numpy() for name, tensor in theirs.items()}
         if kind == 0:
             save_file(theirs, path)
         elif kind in (1, 2):
-            torch.save(held, path, pickle_protocol=2 + seed % 4)
+            torch.save(content, path, pickle_protocol=2 + seed % 4)
         elif kind == 3:
-            torch.save(held, path, pickle_protocol=2 + seed % 4, _use_new_zipfile_serialization=False)
+            torch.save(content, path, pickle_protocol=2 + seed % 4, _use_new_zipfile_serialization=False)
         else:
             names = {"StructuredToParameterName@@": {name: f"linear_{name}" for name in arrays}}
             content = {"model": arrays, "epoch": np.pi} if wrap else arrays | names

@@ -198,7 +198,7 @@ def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
             return pytest.fail, ("a pickle was run",)
 
-    for content, kind, says in (
+    for content, kind, message in (
         (pickle.dumps(Exploit()), UnsafeFileError, "asks for '.*', which no tensor needs. Nothing was run"),
         (b"PK\x03\x04 and so on", BrokenFileError, "a zip archive that does not end as one"),
         (
@@ -212,7 +212,7 @@ def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
     ):
         (tmp_path / "pytorch_model.bin").write_bytes(content)
         for path in (tmp_path / "pytorch_model.bin", tmp_path):
-            with pytest.raises(kind, match=says), open_tensors(path):
+            with pytest.raises(kind, match=message), open_tensors(path):
                 pass
     with pytest.raises(CheckpointError, match="cannot be read"), open_tensors(tmp_path / "missing"):
         pass
@@ -232,7 +232,7 @@ def test_what_a_folder_is_searched_for(tmp_path: Path) -> None:
     }
     # From what is taken last to what is taken first.
     for number, name in enumerate(
-        ("blip2.pth", *reversed([each for each in FOLDER_FILES if "index" not in each]))
+        ("blip2.pth", *reversed([name for name in FOLDER_FILES if "index" not in name]))
     ):
         writers.get(Path(name).suffix, writers[".bin"])(tmp_path / name)
         with open_tensors(tmp_path) as opened:
@@ -267,11 +267,10 @@ def test_the_content_counts_not_the_name(tmp_path: Path) -> None:
     assert (tmp_path / "odd").read_bytes()[:2] == b"\x80\x02"
     with open_tensors(tmp_path / "odd") as opened:
         assert opened["a"].tolist() == [1, 1]
-        assert opened.file("a").metadata["format"] == "np"
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "says"),
+    ("weight_map", "message"),
     [
         ({"a": "../secret.safetensors"}, "expected the plain name"),
         ({"a": "/etc/passwd"}, "expected the plain name"),
@@ -284,32 +283,38 @@ def test_the_content_counts_not_the_name(tmp_path: Path) -> None:
         ({"a": "gone.safetensors"}, "'gone.safetensors', which is not there"),
         (
             {"a": "one.safetensors", "c": "one.safetensors"},
-            "'c' stands in one.safetensors, which does not hold it",
+            "the index puts 'c' in one.safetensors, which does not hold it",
         ),
-        ({"a": "one.safetensors"}, "holds 'b', which the index does not say"),
-        ({"a": "one.safetensors", "b": "two.safetensors"}, "'b' stands in two.safetensors, which does not"),
+        ({"a": "one.safetensors"}, "holds 'b', which the index does not list"),
+        (
+            {"a": "one.safetensors", "b": "two.safetensors"},
+            "the index puts 'b' in two.safetensors, which does not",
+        ),
     ],
 )
-def test_indexes_that_lie(weight_map: object, says: str, tmp_path: Path) -> None:
+def test_indexes_that_lie(weight_map: object, message: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "folder" / "one.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "folder" / "two.safetensors")
     (tmp_path / "folder" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=says), open_tensors(tmp_path / "folder"):
+    with pytest.raises(CheckpointError, match=message), open_tensors(tmp_path / "folder"):
         pass
 
 
 def test_broken_indexes(tmp_path: Path) -> None:
-    for text in (
-        "{",
-        "[]",
-        "{}",
-        '{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}',
-        "[" * 100_000,
+    for text, message in (
+        ("{", "is no valid JSON"),
+        ("[]", "holds a list, expected an object"),
+        ("{}", ": no valid index"),
+        (
+            '{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}',
+            r"is no valid JSON \(a name occurs twice\)",
+        ),
+        ("[" * 100_000, "is no valid JSON"),
     ):
         (tmp_path / INDEX).write_text(text)
-        with pytest.raises(CheckpointError, match=r"index\.json: "), open_tensors(tmp_path):
+        with pytest.raises(CheckpointError, match=rf"index\.json ?{message}"), open_tensors(tmp_path):
             pass
     with (tmp_path / INDEX).open("wb") as file:
         file.truncate(33 << 20)
@@ -323,7 +328,8 @@ def test_broken_indexes(tmp_path: Path) -> None:
 def test_written_files_are_those_of_the_library(tmp_path: Path) -> None:
     tensors = samples() | {"transposed": torch.arange(6.0).reshape(2, 3).T}
     info = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    write_safetensors(tmp_path / "model.safetensors", info, lambda name: blocks(tensors[name]))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        write_safetensors(file, info, lambda name: blocks(tensors[name]))
     theirs = load_file(tmp_path / "model.safetensors")
     assert theirs.keys() == tensors.keys()
     assert all(equal(theirs[name], tensor) for name, tensor in tensors.items())

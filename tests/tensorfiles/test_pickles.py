@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from blip2.tensorfiles.errors import BrokenFileError, UnsafeFileError
 from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.pickles import ORDERED_DICT, SHORT, Call, Global, Pickle, Stored, as_dict, read_pickle
-from blip2.tensorfiles.tensors import BrokenFileError, UnsafeFileError
 
 PROTOCOLS = range(6)
 
@@ -30,7 +30,7 @@ def plain(value: Any) -> Any:
     if as_dict(value) is not None:
         return {key: plain(entry) for key, entry in as_dict(value).items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(each) for each in value)
+        return type(value)(plain(item) for item in value)
     return value
 
 
@@ -69,8 +69,8 @@ def test_sets_and_bytes(protocol: int, tmp_path: Path) -> None:
     if protocol < 4:
         value = value[:3]
     ours = read(pickle.dumps(value, protocol), tmp_path).value
-    assert [sorted(each) if isinstance(each, list) else each for each in ours] == [
-        sorted(each) if isinstance(each, (set, frozenset)) else each for each in value
+    assert [sorted(item) if isinstance(item, list) else item for item in ours] == [
+        sorted(item) if isinstance(item, (set, frozenset)) else item for item in value
     ]
 
 
@@ -101,7 +101,7 @@ def test_payload_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with ExitStack() as stack:
         opened = FileBytes(path, stack)
         ours = read_pickle(opened, 0, opened.size, frozenset())
-    assert [each.length for each in ours.value] == [1 << 30] * 100
+    assert [item.length for item in ours.value] == [1 << 30] * 100
     assert sum(counted) < 2 << 20
 
 
@@ -116,7 +116,7 @@ def test_names_stay_words(protocol: int, tmp_path: Path) -> None:
         UnsafeFileError, match=r"asks for 'textwrap\.dedent', which no tensor needs"
     ) as caught:
         read(content, tmp_path)
-    assert caught.value.asked == "textwrap.dedent"
+    assert caught.value.requested == "textwrap.dedent"
     made = read(content, tmp_path, Global("textwrap", "dedent")).value["a"]
     assert isinstance(made, Call)
     assert (str(made.function), made.arguments, made.state) == (

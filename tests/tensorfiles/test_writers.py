@@ -33,16 +33,17 @@ INFO = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in 
 
 def write(writer: Writer, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remap, "BLOCK_ELEMENTS", 64)  # several pieces a tensor
-    writer(path, INFO, lambda name: blocks(TENSORS[name]))
+    with path.open("wb") as file:
+        writer(file, INFO, lambda name: blocks(TENSORS[name]))
 
 
-def assert_equal(found: dict[str, Tensor]) -> None:
-    assert [*found] == [*TENSORS] or found.keys() == TENSORS.keys()
+def assert_equal(written: dict[str, Tensor]) -> None:
+    assert [*written] == [*TENSORS] or written.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
-            name
-        )
+        assert (written[name].dtype, written[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(
+            written[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        ), name
 
 
 def test_torch_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +66,9 @@ class Numpy(pickle.Unpickler):
 
 def test_numpy_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(write_pdparams, tmp_path / "model_state.pdparams", monkeypatch)
-    found = Numpy(io.BytesIO((tmp_path / "model_state.pdparams").read_bytes())).load()
-    assert found.pop(NAME_TABLE) == {name: name for name in TENSORS}
-    arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in found.items()}
+    written = Numpy(io.BytesIO((tmp_path / "model_state.pdparams").read_bytes())).load()
+    assert written.pop(NAME_TABLE) == {name: name for name in TENSORS}
+    arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in written.items()}
     assert arrays["brain"].dtype == np.uint16
     brain = torch.from_numpy(arrays.pop("brain").copy()).view(torch.bfloat16)
     assert_equal({name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | {"brain": brain})
@@ -92,5 +93,8 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
         yield torch.zeros(2).to(torch.float8_e4m3fn)
 
     for writer in (write_torch, write_pdparams):
-        with pytest.raises(CheckpointError, match=r"odd is torch\.float8_e4m3fn"):
-            writer(tmp_path / "file", info, read)
+        with (
+            pytest.raises(CheckpointError, match=r"odd is torch\.float8_e4m3fn"),
+            (tmp_path / "file").open("wb") as file,
+        ):
+            writer(file, info, read)

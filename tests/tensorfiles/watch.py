@@ -61,8 +61,8 @@ def main(step: int) -> None:
         for number, case in enumerate(cases()):
             if number % step:
                 continue
-            for each in folder.iterdir():
-                each.unlink()
+            for path in folder.iterdir():
+                path.unlink()
             for file, content in case.files.items():
                 (folder / file).write_bytes(content)
             if not before:

@@ -1,0 +1,1 @@
+"""The model: image encoder, Q-Former, language models, and their configs."""
