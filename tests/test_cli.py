@@ -163,6 +163,7 @@ def test_every_decoding_option_arrives(run: Run, generator_folder: Path, picture
             {"do_sample": True, "temperature": 2.5, "top_k": 9, "seed": 3},
         ),
         ("--top-p 0.7 --seed 3", {"do_sample": True, "top_p": 0.7, "seed": 3}),
+        ("--eos-token-id 5 --eos-token-id 7", {"eos_token_id": [5, 7]}),
     ):
         _, out, _ = run("caption", image, *SHORT, *flags.split(), "--json")
         assert json.loads(out[0])["caption"] == model.caption(image, max_new_tokens=6, **options), flags
@@ -173,8 +174,14 @@ def test_every_decoding_option_arrives(run: Run, generator_folder: Path, picture
             )
     _, out, _ = run("caption", image, *SHORT, "--prompt", "the cat", "--json")
     assert json.loads(out[0])["caption"] == model.caption(image, prompt="the cat", max_new_tokens=6)
-    _, out, _ = run("caption", image, *SHORT, "--num-return-sequences", 3)
-    assert len(out) == 3
+    for count in (1, 3):
+        for name in ("--num-return-sequences", "--num-captions"):
+            status, out, _ = run("caption", image, *SHORT, name, count)
+            assert (status, len(out)) == (0, count)
+            assert out[0] == one_line(model.caption(image, max_new_tokens=6))
+    first = model.caption(image, num_beams=1, max_new_tokens=6).tokens[0]
+    _, out, _ = run("caption", image, *SHORT, "--beams", 1, "--eos-token-id", first, "--json")
+    assert json.loads(out[0])["caption"] == ""
 
 
 def test_streaming_prints_the_same_text(run: Run, pictures: list[Path]) -> None:
@@ -483,12 +490,19 @@ def test_the_output_has_one_name() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_in_a_real_shell(shell: str, run: Run, tmp_path: Path) -> None:
+def test_completion_in_a_real_shell(
+    shell: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"there is no {shell} here")
     script = tmp_path / "script"
     script.write_text("\n".join(run("completion", shell, model=None)[1]) + "\n")
     (tmp_path / "a photo.jpg").touch()
+    command = tmp_path / "bin" / "blip2"  # scripts call it for the words
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m blip2 "$@"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
     for typed, completed in (
         ("blip2 capt", "caption"),
         ("blip2 caption x.jpg --exis", "--existing"),
@@ -497,9 +511,9 @@ def test_completion_in_a_real_shell(shell: str, run: Run, tmp_path: Path) -> Non
         ("blip2 caption a", "a\\ photo.jpg"),
     ):
         if shell == "fish":
-            command = f"source {script}; complete -C '{typed}'"
+            program = f"source {script}; complete -C '{typed}'"
             answer = subprocess.run(
-                ["fish", "--no-config", "-c", command], cwd=tmp_path, capture_output=True, text=True
+                ["fish", "--no-config", "-c", program], cwd=tmp_path, capture_output=True, text=True
             )
             assert answer.stdout.split("\t")[0].rstrip("\n") in (completed, completed.replace("\\", "")), (
                 answer

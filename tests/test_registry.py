@@ -194,6 +194,6 @@ def test_the_report(machine: doctor.Machine) -> None:
     text = "\n".join(doctor.report_lines(machine, checkups))
     assert "Salesforce/blip2-opt-6.7b-coco: CANNOT RUN" in text
     assert "avx512_bf16" in text
-    first, *rest = json.loads(json.dumps(doctor.report_json(machine, checkups)))
+    first, *rest = json.loads(json.dumps(doctor.report_records(machine, checkups)))
     assert first["machine"]["memory"] == 32 * GIB
     assert [model["name"] for model in rest] == [checkup.name for checkup in checkups]

@@ -137,6 +137,9 @@ def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> N
     assert (done.done, done.before, len(seen)) == (2, 15, 13)
     names = [json.loads(line)["image"] for line in out.read_text().splitlines()]
     assert len(names) == len(set(names)) == 17
+    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    assert journal.finished  # as after the first run
+    journal.close()
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
