@@ -1,16 +1,12 @@
-"""What users hand in: one image or many, opened and in batches; paths, patterns and folders on a command line."""
+"""What users hand in: one image or many, opened and in batches."""
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
-from blip2.images import SUFFIXES as SUFFIXES
 from blip2.images import ImageError, ImageSource, load_image
 
 BATCH_SIZE = 8  # images computed at a time
@@ -58,29 +54,3 @@ def open_image(image: ImageSource, index: int) -> Image.Image:
         return load_image(image)
     except ImageError as error:
         raise ImageError(f"image {index + 1}: {error}" if index else str(error)) from error
-
-
-def expand(argument: str) -> list[str]:
-    """A path, a pattern such as 'photos/**/*.jpg' or a folder (searched through) -> the paths of images, sorted.
-
-    A path that does not exist comes back as it is: opening it says so.
-
-    Raises:
-        ImageError: a folder without images, or a pattern that nothing matches.
-    """
-    if Path(argument).exists() or not glob.has_magic(argument):
-        matches, problem = [argument], f"the folder holds no images ({' '.join(sorted(SUFFIXES))})"
-    else:
-        matches, problem = sorted(glob.glob(argument, recursive=True)), "no file matches this pattern"
-    paths = dict.fromkeys(image for path in matches for image in _images_at(path))
-    if not paths:
-        raise ImageError(f"{argument}: {problem}")
-    return list(paths)
-
-
-def _images_at(path: str) -> list[str]:
-    """A folder's images, sorted; any other path as it is."""
-    if not Path(path).is_dir():
-        return [path]
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names]
-    return sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES)

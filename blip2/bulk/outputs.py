@@ -19,8 +19,7 @@ from PIL import Image
 
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
 from blip2.bulk.sources import IN_TABLE, NO_PYARROW, ImageItem, parquet_items
-from blip2.images import ImageError
-from blip2.inputs import SUFFIXES
+from blip2.images import SUFFIXES, ImageError
 from blip2.storage import replace_file
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip2.bulk.journal import BulkError
-from blip2.images import ImageError
-from blip2.inputs import SUFFIXES
+from blip2.images import SUFFIXES, ImageError
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
