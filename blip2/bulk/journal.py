@@ -113,6 +113,8 @@ class Journal:
         self.finished = line == _END
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        # Journals written before the option was renamed go on.
+        old = {"num_beams" if name == "beams" else name: value for name, value in old.items()}
         differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
         if differ:
             self.close()

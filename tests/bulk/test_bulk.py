@@ -120,6 +120,14 @@ def test_a_second_run_and_other_settings_are_refused(tmp_path: Path) -> None:
     run(folder, out, run_config={"model": "m"})
 
 
+def test_a_run_begun_before_beams_was_renamed_goes_on(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 5), tmp_path / "out.jsonl"
+    run(folder, out, run_config={"beams": 5})
+    run(folder, out, run_config={"num_beams": 5})
+    with pytest.raises(BulkError, match="num_beams was 5, now 2"):
+        run(folder, out, run_config={"num_beams": 2})
+
+
 def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "in", 15), tmp_path / "out.jsonl"
     seen: list[bytes] = []
