@@ -59,7 +59,9 @@ class ImageItem(NamedTuple):
         path = Path(self.path)
         try:
             if not path.is_file():  # a pipe or a device would make reading wait
-                raise ImageError(f"{self.name}: no such file" + (" (a folder?)" if path.is_dir() else ""))
+                device = path.exists() and not path.is_dir()
+                what = "no regular file" if device else "no such file" + " (a folder?)" * path.is_dir()
+                raise ImageError(f"{self.name}: {what}")
             if (path.stat().st_size if self.size < 0 else self.size) > MAX_BYTES:
                 raise ImageError(f"{self.name}: the file is larger than {MAX_BYTES >> 20} MiB")
             with path.open("rb") as file:

@@ -72,12 +72,14 @@ def test_every_source(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_reported(tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to("nowhere")
     (tmp_path / "deep.png").mkdir()
-    (tmp_path / "list.txt").write_text("gone.png\ndeep.png\na\0b.png\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "list.txt").write_text("gone.png\ndeep.png\na\0b.png\npipe.png\n")
     rows = run(tmp_path / "list.txt", tmp_path / "o.jsonl")
     assert [row["error"].removeprefix(f"{tmp_path}/") for row in rows] == [
         "gone.png: no such file",
         "deep.png: no such file (a folder?)",
         "a\0b.png: no such file",
+        "pipe.png: no regular file",
     ]
     assert [json.loads(line) for line in (tmp_path / ".o.jsonl.blip2" / "errors.jsonl").open()] == rows
 
