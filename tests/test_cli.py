@@ -522,6 +522,12 @@ def test_completion_in_a_real_shell(
             assert _type(shell, f"cd {tmp_path}; {_SETUP[shell]} {script}", typed, f"{completed} ")
 
 
+def test_completion_of_a_value_that_bash_splits_off(run: Run) -> None:
+    words = ("completion", "bash", "--words", "caption", "x", "--format", "=")
+    assert run(*words, model=None)[1] == run(*words, "par", model=None)[1]
+    assert "parquet" in run(*words, "par", model=None)[1]
+
+
 _SETUP = {"bash": "source", "zsh": "autoload -Uz compinit; compinit -D -u; source"}
 
 

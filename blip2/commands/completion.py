@@ -61,6 +61,9 @@ def _choices(words: Sequence[str]) -> dict[str, str]:
 
     parser = build_parser()
     commands = subcommands(parser)
+    if "=" in words[1:]:  # bash makes three words of --format=csv
+        words = [*words, ""] if words[-1] == "=" else words
+        words = [word for word in words if word != "="]
     *before, current = words
     if not before:
         return {name: command.description or "" for name, command in commands.items()} | _flags(parser)
