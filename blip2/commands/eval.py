@@ -19,7 +19,7 @@ from blip2.evaluate.tasks import TASK_NAMES
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    about = "one of %(choices)s; default: easyvqa and scenes"
+    about = "one of %(choices)s; the task default is easyvqa and scenes"
     parser.add_argument("task", choices=TASK_NAMES, metavar="TASK", help=about)
     about = "the folder of the data, for captions and questions a file; see docs/evaluating.md"
     option(parser, "--data", "DIR", about, type=Path)

@@ -21,7 +21,7 @@ def inputs_of(args: argparse.Namespace, *, strict: bool = False) -> Inputs:
     from blip2.bulk import Inputs
 
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise ValueError("batch_size must be at least 1, and so must --limit")
+        raise ValueError("--batch-size and --limit must be at least 1")
     sources = [args.images] if isinstance(args.images, str) else args.images
     return Inputs(
         sources=sources,

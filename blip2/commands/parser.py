@@ -27,7 +27,8 @@ EXAMPLES = """\
 EPILOG = """\
 Results go to standard output, progress and errors to standard error.
 Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.
-BLIP2_DEBUG=1 shows where an error comes from; BLIP2_MODEL=NAME is another default of --model.
+BLIP2_DEBUG=1 shows where an error comes from. BLIP2_MODEL=NAME is another default of --model
+for caption, ask, chat, explain and serve.
 """
 
 
