@@ -126,10 +126,15 @@ def test_folders_and_patterns(run: Run, pictures: list[Path], tmp_path: Path) ->
     assert paths(tmp_path / "a") == ["a/1.png", "a/2.PNG", "a/b/3.png"]
     assert paths(tmp_path / "a" / "*.*g", tmp_path / "a" / "b") == ["a/1.png", "a/b/3.png"]
     assert paths(tmp_path / "**" / "*.png") == ["a/1.png", "a/b/3.png"]
-    status, out, err = run("caption", tmp_path / "empty", tmp_path / "*.gif")
+    (tmp_path / "list.txt").touch()
+    (tmp_path / "x.csv").write_text("a,b\n")
+    sources = [tmp_path / name for name in ("empty", "*.gif", "list.txt", "x.csv")]
+    status, out, err = run("caption", *sources)
     assert (status, out) == (1, [])
     assert "the folder holds no images" in err[0]
     assert "no file matches" in err[1]
+    assert err[2] == f"blip2: {sources[2]}: it lists no images"
+    assert err[3].startswith(f"blip2: {sources[3]} has the columns a, b")
 
 
 def test_standard_input(run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +417,7 @@ def test_json_of_a_name_that_is_no_utf8(capsys: pytest.CaptureFixture[str]) -> N
         (["caption", "x.jpg", "--min-new-tokens", "50"], "min_new_tokens"),
         (["caption", "x.jpg", "y.jpg", "--stream"], "--stream"),
         (["caption", "x.jpg", "--stream", "--beams", "2"], "--stream"),
-        (["caption", "x.jpg", "--batch-size", "0"], "batch_size"),
+        (["caption", "x.jpg", "--batch-size", "0"], "--batch-size"),
         (["ask", "x.jpg"], "QUESTION"),
     ],
 )

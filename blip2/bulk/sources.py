@@ -53,7 +53,8 @@ class ImageItem(NamedTuple):
     def read(self) -> bytes:
         """The bytes of the image file. Raises ImageError where they cannot be read."""
         if self.problem:
-            raise ImageError(f"{self.name}: {self.problem}")
+            named = self.problem.startswith(self.name)
+            raise ImageError(self.problem if named else f"{self.name}: {self.problem}")
         if self.content is not None:
             return self.content
         path = Path(self.path)
@@ -81,8 +82,8 @@ class Inputs:
         .parquet tables with a column of paths or bytes, .json as COCO's or a list of rows, .jsonl.
     include, exclude: patterns for the files of folders, such as '*.jpg' or 'train/*'.
     limit: the first so many of the items. shard: "i/n", the i-th of n equal parts, from 1.
-    strict: False: a source that cannot be listed is an item with that as its problem, and so is a folder without
-        images; the other sources follow.
+    strict: False: a source that cannot be listed is an item with that as its problem, and so is one without images;
+        the other sources follow.
     stdin: the image that the source "-" is.
 
     Raises:
@@ -126,18 +127,20 @@ class Inputs:
                 for item in _source(source, len(self.sources) == 1, self.include, self.exclude):
                     empty = False
                     yield item
-                if empty and not self.strict and os.path.isdir(source):
-                    suffixes = " ".join(self.include or sorted(SUFFIXES))
-                    raise BulkError(f"{source}: the folder holds no images ({suffixes})")
+                if empty and not self.strict:
+                    folder = f"the folder holds no images ({' '.join(self.include or sorted(SUFFIXES))})"
+                    raise BulkError(f"{source}: {folder if os.path.isdir(source) else 'it lists no images'}")
             except BulkError as error:
                 if self.strict:
                     raise
-                yield ImageItem(source, source, problem=str(error).removeprefix(f"{source}: "))
+                yield ImageItem(source, source, problem=str(error))
 
 
 def _check_exists(source: str) -> None:
     if source.startswith(("http:", "https:")):
         raise BulkError(f"{source}: no such file; URLs are not fetched here, download it first")
+    if source == "-":
+        raise BulkError("-: a run that can be continued needs a file; save the image, or leave out --out")
     if not os.path.exists(source) and not glob.has_magic(source):
         raise BulkError(f"{source}: no such file or folder")
 

@@ -300,6 +300,7 @@ def test_the_command(
     (tmp_path / "bad.png").write_bytes(b"no image")
     for source, message in (
         ("no.jpg", "no such file or folder"),
+        ("-", "save the image"),
         (str(tmp_path / "none"), "no images found"),
     ):
         (tmp_path / "none").mkdir(exist_ok=True)
