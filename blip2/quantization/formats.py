@@ -125,10 +125,6 @@ class Int4Weight:
         """The tensors it is made of."""
         return self.values, self.scales, self.zeros
 
-    def rows(self, outputs: slice) -> Int4Weight:
-        """Some of its outputs' weights."""
-        return Int4Weight(self.values[outputs], self.scales[outputs], self.zeros[outputs])
-
     def to(self, device: torch.device) -> Int4Weight:
         """The same on a device."""
         mapped = self.mapped and device.type == "cpu"
