@@ -103,11 +103,6 @@ class BeamSequence:
             return None
 
 
-def width(options: GenerationOptions) -> int:
-    """The rows that a prompt takes."""
-    return max(options.num_beams, options.num_return_sequences)
-
-
 class ContinuousBatch:
     """All texts being written: `join` adds some, `choose` picks each row's next token, `advance` decodes those tokens.
 
@@ -159,20 +154,16 @@ class ContinuousBatch:
         if prompt_cache is None:
             prefixes = decoding.prefixes(prefix.shape[1])
         history = history_before(self._model, prefix, input_ids, attention_mask)
-        joined = [
-            self._begin(option, history[i : i + 1], top)
-            for i, (option, top) in enumerate(zip(options, tops, strict=True))
-        ]
-        prompts = [i for i, option in enumerate(options) for _ in range(width(option))]
+        joined = [self._begin(*prompt) for prompt in zip(options, history.split(1), tops, strict=True)]
+        prompts = [i for i, option in enumerate(options) for _ in range(option.rows)]
         index = torch.tensor(prompts, device=prefix.device)
         logits = decoding.logits[index]
         if len(prompts) > len(options):
             decoding.batch_select_indices(index)
-        if self._decoding is None or self._logits is None:
-            self._decoding, self._logits = decoding, logits
-        else:
+        if self._decoding is not None and self._logits is not None:
             self._decoding.concat(decoding)
-            self._logits = torch.cat([self._logits, logits])
+            decoding, logits = self._decoding, torch.cat([self._logits, logits])
+        self._decoding, self._logits = decoding, logits
         self._texts += [text for texts in joined for text in texts]
         return joined, prefixes
 
@@ -202,12 +193,10 @@ class ContinuousBatch:
         self._parents = torch.arange(len(self), device=self._logits.device)
         groups: dict[tuple[object, ...], list[tuple[int, SampledSequence]]] = {}
         for row, text in self._first_rows():
+            rows = slice(row, row + text.options.num_beams)
             if isinstance(text, SampledSequence):
                 groups.setdefault(text.sampling_key, []).append((row, text))
-                continue
-            rows = slice(row, row + text.options.num_beams)
-            move = text.next_move(self._logits[rows])
-            if move is not None:
+            elif (move := text.next_move(self._logits[rows])) is not None:
                 self._ids[rows], self._parents[rows] = move.ids, move.parents + row
         for group in groups.values():
             self._append(torch.tensor([row for row, _ in group]), [sequence for _, sequence in group])
@@ -229,17 +218,15 @@ class ContinuousBatch:
                 sequence.tops.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
     def _choose_next(self, logits: Tensor, sequences: list[SampledSequence]) -> Tensor:
-        options, step, device = sequences[0].options, len(sequences[0].ids), logits.device
-        ids: list[list[int]] = [[] for _ in sequences]
-        if options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0:
-            ids = [sequence.history + sequence.ids for sequence in sequences]
+        first, device = sequences[0], logits.device
+        options, step = first.options, len(first.ids)
+        needed = options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0
+        ids = [sequence.history + sequence.ids if needed else [] for sequence in sequences]
         length = max(map(len, ids))
         history = torch.tensor([[PADDING] * (length - len(row)) + row for row in ids], device=device)
-        end_ids = torch.tensor(sequences[0].end_ids, dtype=torch.int64, device=device)
-        uniform = None
-        if options.do_sample:
-            numbers = [(sequence.noise or [])[len(sequence.ids)] for sequence in sequences]
-            uniform = torch.tensor(numbers, device=device)
+        end_ids = torch.tensor(first.end_ids, dtype=torch.int64, device=device)
+        numbers = [sequence.noise[len(sequence.ids)] for sequence in sequences if sequence.noise]
+        uniform = torch.tensor(numbers, device=device) if options.do_sample else None
         return choose_next(logits, history.long(), options, step, end_ids, uniform)
 
     @torch.inference_mode()

@@ -79,19 +79,13 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def prefill(
-        self,
-        embeddings: Tensor,
-        mask: Tensor,
-        prompt_cache: PromptCache | None = None,
-        *,
-        rows: int,
-        max_new_tokens: int,
+        self, embeddings: Tensor, mask: Tensor, past: PromptCache | None, rows: int, max_new_tokens: int
     ) -> DecodeState:
         """Read prompts, ready to write `rows` continuations of each.
 
         Args:
             embeddings, mask: as for `forward`.
-            prompt_cache: what the same B prompts begin with, read before.
+            past: what the same B prompts begin with, read before.
 
         Raises:
             ValueError: prompt and new tokens take more positions than the model has.

@@ -126,11 +126,7 @@ class Opt(LanguageModel):
         """Hidden states [B, T, W] of embeddings that come after `past`, and the cache that includes them."""
         batch, length = embeddings.shape[:2]
         before = 0 if past is None else past.length
-        new_mask = (
-            torch.ones(batch, length, dtype=torch.bool, device=embeddings.device)
-            if mask is None
-            else mask.bool()
-        )
+        new_mask = embeddings.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
         full_mask = new_mask if past is None else torch.cat([past.mask, new_mask], dim=1)  # [B, S]
         self._check_length(int(full_mask.sum(1).max()))
         positions = (full_mask.cumsum(1) * full_mask - 1)[:, before:]  # counted over what is not padding
@@ -156,18 +152,12 @@ class Opt(LanguageModel):
         return self._read(prefix)[1]
 
     def prefill(
-        self,
-        embeddings: Tensor,
-        mask: Tensor,
-        prompt_cache: PromptCache | None = None,
-        *,
-        rows: int,
-        max_new_tokens: int,
+        self, embeddings: Tensor, mask: Tensor, past: PromptCache | None, rows: int, max_new_tokens: int
     ) -> DecodeState:
         # Checked before anything is written; the last new token is never read.
-        before = 0 if prompt_cache is None else prompt_cache.mask.sum(1)
+        before = 0 if past is None else past.mask.sum(1)
         self._check_length(int((before + mask.sum(1)).max()) + max_new_tokens - 1)
-        hidden, prompt_cache = self._read(embeddings, mask, prompt_cache)
+        hidden, prompt_cache = self._read(embeddings, mask, past)
         last = (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B], not padding
         logits = self.lm_head(hidden[torch.arange(len(last), device=last.device), last]).float()
         heads, width = self.config.num_attention_heads, self.config.hidden_size

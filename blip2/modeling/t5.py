@@ -292,15 +292,9 @@ class T5(LanguageModel):
         """None: the encoder reads prefix and prompt together."""
 
     def prefill(
-        self,
-        embeddings: Tensor,
-        mask: Tensor,
-        prompt_cache: PromptCache | None = None,
-        *,
-        rows: int,
-        max_new_tokens: int,
+        self, embeddings: Tensor, mask: Tensor, past: PromptCache | None, rows: int, max_new_tokens: int
     ) -> DecodeState:
-        if prompt_cache is not None:
+        if past is not None:
             raise ValueError("T5 reads prefix and prompt together and has no cache of a prefix alone")
         prompt_cache = self._read(embeddings, mask)
         config, count = self.config, len(mask) * rows
@@ -317,8 +311,7 @@ class T5(LanguageModel):
         return logits.squeeze(1).float()
 
     def _read(self, embeddings: Tensor, mask: Tensor | None) -> PromptCache:
-        shape = embeddings.shape[:2]
-        mask = embeddings.new_ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+        mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         return self.decoder.read_prompt(self.encoder(embeddings, mask), mask)
 
     def _scale(self, hidden: Tensor) -> Tensor:

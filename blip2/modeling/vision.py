@@ -109,14 +109,11 @@ class ImageEncoder(nn.Module):
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Pixels -> patches [B, W, h, w]."""
-        embedding = self.patch_embedding
-        out: Tensor
-        if not lacks_native_bf16(embedding.weight):
-            out = embedding(pixels.to(embedding.weight.dtype))
-            return out
-        bias = None if embedding.bias is None else embedding.bias.float()
-        out = F.conv2d(pixels.float(), embedding.weight.float(), bias, embedding.stride)
-        return out.to(embedding.weight.dtype)
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        dtype = torch.float32 if lacks_native_bf16(weight) else weight.dtype
+        bias = bias if bias is None else bias.to(dtype)
+        out = F.conv2d(pixels.to(dtype), weight.to(dtype), bias, self.config.patch_size)
+        return out.to(weight.dtype)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1, rows * columns + 1, W] for a grid of patches, bicubic from the stored square."""
