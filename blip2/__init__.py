@@ -24,19 +24,9 @@ if TYPE_CHECKING:
     from blip2.results import Answer, Caption, EncodedImage, Match, Ranked
 
 __all__ = [
-    "Answer",
-    "Caption",
-    "Chat",
-    "ConfigError",
-    "EncodedImage",
-    "Explanation",
-    "GenerationOptions",
-    "ImageError",
-    "Match",
-    "Predictor",
-    "Ranked",
-    "load",
-]
+    "Answer", "Caption", "Chat", "ConfigError", "EncodedImage", "Explanation", "GenerationOptions", "ImageError",
+    "Match", "Predictor", "Ranked", "load",
+]  # fmt: skip
 
 _HOMES = {
     "ConfigError": "modeling.config",

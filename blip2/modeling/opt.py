@@ -36,22 +36,16 @@ class OptAttention(nn.Module):
         return out, key, value
 
     def decode_step(
-        self,
-        x: Tensor,
-        prompt: tuple[Tensor, Tensor],
-        prompt_mask: Tensor,
-        padding: Tensor | None,
-        kv_cache: KVCache,
-        layer: int,
+        self, x: Tensor, layer: int, prompt_cache: PromptCache, kv_cache: KVCache, padding: Tensor | None
     ) -> Tensor:
-        """One token for each row: x [B * n, 1, W]; prompt, keys and values [B, H, S, D]; prompt_mask bool [B, 1, 1, S];
-        padding, of the kv_cache, bool [B, 1, n, t] (None: nowhere)."""
+        """One token for each row, x [B * n, 1, W]; padding, of the kv_cache, bool [B, 1, n, t] (None: nowhere)."""
         query, key, value = self._project(x)  # [B * n, H, 1, D]
         keys, values = kv_cache.append(layer, key, value)  # [B * n, H, t, D]
-        prompts = len(prompt[0])
+        prompt, hidden = prompt_cache.layers[layer], ~prompt_cache.mask[:, None, None, :]  # [B, 1, 1, S]
+        prompts = len(hidden)
         query = query * query.shape[-1] ** -0.5
         by_prompt = query.squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, D]
-        far = (by_prompt @ prompt[0].mT).masked_fill(~prompt_mask, float("-inf"))  # [B, H, n, S]
+        far = (by_prompt @ prompt[0].mT).masked_fill(hidden, float("-inf"))  # [B, H, n, S]
         near = (query @ keys.mT).squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, t]
         if padding is not None:
             near = near.masked_fill(padding, float("-inf"))
@@ -63,11 +57,8 @@ class OptAttention(nn.Module):
         return out
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            split_heads(self.q_proj(x), self.heads),
-            split_heads(self.k_proj(x), self.heads),
-            split_heads(self.v_proj(x), self.heads),
-        )
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return split_heads(query, self.heads), split_heads(key, self.heads), split_heads(value, self.heads)
 
 
 class OptDecoderLayer(nn.Module):
@@ -96,9 +87,8 @@ class Opt(LanguageModel):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(
-            config.max_position_embeddings + POSITION_OFFSET, config.hidden_size
-        )
+        positions = config.max_position_embeddings + POSITION_OFFSET
+        self.embed_positions = nn.Embedding(positions, config.hidden_size)
         self.layers = nn.ModuleList(OptDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -168,16 +158,15 @@ class Opt(LanguageModel):
         rows = len(ids) // len(prompt_cache.mask)
         positions = prompt_cache.mask.sum(1).repeat_interleave(rows) + kv_cache.row_lengths + POSITION_OFFSET
         x = (self.embed(ids) + self.embed_positions(positions)).unsqueeze(1)  # [B * n, 1, W]
-        prompt_mask, padding = prompt_cache.mask[:, None, None, :], kv_cache.padding
+        padding = kv_cache.padding
         if padding is not None:
             padding = padding.unflatten(0, (-1, rows))[:, None]  # [B, 1, n, t + 1]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, OptDecoderLayer)
             normed = layer.self_attn_layer_norm(x)
-            out = layer.self_attn.decode_step(
-                normed, prompt_cache.layers[i], prompt_mask, padding, kv_cache, i
+            x = layer.feed_forward(
+                x + layer.self_attn.decode_step(normed, i, prompt_cache, kv_cache, padding)
             )
-            x = layer.feed_forward(x + out)
         kv_cache.length += 1
         logits: Tensor = self.lm_head(self.final_layer_norm(x))
         return logits.squeeze(1).float()

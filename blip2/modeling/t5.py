@@ -74,9 +74,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.activation(self.wi_0(x)) * self.wi_1(x) if self.gated else self.activation(self.wi(x))
-        if isinstance(
-            self.wo, nn.Linear
-        ):  # in fp16 models it stays in fp32; packed and quantized ones take any dtype
+        if isinstance(self.wo, nn.Linear):  # fp32 in fp16 models too; packed and quantized it takes any dtype
             inner = inner.to(self.wo.weight.dtype)
         out: Tensor = self.wo(inner)
         return out
@@ -143,18 +141,12 @@ class T5DecoderLayer(nn.Module):
         )
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor,
-        prompt: tuple[Tensor, Tensor],
-        prompt_mask: Tensor,
-        kv_cache: KVCache | None,
-        index: int,
+        self, x: Tensor, mask: Tensor, prompt_cache: PromptCache, kv_cache: KVCache | None, index: int
     ) -> Tensor:
-        """x [B * n, T, W]; mask and kv_cache as for `T5SelfAttentionLayer`; the prompts' own keys and values
-        [B, H, S, D], mask bool [B, 1, 1, S]."""
+        """x [B * n, T, W]; mask and kv_cache as for `T5SelfAttentionLayer`."""
         attention, cross, feed_forward = self.layer
         x = attention(x, mask, kv_cache, index)
+        prompt, prompt_mask = prompt_cache.layers[index], prompt_cache.mask[:, None, None, :]
         by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])  # [B, n * T, W]: a prompt's rows are positions
         out: Tensor = feed_forward(cross(by_prompt, prompt, prompt_mask).view_as(x))
         return out
@@ -171,9 +163,8 @@ class T5PositionBias(nn.Module):
 
     def forward(self, distance: Tensor) -> Tensor:
         """distance int64 [B, T, S], the key's position less the query's -> [B, H, T, S]."""
-        buckets = position_buckets(
-            distance, len(self.weight), self.max_distance, bidirectional=self.bidirectional
-        )
+        count, both = len(self.weight), self.bidirectional
+        buckets = position_buckets(distance, count, self.max_distance, bidirectional=both)
         return F.embedding(buckets, self.weight).movedim(-1, 1)
 
 
@@ -242,12 +233,10 @@ class T5Decoder(nn.Module):
         distance = positions[None, None, :] - positions[None, before:, None]  # [1, T, before + T]
         mask = self.relative_attention_bias(distance)
         mask = mask.masked_fill((distance > 0)[:, None], float("-inf"))  # [1, H, T, before + T]
-        if kv_cache is not None and kv_cache.padding is not None:
-            padding = kv_cache.padding[:, None, None]  # [B * n, 1, 1, before + 1]
-            mask = mask.masked_fill(padding, float("-inf"))
-        prompt_mask = prompt_cache.mask[:, None, None, :]
+        if kv_cache is not None and (padding := kv_cache.padding) is not None:
+            mask = mask.masked_fill(padding[:, None, None], float("-inf"))  # [B * n, H, 1, before + 1]
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, prompt_cache.layers[i], prompt_mask, kv_cache, i)
+            x = layer(x, mask, prompt_cache, kv_cache, i)
         if kv_cache is not None:
             kv_cache.length += 1
         out: Tensor = self.final_layer_norm(x)

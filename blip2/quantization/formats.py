@@ -233,10 +233,6 @@ def read_quantized(
 
 def stored_mode(tensors: Tensors) -> Mode | None:
     """The mode a checkpoint was quantized in; None where it holds floats."""
-    kinds = {
-        file.kind(name)
-        for name in tensors
-        for file in [tensors.file(name)]
-        if isinstance(file, QuantizedFile)
-    }
+    files = ((name, tensors.file(name)) for name in tensors)
+    kinds = {file.kind(name) for name, file in files if isinstance(file, QuantizedFile)}
     return None if not kinds else "int4" if Int4Weight in kinds else "int8"
