@@ -29,11 +29,9 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "ConfigError": "modeling.config",
-    "Explanation": "explain",
-    "GenerationOptions": "generation.options",
-    "ImageError": "images",
-} | dict.fromkeys(("Answer", "Caption", "EncodedImage", "Match", "Ranked"), "results")
+    "ConfigError": "modeling.config", "Explanation": "explain", "GenerationOptions": "generation.options",
+    "ImageError": "images", **dict.fromkeys(("Answer", "Caption", "EncodedImage", "Match", "Ranked"), "results"),
+}  # fmt: skip
 
 
 if not TYPE_CHECKING:  # or a type checker would let any name pass

@@ -34,7 +34,6 @@ from blip2.quantization.linear import Int8ImageLinear, Int8Linear, onednn_multip
 from blip2.registry import BYTES, KnownModel, int4_bytes
 from blip2.text import CAPTION_PROMPT
 
-PEERS = ("transformers",)
 SHORT, LONG = 10, 20  # new tokens
 BEAMS = 5
 
@@ -43,7 +42,7 @@ BEAMS = 5
 class Contender:
     """One side: whose code, in what dtype, and how its weights are quantized."""
 
-    code: str  # "blip2" or one of PEERS
+    code: str  # "blip2" or "transformers"
     folder: str
     dtype: str
     quantize: Mode | None = None
@@ -80,9 +79,8 @@ class Ours:
         self, prefix: Tensor, num_beams: int, tokens: int, prompt_cache: PromptCache | None = None
     ) -> None:
         options = GenerationOptions(num_beams=num_beams, max_new_tokens=tokens, min_new_tokens=tokens)
-        generate(
-            self.model, prefix, self.ids.expand(len(prefix), -1), None, options, prompt_cache=prompt_cache
-        )
+        ids = self.ids.expand(len(prefix), -1)
+        generate(self.model, prefix, ids, None, options, prompt_cache=prompt_cache)
 
     def ask_again(self, prefix: Tensor) -> Callable[[], None]:
         prompt_cache = self.model.prefill_prefix(prefix)
@@ -110,14 +108,9 @@ class Theirs:
         words = self.model.get_input_embeddings()(self.ids.expand(len(prefix), -1))
         embeddings = torch.cat([prefix, words.to(prefix.dtype)], dim=1)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-        self.model.language_model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            num_beams=num_beams,
-            do_sample=False,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-        )
+        options = {"num_beams": num_beams, "do_sample": False}
+        options |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        self.model.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
 
 # --- one round of one side, in a process of its own ------------------------------------------------------------------
@@ -167,9 +160,6 @@ def _seconds(work: Callable[[], object], times: int = 3) -> float:
         if sum(taken) > 15:
             break
     return median(taken)
-
-
-# --- the machine's limits --------------------------------------------------------------------------------------------
 
 
 def limits() -> dict[str, float]:
@@ -317,9 +307,8 @@ def _recorded(record: Path | None) -> dict[tuple[str, int], dict[str, float]]:
 def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     """One round in a process of its own."""
     request = json.dumps({"side": asdict(side), "batches": batches})
-    done = subprocess.run(
-        [sys.executable, "-m", "blip2.bench", request], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "blip2.bench", request]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{side.name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -328,37 +317,37 @@ def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
 
 def predicted_peak(side: Contender) -> float:
     """The memory that `blip2 doctor` predicts for a side."""
-    config, parameters, disk_bytes = stored_model(Path(side.folder))
-    return KnownModel(side.folder, "", "", config, parameters, disk_bytes).memory_bytes(
-        side.quantize or side.dtype
-    )
+    model = KnownModel(side.folder, "", "", *stored_model(Path(side.folder)))
+    return model.memory_bytes(side.quantize or side.dtype)
 
 
 def operations(side: Contender) -> dict[str, float]:
     """Multiplications and additions of encoding an image, and with OPT of reading its prompt."""
-    folder = Path(side.folder)
-    config = read_config_file(folder)
-    assert isinstance(config, Blip2Config)
+    config = _config(side)
     vision, language = config.vision, config.language
     width, positions = vision.hidden_size, vision.num_positions
     matrices = 4 * width * width + 2 * width * vision.intermediate_size
     layer = 2 * positions * matrices + 4 * positions * positions * width
     counted = {"encode": float(vision.num_hidden_layers * layer)}
     if not language.is_encoder_decoder:
-        prompt = config.num_query_tokens + len(load_processors(folder)[1].encode(CAPTION_PROMPT))
+        prompt = config.num_query_tokens + len(load_processors(side.folder)[1].encode(CAPTION_PROMPT))
         counted["prefill"] = 2.0 * prompt * language.matrix_values()
     return counted
 
 
 def decode_bytes(side: Contender) -> float:
     """The weights that one step of the language model reads."""
-    config = read_config_file(Path(side.folder))
-    assert isinstance(config, Blip2Config)
-    language = config.language
+    language = _config(side).language
     head = language.vocab_size * language.width
     value = {"int8": 1.0, "int4": int4_bytes(language)}.get(side.quantize or "", BYTES[side.dtype])
     matrices = language.matrix_values(decode_step=True) * value
     return matrices + head * (1.0 if side.quantize else BYTES[side.dtype])
+
+
+def _config(side: Contender) -> Blip2Config:
+    config = read_config_file(Path(side.folder))
+    assert isinstance(config, Blip2Config)
+    return config
 
 
 if __name__ == "__main__":

@@ -108,10 +108,7 @@ class Explanation(Explained):
 def explain(
     model: Blip2, tokenizer: Tokenizer, pixels: Tensor, prompt: str, text: str
 ) -> Generator[None, None, Explained]:
-    """Explain why `text` follows `prompt` for a picture: in slices, between which the model may do other things.
-
-    Args:
-        pixels: the picture, float32 [1, 3, S, S].
+    """Explain why `text` follows `prompt` for pixels [1, 3, S, S]: in slices, between which the model is free.
 
     Raises:
         ValueError: no words, or more than the language model reads.

@@ -37,7 +37,7 @@ class KnownModel:
     """A model that can be loaded by name.
 
     name: as on the Hugging Face Hub, or "default". alias: the short name. lavis: its name and type in LAVIS.
-    parameters: those of the published ones are checked against the built model (tests/test_models.py).
+    parameters: those of the published ones are checked against the built model (tests/test_registry.py).
     disk_bytes: the published weights, which are fp32; the default model's and its matcher's files.
     """
 
@@ -50,11 +50,7 @@ class KnownModel:
     lavis: str = ""
 
     def memory_bytes(self, dtype: str) -> int:
-        """Memory for one image with five beams of thirty new tokens: an estimate.
-
-        Args:
-            dtype: "fp32", "bf16" or "fp16", or how the weights are quantized: "int8" or "int4".
-        """
+        """Memory for one image with five beams of thirty new tokens, in a dtype or quantized: an estimate."""
         width = BYTES.get(dtype, 4)  # between quantized weights fp32 is computed
         vision = self.config.vision
         working = vision.num_positions * (8 * vision.hidden_size + 2 * vision.intermediate_size) * width
@@ -146,8 +142,7 @@ def default_dtype(parameters: int) -> str:
 def resolve_alias(name: str) -> str:
     """An alias, or a model's name and type in LAVIS -> the name on the Hub; any other name as it is.
 
-    Raises:
-        ValueError: a model of LAVIS that is not on the Hub; the message says how to load it.
+    Raises ValueError for a model of LAVIS that is not on the Hub; the message says how to load it.
     """
     if name.startswith(_LAVIS_USES):
         name = f"blip2:{name.partition(':')[2]}"
@@ -175,8 +170,7 @@ def default_model() -> KnownModel:
 def folder_model(folder: Path, *more: Path, name: str, use: str = "") -> KnownModel:
     """The model in a Hugging Face folder, and the weights in `more` folders beside it.
 
-    Raises:
-        ValueError: the folder holds no model that this package can build.
+    Raises ValueError where the folder holds no model that this package can build.
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -278,9 +278,7 @@ def _beam_search(
 def beam_search(logits: Tensor, history: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
     """Search for the best sequences of b prompts, step by step; what the decoder does between is left to the caller.
 
-    Args:
-        logits: float32 [b, V], for the first new token.
-        history: int64 [b, L], the ids before the first new token.
+    logits: float32 [b, V], for the first new token. history: int64 [b, L], the ids before it.
     """
     n, limit, penalty = options.num_beams, options.max_new_tokens, options.length_penalty
     (b, vocabulary), device = logits.shape, history.device

@@ -288,11 +288,9 @@ _OPT_DEFAULTS = OptConfig(
 _T5_DEFAULTS = T5Config(d_model=512, d_ff=2048, num_layers=6, num_heads=8)
 # Settings of OPT that no BLIP-2 checkpoint uses and this package does not build.
 _OPT_REQUIRED: dict[str, Any] = {
-    "do_layer_norm_before": True,
-    "enable_bias": True,
-    "layer_norm_elementwise_affine": True,
+    "do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True,
     "_remove_final_layer_norm": False,
-}
+}  # fmt: skip
 
 Config = TypeVar("Config", VisionConfig, QFormerConfig, OptConfig, T5Config)
 

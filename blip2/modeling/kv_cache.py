@@ -109,9 +109,7 @@ class KVCache:
         """The rows of both, aligned at their last tokens."""
         caches = (self, other)
         starts = [
-            self.buffer.new_zeros(cache.buffer.shape[2], dtype=torch.int64)
-            if cache.starts is None
-            else cache.starts
+            cache.length - cache.row_lengths + self.buffer.new_zeros(cache.buffer.shape[2], dtype=torch.int64)
             for cache in caches
         ]
         firsts = [int(start.min()) for start in starts]  # positions that no row uses any more are left out

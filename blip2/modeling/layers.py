@@ -66,17 +66,10 @@ def attend(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention: query [B, H, T, D]; key and value [B, H, S, D] -> [B, H, T, D].
 
-    Args:
-        query: [B, H, T, D].
-        key, value: [B, H, S, D].
-        mask: broadcastable to [B, H, T, S]; bool: True may be seen; float: is added to the scores.
-        causal: position t sees s <= t (needs T == S and no mask).
-        scale: of the scores; None: D ** -0.5.
-
-    Returns:
-        [B, H, T, D].
+    mask: broadcastable to [B, H, T, S]; bool: True may be seen; float: is added to the scores.
+    causal: position t sees s <= t (needs T == S and no mask). scale: of the scores; None: D ** -0.5.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not causal:
         factor = query.shape[-1] ** -0.5 if scale is None else scale

@@ -113,7 +113,8 @@ class QFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Image features [B, N, W_image] -> queries [B, Q, W]."""
-        return self._run(self._queries(len(features)), self.query_tokens.shape[1], features, None)
+        queries = self.query_tokens.shape[1]
+        return self._run(self.query_tokens.expand(len(features), -1, -1), queries, features, None)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text alone, bidirectional: ids and mask [B, T] -> [B, T, W]."""
@@ -134,11 +135,8 @@ class QFormer(nn.Module):
             before = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
             before[:queries, :queries] = True
             allowed = before & allowed  # [B, 1, Q + T, Q + T]
-        x = torch.cat([self._queries(len(ids)), self._embed(ids)], dim=1)
+        x = torch.cat([self.query_tokens.expand(len(ids), -1, -1), self._embed(ids)], dim=1)
         return self._run(x, queries, features, allowed)
-
-    def _queries(self, batch: int) -> Tensor:
-        return self.query_tokens.expand(batch, -1, -1)
 
     def _embed(self, ids: Tensor) -> Tensor:
         out: Tensor = self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]]

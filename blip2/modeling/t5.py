@@ -122,33 +122,32 @@ class T5FeedForwardLayer(nn.Module):
         return out
 
 
-class T5EncoderLayer(nn.Module):
-    def __init__(self, config: T5Config) -> None:
+class T5Layer(nn.Module):
+    """A layer of the encoder, or of the decoder, which attends to the prompt too."""
+
+    def __init__(self, config: T5Config, *, decoder: bool) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([T5SelfAttentionLayer(config), T5FeedForwardLayer(config)])
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        attention, feed_forward = self.layer
-        out: Tensor = feed_forward(attention(x, mask))
-        return out
-
-
-class T5DecoderLayer(nn.Module):
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(
-            [T5SelfAttentionLayer(config), T5CrossAttentionLayer(config), T5FeedForwardLayer(config)]
-        )
+        cross = [T5CrossAttentionLayer(config)] if decoder else []
+        self.layer = nn.ModuleList([T5SelfAttentionLayer(config), *cross, T5FeedForwardLayer(config)])
 
     def forward(
-        self, x: Tensor, mask: Tensor, prompt_cache: PromptCache, kv_cache: KVCache | None, index: int
+        self,
+        x: Tensor,
+        mask: Tensor,
+        prompt_cache: PromptCache | None = None,
+        kv_cache: KVCache | None = None,
+        index: int = 0,
     ) -> Tensor:
         """x [B * n, T, W]; mask and kv_cache as for `T5SelfAttentionLayer`."""
-        attention, cross, feed_forward = self.layer
+        attention, *cross, feed_forward = self.layer
         x = attention(x, mask, kv_cache, index)
-        prompt, prompt_mask = prompt_cache.layers[index], prompt_cache.mask[:, None, None, :]
-        by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])  # [B, n * T, W]: a prompt's rows are positions
-        out: Tensor = feed_forward(cross(by_prompt, prompt, prompt_mask).view_as(x))
+        if prompt_cache is not None:
+            prompt, prompt_mask = prompt_cache.layers[index], prompt_cache.mask[:, None, None, :]
+            by_prompt = x.view(
+                len(prompt_mask), -1, x.shape[-1]
+            )  # [B, n * T, W]: a prompt's rows are positions
+            x = cross[0](by_prompt, prompt, prompt_mask).view_as(x)
+        out: Tensor = feed_forward(x)
         return out
 
 
@@ -194,7 +193,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.relative_attention_bias = T5PositionBias(config, bidirectional=True)
-        self.layers = nn.ModuleList(T5EncoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(T5Layer(config, decoder=False) for _ in range(config.num_layers))
         self.final_layer_norm = T5LayerNorm(config)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -214,7 +213,7 @@ class T5Decoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.relative_attention_bias = T5PositionBias(config, bidirectional=False)
-        self.layers = nn.ModuleList(T5DecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.layers = nn.ModuleList(T5Layer(config, decoder=True) for _ in range(config.num_decoder_layers))
         self.final_layer_norm = T5LayerNorm(config)
 
     def read_prompt(self, memory: Tensor, mask: Tensor) -> PromptCache:

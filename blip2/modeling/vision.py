@@ -71,16 +71,13 @@ class ImageEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, eps=config.last_norm_eps or config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, *, interpolate: bool = False, keep: Tensor | None = None) -> Tensor:
-        """Encode images.
+        """Encode images: -> [B, N, W] with N = (S // patch_size) ** 2 + 1, or K + 1.
 
         Args:
             pixels: [B, 3, S, S], normalised; S is the config's image_size unless `interpolate`.
             interpolate: take images of another size; the position embeddings are resized to fit.
             keep: int64 [B, K], the patches to encode, counted row by row; the others are left out. Training on a
                 part of every image is faster (Li et al., FLIP, 2023).
-
-        Returns:
-            [B, N, W] with N = (S // patch_size) ** 2 + 1, or K + 1.
 
         Raises:
             ValueError: pixels of another shape than the encoder's, without `interpolate`.

@@ -204,8 +204,7 @@ class QuantizedFile:
 def as_floats(stored: Tensors) -> Tensors:
     """A checkpoint's tensors, with quantized weights as floats in the place of their parts.
 
-    Raises:
-        CheckpointError: parts that are missing or do not fit each other.
+    Raises CheckpointError where parts are missing or do not fit each other.
     """
     first = (f".{INT8}", f".{INT4}")
     names = [name.rpartition(".")[0] + ".weight" for name in stored if name.endswith(first)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.quantization import openvino
 from blip2.quantization.formats import GROUP, WEIGHTS_AT_ONCE, Int4Weight, Int8Weight
 from blip2.quantization.openvino import OpenVinoLinear
 
@@ -57,7 +57,6 @@ class Int8Linear(QuantizedLinear):
         self,
         weight: Int8Weight,
         bias: Tensor | None,
-        *,
         hi_lo: bool = True,
         outlier_ratio: float = OUTLIER_RATIO,
     ) -> None:
@@ -217,7 +216,7 @@ def onednn_multiplies() -> bool:
 
 def openvino_multiplies() -> bool:
     """Whether OpenVINO multiplies 4 bit weights here: where it is installed, on x86 with VNNI."""
-    return max_activation_level() == 127 and openvino.installed()
+    return max_activation_level() == 127 and importlib.util.find_spec("openvino") is not None
 
 
 @contextmanager

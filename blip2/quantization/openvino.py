@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import mmap
 import tempfile
 from functools import lru_cache
@@ -20,12 +19,6 @@ import torch
 from torch import Tensor
 
 _MAX_ROWS = 64  # rows at a time: with more OpenVINO widens the weights first
-
-
-@lru_cache(maxsize=1)
-def installed() -> bool:
-    """Whether OpenVINO can be imported."""
-    return importlib.util.find_spec("openvino") is not None
 
 
 @lru_cache(maxsize=1)
