@@ -268,8 +268,7 @@ def _tile(picture: Image.Image, word: Word) -> Image.Image:
 def _draw_legend(sheet: Image.Image, top: int) -> None:
     draw = ImageDraw.Draw(sheet)
     ramp = np.broadcast_to(np.linspace(0, 1, 120, dtype=np.float32), (10, 120))
-    draw.text((6, top + 9), "least", fill="black", font=ImageFont.load_default(12))
+    font = ImageFont.load_default(12)
+    draw.text((6, top + 9), "least", fill="black", font=font)
     sheet.paste(Image.fromarray(_colours(ramp).astype(np.uint8)), (42, top + 12))
-    draw.text(
-        (168, top + 9), "most of the word comes from here", fill="black", font=ImageFont.load_default(12)
-    )
+    draw.text((168, top + 9), "most of the word comes from here", fill="black", font=font)

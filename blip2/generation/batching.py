@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.generation.decoding import (
-    Generated,
-    Move,
-    Search,
-    beam_search,
+    BeamSequence,
     choose_next,
     end_ids_of,
     history_before,
@@ -76,33 +73,6 @@ class SampledSequence:
         )
 
 
-@dataclass(eq=False)
-class BeamSequence:
-    """A beam search for one prompt. `generated`: its sequences, once it is done."""
-
-    options: GenerationOptions
-    history: Tensor  # int64 [1, L]
-    end_ids: Tensor  # int64 [E]
-    generated: Generated | None = None
-    dropped: bool = False
-    _search: Search | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.generated is not None
-
-    def next_move(self, logits: Tensor) -> Move | None:
-        """The next step of the search, given the logits [n, V] of the last; None: it is done."""
-        try:
-            if self._search is None:  # the rows are still all the same
-                self._search = beam_search(logits[:1], self.history, self.options, self.end_ids)
-                return next(self._search)
-            return self._search.send(logits)
-        except StopIteration as end:
-            self.generated = end.value
-            return None
-
-
 class ContinuousBatch:
     """All texts being written: `join` adds some, `choose` picks each row's next token, `advance` decodes those tokens.
 
@@ -113,12 +83,13 @@ class ContinuousBatch:
         self._model = model
         self._texts: list[SampledSequence | BeamSequence] = []
         self._decoding: DecodeState | None = None
-        self._logits: Tensor | None = None  # float32 [R, V], for the next token of each row
-        self._ids: Tensor | None = None  # int64 [R], the tokens chosen
-        self._parents: Tensor | None = None  # int64 [R], the rows they go on from
+        self._logits = torch.empty(0)  # float32 [R, V], for the next token of each row
+        self._ids = self._parents = torch.empty(
+            0
+        )  # int64 [R], the tokens chosen, and the rows they go on from
 
     def __len__(self) -> int:
-        return 0 if self._logits is None else len(self._logits)
+        return len(self._logits)
 
     @torch.inference_mode()
     def join(
@@ -160,7 +131,7 @@ class ContinuousBatch:
         logits = decoding.logits[index]
         if len(prompts) > len(options):
             decoding.batch_select_indices(index)
-        if self._decoding is not None and self._logits is not None:
+        if self._decoding is not None:
             self._decoding.concat(decoding)
             decoding, logits = self._decoding, torch.cat([self._logits, logits])
         self._decoding, self._logits = decoding, logits
@@ -188,7 +159,6 @@ class ContinuousBatch:
     @torch.inference_mode()
     def choose(self) -> None:
         """One more token for every row."""
-        assert self._logits is not None
         self._ids = torch.zeros(len(self), dtype=torch.int64, device=self._logits.device)
         self._parents = torch.arange(len(self), device=self._logits.device)
         groups: dict[tuple[object, ...], list[tuple[int, SampledSequence]]] = {}
@@ -203,7 +173,6 @@ class ContinuousBatch:
 
     def _append(self, rows: Tensor, sequences: list[SampledSequence]) -> None:
         """One more token for sequences of one sampling key, which are these rows (int64 [r])."""
-        assert self._logits is not None and self._ids is not None
         rows = rows.to(self._logits.device)
         logits = self._logits[rows]
         ids = self._choose_next(logits, sequences)
@@ -234,9 +203,8 @@ class ContinuousBatch:
         """Leave out the texts that are done or dropped, and decode the others' last tokens."""
         left = [(row, text) for row, text in self._first_rows() if not (text.done or text.dropped)]
         if not left or self._decoding is None:
-            self._texts, self._decoding, self._logits = [], None, None
+            self._texts, self._decoding, self._logits = [], None, torch.empty(0)
             return
-        assert self._ids is not None and self._parents is not None
         rows = [row + i for row, text in left for i in range(text.options.num_beams)]
         index = torch.tensor(rows, device=self._ids.device)
         if len(rows) < len(self):

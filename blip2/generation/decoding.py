@@ -258,24 +258,49 @@ class Move(NamedTuple):
 Search = Generator[Move, Tensor, Generated]
 
 
+@dataclass(eq=False)
+class BeamSequence:
+    """A beam search for b prompts. `generated`: their sequences, once it is done."""
+
+    options: GenerationOptions
+    history: Tensor  # int64 [b, L]
+    end_ids: Tensor  # int64 [E]
+    generated: Generated | None = None
+    dropped: bool = False
+    _search: Search | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.generated is not None
+
+    def next_move(self, logits: Tensor) -> Move | None:
+        """The next step of the search, given the logits [b * n, V] of the last; None: it is done."""
+        try:
+            if self._search is None:  # the rows of a prompt are still all the same: one is enough
+                first = logits[: len(self.history)]
+                self._search = _search_steps(first, self.history, self.options, self.end_ids)
+                return next(self._search)
+            return self._search.send(logits)
+        except StopIteration as end:
+            self.generated = end.value
+            return None
+
+
 def _beam_search(
     decoding: DecodeState, history: Tensor, options: GenerationOptions, end_ids: Tensor
 ) -> Generated:
-    search = beam_search(decoding.logits, history, options, end_ids)
-    try:
-        move = next(search)
-        while True:
-            decoding.reorder_cache(move.parents)
-            if move.kept is not None:
-                decoding.batch_select_indices(move.kept)
-            move = search.send(decoding.decode_step(move.ids))
-    except StopIteration as end:
-        generated: Generated = end.value
-        return generated
+    search, logits = BeamSequence(options, history, end_ids), decoding.logits
+    while (move := search.next_move(logits)) is not None:
+        decoding.reorder_cache(move.parents)
+        if move.kept is not None:
+            decoding.batch_select_indices(move.kept)
+        logits = decoding.decode_step(move.ids)
+    assert search.generated is not None
+    return search.generated
 
 
 @torch.inference_mode()
-def beam_search(logits: Tensor, history: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
+def _search_steps(logits: Tensor, history: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
     """Search for the best sequences of b prompts, step by step; what the decoder does between is left to the caller.
 
     logits: float32 [b, V], for the first new token. history: int64 [b, L], the ids before it.

@@ -131,9 +131,8 @@ class Opt(LanguageModel):
         layers = []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, OptDecoderLayer)
-            out, key, value = layer.self_attn(
-                layer.self_attn_layer_norm(x), None if past is None else past.layers[i], allowed
-            )
+            prompt = None if past is None else past.layers[i]
+            out, key, value = layer.self_attn(layer.self_attn_layer_norm(x), prompt, allowed)
             x = layer.feed_forward(x + out)
             layers.append((key, value))
         return self.final_layer_norm(x), PromptCache(tuple(layers), full_mask)
@@ -164,9 +163,8 @@ class Opt(LanguageModel):
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, OptDecoderLayer)
             normed = layer.self_attn_layer_norm(x)
-            x = layer.feed_forward(
-                x + layer.self_attn.decode_step(normed, i, prompt_cache, kv_cache, padding)
-            )
+            out = layer.self_attn.decode_step(normed, i, prompt_cache, kv_cache, padding)
+            x = layer.feed_forward(x + out)
         kv_cache.length += 1
         logits: Tensor = self.lm_head(self.final_layer_norm(x))
         return logits.squeeze(1).float()

@@ -143,9 +143,8 @@ class T5Layer(nn.Module):
         x = attention(x, mask, kv_cache, index)
         if prompt_cache is not None:
             prompt, prompt_mask = prompt_cache.layers[index], prompt_cache.mask[:, None, None, :]
-            by_prompt = x.view(
-                len(prompt_mask), -1, x.shape[-1]
-            )  # [B, n * T, W]: a prompt's rows are positions
+            # [B, n * T, W]: to the prompt its rows are positions
+            by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])
             x = cross[0](by_prompt, prompt, prompt_mask).view_as(x)
         out: Tensor = feed_forward(x)
         return out

@@ -32,11 +32,6 @@ EXCLUDED = "vision.layers.0.mlp."  # not quantized, see `quantized_layers`
 _TOWERS = ("vision", "qformer", "language")  # whose layers are swapped; the matcher's small heads stay
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
-
-
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that can be swapped, by name: those of image encoder, Q-Former and language model."""
     for name, module in model.named_modules():
@@ -88,7 +83,7 @@ def quantize_model(
 
     def swap(name: str, layer: nn.Linear | nn.Embedding, kind: type[Int8Weight] | type[Int4Weight]) -> None:
         weight = kind.of(layer.weight.detach()) if read is None else read(name, kind)
-        _replace(model, name, _quantized(name, layer, weight))
+        model.set_submodule(name, _quantized(name, layer, weight))
         malloc_trim()
 
     fbgemm = linear.fbgemm_engine() if linear.max_activation_level() else nullcontext()
@@ -140,7 +135,7 @@ def prepack(model: nn.Module, read: Mapping[str, Callable[[], Tensor]] | None = 
                 reading.append(reader.submit(read[following]))
             bias = model.get_submodule(name).bias
             assert bias is None or isinstance(bias, nn.Parameter)
-            _replace(model, name, PackedLinear(weight, bias).eval())
+            model.set_submodule(name, PackedLinear(weight, bias).eval())
             del weight
             malloc_trim()
 
@@ -153,7 +148,7 @@ def unpack(model: nn.Module) -> None:
                 plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
                 plain.weight = nn.Parameter(layer.weight)
                 plain.register_parameter("bias", layer.bias)
-                _replace(model, name, plain.eval())
+                model.set_submodule(name, plain.eval())
 
 
 def widen(model: nn.Module) -> None:
@@ -163,4 +158,4 @@ def widen(model: nn.Module) -> None:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and lacks_native_bf16(layer.weight):
-            _replace(model, name, WideningLinear(layer).train(layer.training))
+            model.set_submodule(name, WideningLinear(layer).train(layer.training))

@@ -137,9 +137,8 @@ QuantizedWeight = Int8Weight | Int4Weight
 
 # --- in files --------------------------------------------------------------------------------------------------------
 
-INT8, SCALE = "weight_int8", "weight_scale"
-INT4, SCALES, ZEROS = "weight_int4", "weight_scales", "weight_zeros"
-PARTS = {Int8Weight: (INT8, SCALE), Int4Weight: (INT4, SCALES, ZEROS)}
+INT8, INT4 = "weight_int8", "weight_int4"
+PARTS = {Int8Weight: (INT8, "weight_scale"), Int4Weight: (INT4, "weight_scales", "weight_zeros")}
 
 
 def parts_of(name: str, shape: tuple[int, ...], kind: type[QuantizedWeight]) -> dict[str, TensorInfo]:

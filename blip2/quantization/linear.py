@@ -138,13 +138,10 @@ class Int8ImageLinear(QuantizedLinear):
 class Int8Embedding(nn.Module):
     """A table of embeddings with a scale for each: ids [...] -> float32 [..., W]."""
 
-    values: Tensor
-    scale: Tensor
-
     def __init__(self, weight: Int8Weight) -> None:
         super().__init__()
-        self.register_buffer("values", weight.values, persistent=False)
-        self.register_buffer("scale", weight.scale, persistent=False)
+        self.values = nn.Buffer(weight.values, persistent=False)
+        self.scale = nn.Buffer(weight.scale, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         out: Tensor = self.values[ids] * self.scale[ids][..., None]
@@ -177,8 +174,8 @@ class Int4Linear(QuantizedLinear):
                 torch._convert_weight_to_int4pack_for_cpu(replace(weight, values=block).unpacked().int(), 1)
                 for block in weight.values.split(rows)
             ]
-            self.register_buffer("pairs", pairs.contiguous(), persistent=False)
-            self.register_buffer("packed", torch.cat(blocks), persistent=False)
+            self.pairs = nn.Buffer(pairs.contiguous(), persistent=False)
+            self.packed = nn.Buffer(torch.cat(blocks), persistent=False)
 
     def multiply(self, rows: Tensor) -> Tensor:
         out: Tensor

@@ -89,9 +89,8 @@ def _in_a_file(values: Tensor) -> Tensor:
     with tempfile.TemporaryFile() as file:
         file.write(values.numpy().data)
         file.flush()
-        return torch.frombuffer(
-            mmap.mmap(file.fileno(), len(values), access=mmap.ACCESS_COPY), dtype=torch.uint8
-        )
+        mapped = mmap.mmap(file.fileno(), len(values), access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _drop_pages(values: Tensor) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from blip2.generation.batching import BeamSequence, ContinuousBatch, SampledSequence
+from blip2.generation.batching import ContinuousBatch, SampledSequence
+from blip2.generation.decoding import BeamSequence
 from blip2.generation.options import GenerationOptions
 from blip2.images import load_image, to_pixels
 from blip2.modeling.kv_cache import concat_prompt_caches
