@@ -21,7 +21,7 @@ from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP, to_paddle_conf
 from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE, Layout
 from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
-from blip2.checkpoint.remap import TensorRecipe, from_hf_layout, read_blocks, remap_tensors
+from blip2.checkpoint.remap import from_hf_layout, rename_tensors
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.checkpoint.verify import compare_logits, compare_tensors
@@ -155,8 +155,7 @@ def normalize(checkpoint: Checkpoint) -> NormalizedCheckpoint:
         if tied:
             del kept[HF_HEAD]
         config = replace(config, language=replace(config.language, tie_word_embeddings=tied))
-    recipes = {name: TensorRecipe(tensors.info(stored), (stored,)) for name, stored in kept.items()}
-    return NormalizedCheckpoint(checkpoint, model, config, remap_tensors(tensors, recipes), tied)
+    return NormalizedCheckpoint(checkpoint, model, config, rename_tensors(tensors, kept), tied)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def normalize(checkpoint: Checkpoint) -> NormalizedCheckpoint:
 def _converted(
     stored: Tensors, name: str, dtype: torch.dtype, report: Progress, total: int
 ) -> Iterator[Tensor]:
-    for block in read_blocks(stored, name):
+    for block in stored.blocks(name):
         out = block.to(dtype)
         if block.dtype != dtype and bool(out.isinf().any()) and bool((out.isinf() & ~block.isinf()).any()):
             raise CheckpointError(
@@ -201,7 +200,7 @@ def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict
 def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[torch.dtype]:
     """The 16-bit dtypes that hold every value of a tensor as it is."""
     candidates = [torch.bfloat16, torch.float16]
-    for block in read_blocks(stored, name):
+    for block in stored.blocks(name):
         bits = block.view(torch.uint8)
         candidates = [
             dtype

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.hub import resolve_path
 from blip2.checkpoint.key_mapping import HEAD, from_hugging_face
-from blip2.checkpoint.remap import equal_values, parameters, read_blocks
+from blip2.checkpoint.remap import equal_values
 from blip2.checkpoint.source import folder_of, has_tokenizer, open_checkpoint
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
@@ -122,7 +122,7 @@ def count_parameters(
 ) -> int:
     """How many values a checkpoint holds, the parts from elsewhere counted in; arguments as `load_model`'s."""
     with open_checkpoint(path, vision=vision, language=language) as checkpoint:
-        return parameters(checkpoint.tensors)
+        return checkpoint.tensors.numel
 
 
 def stored_as(path: Path) -> Mode | None:
@@ -301,7 +301,7 @@ def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> boo
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
     return tensors.info(one) == tensors.info(other) and equal_values(
-        read_blocks(tensors, one), read_blocks(tensors, other)
+        tensors.blocks(one), tensors.blocks(other)
     )
 
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from blip2.checkpoint.convert import Progress, new_checkpoint, normalize
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.remap import blocks, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint
 from blip2.modeling.config import MODES, Mode
 from blip2.quantization.apply import quantized_layers
 from blip2.quantization.formats import QuantizedWeight, parts_of, stored_mode
 from blip2.tensorfiles.errors import CheckpointError
-from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.tensors import TensorInfo, Tensors, blocks
 from blip2.tensorfiles.writers import Read
 
 
@@ -100,7 +99,7 @@ def _reader(
         if name in owners:
             yield from blocks(quantized_parts(owners[name])[name])
         else:
-            for block in read_blocks(tensors, name):
+            for block in tensors.blocks(name):
                 yield block
                 report(block.nbytes)
 

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from blip2.checkpoint.key_mapping import HEAD, to_hugging_face
 from blip2.checkpoint.load import SkipInit, parse_dtype
-from blip2.checkpoint.remap import blocks
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, to_hf
 from blip2.storage import Content, new_folder, sync, write_file
 from blip2.tensorfiles.errors import CheckpointError
-from blip2.tensorfiles.tensors import TensorInfo
+from blip2.tensorfiles.tensors import TensorInfo, blocks
 from blip2.tensorfiles.writers import SAFETENSORS, FileKind, Read
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
