@@ -19,7 +19,7 @@ from torch import Tensor
 from blip2.checkpoint.formats.lavis import LAVIS, to_lavis_config
 from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP, to_paddle_config, tokenizer_changes
 from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
-from blip2.checkpoint.layouts import HUGGING_FACE, Layout
+from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
 from blip2.checkpoint.remap import from_hf_layout, rename_tensors
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
@@ -96,7 +96,9 @@ def convert(
     report = progress or (lambda what, done, total: None)
     with open_checkpoint(source, vision=vision, language=language) as checkpoint:
         original = normalize(checkpoint)
-        layout = _layout(to, original.config)
+        layout = {"hf": HUGGING_FACE, "paddle": PADDLENLP, "lavis": LAVIS}[to]
+        if to == "paddle" and isinstance(original.config, MatcherConfig):
+            layout = PADDLEMIX
         stored = from_hf_layout(original.tensors, layout)
         dtypes, narrowed = _dtypes(stored, dtype, report)
         info = {name: replace(stored.info(name), dtype=dtypes[name]) for name in stored}
@@ -116,12 +118,6 @@ def convert(
                 verified = f"{count} tensors bit by bit{rounding}; {logits}"
     written_bytes = sum(entry.nbytes for entry in info.values())
     return Conversion(folder, layout.name, len(info), total, written_bytes, narrowed, verified)
-
-
-def _layout(to: Format, config: Blip2Config | MatcherConfig) -> Layout:
-    if to == "paddle":
-        return PADDLEMIX if isinstance(config, MatcherConfig) else PADDLENLP
-    return HUGGING_FACE if to == "hf" else LAVIS
 
 
 @dataclass(frozen=True)

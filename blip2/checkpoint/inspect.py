@@ -20,7 +20,7 @@ from blip2.checkpoint.key_mapping import (
     to_hugging_face,
 )
 from blip2.checkpoint.layouts import HUGGING_FACE
-from blip2.checkpoint.load import DROPPED, DTYPES, empty_model
+from blip2.checkpoint.load import DROPPED, empty_model, listed, mismatches
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.modeling.config import Blip2Config, MatcherConfig
 from blip2.tensorfiles.tensors import TensorInfo
@@ -83,8 +83,8 @@ def inspect(
         tensors = checkpoint.tensors
         ours = {name: from_hugging_face(name) for name in tensors}
         # T5's word embeddings may be there under three names
-        once = {own: name for name, own in reversed(ours.items()) if own is not None}
-        infos = {name: tensors.info(name) for name in once.values()}
+        names = {own: name for name, own in reversed(ours.items()) if own is not None}
+        infos = {name: tensors.info(name) for name in names.values()}
         config = checkpoint.config
         return Inspection(
             path=str(path),
@@ -98,7 +98,7 @@ def inspect(
             head=_head(checkpoint),
             image_px=None if config is None else config.vision.image_size,
             tokenizer=checkpoint.tokenizer is not None,
-            problems=tuple(_problems(checkpoint, ours)),
+            problems=tuple(_problems(checkpoint, ours, names)),
             notes=tuple(_notes(checkpoint)),
         )
 
@@ -156,34 +156,22 @@ def _head(checkpoint: Checkpoint) -> str:
 # --- what looks wrong -------------------------------------------------------------------------------------------------
 
 
-def _problems(checkpoint: Checkpoint, ours: Mapping[str, str | None]) -> list[str]:
+def _problems(checkpoint: Checkpoint, ours: Mapping[str, str | None], names: Mapping[str, str]) -> list[str]:
     tensors, config = checkpoint.tensors, checkpoint.config
-    names = {own: name for name, own in ours.items() if own is not None}
-    spare = [name for name, own in ours.items() if own is None and name not in DROPPED]
-    odd = [name for name in tensors if ours[name] and tensors.info(name).dtype not in DTYPES.values()]
-    lists = {"names that belong to no BLIP-2 model": spare, "no weights of 16, 32 or 64 bit floats": odd}
-    if config is not None:
-        model = empty_model(config, tensors, names, tied=False)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        shapes = {own: tensors.info(name).shape for own, name in names.items()}
+    model = None if config is None else empty_model(config, tensors, names, tied=False)
+    missing, spare, shapes, odd = mismatches({} if model is None else model.state_dict(), tensors, names)
+    unknown = [name for name, own in ours.items() if own is None and name not in DROPPED]
+    lists = {"names that belong to no BLIP-2 model": unknown, "no weights of 16, 32 or 64 bit floats": odd}
+    if model is not None:
         shared = {HEAD, *_EMBEDDINGS}
-        optional = shared if shared & {*shapes} else set()
+        optional = shared if shared & names.keys() else set()
         lists |= {
-            "missing": [to_hugging_face(n) for n in expected if n not in shapes and n not in optional],
-            "no place for": [to_hugging_face(n) for n in shapes if n not in expected],
-            "shapes that do not fit the settings": [
-                f"{to_hugging_face(name)} {list(shapes[name])} instead of {list(shape)}"
-                for name, shape in expected.items()
-                if name in shapes and shapes[name] != shape
-            ],
+            "missing": [to_hugging_face(name) for name in missing if name not in optional],
+            "no place for": spare,
+            "shapes that do not fit the settings": shapes,
         }
     problems = [] if checkpoint.problem is None else [str(checkpoint.problem)]
-    return problems + [f"{what}: {_some(items)}" for what, items in lists.items() if items]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} ({', '.join(sorted(names)[:5])}{more})"
+    return problems + [f"{what}: {len(some)} {listed(some, 5)}" for what, some in lists.items() if some]
 
 
 def _notes(checkpoint: Checkpoint) -> list[str]:

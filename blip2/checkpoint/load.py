@@ -35,23 +35,13 @@ from blip2.tensorfiles.tensors import Tensors
 from blip2.text import Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp64": torch.float64,
-    "float64": torch.float64,
-}
+    "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16, "fp64": torch.float64, "float64": torch.float64,
+}  # fmt: skip
 
 # Buffers of older files that hold no weights: counted positions, and a version number.
 DROPPED = frozenset(
-    {
-        "embeddings.position_ids",
-        "qformer.embeddings.position_ids",
-        "language_model.model.decoder.version",
-    }
+    {"embeddings.position_ids", "qformer.embeddings.position_ids", "language_model.model.decoder.version"}
 )
 # T5's matrices that overflow in fp16, whose range ends at 65504. Kept in fp32 as transformers keeps them.
 _OVERFLOWS = ".DenseReluDense.wo.weight"
@@ -286,7 +276,7 @@ def our_names(tensors: Tensors) -> dict[str, str]:
         elif stored not in DROPPED:
             spare.append(stored)
     if spare:
-        raise CheckpointError(f"the file holds {_listed(spare)} that belong to no BLIP-2 model")
+        raise CheckpointError(f"the file holds {_tensors(spare)} that belong to no BLIP-2 model")
     return names
 
 
@@ -311,40 +301,55 @@ def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, con
     return shape[0] if len(shape) == 2 and shape[0] <= MAX_SIZE else configured
 
 
-def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]) -> None:
+def mismatches(
+    expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """What keeps tensors from filling a model's places.
+
+    Returns:
+        our names of places without a tensor, tensors without a place, those of another shape, and those of no dtype
+        that a model has.
+    """
     missing = [name for name in expected if name not in names]
-    spare = [names[name] for name in names if name not in expected]
+    spare = [stored for ours, stored in names.items() if ours not in expected]
+    infos = {ours: tensors.info(stored) for ours, stored in names.items()}
+    shapes = [
+        f"{names[ours]} {list(infos[ours].shape)} instead of {list(place.shape)}"
+        for ours, place in expected.items()
+        if ours in names and infos[ours].shape != tuple(place.shape)
+    ]
+    odd = [names[ours] for ours, info in infos.items() if info.dtype not in DTYPES.values()]
+    return missing, spare, shapes, odd
+
+
+def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]) -> None:
+    missing, spare, shapes, odd = mismatches(expected, tensors, names)
     problems = []
     if missing:
-        problems.append(f"lacks {_listed(missing)}")
+        problems.append(f"lacks {_tensors(missing)}")
         if all(name in missing for name in expected if name.startswith("language.")) and HEAD in expected:
             problems.append(
                 "so it has no language model: it is a part of a model, such as its Q-Former alone"
             )
     if spare:
-        problems.append(f"holds {_listed(spare)} that its config.json has no place for")
-    if not problems:
-        shapes = [
-            f"{stored} {list(tensors.info(stored).shape)} instead of {list(expected[ours].shape)}"
-            for ours, stored in names.items()
-            if tensors.info(stored).shape != tuple(expected[ours].shape)
-        ]
-        if shapes:
-            problems.append(f"holds {_listed(shapes)}: file and config.json do not belong together")
-    odd = [
-        f"{stored} ({tensors.info(stored).dtype})"
-        for stored in names.values()
-        if tensors.info(stored).dtype not in DTYPES.values()
-    ]
+        problems.append(f"holds {_tensors(spare)} that its config.json has no place for")
+    if shapes and not problems:
+        problems.append(f"holds {_tensors(shapes)}: file and config.json do not belong together")
     if odd and not problems:
-        problems.append(f"holds {_listed(odd)}, which are no weights of 16, 32 or 64 bit floats")
+        odd = [f"{stored} ({tensors.info(stored).dtype})" for stored in odd]
+        problems.append(f"holds {_tensors(odd)}, which are no weights of 16, 32 or 64 bit floats")
     if problems:
         raise CheckpointError(f"the checkpoint {'; '.join(problems)}")
 
 
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - 10} more" if len(items) > 10 else ""
-    return f"{len(items)} tensor{'s' if len(items) > 1 else ''} ({', '.join(sorted(items)[:10])}{more})"
+def _tensors(items: list[str]) -> str:
+    return f"{len(items)} tensor{'s' if len(items) > 1 else ''} {listed(items, 10)}"
+
+
+def listed(items: list[str], most: int) -> str:
+    """The first of some names: "(a, b and 3 more)"."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"({', '.join(sorted(items)[:most])}{more})"
 
 
 def _part(name: str) -> str:

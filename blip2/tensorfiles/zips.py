@@ -96,7 +96,10 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
     name_end = position + len(fixed) + sizes[0]
     extra_end = name_end + sizes[1]
     raw_name = directory[position + len(fixed) : name_end]
-    name = _checked_name(raw_name, file)
+    name = raw_name.decode("utf-8", "replace")
+    # Nothing is ever written under these names; an archive that has others was not made by torch.
+    if name.encode() != raw_name or {"\\", "\0"} & set(name) or {"", ".", ".."} & set(name.split("/")):
+        raise file.broken(f"the archive has a record of the improper name {quoted(raw_name)}")
     what = f"record {quoted(name)} of the archive"
     if method or flags & ~(_DESCRIPTOR_FOLLOWS | _UTF8):
         raise file.unsupported(
@@ -128,17 +131,6 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
     if start + length > file.size:
         raise file.broken(f"{what} ends beyond the end of the file")
     return name, ZipRecord(start, length), begin, extra_end + sizes[2]
-
-
-def _checked_name(raw: bytes, file: FileBytes) -> str:
-    try:
-        name = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        name = ""
-    # Nothing is ever written under these names; an archive that has others was not made by torch.
-    if not name or "\\" in name or "\0" in name or {"", ".", ".."} & set(name.split("/")):
-        raise file.broken(f"the archive has a record of the improper name {quoted(raw)}")
-    return name
 
 
 def _wide_fields(extra: bytes, narrow: list[int], what: str, file: FileBytes) -> list[int]:
