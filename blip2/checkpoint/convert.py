@@ -154,9 +154,6 @@ def normalize(checkpoint: Checkpoint) -> NormalizedCheckpoint:
     return NormalizedCheckpoint(checkpoint, model, config, rename_tensors(tensors, kept), tied)
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
 def _converted(
     stored: Tensors, name: str, dtype: torch.dtype, report: Progress, total: int
 ) -> Iterator[Tensor]:
@@ -207,9 +204,6 @@ def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[
         if not candidates:
             break
     return candidates
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def new_checkpoint(

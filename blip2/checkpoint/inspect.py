@@ -153,9 +153,6 @@ def _head(checkpoint: Checkpoint) -> str:
     return "tied" if embeddings else "missing"
 
 
-# --- what looks wrong -------------------------------------------------------------------------------------------------
-
-
 def _problems(checkpoint: Checkpoint, ours: Mapping[str, str | None], names: Mapping[str, str]) -> list[str]:
     tensors, config = checkpoint.tensors, checkpoint.config
     model = None if config is None else empty_model(config, tensors, names, tied=False)

@@ -174,10 +174,9 @@ def build_model(
     """
     model, names, tied = match_state_dict(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
-    state: dict[str, Tensor] = {}
+    weights = names
     quantize = quantize or stored_mode(tensors)
     if quantize is not None:
-        weights = names
 
         def read(name: str, kind: type[QuantizedWeight]) -> QuantizedWeight:
             # word embeddings are looked up as they are stored: only the words that occur are ever read
@@ -190,24 +189,26 @@ def build_model(
         rest = model.state_dict()
         names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
+    elif tied:
+        del names[HEAD]
     if prepack and device.type == "cpu" and cpu_has_bf16():
         # beside quantized weights, where no dtype is given, what is left of the linear layers is bf16 too
         narrow = quantize is not None and dtype is None
         packed = {
             name: partial(tensors.copy, names[f"{name}.weight"])
             for name, _ in apply.linear_layers(model)
-            # a head that is the word embeddings' weight is needed as it is
-            if (narrow or dtypes[_part(name)] == torch.bfloat16) and not (tied and f"{name}.weight" == HEAD)
+            # a head that is the word embeddings' weight, which is not among them, is needed as it is
+            if (narrow or dtypes[_part(name)] == torch.bfloat16) and f"{name}.weight" in names
         }
         apply.prepack(model, packed)
         names = {ours: stored for ours, stored in names.items() if ours.removesuffix(".weight") not in packed}
+    state: dict[str, Tensor] = {}
     for ours, stored in names.items():
-        if not (tied and ours == HEAD):
-            target = dtypes[_part(ours)]
-            if target == torch.float16 and ours.endswith(_OVERFLOWS):
-                target = torch.float32
-            unchanged = tensors.info(stored).dtype == target and device.type == "cpu"
-            state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
+        target = dtypes[_part(ours)]
+        if target == torch.float16 and ours.endswith(_OVERFLOWS):
+            target = torch.float32
+        unchanged = tensors.info(stored).dtype == target and device.type == "cpu"
+        state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
     if tied:
         assert isinstance(config, Blip2Config)
         state[HEAD] = state[embeddings_weight(config)]
@@ -245,14 +246,17 @@ def empty_model(
     if isinstance(config, Blip2Config):
         size = _vocabulary(tensors, names, embeddings_weight(config), config.language.vocab_size)
         language = replace(config.language, vocab_size=size, tie_word_embeddings=tied)
-        with torch.device("meta"), SkipInit():
-            return Blip2(replace(config, language=language))
-    size = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
-    qformer = replace(config.qformer, vocab_size=size)
+        config = replace(config, language=language)
+    else:
+        size = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
+        config = replace(config, qformer=replace(config.qformer, vocab_size=size))
+    return allocate_model(config, itg=any(name.startswith("itg_head.") for name in names))
+
+
+def allocate_model(config: Blip2Config | MatcherConfig, *, itg: bool) -> Blip2 | Blip2Matcher:
+    """The model of a config on the meta device; itg: whether a matcher has its text head."""
     with torch.device("meta"), SkipInit():
-        return Blip2Matcher(
-            replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
-        )
+        return Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config, itg=itg)
 
 
 def embeddings_weight(config: Blip2Config) -> str:

@@ -114,9 +114,6 @@ def rename_tensors(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
     )
 
 
-# --- a layout -> Hugging Face's --------------------------------------------------------------------------------------
-
-
 def to_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
     """A file's tensors under Hugging Face's names and in its shapes.
 
@@ -169,9 +166,6 @@ def _reshaped(info: TensorInfo, name: str, target: str, layout: Layout, *, t5: b
     elif target == "temp" and shape == (1,):
         shape = ()
     return TensorRecipe(TensorInfo(shape, info.dtype), (name,), transposed)
-
-
-# --- Hugging Face's -> a layout --------------------------------------------------------------------------------------
 
 
 def from_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:

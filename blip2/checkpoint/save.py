@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.key_mapping import HEAD, to_hugging_face
-from blip2.checkpoint.load import SkipInit, parse_dtype
+from blip2.checkpoint.load import allocate_model, parse_dtype
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, to_hf
@@ -79,9 +79,7 @@ def new_model_folder(
     read: Read,
     shard_bytes: int | None,
 ) -> Iterator[Path]:
-    """Write a model's folder.
-
-    Gives the folder that holds it until the block ends without an error; then it takes the place of `folder`.
+    """Write a model's folder; gives it until the block ends without an error, then it takes the place of `folder`.
 
     Args:
         files: what is beside the tensors, by name.
@@ -125,13 +123,8 @@ def write_files(
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
     """The model's tensors under Hugging Face's names, and whether its head is the word embeddings' weight."""
     state = model.state_dict()
-    with torch.device("meta"), SkipInit():
-        plain = (
-            Blip2(model.config)
-            if isinstance(model, Blip2)
-            else Blip2Matcher(model.config, itg=model.itg_head is not None)
-        )
-    if state.keys() != plain.state_dict().keys():
+    itg = isinstance(model, Blip2Matcher) and model.itg_head is not None
+    if state.keys() != allocate_model(model.config, itg=itg).state_dict().keys():
         raise CheckpointError("the model is quantized or changed; only a model as it was loaded can be saved")
     tied = isinstance(model, Blip2) and model.language.tied
     if tied:
@@ -154,10 +147,10 @@ def settings(
     processor: dict[str, Any] = {"processor_class": "Blip2Processor"}
     files: dict[str, dict[str, Any]] = {}
     if isinstance(config, Blip2Config):
-        language = replace(config.language, tie_word_embeddings=tied)
+        config = replace(config, language=replace(config.language, tie_word_embeddings=tied))
         if config.image_token_id is None and tokenizer is not None:
-            config = replace(config, image_token_id=_image_token(Path(tokenizer), language.vocab_size))
-        config = replace(config, language=language)
+            image = _image_token(Path(tokenizer), config.language.vocab_size)
+            config = replace(config, image_token_id=image)
         if config.image_token_id is not None:
             processor["num_query_tokens"] = config.num_query_tokens
         text_config = to_hf(config)["text_config"]
@@ -168,9 +161,8 @@ def settings(
         counts[entry.dtype] += entry.nbytes
     main = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     files["config.json"] = to_hf(config) | {"torch_dtype": main}
-    files["preprocessor_config.json"] = (
-        image_processor or ImageProcessor(config.vision.image_size)
-    ).to_dict()
+    image_processor = image_processor or ImageProcessor(config.vision.image_size)
+    files["preprocessor_config.json"] = image_processor.to_dict()
     files["processor_config.json"] = processor
     return files
 

@@ -136,9 +136,6 @@ def _newline(language: Path) -> int | None:
         return None
 
 
-# --- parts from elsewhere ---------------------------------------------------------------------------------------------
-
-
 def _with_vision(tensors: Tensors, other: Tensors) -> Tensors:
     """Add the image encoder's tensors that are missing, no deeper than BLIP-2 uses it."""
     if not any(name.startswith(("visual_encoder.", "vision_model.")) for name in other):  # an encoder alone

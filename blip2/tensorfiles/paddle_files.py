@@ -51,11 +51,7 @@ _Array = tuple[StoredTensor, Stored | bytes]  # its description and its values
 
 
 def open_paddle(file: FileBytes) -> PaddleFile:
-    """Open a .pdparams file.
-
-    Raises:
-        UnsafeFileError, BrokenFileError, UnsupportedFileError: see `pickles.read_pickle`.
-    """
+    """Open a .pdparams file; errors as `read_pickle`'s."""
     try:
         pickle = read_pickle(file, 0, file.size, ALLOWED)
     except UnsafeFileError as error:

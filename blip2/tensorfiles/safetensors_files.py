@@ -24,11 +24,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 def open_safetensors(file: FileBytes) -> StoredTensors:
-    """Open a safetensors file.
-
-    Raises:
-        BrokenFileError, UnsupportedFileError: the header contradicts itself or the file, or is absurdly long.
-    """
+    """Open a file. Raises BrokenFileError or UnsupportedFileError where its header contradicts it or is too long."""
     length = int.from_bytes(file.read(0, 8, "the header"), "little")
     if length > MAX_HEADER_BYTES:
         raise file.unsupported(

@@ -58,11 +58,7 @@ def is_legacy(start: bytes) -> bool:
 
 
 def open_archive(file: FileBytes) -> StoredTensors:
-    """Open a zip archive of torch.save (torch 1.6 and later).
-
-    Raises:
-        UnsafeFileError, BrokenFileError, UnsupportedFileError: see `pickles.read_pickle` and `zips.read_records`.
-    """
+    """Open a zip archive of torch.save (torch 1.6 and later); errors as `read_pickle`'s and `read_records`'s."""
     records = read_records(file)
     roots = [name.removesuffix("/data.pkl") for name in records if name.count("/") == 1]
     roots = [root for root in roots if f"{root}/data.pkl" in records]
@@ -96,11 +92,7 @@ def open_archive(file: FileBytes) -> StoredTensors:
 
 
 def open_legacy(file: FileBytes) -> StoredTensors:
-    """Open a file of torch.save from before torch 1.6, or written with `_use_new_zipfile_serialization=False`.
-
-    Raises:
-        UnsafeFileError, BrokenFileError, UnsupportedFileError: see `pickles.read_pickle`.
-    """
+    """Open a file of torch before 1.6, or of `_use_new_zipfile_serialization=False`; errors as `read_pickle`'s."""
     heads = []
     position = 0
     for _ in range(3):  # the magic number, the version, how the writing machine laid out numbers

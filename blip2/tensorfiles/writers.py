@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,15 +26,8 @@ from blip2.tensorfiles.safetensors_files import DTYPES
 from blip2.tensorfiles.tensors import TensorInfo
 
 Read = Callable[[str], Iterable[Tensor]]  # a tensor's values by its name: in order, flat, in pieces
+Writer = Callable[[BinaryIO, Mapping[str, TensorInfo], Read], None]  # writes tensors to an open file
 
-
-class Writer(Protocol):
-    """Writes tensors to an open file."""
-
-    def __call__(self, file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None: ...
-
-
-# --- safetensors ----------------------------------------------------------------------------------------------------
 
 _SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -64,8 +57,6 @@ def write_safetensors(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read
         _write_values(file, read(name), info[name])
 
 
-# --- paddle ---------------------------------------------------------------------------------------------------------
-
 _NUMPY = {dtype: name for name, dtype in paddle_files.DTYPES.items()}
 NAME_TABLE = "StructuredToParameterName@@"  # with it paddle.load makes tensors of the arrays
 
@@ -73,8 +64,7 @@ NAME_TABLE = "StructuredToParameterName@@"  # with it paddle.load makes tensors 
 def write_pdparams(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
     """Write what paddle.save(state_dict, path, protocol=4) writes: a pickle of arrays, and a table of their names.
 
-    Raises:
-        CheckpointError: a dtype that Paddle's arrays do not have.
+    Raises CheckpointError for a dtype that Paddle's arrays do not have.
     """
     file.write(b"\x80\x04}(")  # protocol 4, a dict, its entries
     for name, entry in info.items():
@@ -105,8 +95,6 @@ def _array_start(entry: TensorInfo) -> bytes:
     return opcodes.encode("ascii") + b"\x8e" + struct.pack("<Q", entry.nbytes)
 
 
-# --- torch ----------------------------------------------------------------------------------------------------------
-
 _STORAGES = {dtype: name for name, dtype in torch_files.STORAGES.items()}
 _ROOT = "archive"
 _ALIGNMENT = 64  # of the values in the file, so that torch can map it
@@ -115,8 +103,7 @@ _ALIGNMENT = 64  # of the values in the file, so that torch can map it
 def write_torch(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
     """Write what torch.save({"model": state_dict}, path) writes: LAVIS's checkpoints are such files.
 
-    Raises:
-        CheckpointError: a dtype that torch's storages do not have.
+    Raises CheckpointError for a dtype that torch's storages do not have.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _write_member(archive, "data.pkl", [_state_dict(info)])
@@ -172,9 +159,6 @@ def _write_member(
             out.write(piece)
 
 
-# --- kinds of files ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FileKind:
     """How a layout stores tensors: the writer, and the names of one file, of one of several, and of their index."""
@@ -195,9 +179,6 @@ PDPARAMS = FileKind(
     "model_state.pdparams.index.json",
 )
 TORCH = FileKind(write_torch, "model.pth")
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
 
 
 def _bytes(block: Tensor) -> memoryview:
