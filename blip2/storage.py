@@ -60,9 +60,8 @@ def replace_file(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
         OSError: the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = hashlib.blake2b(
-        os.fsencode(path.name), digest_size=8
-    ).hexdigest()  # never longer than a name may be
+    # never longer than a name may be
+    key = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
     beside = path.with_name(f".{key}{UNFINISHED}")
     try:
         yield beside

@@ -24,7 +24,7 @@ from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
 from blip2.checkpoint.remap import from_hf_layout, rename_tensors
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
-from blip2.checkpoint.verify import compare_logits, compare_tensors
+from blip2.checkpoint.verify import compare_logits, compare_tensors, same_bits
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
@@ -172,10 +172,7 @@ def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict
     as_it_is = {name: stored.info(name).dtype for name in stored}
     if target != SMALLEST_EXACT:
         narrow = parse_dtype(target)
-        return {
-            name: narrow if narrow is not None and dtype.is_floating_point else dtype
-            for name, dtype in as_it_is.items()
-        }, 0
+        return {n: (narrow or d) if d.is_floating_point else d for n, d in as_it_is.items()}, 0
     wide = [name for name, dtype in as_it_is.items() if dtype in (torch.float32, torch.float64)]
     total = sum(stored.info(name).nbytes for name in wide)
     fits = {name: _exact_in(stored, name, report, total) for name in wide}
@@ -183,23 +180,15 @@ def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict
     for name, dtypes in fits.items():
         for dtype in dtypes:
             counts[dtype] += stored.info(name).numel
-    chosen = {
-        name: max(dtypes, key=counts.__getitem__) if dtypes else as_it_is[name]
-        for name, dtypes in fits.items()
-    }
-    return as_it_is | chosen, sum(chosen[name] != as_it_is[name] for name in chosen)
+    chosen = {name: max(dtypes, key=counts.__getitem__) for name, dtypes in fits.items() if dtypes}
+    return as_it_is | chosen, len(chosen)
 
 
 def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[torch.dtype]:
     """The 16-bit dtypes that hold every value of a tensor as it is."""
     candidates = [torch.bfloat16, torch.float16]
     for block in stored.blocks(name):
-        bits = block.view(torch.uint8)
-        candidates = [
-            dtype
-            for dtype in candidates
-            if torch.equal(block.to(dtype).to(block.dtype).view(torch.uint8), bits)
-        ]
+        candidates = [dtype for dtype in candidates if same_bits(block, block.to(dtype))]
         report("scan", block.numel() * block.dtype.itemsize, total)
         if not candidates:
             break
@@ -227,7 +216,7 @@ def new_checkpoint(
     if to == "paddle":
         files["config.json"] = to_paddle_config(config, hf_files["config.json"]["torch_dtype"])
     elif to == "lavis":
-        files["config.yaml"] = to_lavis_config(config, str(folder.absolute() / TORCH.single))
+        files["config.yaml"] = to_lavis_config(config, str(folder.absolute() / TORCH.file))
     if tokenizer is not None:
         files |= {**tokenizer_files(tokenizer), **tokenizer_changes(tokenizer, paddle=to == "paddle")}
     return new_model_folder(folder, files, KINDS[to], info, read, shard_bytes)

@@ -11,14 +11,7 @@ from typing import Any
 import torch
 
 from blip2.checkpoint.formats.lavis import LAVIS, NEWLINE_OF_OPT
-from blip2.checkpoint.key_mapping import (
-    HEAD,
-    HF_HEAD,
-    OPT_EMBEDDINGS,
-    T5_EMBEDDINGS,
-    from_hugging_face,
-    to_hugging_face,
-)
+from blip2.checkpoint.key_mapping import HEAD, HF_HEAD, WORD_EMBEDDINGS, from_hugging_face, to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import DROPPED, empty_model, listed, mismatches
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
@@ -26,7 +19,6 @@ from blip2.modeling.config import Blip2Config, MatcherConfig
 from blip2.tensorfiles.tensors import TensorInfo
 
 LAYOUTS = {"hf": "Hugging Face", "lavis": "LAVIS", "paddlenlp": "PaddleNLP", "paddlemix": "PaddleMIX"}
-_EMBEDDINGS = (OPT_EMBEDDINGS, T5_EMBEDDINGS)
 _COMPONENTS = {  # what our names begin with -> the component
     "vision": "image encoder",
     "qformer": "Q-Former",
@@ -137,17 +129,13 @@ def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> d
         part = _COMPONENTS.get((ours[name] or "").split(".", 1)[0], "heads")
         tensors[part] += 1
         counts[part][str(info.dtype).removeprefix("torch.")] += info.numel
-    return {
-        part: ComponentSummary(tensors[part], count.total(), dict(count))
-        for part, count in counts.items()
-        if count
-    }
+    return {p: ComponentSummary(tensors[p], c.total(), dict(c)) for p, c in counts.items() if c}
 
 
 def _head(checkpoint: Checkpoint) -> str:
     if checkpoint.is_matcher:
         return "none"
-    embeddings = any(from_hugging_face(name) in _EMBEDDINGS for name in checkpoint.tensors)
+    embeddings = any(from_hugging_face(name) in WORD_EMBEDDINGS for name in checkpoint.tensors)
     if HF_HEAD in checkpoint.tensors:
         return "stored" if embeddings else "tied"
     return "tied" if embeddings else "missing"
@@ -160,7 +148,7 @@ def _problems(checkpoint: Checkpoint, ours: Mapping[str, str | None], names: Map
     unknown = [name for name, own in ours.items() if own is None and name not in DROPPED]
     lists = {"names that belong to no BLIP-2 model": unknown, "no weights of 16, 32 or 64 bit floats": odd}
     if model is not None:
-        shared = {HEAD, *_EMBEDDINGS}
+        shared = {HEAD, *WORD_EMBEDDINGS}
         optional = shared if shared & names.keys() else set()
         lists |= {
             "missing": [to_hugging_face(name) for name in missing if name not in optional],

@@ -174,15 +174,13 @@ def build_model(
     """
     model, names, tied = match_state_dict(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
-    weights = names
+    weights, on_cpu = names, device.type == "cpu"
     quantize = quantize or stored_mode(tensors)
     if quantize is not None:
 
         def read(name: str, kind: type[QuantizedWeight]) -> QuantizedWeight:
             # word embeddings are looked up as they are stored: only the words that occur are ever read
-            mapped = name in EMBEDDINGS or (
-                kind is Int4Weight and device.type == "cpu" and openvino_multiplies()
-            )
+            mapped = name in EMBEDDINGS or (kind is Int4Weight and on_cpu and openvino_multiplies())
             return read_quantized(tensors, weights[f"{name}.weight"], kind, mapped=mapped).to(device)
 
         apply.quantize_model(model, quantize, read)
@@ -191,7 +189,7 @@ def build_model(
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
     elif tied:
         del names[HEAD]
-    if prepack and device.type == "cpu" and cpu_has_bf16():
+    if prepack and on_cpu and cpu_has_bf16():
         # beside quantized weights, where no dtype is given, what is left of the linear layers is bf16 too
         narrow = quantize is not None and dtype is None
         packed = {
@@ -207,7 +205,7 @@ def build_model(
         target = dtypes[_part(ours)]
         if target == torch.float16 and ours.endswith(_OVERFLOWS):
             target = torch.float32
-        unchanged = tensors.info(stored).dtype == target and device.type == "cpu"
+        unchanged = tensors.info(stored).dtype == target and on_cpu
         state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
     if tied:
         assert isinstance(config, Blip2Config)
@@ -293,10 +291,8 @@ def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> boo
     return bool(stored) and _equal(tensors, names[HEAD], names[embeddings])
 
 
-def _equal(tensors: Tensors, one: str, other: str) -> bool:
-    return tensors.info(one) == tensors.info(other) and equal_values(
-        tensors.blocks(one), tensors.blocks(other)
-    )
+def _equal(tensors: Tensors, a: str, b: str) -> bool:
+    return tensors.info(a) == tensors.info(b) and equal_values(tensors.blocks(a), tensors.blocks(b))
 
 
 def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, configured: int) -> int:

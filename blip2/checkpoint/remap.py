@@ -109,9 +109,8 @@ def remap_tensors(tensors: Tensors, recipes: Mapping[str, TensorRecipe]) -> Tens
 
 def rename_tensors(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
     """Some tensors under other names. names: new name -> the name in `tensors`."""
-    return remap_tensors(
-        tensors, {new: TensorRecipe(tensors.info(old), (old,)) for new, old in names.items()}
-    )
+    recipes = {new: TensorRecipe(tensors.info(old), (old,)) for new, old in names.items()}
+    return remap_tensors(tensors, recipes)
 
 
 def to_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:

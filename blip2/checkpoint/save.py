@@ -56,9 +56,7 @@ def save_model(
     target = Path(folder)
     state, tied = _state(model)
     target_dtype = parse_dtype(dtype)
-    info = {
-        name: TensorInfo(tuple(tensor.shape), target_dtype or tensor.dtype) for name, tensor in state.items()
-    }
+    info = {n: TensorInfo(tuple(t.shape), target_dtype or t.dtype) for n, t in state.items()}
     files: dict[str, Content] = {**settings(model.config, info, tied, tokenizer, image_processor)}
     if tokenizer is not None:
         files |= tokenizer_files(Path(tokenizer))
@@ -110,14 +108,17 @@ def write_files(
         room -= entry.nbytes
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        path = folder / (kind.single if len(shards) == 1 else kind.shard.format(i, len(shards)))
+        path = folder / kind.file
+        if len(shards) > 1:
+            path = path.with_stem(f"{path.stem}-{i:05}-of-{len(shards):05}")
         with path.open("wb") as file:
             kind.write(file, shard, read)
         sync(path)
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         total = sum(entry.nbytes for entry in info.values())
-        write_file(folder / kind.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_file(folder / f"{kind.file}.index.json", index)
 
 
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:

@@ -94,16 +94,12 @@ def open_checkpoint(
         try:
             raw = _settings(folder, layout, tensors, decoder)
             # which model it is, its tensors show: files say it in `architectures`, or not at all
-            is_matcher = "itm_head.weight" in tensors
-            config = read_config(
-                raw | {"architectures": ["Blip2ForImageTextRetrieval"]} if is_matcher else raw
-            )
+            marked = raw | {"architectures": ["Blip2ForImageTextRetrieval"]}
+            config = read_config(marked if "itm_head.weight" in tensors else raw)
         except (CheckpointError, ConfigError) as error:
             problem = error
         file_format = next((stored.file(name).format for name in stored), "empty")
-        tokenizer = next(
-            (place for place in (folder, decoder) if place is not None and has_tokenizer(place)), None
-        )
+        tokenizer = next((p for p in (folder, decoder) if p is not None and has_tokenizer(p)), None)
         yield Checkpoint(path, folder, tokenizer, layout, stored, tensors, file_format, raw, config, problem)
 
 

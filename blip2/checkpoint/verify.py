@@ -23,13 +23,10 @@ _TOLERANCE = 1e-4  # of the largest output: two layouts may be added up in anoth
 def compare_tensors(
     expected: Tensors, actual: Tensors, dtype: torch.dtype | None, report: Callable[[str, int, int], None]
 ) -> int:
-    """Compare all tensors, both under Hugging Face's names, bit by bit.
+    """Compare all tensors, both under Hugging Face's names, bit by bit; gives how many there are.
 
     Args:
         dtype: what the expected ones are rounded to first; None compares values, whatever dtypes they are stored in.
-
-    Returns:
-        how many there are.
 
     Raises:
         CheckpointError: one is missing, there is one more, or a value differs.
@@ -49,14 +46,14 @@ def compare_tensors(
         target = dtype if dtype is not None and old.dtype.is_floating_point else None
         if equal:
             for a, b in aligned_blocks(expected.blocks(name), actual.blocks(name)):
-                equal = equal and _same_bits(a if target is None else a.to(target), b)
+                equal = equal and same_bits(a if target is None else a.to(target), b)
                 report("verify", a.numel() * a.dtype.itemsize, total)
         if not equal:
             raise CheckpointError(f"the result is wrong: {name} differs from the source's")
     return len(expected)
 
 
-def _same_bits(expected: Tensor, actual: Tensor) -> bool:
+def same_bits(expected: Tensor, actual: Tensor) -> bool:
     """Whether values are equal bit by bit; one that was stored in fewer bits is widened first."""
     widened = actual.to(expected.dtype)
     return torch.equal(expected.contiguous().view(torch.uint8), widened.contiguous().view(torch.uint8))
@@ -97,11 +94,8 @@ def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
     if isinstance(model, Blip2):
         return [model(pixels, ids, mask, ids if model.config.language.is_encoder_decoder else None)]
     features = model.vision(pixels)
-    return [
-        model.image_embeddings(features),
-        model.text_embeddings(ids, mask),
-        model.itm_logits(features, ids, mask),
-    ]
+    embeddings = [model.image_embeddings(features), model.text_embeddings(ids, mask)]
+    return [*embeddings, model.itm_logits(features, ids, mask)]
 
 
 def _free_memory() -> int | None:

@@ -16,27 +16,18 @@ import torch
 
 from blip2.tensorfiles.errors import BrokenFileError, UnsafeFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.pickles import (
-    ORDERED_DICT,
-    Call,
-    Global,
-    Stored,
-    as_dict,
-    find_state_dict,
-    read_pickle,
-)
+from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Stored, as_dict, find_tensors, read_pickle
 from blip2.tensorfiles.tensors import StoredTensor, StoredTensors, TensorInfo, checked_shape
 
 SPLIT_TABLE = "UnpackBigParamInfor@@"
 _CHUNK = 1 << 20
 
-_RECONSTRUCT = frozenset(
-    {Global("numpy.core.multiarray", "_reconstruct"), Global("numpy._core.multiarray", "_reconstruct")}
-)
+_RECONSTRUCT = frozenset(Global(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core"))
 _ARRAY, _DTYPE = Global("numpy", "ndarray"), Global("numpy", "dtype")
 _ENCODE = Global("_codecs", "encode")
-_BYTES = frozenset({Global("__builtin__", "bytes"), Global("builtins", "bytes")})
-_TUPLE = frozenset({Global("__builtin__", "tuple"), Global("builtins", "tuple")})
+_BYTES, _TUPLE = (
+    frozenset({Global("__builtin__", name), Global("builtins", name)}) for name in ("bytes", "tuple")
+)
 ALLOWED = _RECONSTRUCT | _BYTES | _TUPLE | {_ARRAY, _DTYPE, _ENCODE, ORDERED_DICT}
 
 # numpy's names of dtypes. Paddle's bfloat16 is numpy's uint16, see above.
@@ -72,10 +63,9 @@ class PaddleFile(StoredTensors):
 
     def __init__(self, file: FileBytes, value: Any) -> None:
         self._file = file
-        table = as_dict(value)
-        entries = find_state_dict(value, _is_tensor, file)
+        entries = find_tensors(value, _is_tensor, file)
         arrays = {name: self._read_array(name, entry) for name, entry in entries.items()}
-        split = {} if table is None else table.get(SPLIT_TABLE, {})
+        split = (as_dict(value) or {}).get(SPLIT_TABLE, {})
         if not isinstance(split, dict):
             raise file.broken(f"{SPLIT_TABLE} is no dict")
         tensors: dict[str, StoredTensor] = {}

@@ -112,7 +112,7 @@ ORDERED_DICT = Global("collections", "OrderedDict")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 
 
-def find_state_dict(value: Any, is_tensor: Callable[[Any], bool], file: FileBytes) -> dict[str, Any]:
+def find_tensors(value: Any, is_tensor: Callable[[Any], bool], file: FileBytes) -> dict[str, Any]:
     """A file's table of tensors: its dict of them, or the one under "model" or another of `WRAPPERS`.
 
     What is beside tensors (counters, name tables) and beside the wrapped dict (optimizer, settings) is left out.
@@ -295,20 +295,18 @@ class _Machine:
             self.broken(f"over {MAX_OPEN_MARKS} containers within each other")
         self.marks.append(len(self.stack))
 
-    def string(self, size_of_length: int, kind: str) -> None:
+    def string(self, size_of_length: int, encoding: str = "") -> None:
         length = self.length(size_of_length)
         if length > self.end - self.position:
             self.broken(f"a string of {length:,} bytes, more than are left")
         if length > SHORT:
-            self.push(Stored(self.position, length, kind == "text"))
+            self.push(Stored(self.position, length, encoding == "utf-8"))
             self.position += length
             return
         self.count_text(length)
         content = self.take(length)
         try:
-            self.push(
-                content if kind == "bytes" else content.decode("utf-8" if kind == "text" else "latin-1")
-            )
+            self.push(content.decode(encoding) if encoding else content)
         except UnicodeDecodeError:
             self.broken("a text that is no UTF-8")
 
@@ -428,10 +426,10 @@ _OPCODES: Mapping[bytes, tuple[Any, ...]] = {
     b"I": (_Machine.integer_line,), b"L": (_Machine.long_line,), b"F": (_Machine.float_line,),
     b"V": (_Machine.text_line,), b"S": (_Machine.quoted_line,),
     # bytes of the length, and what follows: text, bytes, or a string of Python 2, which is either
-    b"X": (_Machine.string, 4, "text"), b"\x8c": (_Machine.string, 1, "text"), b"\x8d": (_Machine.string, 8, "text"),
-    b"B": (_Machine.string, 4, "bytes"), b"C": (_Machine.string, 1, "bytes"), b"\x8e": (_Machine.string, 8, "bytes"),
-    b"\x96": (_Machine.string, 8, "bytes"),  # a bytearray
-    b"T": (_Machine.string, 4, "string"), b"U": (_Machine.string, 1, "string"),
+    b"X": (_Machine.string, 4, "utf-8"), b"\x8c": (_Machine.string, 1, "utf-8"), b"\x8d": (_Machine.string, 8, "utf-8"),
+    b"B": (_Machine.string, 4), b"C": (_Machine.string, 1), b"\x8e": (_Machine.string, 8),
+    b"\x96": (_Machine.string, 8),  # a bytearray
+    b"T": (_Machine.string, 4, "latin-1"), b"U": (_Machine.string, 1, "latin-1"),
     b"p": (_Machine.put, 0), b"q": (_Machine.put, 1), b"r": (_Machine.put, 4), b"\x94": (_Machine.put, None),
     b"g": (_Machine.get, 0), b"h": (_Machine.get, 1), b"j": (_Machine.get, 4),
     # how many values; none: those since the mark

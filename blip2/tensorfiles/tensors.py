@@ -182,9 +182,11 @@ class Tensors(Mapping[str, Tensor]):
 
 def checked_shape(sizes: Any) -> tuple[int, ...] | None:
     """A shape as a file gives it, or None where no tensor can have it."""
-    if not isinstance(sizes, (list, tuple)) or len(sizes) > 64:
-        return None
-    if any(type(n) is not int or n < 0 for n in sizes):
+    if (
+        not isinstance(sizes, list | tuple)
+        or len(sizes) > 64
+        or any(type(n) is not int or n < 0 for n in sizes)
+    ):
         return None
     # Zeros do not count: torch multiplies the other sizes into strides all the same.
     return tuple(sizes) if math.prod(max(n, 1) for n in sizes) <= MAX_ELEMENTS else None

@@ -15,7 +15,7 @@ import torch
 
 from blip2.tensorfiles.errors import quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Reference, find_state_dict, read_pickle
+from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Reference, find_tensors, read_pickle
 from blip2.tensorfiles.tensors import StoredTensor, StoredTensors, TensorInfo, checked_shape
 from blip2.tensorfiles.zips import ZipRecord, read_records
 
@@ -46,9 +46,7 @@ _TENSORS: Mapping[Global, tuple[int, ...]] = {
     Global("torch._utils", "_rebuild_tensor_v2"): (6, 7),
     _TENSOR_3: (7, 8),
 }
-_PARAMETERS = {
-    Global("torch._utils", name) for name in ("_rebuild_parameter", "_rebuild_parameter_with_state")
-}
+_PARAMETERS = {Global("torch._utils", n) for n in ("_rebuild_parameter", "_rebuild_parameter_with_state")}
 ALLOWED = frozenset({*_STORAGES, *_DTYPES, *_TENSORS, *_PARAMETERS, ORDERED_DICT})
 
 
@@ -60,8 +58,8 @@ def is_legacy(start: bytes) -> bool:
 def open_archive(file: FileBytes) -> StoredTensors:
     """Open a zip archive of torch.save (torch 1.6 and later); errors as `read_pickle`'s and `read_records`'s."""
     records = read_records(file)
-    roots = [name.removesuffix("/data.pkl") for name in records if name.count("/") == 1]
-    roots = [root for root in roots if f"{root}/data.pkl" in records]
+    mains = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    roots = [name.removesuffix("/data.pkl") for name in mains]
     if len(roots) != 1 or f"{roots[0]}/constants.pkl" in records:
         what = (
             "a TorchScript program" if roots else "a zip archive, but none of torch.save (it has no data.pkl)"
@@ -163,7 +161,7 @@ def _tensors(
     file: FileBytes, value: Any, storages: Mapping[str, ZipRecord], *, big_endian: bool = False
 ) -> StoredTensors:
     """The tensors that a pickle describes."""
-    calls = find_state_dict(value, _is_tensor, file)
+    calls = find_tensors(value, _is_tensor, file)
     tensors = {name: _read_call(file, name, call, storages, big_endian) for name, call in calls.items()}
     return StoredTensors(file, "torch", tensors)
 

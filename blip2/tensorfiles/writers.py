@@ -41,12 +41,8 @@ def write_safetensors(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in names:
-        end = position + info[name].nbytes
-        header[name] = {
-            "dtype": _SAFETENSORS[info[name].dtype],
-            "shape": list(info[name].shape),
-            "data_offsets": [position, end],
-        }
+        dtype, shape, end = info[name].dtype, list(info[name].shape), position + info[name].nbytes
+        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -161,23 +157,14 @@ def _write_member(
 
 @dataclass(frozen=True)
 class FileKind:
-    """How a layout stores tensors: the writer, and the names of one file, of one of several, and of their index."""
+    """How a layout stores tensors: the writer, and the name of the file where it is one."""
 
     write: Writer
-    single: str
-    shard: str = ""
-    index: str = ""
+    file: str
 
 
-SAFETENSORS = FileKind(
-    write_safetensors, "model.safetensors", "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
-)
-PDPARAMS = FileKind(
-    write_pdparams,
-    "model_state.pdparams",
-    "model_state-{:05}-of-{:05}.pdparams",
-    "model_state.pdparams.index.json",
-)
+SAFETENSORS = FileKind(write_safetensors, "model.safetensors")
+PDPARAMS = FileKind(write_pdparams, "model_state.pdparams")
 TORCH = FileKind(write_torch, "model.pth")
 
 
