@@ -164,7 +164,7 @@ def _converted(
                 f"{name} holds values beyond the range of {dtype} ({torch.finfo(dtype).max:.6g}); use a wider dtype"
             )
         yield out
-        report("write", block.numel() * block.dtype.itemsize, total)
+        report("write", block.nbytes, total)
 
 
 def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict[str, torch.dtype], int]:
@@ -189,7 +189,7 @@ def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[
     candidates = [torch.bfloat16, torch.float16]
     for block in stored.blocks(name):
         candidates = [dtype for dtype in candidates if same_bits(block, block.to(dtype))]
-        report("scan", block.numel() * block.dtype.itemsize, total)
+        report("scan", block.nbytes, total)
         if not candidates:
             break
     return candidates

@@ -36,7 +36,6 @@ class Checkpoint:
     raw: its settings in Hugging Face's spelling; config: the same, read. None where something is wrong: see problem.
     """
 
-    path: Path
     folder: Path
     tokenizer: Path | None
     layout: Layout
@@ -100,7 +99,7 @@ def open_checkpoint(
             problem = error
         file_format = next((stored.file(name).format for name in stored), "empty")
         tokenizer = next((p for p in (folder, decoder) if p is not None and has_tokenizer(p)), None)
-        yield Checkpoint(path, folder, tokenizer, layout, stored, tensors, file_format, raw, config, problem)
+        yield Checkpoint(folder, tokenizer, layout, stored, tensors, file_format, raw, config, problem)
 
 
 def folder_of(path: Path) -> Path:

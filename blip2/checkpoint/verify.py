@@ -47,7 +47,7 @@ def compare_tensors(
         if equal:
             for a, b in aligned_blocks(expected.blocks(name), actual.blocks(name)):
                 equal = equal and same_bits(a if target is None else a.to(target), b)
-                report("verify", a.numel() * a.dtype.itemsize, total)
+                report("verify", a.nbytes, total)
         if not equal:
             raise CheckpointError(f"the result is wrong: {name} differs from the source's")
     return len(expected)

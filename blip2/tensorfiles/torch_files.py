@@ -65,15 +65,13 @@ def open_archive(file: FileBytes) -> StoredTensors:
             "a TorchScript program" if roots else "a zip archive, but none of torch.save (it has no data.pkl)"
         )
         raise file.unsupported(f"{what}; give a file of torch.save(model.state_dict()) or safetensors")
-    root = roots[0]
-    main = records[f"{root}/data.pkl"]
+    root, main = roots[0], records[mains[0]]
     end = main.start + main.length
     pickle = read_pickle(file, main.start, end, ALLOWED, references=True)
     if pickle.end != end:
         raise file.broken("data.pkl goes on after its end")
     order = b"little"
-    if f"{root}/byteorder" in records:
-        place = records[f"{root}/byteorder"]
+    if place := records.get(f"{root}/byteorder"):
         order = file.read(place.start, min(place.length, 16), "the byte order")
         if order not in (b"little", b"big"):
             raise file.broken(f"the byte order is {quoted(order)}, not little or big")
