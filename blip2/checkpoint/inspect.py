@@ -76,14 +76,14 @@ def inspect(
         ours = {name: from_hugging_face(name) for name in tensors}
         # T5's word embeddings may be there under three names
         names = {own: name for name, own in reversed(ours.items()) if own is not None}
-        infos = {name: tensors.info(name) for name in names.values()}
+        infos = {own: tensors.info(name) for own, name in names.items()}
         config = checkpoint.config
         return Inspection(
             path=str(path),
             layout=LAYOUTS[checkpoint.layout.name],
             file_format=checkpoint.file_format,
             variant=_variant(checkpoint),
-            parts=_parts(infos, ours),
+            parts=_parts(infos),
             tensors=len(checkpoint.stored),
             parameters=sum(info.numel for info in infos.values()),
             stored_bytes=checkpoint.stored.nbytes,
@@ -122,11 +122,11 @@ def _variant(checkpoint: Checkpoint) -> str:
     return f"generator, {image}, {kind} {config.language.width} wide"
 
 
-def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> dict[str, ComponentSummary]:
+def _parts(infos: Mapping[str, TensorInfo]) -> dict[str, ComponentSummary]:
     counts: dict[str, Counter[str]] = {part: Counter() for part in (*_COMPONENTS.values(), "heads")}
     tensors: Counter[str] = Counter()
     for name, info in infos.items():
-        part = _COMPONENTS.get((ours[name] or "").split(".", 1)[0], "heads")
+        part = _COMPONENTS.get(name.split(".", 1)[0], "heads")
         tensors[part] += 1
         counts[part][str(info.dtype).removeprefix("torch.")] += info.numel
     return {p: ComponentSummary(tensors[p], c.total(), dict(c)) for p, c in counts.items() if c}

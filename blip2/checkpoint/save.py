@@ -35,7 +35,7 @@ def save_model(
     dtype: torch.dtype | str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a model so that `load_model` and transformers open it.
+    """Write a model so that `load_model` and transformers open it; gives its folder.
 
     Everything is written to a folder beside the target, flushed to the disk and then renamed, so that an interrupted
     save leaves no half-written model. One tensor at a time is converted. A tied head is stored once.
@@ -46,9 +46,6 @@ def save_model(
         image_processor: how images are prepared; None is BLIP-2's own way at the model's image size.
         dtype: of the stored weights; None as they are in the model.
         shard_bytes: start another file when one would grow beyond this.
-
-    Returns:
-        The folder.
 
     Raises:
         CheckpointError: the folder holds something already, the model is quantized, or writing failed.
