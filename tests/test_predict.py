@@ -266,19 +266,19 @@ def _decode(ids: list[int]) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
 
-ODD = [
-    " a dog",
-    "ein Bär \U0001f43b isst €",
-    "a  b \n c \n ",
-    "   ",
-    "",
-    "e\u0301",
-    "ab\ufffdcd",
-    "ends in \ufffd",
-]
-
-
-@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize(
+    "text",
+    [
+        " a dog",
+        "ein Bär \U0001f43b isst €",
+        "a  b \n c \n ",
+        "   ",
+        "",
+        "e\u0301",
+        "ab\ufffdcd",
+        "ends in \ufffd",
+    ],
+)
 def test_pieces_never_break_a_character(text: str) -> None:
     tokens = list(text.encode())
     pieces = list(detokenize_stream(_decode, tokens))
