@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def examine_machine() -> Machine:
     return Machine(
         python=platform.python_version(),
         torch=torch.__version__,
-        openvino=_version("openvino"),
+        openvino=next((package.version for package in distributions(name="openvino")), None),
         system=f"{platform.system()} {platform.machine()}",
         processor=processor,
         instructions=instructions,
@@ -155,16 +155,13 @@ def _examine(model: KnownModel, machine: Machine) -> Checkup:
         )
     elif machine.memory_free is not None and machine.gpu is None and needs[dtype] > machine.memory_free:
         hints.append(f"only {readable(machine.memory_free)} of memory are free now: close other programs")
-    if (
-        dtype == "bf16"
-        and machine.gpu is None
-        and not {"avx512_bf16", "amx_bf16", "bf16"} & {*machine.instructions}
-    ):
+    fast_in_bf16 = machine.gpu or {"avx512_bf16", "amx_bf16", "bf16"} & {*machine.instructions}
+    if dtype == "bf16" and not fast_in_bf16:
         hints.append(
             "slow here: this processor has no bf16 arithmetic and there is no GPU; try --quantize int8"
         )
-    facts = (model.name, model.alias, model.use, model.parameters, model.disk_bytes)
-    return Checkup(*facts, needs, here, tuple(problems), tuple(hints))
+    about = (model.name, model.alias, model.use, model.parameters, model.disk_bytes)
+    return Checkup(*about, needs, here, tuple(problems), tuple(hints))
 
 
 def _is_here(name: str) -> bool:
@@ -174,20 +171,18 @@ def _is_here(name: str) -> bool:
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in weights)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _facts(path: str) -> dict[str, str]:
+    """Names and values in one of Linux's files about the machine; of several processors the last. Raises OSError."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _processor() -> tuple[str, tuple[str, ...]]:
     """Name, and those instruction sets of `FAST` it has; (unknown, ()) where the system does not say."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        facts = _facts("/proc/cpuinfo")
     except OSError:
         return platform.processor() or platform.machine(), ()
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = facts.get("flags", facts.get("Features", "")).split()
     return facts.get("model name", platform.machine()), tuple(flag for flag in FAST if flag in flags)
 
@@ -196,9 +191,8 @@ def _memory() -> tuple[int | None, int | None]:
     """Total and free memory in bytes, the container's limit respected."""
     total = free = None
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        facts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        total, free = facts["MemTotal"], facts["MemAvailable"]
+        facts = _facts("/proc/meminfo")
+        total, free = (int(facts[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
         if limit.isdigit() and int(limit) < total:
             used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
@@ -221,7 +215,7 @@ def _gpu() -> tuple[str | None, int | None]:
 # --- the report ----------------------------------------------------------------------------
 
 
-def report_json(machine: Machine, checkups: list[Checkup]) -> list[dict[str, Any]]:
+def report_records(machine: Machine, checkups: list[Checkup]) -> list[dict[str, Any]]:
     """One object for the machine, one for each model."""
     return [{"machine": asdict(machine)}, *(asdict(checkup) for checkup in checkups)]
 

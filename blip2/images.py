@@ -25,6 +25,10 @@ from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.strict_json import read_json
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # AVIF last: an older Pillow has none
+# Files that are taken for images when a folder is given; what they really are is read from their content.
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+)
 MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,6 +36,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RGB = tuple[float, float, float]
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 
+_STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")  # what BLIP-2 does to every image
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,7 +69,11 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
         ImageError: the message names the source, what arrived and what to do.
     """
     if isinstance(source, np.ndarray):
-        return Image.fromarray(_check_array(source))
+        if source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise ImageError(f"the array has shape {source.shape}, expected [height, width, 3]")
+        if source.dtype != np.uint8:
+            raise ImageError(f"the array holds {source.dtype}, expected uint8 from 0 to 255")
+        return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _decode(source, f"the {source.mode} image", exif, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -180,14 +189,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_array(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ImageError(f"the array has shape {array.shape}, expected [height, width, 3]")
-    if array.dtype != np.uint8:
-        raise ImageError(f"the array holds {array.dtype}, expected uint8 from 0 to 255")
-    return array
-
-
 # --- RGB -> pixels -------------------------------------------------------------------------------------------------
 
 
@@ -216,15 +217,15 @@ class ImageProcessor:
         Raises:
             ImageError: unreadable settings, or a preparation that BLIP-2's square images do not have.
         """
-        processor = _read_json(Path(folder) / "processor_config.json").get("image_processor")
-        if isinstance(processor, Mapping):
-            return cls.from_dict(processor, image_size)
-        return cls.from_dict(_read_json(Path(folder) / "preprocessor_config.json"), image_size)
+        raw = _read_json(Path(folder) / "processor_config.json").get("image_processor")
+        if not isinstance(raw, Mapping):
+            raw = _read_json(Path(folder) / "preprocessor_config.json")
+        return cls.from_dict(raw, image_size)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], image_size: int) -> ImageProcessor:
         """Settings as preprocessor_config.json holds them; see `load`."""
-        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        for step in _STEPS:
             if raw.get(step) is False:
                 raise ImageError(f"the image settings say {step}: false; BLIP-2 does it, set it to true")
         for step in ("do_center_crop", "do_pad"):
@@ -257,13 +258,10 @@ class ImageProcessor:
         return {
             "image_processor_type": "BlipImageProcessor",
             "processor_class": "Blip2Processor",
-            "do_convert_rgb": True,
-            "do_resize": True,
+            **dict.fromkeys(_STEPS, True),
             "size": {"height": self.size, "width": self.size},
             "resample": self.resample,
-            "do_rescale": True,
             "rescale_factor": self.rescale_factor,
-            "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }

@@ -1,11 +1,8 @@
-"""What users hand in: one image or many, opened and in batches; paths, patterns and folders on a command line."""
+"""What users hand in: one image or many, opened and in batches."""
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from PIL import Image
@@ -13,10 +10,6 @@ from PIL import Image
 from blip2.images import ImageError, ImageSource, load_image
 
 BATCH_SIZE = 8  # images computed at a time
-# Files that are taken for images when a folder is given; what they really are is read from their content.
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
-)
 
 T = TypeVar("T")
 Item = TypeVar("Item", covariant=True)
@@ -61,31 +54,3 @@ def open_image(image: ImageSource, index: int) -> Image.Image:
         return load_image(image)
     except ImageError as error:
         raise ImageError(f"image {index + 1}: {error}" if index else str(error)) from error
-
-
-def expand(argument: str) -> list[str]:
-    """A path, a pattern such as 'photos/**/*.jpg' or a folder (searched through) -> the paths of images, sorted.
-
-    A path that does not exist comes back as it is: opening it says so.
-
-    Raises:
-        ImageError: a folder without images, or a pattern that nothing matches.
-    """
-    if Path(argument).is_dir():
-        paths = sorted(_images_under(argument))
-        if not paths:
-            raise ImageError(f"{argument}: the folder holds no images ({' '.join(sorted(SUFFIXES))})")
-        return paths
-    if Path(argument).exists() or not glob.has_magic(argument):
-        return [argument]
-    paths = []
-    for path in sorted(glob.glob(argument, recursive=True)):
-        paths += _images_under(path) if Path(path).is_dir() else [path]
-    if not paths:
-        raise ImageError(f"{argument}: no file matches this pattern")
-    return list(dict.fromkeys(paths))
-
-
-def _images_under(folder: str) -> list[str]:
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in paths if Path(path).suffix.lower() in SUFFIXES)

@@ -76,21 +76,18 @@ class Matcher:
     def embed(self, images: Sequence[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Image embeddings, float32 [B, Q, E]; see `Predictor.embed`."""
         config = self.model.config
-        none = torch.empty(0, config.num_query_tokens, config.image_text_hidden_size)
-        batches = [
-            self.encode_images(self.prepare(batch, start)).queries.cpu()
-            for start, batch in in_batches(images, batch_size)
-        ]
-        return torch.cat(batches or [none])
+        embeddings = [torch.empty(0, config.num_query_tokens, config.image_text_hidden_size)]
+        for start, batch in in_batches(images, batch_size):
+            embeddings.append(self.encode_images(self.prepare(batch, start)).queries.cpu())
+        return torch.cat(embeddings)
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
         """Text embeddings, float32 [T, E]; see `Predictor.embed_text`."""
-        batches = [
-            self.model.text_embeddings(*self.encode(batch)).float().cpu()
-            for _, batch in in_batches(texts, batch_size)
-        ]
-        return torch.cat(batches or [torch.empty(0, self.model.config.image_text_hidden_size)])
+        embeddings = [torch.empty(0, self.model.config.image_text_hidden_size)]
+        for _, batch in in_batches(texts, batch_size):
+            embeddings.append(self.model.text_embeddings(*self.encode(batch)).float().cpu())
+        return torch.cat(embeddings)
 
     def prepare(self, images: Sequence[ImageSource | EncodedImage], start: int = 0) -> Tensor:
         """Pixels [B, 3, S, S]; `start` is the index of the first image in what the user passed.
@@ -107,11 +104,6 @@ class Matcher:
                 )
             opened.append(open_image(image, start + i))
         return to_pixels(opened, self.image_processor)
-
-    def features(self, images: Sequence[ImageSource], start: int = 0) -> Tensor:
-        """Image features [B, N, W]; `start` as for `prepare`."""
-        features: Tensor = self.model.vision(self.prepare(images, start).to(self.device))
-        return features
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [T, L], what is longer than `text_length` cut off."""

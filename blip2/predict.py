@@ -7,7 +7,7 @@ One image gives one result, a list of images a list in the same order, computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, TypeVar, Unpack, overload
 
@@ -90,16 +90,12 @@ def load(
     if quantize is not None and quantize not in MODES:
         raise ValueError(f"quantize is {quantize!r}; choose one of {', '.join(MODES)}")
     loaded = load_components(name, torch_device, dtype, revision, vision, language, quantize)
-    if matcher is None:
-        return Predictor(shown, loaded, None, torch_device)
-    if isinstance(loaded.model, Blip2Matcher):
-        raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
-    return Predictor(
-        shown,
-        loaded,
-        lambda: load_components(matcher, torch_device, dtype, None, quantize=quantize),
-        torch_device,
-    )
+    load_matcher = None
+    if matcher is not None:
+        if isinstance(loaded.model, Blip2Matcher):
+            raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
+        load_matcher = partial(load_components, matcher, torch_device, dtype, None, quantize=quantize)
+    return Predictor(shown, loaded, load_matcher, torch_device)
 
 
 # --- the predictor -------------------------------------------------------------------------------------------------
@@ -115,6 +111,9 @@ class Predictor:
         num_return_sequences: so many texts for each image, best first, as a list, also where it is 1.
         stream: for one image, an iterator over pieces of the text as they are written; together they are the text.
         batch_size: images computed at a time: speed and memory, never the result.
+
+    An option that does not exist raises TypeError, options that contradict each other ValueError; an image that cannot
+    be read raises ImageError from every method that takes images, and the message names it.
     """
 
     def __init__(
@@ -171,11 +170,7 @@ class Predictor:
     def encode(
         self, images: Image | Many[Image], *, batch_size: int = BATCH_SIZE
     ) -> EncodedImage | list[EncodedImage]:
-        """Read images once: one gives an `EncodedImage`, a list a list of them.
-
-        Raises:
-            ImageError: an image that cannot be read; the message names it.
-        """
+        """Read images once: one gives an `EncodedImage`, a list a list of them."""
         encoded: list[EncodedImage] = []
         for start, batch in in_batches(as_list(images), batch_size):
             prefix, _, sizes = self._read(batch, start)
@@ -225,11 +220,6 @@ class Predictor:
 
         Returns:
             One image: a `Caption`. A list: a list of them, in order. See `num_return_sequences` and `stream`.
-
-        Raises:
-            ImageError: an image that cannot be read; the message names it.
-            TypeError: an option that does not exist.
-            ValueError: options that contradict each other.
         """
         chosen = make_options("caption", stream=stream, num_return_sequences=num_return_sequences, **options)
         if stream:
@@ -283,13 +273,11 @@ class Predictor:
             One image: an `Answer`. A list: a list of them, in order. See `num_return_sequences` and `stream`.
 
         Raises:
-            ImageError: an image that cannot be read; the message names it.
-            TypeError: an option that does not exist.
-            ValueError: not as many questions as images, or options that contradict each other.
+            ValueError: not as many questions as images.
         """
         chosen = make_options("answer", stream=stream, num_return_sequences=num_return_sequences, **options)
         listed = as_list(images)
-        prompts = [self.question_prompt(text) for text in _questions(question, len(listed))]
+        prompts = self._question_prompts(question, len(listed))
         if stream:
             return self._stream(images, prompts, chosen)
         texts = self._write(Answer, listed, prompts, chosen, batch_size)
@@ -324,7 +312,6 @@ class Predictor:
             One image: a list of `Ranked`, the likeliest first. A list: a list of such lists.
 
         Raises:
-            ImageError: an image that cannot be read; the message names it.
             ValueError: no answers or an empty one, or not as many questions as images.
         """
         offered = list(dict.fromkeys(answer.strip() for answer in answers))
@@ -332,7 +319,7 @@ class Predictor:
             raise ValueError("answers to rank: give one or more, none of them empty")
         ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
         listed = as_list(images)
-        prompts = [self.question_prompt(text) for text in _questions(question, len(listed))]
+        prompts = self._question_prompts(question, len(listed))
         ranked: list[list[Ranked]] = []
         for start, batch in in_batches(list(zip(listed, prompts, strict=True)), batch_size):
             prefix, cache, _ = self._read([image for image, _ in batch], start)
@@ -367,7 +354,6 @@ class Predictor:
             turns: the (question, answer) pairs of a conversation before the question, as `Chat.turns`.
 
         Raises:
-            ImageError: an image that cannot be read.
             ValueError: arguments that contradict each other, an empty text, or a quantized model.
         """
         if text is not None and question is not None:
@@ -472,6 +458,14 @@ class Predictor:
         ids, mask = self.generator.tokenizer.encode_batch(prompts)
         return ids.to(self.device), mask.to(self.device)
 
+    def _question_prompts(self, question: Texts, images: int) -> list[str]:
+        questions: list[str] = as_list(question) * (1 if is_many(question) else images)
+        if len(questions) != images:
+            raise ValueError(
+                f"{len(questions)} questions for {images} images; give one, or one for each image"
+            )
+        return [self.question_prompt(text) for text in questions]
+
     def question_prompt(self, question: str) -> str:
         """The prompt that `ask` gives this model for a question."""
         return question_prompt(question, short=self.model.config.language.is_encoder_decoder)
@@ -509,9 +503,6 @@ class Predictor:
 
         Returns:
             One image and one text: a `Match`. One of them a list: a list. Both: for each image a list over the texts.
-
-        Raises:
-            ImageError: an image that cannot be read; the message names it.
         """
         table = self.matcher.match(as_list(images), as_list(texts), batch_size=batch_size)
         return unnest(table, is_many(images), is_many(texts))
@@ -520,9 +511,6 @@ class Predictor:
         """Image embeddings for search, float32: [Q, E] for one image, [B, Q, E] for a list; each query of length 1.
 
         An image's similarity to a text is the greatest product of one of its queries with the text's embedding.
-
-        Raises:
-            ImageError: an image that cannot be read; the message names it.
         """
         embeddings = self.matcher.embed(as_list(images), batch_size=batch_size)
         return embeddings if is_many(images) else embeddings[0]
@@ -577,13 +565,3 @@ class Chat:
             answer += piece
             yield piece
         self._turns.append((text, answer))
-
-
-# --- small parts ---------------------------------------------------------------------------------------------------
-
-
-def _questions(question: Texts, images: int) -> list[str]:
-    questions: list[str] = as_list(question) * (1 if is_many(question) else images)
-    if len(questions) != images:
-        raise ValueError(f"{len(questions)} questions for {images} images; give one, or one for each image")
-    return questions

@@ -15,6 +15,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.strict_json import read_json
@@ -25,25 +26,13 @@ SHORT_QUESTION_PROMPT = "Question: {} Short answer:"
 MAX_WORDS = 50
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",  # never read here, but other tools ask for it
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model",  # the last is never read here, but other tools ask for it
+)  # fmt: skip
 
 # What OPT's, BERT's and T5's tokenizers assume where their files are silent.
 _OPT_SPECIAL = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
-_BERT_SPECIAL = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
+_BERT_SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 _T5_SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _USUAL = {models.WordPiece: _BERT_SPECIAL, models.Unigram: _T5_SPECIAL}
 _SPECIAL_NAMES = tuple(dict.fromkeys((*_OPT_SPECIAL, *_BERT_SPECIAL)))
@@ -98,12 +87,12 @@ class Tokenizer:
             elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 tokens = _defaults(tokens, _OPT_SPECIAL)
                 backend = _read_bpe(folder, config)
-                _add(backend, _added_tokens(folder, added, tokens), tokens.values())
+                _add_tokens(backend, folder, added, tokens)
                 _frame(backend, *_ends(tokens, config))
             elif (folder / "vocab.txt").is_file():
                 tokens = _defaults(tokens, _BERT_SPECIAL)
                 backend = _read_wordpiece(folder, config, tokens["unk_token"].content)
-                _add(backend, _added_tokens(folder, added, tokens), tokens.values())
+                _add_tokens(backend, folder, added, tokens)
                 _frame(backend, tokens["cls_token"], tokens["sep_token"])
             elif (folder / "spiece.model").is_file():
                 raise TextError(
@@ -172,14 +161,9 @@ class Tokenizer:
         """
         if isinstance(texts, str) or not texts:
             raise TextError("expected a list with at least one text")
-        rows = [self.encode(text, max_length=max_length) for text in texts]
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            place = slice(width - len(row), width) if pad == "left" else slice(0, len(row))
-            ids[i, place] = torch.tensor(row, dtype=torch.int64)
-            mask[i, place] = 1
+        rows = [torch.tensor(self.encode(text, max_length=max_length), dtype=torch.int64) for text in texts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=pad)
         return ids, mask
 
     def decode(self, ids: Iterable[int] | Tensor, *, skip_special: bool = True) -> str:
@@ -246,20 +230,18 @@ def _frame(backend: Backend, first: AddedToken | None, last: AddedToken | None) 
     )
 
 
-def _added_tokens(folder: Path, listed: Any, tokens: Mapping[str, AddedToken]) -> dict[int, AddedToken]:
-    """The tokens added to the vocabulary, by id."""
-    if isinstance(listed, Mapping):
-        return {int(i): _added_token(token) for i, token in listed.items()}
+def _add_tokens(backend: Backend, folder: Path, listed: Any, tokens: Mapping[str, AddedToken]) -> None:
+    """Add what the vocabulary lacks: the tokens listed in tokenizer_config.json or added_tokens.json, then `tokens`."""
     special = {token.content for token in tokens.values()}
-    return {
-        int(i): AddedToken(content, normalized=content not in special, special=content in special)
-        for content, i in _read_json(folder / "added_tokens.json").items()
-    }
-
-
-def _add(backend: Backend, added: Mapping[int, AddedToken], named: Iterable[AddedToken]) -> None:
+    if isinstance(listed, Mapping):
+        added = {int(i): _added_token(token) for i, token in listed.items()}
+    else:
+        added = {
+            int(i): AddedToken(content, normalized=content not in special, special=content in special)
+            for content, i in _read_json(folder / "added_tokens.json").items()
+        }
     known = {token.content for token in added.values()}
-    unlisted = [token for token in named if token.content not in known]
+    unlisted = [token for token in tokens.values() if token.content not in known]
     for token in [*(added[i] for i in sorted(added)), *unlisted]:
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     for i, token in added.items():

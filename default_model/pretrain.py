@@ -18,8 +18,8 @@ from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.opt import Opt, OptDecoderLayer
 from blip2.modeling.qformer import QFormerLayer
 from blip2.modeling.vision import ImageEncoder, VisionBlock
-from blip2.train import losses
 from blip2.train.loop import Task
+from default_model import losses
 
 Batch = Mapping[str, Tensor]
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.opt import Opt
 from blip2.modeling.qformer import QFormer, QFormerLayer
-from blip2.train import losses
 from blip2.train.loop import Task
 from blip2.train.tasks import Finetune, Stage2, layerwise_groups, train_only
+from default_model import losses
 from default_model.pretrain import ImageTextEncoders
 
 Batch = Mapping[str, Tensor]

@@ -182,9 +182,8 @@ def test_a_folder_or_a_file_can_be_examined(
     for path in (tmp_path / "paddle", tmp_path / "paddle" / "model_state.pdparams"):
         (same,) = doctor.examine_models(machine, str(path))
         assert same.parameters == checkup.parameters
-        assert (
-            2 * same.parameters < same.disk_bytes < 2.5 * same.parameters
-        )  # PaddleNLP stores a tied head twice
+        # PaddleNLP stores a tied head twice
+        assert 2 * same.parameters < same.disk_bytes < 2.5 * same.parameters
     with pytest.raises(ValueError, match="neither a folder nor a model known"):
         doctor.examine_models(machine, "nonesuch")
 
@@ -194,6 +193,6 @@ def test_the_report(machine: doctor.Machine) -> None:
     text = "\n".join(doctor.report_lines(machine, checkups))
     assert "Salesforce/blip2-opt-6.7b-coco: CANNOT RUN" in text
     assert "avx512_bf16" in text
-    first, *rest = json.loads(json.dumps(doctor.report_json(machine, checkups)))
+    first, *rest = json.loads(json.dumps(doctor.report_records(machine, checkups)))
     assert first["machine"]["memory"] == 32 * GIB
     assert [model["name"] for model in rest] == [checkup.name for checkup in checkups]

@@ -42,35 +42,30 @@ def make_captioner(
         match: the rows hold the probability that text and image fit (ITM), by the model's matcher.
         keep_best: of an image's texts only the one that fits best is kept.
     """
+    options = {"num_return_sequences": 1} | options  # of each image a list of texts
     loaded: list[Predictor] = []
 
     def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
         if not loaded:
             loaded.append(load())
-        model, size = loaded[0], len(images)
-        if not questions:
-            captions = model.caption(list(images), batch_size=size, **options)
-            return [
-                rows(model, image, [("caption", "", text) for text in _as_texts(result)])
-                for image, result in zip(images, captions, strict=True)
-            ]
-        encoded = model.encode(list(images), batch_size=size)
-        answers = [(q, model.ask(encoded, q, batch_size=size, **options)) for q in questions]
+        model, keywords = loaded[0], options | {"batch_size": len(images)}
+        texts: list[tuple[str, list[Any]]]
+        if questions:
+            encoded = model.encode(list(images), batch_size=len(images))
+            texts = [(question, model.ask(encoded, question, **keywords)) for question in questions]
+        else:
+            texts = [("", model.caption(list(images), **keywords))]
         return [
-            rows(
-                model,
-                image,
-                [("answer", q, text) for q, results in answers for text in _as_texts(results[i])],
-            )
+            rows(model, image, [(question, text) for question, lists in texts for text in lists[i]])
             for i, image in enumerate(images)
         ]
 
-    def rows(model: Predictor, image: Image.Image, texts: list[tuple[str, str, Any]]) -> list[Row]:
+    def rows(model: Predictor, image: Image.Image, texts: list[tuple[str, Any]]) -> list[Row]:
         result: list[Row] = []
-        fits = model.match(image, [str(text) for _, _, text in texts]) if match or keep_best else []
-        for i, (kind, question, text) in enumerate(texts):
+        fits = model.match(image, [str(text) for _, text in texts]) if match or keep_best else []
+        for i, (question, text) in enumerate(texts):
             row: Row = {"question": question} if question else {}
-            row |= {kind: f"{prefix}{text}{suffix}", "score": text.score}
+            row |= {"answer" if questions else "caption": f"{prefix}{text}{suffix}", "score": text.score}
             if score:
                 row["logprob"] = sum(text.token_logprobs)
             if fits:
@@ -79,10 +74,6 @@ def make_captioner(
         return [max(result, key=lambda row: float(row["match"]))] if keep_best else result
 
     return describe
-
-
-def _as_texts(result: Any) -> list[Any]:
-    return result if isinstance(result, list) else [result]
 
 
 def make_resizer(*image_processors: Any) -> Prepare:
@@ -105,12 +96,10 @@ def parallel_batches(model: Predictor | None) -> Iterator[int]:
     Most steps of a small model are too short to be shared between cores. None: one at a time.
     """
     threads = torch.get_num_threads()
-    if model is None or model.device.type != "cpu" or threads < 2:
-        yield 1
-        return
     # Counted by the layers' shapes: quantized or packed weights are no parameters.
-    layers = [attributes for module in model.model.modules() if "in_features" in (attributes := vars(module))]
-    if sum(layer["in_features"] * layer["out_features"] for layer in layers) >= SMALL_MODEL:
+    modules = [] if model is None else [vars(module) for module in model.model.modules()]
+    size = sum(layer["in_features"] * layer["out_features"] for layer in modules if "in_features" in layer)
+    if model is None or model.device.type != "cpu" or threads < 2 or size >= SMALL_MODEL:
         yield 1
         return
     torch.set_num_threads(threads // 2)
@@ -123,7 +112,6 @@ def parallel_batches(model: Predictor | None) -> Iterator[int]:
 @torch.inference_mode()
 def fingerprint(model: Predictor) -> str:
     """Distinguishes models of the same name: a digest of every tensor's name, shape and first values."""
-    digest = hashlib.sha256()
     lines: dict[str, str] = {}
     # One module at a time: of a packed weight this makes a copy.
     for parent, module in model.model.named_modules():
@@ -131,6 +119,5 @@ def fingerprint(model: Predictor) -> str:
         module._save_to_state_dict(own, f"{parent}." if parent else "", keep_vars=False)
         for name, tensor in own.items():
             lines[name] = f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n"
-    for _, line in sorted(lines.items()):
-        digest.update(line.encode())
-    return digest.hexdigest()[:16]
+    text = "".join(lines[name] for name in sorted(lines))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -40,6 +40,7 @@ def estimate(
         BulkError: as `caption_all` does before it begins.
     """
     names, inputs, to_do = _names(settings), 0, 0
+    keep_files = settings.kind == "txt" and settings.existing == "skip"
 
     def new() -> Iterator[ImageItem]:
         nonlocal inputs, to_do
@@ -48,7 +49,7 @@ def estimate(
             old = names.known([key_of(item.name) for item in some])
             inputs += len(some)
             for item, known in zip(some, old, strict=True):
-                if not known and not _stays(item, settings):
+                if not (known or (keep_files and (settings.out / sidecar(item, settings.out)).exists())):
                     to_do += 1
                     yield item
 
@@ -75,12 +76,5 @@ def _names(settings: RunSettings) -> Index:
     folder = state_folder(settings.out, settings.kind)
     if settings.kind == "stdout" or settings.existing == "overwrite" or not (folder / NAME).is_file():
         return Index()
-    journal = Journal(folder, settings.run_config)
-    journal.close()
-    return journal.names
-
-
-def _stays(item: ImageItem, settings: RunSettings) -> bool:
-    """Whether its text file is there and is left alone."""
-    beside = settings.kind == "txt" and settings.existing == "skip"
-    return beside and (settings.out / sidecar(item, settings.out)).exists()
+    with closing(Journal(folder, settings.run_config)) as journal:
+        return journal.names

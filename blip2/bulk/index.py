@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ import numpy.typing as npt
 ENTRY = np.dtype([("name", "<u8"), ("content", "<u8"), ("file", "<u8"), ("start", "<i8"), ("failed", "?")])
 _HEAD = struct.Struct("<QQII")  # of a part: where it ends in the journal, its rows, both checksums
 PART = 1 << 16  # rows: as many are read from the journal at most after a kill
-Entries = npt.NDArray[Any]
+RECENT = 1 << 20  # entries that an index holds unsorted
+Entry = tuple[int, int, int, int, bool]
 
 
 class IndexFile:
@@ -30,18 +31,9 @@ class IndexFile:
 
     def __init__(self, path: Path, journal: BinaryIO) -> None:
         """Reads `entries`, the rows of the journal's first `covered` bytes."""
-        self.covered = self._seen = 0
         self._file = path.open("ab+", buffering=0)
-        self._new: list[tuple[int, int, int, int, bool]] = []
-        self._checksum = 0
-        self.entries, intact = self._read(journal)
-        self._seen = self.covered
-        with contextlib.suppress(OSError):
-            self._file.truncate(intact)
-
-    def _read(self, journal: BinaryIO) -> tuple[Entries, int]:
-        parts, intact = [np.empty(0, ENTRY)], 0
-        size = os.fstat(self._file.fileno()).st_size
+        size, intact, self.covered = os.fstat(self._file.fileno()).st_size, 0, 0
+        parts = [np.empty(0, ENTRY)]
         self._file.seek(0)
         journal.seek(0)
         while len(head := self._file.read(_HEAD.size)) == _HEAD.size:
@@ -49,66 +41,46 @@ class IndexFile:
             if rows * ENTRY.itemsize > size or end <= self.covered:
                 break
             content = self._file.read(rows * ENTRY.itemsize)
-            if _part_checksum(head, content) != of_part or len(content) != rows * ENTRY.itemsize:
+            if zlib.crc32(head[:-4] + content) != of_part or len(content) != rows * ENTRY.itemsize:
                 break
-            if _checksum_of(journal, end - self.covered) != of_journal:
+            lines = journal.read(end - self.covered)
+            if zlib.crc32(lines) != of_journal or len(lines) != end - self.covered:
                 break
             parts.append(np.frombuffer(content, ENTRY))
             self.covered, intact = end, intact + len(head) + len(content)
-        return np.concatenate(parts), intact
+        self.entries = np.concatenate(parts)
+        with contextlib.suppress(OSError):
+            self._file.truncate(intact)
+        self._seen, self._checksum = self.covered, 0
+        self._new: list[Entry] = []
 
-    def add(self, line: bytes, entries: Sequence[tuple[int, int, int, int, bool]], end: int) -> None:
-        """Take note of the journal's next line, which ends at `end`, and of the rows in it."""
+    def add(self, line: bytes, entries: Sequence[Entry]) -> None:
+        """Take note of the journal's next line, and of the rows in it."""
         self._checksum = zlib.crc32(line, self._checksum)
         self._new += entries
-        self._seen = end
+        self._seen += len(line)
         if len(self._new) >= PART:
-            self.write()
+            self._write()
 
-    def write(self) -> None:
-        """Put what was added on the disk."""
-        if self._seen == self.covered:
-            return
+    def _write(self) -> None:
         content = np.array(self._new, ENTRY).tobytes()
-        head = _HEAD.pack(self._seen, len(self._new), self._checksum, 0)
-        head = _HEAD.pack(self._seen, len(self._new), self._checksum, _part_checksum(head, content))
+        head = _HEAD.pack(self._seen, len(self._new), self._checksum, 0)[:-4]
         with contextlib.suppress(OSError):
-            self._file.write(head + content)
+            self._file.write(head + zlib.crc32(head + content).to_bytes(4, "little") + content)
         self.covered, self._checksum = self._seen, 0
         self._new.clear()
 
-    def clear(self) -> None:
-        """Forget everything, on the disk too: the journal is begun anew."""
-        self._file.truncate(0)
-        self.covered = self._seen = self._checksum = 0
-        self.entries = np.empty(0, ENTRY)
-        self._new.clear()
-
     def close(self) -> None:
-        """Let go of the file."""
+        """Put what was added on the disk, and let go of the file."""
+        if self._seen != self.covered:
+            self._write()
         self._file.close()
-
-
-def _part_checksum(head: bytes, content: bytes) -> int:
-    return zlib.crc32(content, zlib.crc32(head[: _HEAD.size - 4]))
-
-
-def _checksum_of(file: BinaryIO, size: int) -> int | None:
-    """Of the file's next bytes; None where it has fewer."""
-    checksum = 0
-    while size:
-        some = file.read(min(size, 1 << 20))
-        if not some:
-            return None
-        checksum, size = zlib.crc32(some, checksum), size - len(some)
-    return checksum
 
 
 def key_of(name: str) -> int:
     """64 bits of a hash: among ten million names two are taken for one with a chance of 3 in a million."""
-    return int.from_bytes(
-        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def content_key(digest: str) -> int:
@@ -117,22 +89,17 @@ def content_key(digest: str) -> int:
 
 
 class Index:
-    """A map from 64-bit keys to numbers in 16 bytes an entry: a sorted array, and a dict of what came last."""
+    """A map from 64-bit keys to numbers in 16 bytes an entry: a sorted array, and a dict of what came last.
 
-    def __init__(
-        self,
-        keys: npt.NDArray[np.uint64] | None = None,
-        values: npt.NDArray[np.int64] | None = None,
-        *,
-        recent: int = 1 << 20,
-    ) -> None:
+    0 is no key.
+    """
+
+    def __init__(self, keys: npt.ArrayLike = (), values: npt.ArrayLike = ()) -> None:
         """`keys` and `values` to begin with; of a key that comes twice the first value counts."""
-        self._keys, self._values = np.empty(0, np.uint64), np.empty(0, np.int64)
-        if keys is not None and values is not None:
-            self._keys, first = np.unique(keys, return_index=True)
-            self._values = values[first]
+        unique, first = np.unique(np.asarray(keys, np.uint64), return_index=True)
+        start = int(np.searchsorted(unique, 1))
+        self._keys, self._values = unique[start:], np.asarray(values, np.int64)[first[start:]]
         self._recent: dict[int, int] = {}
-        self._most = recent
 
     def get(self, key: int) -> int | None:
         """The number of a key, None where it has none."""
@@ -143,10 +110,10 @@ class Index:
 
     def set(self, key: int, value: int) -> None:
         """Give a key its number, unless it has one."""
-        if self.get(key) is not None:
+        if not key or self.get(key) is not None:
             return
         self._recent[key] = value
-        if len(self._recent) >= self._most:
+        if len(self._recent) >= RECENT:
             keys = np.fromiter(self._recent, np.uint64, len(self._recent))
             values = np.fromiter(self._recent.values(), np.int64, len(self._recent))
             keys, values = np.concatenate([self._keys, keys]), np.concatenate([self._values, values])

@@ -12,13 +12,13 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blip2.bulk.index import Index, IndexFile, content_key, key_of
+from blip2.bulk.index import Entry, Index, IndexFile, content_key, key_of
 from blip2.storage import lock_file
 
 NAME, INDEX, LOCK = "journal", "index", "lock"
@@ -57,36 +57,27 @@ class Journal:
                 f"{folder}: another run is writing this output; wait for it, or name another --out"
             )
         self._file = self.path.open("ab+")
-        with self.path.open("rb") as written:
-            self._index = IndexFile(folder / INDEX, written)
-        begun = next((record for _, record in self._records(0)), None)
-        self._end = self._index.covered
-        self.finished = False
-        if begun is not None:
-            for line, _ in self._records(self._end, parse=False):
-                self._end += len(line)
-            self._file.seek(max(0, self._end - len(_END)))
-            self.finished = self._file.read(len(_END)) == _END
-        if begun is None or (anew and self.finished):
-            self._index.clear()
+        self._read()
+        if anew and self.finished:
+            self._index.close()
+            os.truncate(folder / INDEX, 0)
             self._file.truncate(0)
-            self._end = 0
-            self.finished = False
+            self._read()
+        self._file.truncate(self._end)  # a line that a kill has torn
+        if self._end:
+            _, first = next(self._records(0))
+            self._compare(first["settings"], settings)
         else:
-            self._file.truncate(self._end)  # a line that a kill has torn
-            self._compare(begun["settings"], settings)
-        self._learn()
-        if not self._end:
-            self._append({"settings": settings})
+            self.add({"settings": settings})
 
-    def _learn(self) -> None:
-        """Names and contents from the index, then from the lines that it lacks."""
-        entries = self._index.entries
-        has = entries["content"] != 0
-        self.names = Index(entries["name"], entries["start"])
-        self.contents = Index(entries["content"][has], entries["start"][has])
-        has = entries["file"] != 0
-        self.files = Index(entries["file"][has], entries["start"][has])
+    def _read(self) -> None:
+        """Learn the rows from the index, then from the lines that it lacks."""
+        self._index = IndexFile(self.path.with_name(INDEX), self._file)
+        entries, self._end = self._index.entries, self._index.covered
+        self._file.seek(max(0, self._end - len(_END)))
+        self.finished = self._file.read(len(_END)) == _END
+        keys = (entries["name"], entries["content"], entries["file"])
+        self.names, self.contents, self.files = (Index(key, entries["start"]) for key in keys)
         self.before, self.failed = len(entries), int(entries["failed"].sum())
         # Of each shard's first row: where its record begins, and how many that succeeded precede it there.
         starts = entries["start"][~entries["failed"]]
@@ -95,36 +86,31 @@ class Journal:
         self._firsts = list(zip(firsts.tolist(), skipped.tolist(), strict=True))
         self._last = int(entries["start"][-1]) if len(entries) else None
         self._index.entries = entries[:0].copy()  # a view would keep all of it
-        start = self._index.covered
-        for line, record in self._records(start):
-            self._note(record, line, start)
-            start += len(line)
+        for line, record in self._records(self._end):
+            self._note(record, line)
 
     @property
     def succeeded(self) -> int:
         """How many inputs did not fail."""
         return self.before - self.failed
 
-    def _note(self, record: Any, line: bytes, start: int) -> None:
-        entries: list[tuple[int, int, int, int, bool]] = []
-        added = 0
+    def _note(self, record: Any, line: bytes) -> None:
+        """Take note of the line that ends the file."""
+        entries: list[Entry] = []
+        start, earlier = self._end, self.succeeded
         for row in record if isinstance(record, list) else ():
             name, content = key_of(row["image"]), content_key(row.get("hash", "0"))
             file = key_of(row["sidecar"]) if "sidecar" in row else 0
-            self.names.set(name, start)
-            if content:
-                self.contents.set(content, start)
-            if file:
-                self.files.set(file, start)
-            entries.append((name, content, file, start, "error" in row))
-            self._last = start
-            if "error" not in row:
-                if (self.succeeded + added) % self.SHARD_SIZE == 0:
-                    self._firsts.append((start, added))
-                added += 1
-        self.before += len(entries)
-        self.failed += sum(entry[-1] for entry in entries)
-        self._index.add(line, entries, start + len(line))
+            for index, key in ((self.names, name), (self.contents, content), (self.files, file)):
+                index.set(key, start)
+            failed = "error" in row
+            entries.append((name, content, file, start, failed))
+            if not failed and self.succeeded % self.SHARD_SIZE == 0:
+                self._firsts.append((start, self.succeeded - earlier))
+            self.before, self.failed, self._last = self.before + 1, self.failed + failed, start
+        self._index.add(line, entries)
+        self._end += len(line)
+        self.finished = line == _END
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
@@ -136,18 +122,18 @@ class Journal:
                 f"or remove {self.path.parent}"
             )
 
-    def _records(self, start: int, *, parse: bool = True) -> Iterator[tuple[bytes, Any]]:
+    def _records(self, start: int) -> Iterator[tuple[bytes, Any]]:
         """Every whole line from `start` on and its record; what follows a damaged one does not count."""
         with self.path.open("rb") as file:
             file.seek(start)
             for line in file:
                 if line[-1:] != b"\n" or line[8:9] != b" " or line[:8] != _checksum(line[9:-1]):
                     return
-                yield line, json.loads(line[9:-1]) if parse else None
+                yield line, json.loads(line[9:-1])
 
-    def rows(self) -> Iterator[Row]:
-        """All rows, in the order of the inputs."""
-        for _, record in self._records(0):
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """All rows, in the order of the inputs; those from the record that begins at `start`."""
+        for _, record in self._records(start):
             if isinstance(record, list):
                 yield from record
 
@@ -156,17 +142,23 @@ class Journal:
         if number >= len(self._firsts):
             return []
         start, skip = self._firsts[number]
-        records = (record for _, record in self._records(start) if isinstance(record, list))
-        succeeded = (row for record in records for row in record if "error" not in row)
+        succeeded = (row for row in self.rows(start) if "error" not in row)
         return list(itertools.islice(succeeded, skip, skip + self.SHARD_SIZE))
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Append a batch's rows; they count from here on.
+    def add(self, record: list[Row] | dict[str, Any] | str) -> None:
+        """Append a batch's rows, the settings, or that all is done; it counts from here on.
 
         Raises:
             BulkError: the disk is full or refuses.
         """
-        self._append(list(rows))
+        line = _line(record)
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        self._note(record, line)
 
     def last(self) -> list[Row]:
         """The rows of the last batch."""
@@ -180,31 +172,15 @@ class Journal:
 
     def read(self, start: int) -> list[Row]:
         """The rows of the record that begins at `start`."""
-        with self.path.open("rb") as file:
-            file.seek(start)
-            rows: list[Row] = json.loads(file.readline()[9:])
-            return rows
+        rows: list[Row] = next(self._records(start))[1]
+        return rows
 
     def finish(self) -> None:
         """Write that all inputs are done and the output is published."""
-        if not self.finished:
-            self._append("end")
-            self.finished = True
-
-    def _append(self, record: Any) -> None:
-        line = _line(record)
-        try:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise disk_error(self.path, error) from error
-        self._note(record, line, self._end)
-        self._end += len(line)
+        self.add("end")
 
     def close(self) -> None:
         """Let another run have it."""
-        self._index.write()
         for file in (self._index, self._file, self._lock):
             with contextlib.suppress(OSError):  # what a full disk did not take; it was reported
                 file.close()

@@ -19,16 +19,7 @@ import ray.data
 import torch
 
 from blip2.bulk.journal import BulkError, Journal, Row
-from blip2.bulk.run import (
-    Decoded,
-    Describe,
-    Prepare,
-    RunSettings,
-    decode,
-    describe_all,
-    finished_rows,
-    new_items,
-)
+from blip2.bulk.run import Decoded, Describe, Prepare, RunSettings, decode, describe_all, new_items
 from blip2.bulk.sources import ImageItem
 
 
@@ -77,7 +68,8 @@ def on_ray(
 
     def described(read: list[Decoded]) -> list[Row]:
         images = {decoded.key: decoded.image for decoded in read if decoded.image is not None}
-        return finished_rows(read, describe_all(images, describe), lambda key: None)
+        texts = describe_all(images, describe)
+        return [decoded.with_texts(texts) for decoded in read]
 
     class Describer:
         def __init__(self) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,8 +19,7 @@ from PIL import Image
 
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
 from blip2.bulk.sources import IN_TABLE, NO_PYARROW, ImageItem, parquet_items
-from blip2.images import ImageError
-from blip2.inputs import SUFFIXES
+from blip2.images import SUFFIXES, ImageError
 from blip2.storage import replace_file
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
@@ -61,43 +60,6 @@ def sidecar(item: ImageItem, out: Path) -> str:
     return stem + (ending if ending.startswith(".parquet#") else "") + ".txt"
 
 
-def publish(rows: Iterable[Row], out: Path, kind: str) -> None:
-    """Write all rows in a format that is one file; until all of it is on the disk the old output stays.
-
-    Raises:
-        BulkError: the disk refuses.
-    """
-    with _writing(out) as beside:
-        if kind == "parquet":
-            _parquet(rows, beside)
-        else:
-            with _text_file(beside) as text:
-                {"jsonl": _jsonl, "csv": _csv, "coco": _coco}[kind](rows, text)
-
-
-def write_sidecars(rows: Iterable[Row], out: Path) -> None:
-    """Write the text files of those rows that have one, each whole or not at all.
-
-    Raises:
-        BulkError: the disk refuses.
-    """
-    for row in rows:
-        if "sidecar" in row and "texts" in row:
-            content = row.get("before", "") + _lines_of(row) + row.get("after", "") + "\n"
-            with _writing(out / row["sidecar"], sync_name=False) as beside:  # there may be millions of them
-                beside.write_bytes(content.encode("utf-8", "surrogateescape"))
-
-
-def write_errors(rows: Iterable[Row], folder: Path) -> None:
-    """Write the rows that failed into a file of their own.
-
-    Raises:
-        BulkError: the disk refuses.
-    """
-    with _writing(folder / ERRORS) as beside, _text_file(beside) as text:
-        _jsonl((row for row in rows if "error" in row), text)
-
-
 def flat(rows: Iterable[Row]) -> Iterator[Row]:
     """One row a text, as `--json` prints them, and the hash of the image's bytes."""
     for row in rows:
@@ -135,23 +97,22 @@ def _valid(row: Row) -> Row:
 
 def _line(value: Any) -> str:
     # A file name that is no UTF-8 holds surrogates: as escapes the line stays JSON and the name exact.
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text)
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
-def _jsonl(rows: Iterable[Row], file: TextIO) -> None:
-    for row in flat(rows):
-        file.write(_line(row) + "\n")
+def _jsonl(rows: Iterable[Row], path: Path) -> None:
+    with _text_file(path) as file:
+        file.writelines(_line(row) + "\n" for row in flat(rows))
 
 
 _COLUMNS = ("image", "question", "caption", "answer", "score", "logprob", "match", "hash", "error")
 
 
-def _csv(rows: Iterable[Row], file: TextIO) -> None:
-    table = csv.DictWriter(file, _COLUMNS)
-    table.writeheader()
-    for row in flat(rows):
-        table.writerow(_valid(row))
+def _csv(rows: Iterable[Row], path: Path) -> None:
+    with _text_file(path) as file:
+        table = csv.DictWriter(file, _COLUMNS)
+        table.writeheader()
+        table.writerows(map(_valid, flat(rows)))
 
 
 def _coco_id(name: str) -> int | str:
@@ -160,28 +121,27 @@ def _coco_id(name: str) -> int | str:
     return int(number[1]) if number else name
 
 
-def _coco(rows: Iterable[Row], file: TextIO) -> None:
+def _coco(rows: Iterable[Row], path: Path) -> None:
     """COCO's results file: [{"image_id", "caption"}, ...]; failed images are not in it."""
-    file.write("[")
     comma = ""
-    for row in rows:
-        for text in row.get("texts", ())[:1]:
-            result = {
-                "image_id": row.get("id", _coco_id(row["image"])),
-                "caption": text.get("caption", text.get("answer")),
-            }
-            file.write(comma + _line(result))
-            comma = ",\n"
-    file.write("]\n")
+    with _text_file(path) as file:
+        file.write("[")
+        for row in rows:
+            for text in row.get("texts", ())[:1]:
+                number = row.get("id", _coco_id(row["image"]))
+                result = {"image_id": number, "caption": text.get("caption", text.get("answer"))}
+                file.write(comma + _line(result))
+                comma = ",\n"
+        file.write("]\n")
 
 
-def _parquet(rows: Iterable[Row], out: Path) -> None:
+def _parquet(rows: Iterable[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     numbers = ("score", "logprob", "match")
     schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
-    with pq.ParquetWriter(out, schema) as writer:
+    with pq.ParquetWriter(path, schema) as writer:
         block: list[Row] = []
         for row in flat(rows):
             block.append(_valid(row))
@@ -191,18 +151,14 @@ def _parquet(rows: Iterable[Row], out: Path) -> None:
         writer.write_table(pa.Table.from_pylist(block, schema))
 
 
-def shard(out: Path, number: int) -> Path:
+def _shard(out: Path, number: int) -> Path:
     """The name of a webdataset shard: OUT-000000.tar, ..."""
     return out.with_name(f"{out.stem}-{number:06d}.tar")
 
 
-def write_shard(journal: Journal, out: Path, number: int) -> None:
-    """Write a webdataset shard of rows that succeeded: images as they were, captions as .txt, rows as .json.
-
-    Raises:
-        BulkError: the disk refuses, or an image is no longer what was captioned.
-    """
-    with _writing(shard(out, number)) as beside, tarfile.open(beside, mode="w") as archive:
+def _write_shard(journal: Journal, out: Path, number: int) -> None:
+    """A webdataset shard of rows that succeeded: images as they were, captions as .txt, rows as .json."""
+    with _writing(_shard(out, number)) as beside, tarfile.open(beside, mode="w") as archive:
         rows = journal.succeeded_rows(number)
         for i, (row, image) in enumerate(_with_images(rows), number * journal.SHARD_SIZE):
             record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
@@ -248,3 +204,40 @@ def _ending(name: str, content: bytes) -> str:
         return ending
     with Image.open(io.BytesIO(content)) as image:  # it was decoded before
         return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())
+
+
+def write_done(journal: Journal, rows: Sequence[Row], out: Path, kind: str) -> None:
+    """Write what the journal's last rows have completed: their text files, or the shards that they have made full.
+
+    Raises:
+        BulkError: the disk refuses, or an image of a shard is no longer what was captioned.
+    """
+    if kind == "txt":
+        for row in rows:
+            if "sidecar" in row and "texts" in row:
+                content = row.get("before", "") + _lines_of(row) + row.get("after", "") + "\n"
+                path = out / row["sidecar"]
+                with _writing(path, sync_name=False) as beside:  # there may be millions of them
+                    beside.write_bytes(content.encode("utf-8", "surrogateescape"))
+    elif kind == "webdataset":
+        earlier = journal.succeeded - sum("error" not in row for row in rows)
+        for number in range(earlier // journal.SHARD_SIZE, journal.succeeded // journal.SHARD_SIZE):
+            _write_shard(journal, out, number)
+
+
+def write_rest(journal: Journal, out: Path, kind: str) -> None:
+    """Write what takes all rows: the file, or the shards that are missing or not full; and the rows that failed.
+
+    Until all of a file is on the disk the old one stays. Raises as `write_done`.
+    """
+    if kind == "webdataset":
+        full, others = divmod(journal.succeeded, journal.SHARD_SIZE)
+        for number in range(max(1, full + bool(others))):
+            if number == full or not _shard(out, number).exists():
+                _write_shard(journal, out, number)
+    elif kind != "txt":
+        with _writing(out) as beside:
+            {"jsonl": _jsonl, "csv": _csv, "coco": _coco, "parquet": _parquet}[kind](journal.rows(), beside)
+    if journal.failed:
+        with _writing(journal.path.with_name(ERRORS)) as beside:
+            _jsonl((row for row in journal.rows() if "error" in row), beside)

@@ -13,6 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,15 +22,7 @@ from PIL import Image
 
 from blip2.bulk.index import Index, key_of
 from blip2.bulk.journal import Journal, Row
-from blip2.bulk.outputs import (
-    publish,
-    shard,
-    sidecar,
-    state_folder,
-    write_errors,
-    write_shard,
-    write_sidecars,
-)
+from blip2.bulk.outputs import sidecar, state_folder, write_done, write_rest
 from blip2.bulk.sources import ImageItem
 from blip2.images import ImageError, load_image
 
@@ -38,6 +31,7 @@ Describe = Callable[[Sequence[Image.Image]], list[list[Row]]]
 Prepare = Callable[[Image.Image], Image.Image]
 # Of (items, journal, settings, describe, prepare): the rows of each batch, in the order of the items.
 Engine = Callable[[Iterable[ImageItem], Journal, "RunSettings", Describe, Prepare], Iterator[list[Row]]]
+Recorded = Callable[[str], list[Row] | None]  # of a content, by its key, the texts that are recorded
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
 Existing = Literal["skip", "overwrite", "append", "prepend"]
@@ -61,7 +55,7 @@ class RunSettings:
     existing: Existing = "skip"
     batch_size: int = 8
     parallel_batches: int = 1
-    threads: int = 2
+    threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -93,59 +87,21 @@ def caption_all(
     Raises:
         BulkError: another run has the output, it was begun with other settings, or the disk is full.
     """
-    journal = Journal(
-        state_folder(settings.out, settings.kind), settings.run_config, anew=settings.existing == "overwrite"
-    )
-    try:
+    out, kind, anew = settings.out, settings.kind, settings.existing == "overwrite"
+    with closing(Journal(state_folder(out, kind), settings.run_config, anew=anew)) as journal:
         done, before = 0, journal.before
         progress(Progress(0, before, journal.failed))
         if not journal.finished:  # the last batch may have been killed between the journal and its files
-            _write_done(journal, journal.last(), settings)
+            write_done(journal, journal.last(), out, kind)
         for rows in (engine or on_this_machine)(items, journal, settings, describe, prepare):
             journal.add(rows)
-            _write_done(journal, rows, settings)
+            write_done(journal, rows, out, kind)
             done += len(rows)
             progress(Progress(done, before, journal.failed))
-        if done or not journal.finished:
-            if settings.kind == "webdataset":
-                _write_other_shards(journal, settings.out)
-            elif settings.kind != "txt":
-                publish(journal.rows(), settings.out, settings.kind)
-            if journal.failed:
-                write_errors(journal.rows(), journal.path.parent)
+        if not journal.finished:
+            write_rest(journal, out, kind)
             journal.finish()
         return Progress(done, before, journal.failed)
-    finally:
-        journal.close()
-
-
-def _write_done(journal: Journal, rows: Sequence[Row], settings: RunSettings) -> None:
-    """The text files of the journal's last rows, or the shards that these have made full."""
-    if settings.kind == "txt":
-        write_sidecars(rows, settings.out)
-    elif settings.kind == "webdataset":
-        earlier = journal.succeeded - sum("error" not in row for row in rows)
-        for number in range(earlier // journal.SHARD_SIZE, journal.succeeded // journal.SHARD_SIZE):
-            write_shard(journal, settings.out, number)
-
-
-def _write_other_shards(journal: Journal, out: Path) -> None:
-    """The shard that is not full, where there is one or no other, and those that are missing."""
-    full, others = divmod(journal.succeeded, journal.SHARD_SIZE)
-    for number in range(max(1, full + bool(others))):
-        if number == full or not shard(out, number).exists():
-            write_shard(journal, out, number)
-
-
-def caption_rows(
-    items: Iterable[ImageItem], settings: RunSettings, describe: Describe, *, prepare: Prepare
-) -> Iterator[list[Row]]:
-    """Caption all items and give their rows batch by batch, in the order of the items; nothing is recorded.
-
-    What cannot be read is a row with `error`. Arguments as `caption_all`; of the settings only batch size and threads
-    matter. An item that comes twice gives two rows.
-    """
-    return _captioned(items, settings, describe, prepare, lambda key: None)
 
 
 def on_this_machine(
@@ -153,50 +109,50 @@ def on_this_machine(
 ) -> Iterator[list[Row]]:
     """The engine of one machine: threads read and decode ahead of the model."""
     fresh = new_items(items, journal.names, journal.files, settings)
-    return _captioned(fresh, settings, describe, prepare, journal.texts)
+    return caption_rows(fresh, settings, describe, prepare=prepare, recorded=journal.texts)
 
 
-def _captioned(
+def caption_rows(
     items: Iterable[ImageItem],
     settings: RunSettings,
     describe: Describe,
+    *,
     prepare: Prepare,
-    recorded: Callable[[str], list[Row] | None],
+    recorded: Recorded = lambda key: None,
 ) -> Iterator[list[Row]]:
-    """Rows of items. recorded: the texts that a content has from an earlier batch."""
+    """Caption all items and give their rows batch by batch, in the order of the items; nothing is recorded.
+
+    What cannot be read is a row with `error`. Arguments as `caption_all`; an item that comes twice gives two rows.
+    recorded: gives the texts that a content has from an earlier batch.
+    """
     far, parallel = 2 * settings.batch_size + settings.threads, settings.parallel_batches
     decoded = _ahead(items, lambda item: decode(item, settings, prepare), settings.threads, far)
-    batches = _batches((image for _, image in decoded), settings, recorded)
+    batches = _batches(decoded, settings, recorded)
 
-    def work(batch: Batch) -> dict[str, list[Row]]:
-        return describe_all(batch.unseen, describe)
+    def work(batch: Batch) -> tuple[Batch, dict[str, list[Row]]]:
+        return batch, describe_all(batch.unseen, describe)
 
     # A single one is computed in this thread, where Ctrl-C takes effect at once.
-    described = (
-        ((batch, work(batch)) for batch in batches)
-        if parallel == 1
-        else _ahead(batches, work, parallel, parallel - 1)
-    )
+    described = map(work, batches) if parallel == 1 else _ahead(batches, work, parallel, parallel - 1)
     for batch, texts in described:
-        yield finished_rows(batch.read, texts, recorded)
+        yield [decoded.with_texts(texts, recorded) for decoded in batch.read]
 
 
 def _ahead(
     things: Iterable[Thing], work: Callable[[Thing], Result], threads: int, most: int
-) -> Iterator[tuple[Thing, Result]]:
-    """Things with what threads made of them, in order; of `most` more the work has begun."""
+) -> Iterator[Result]:
+    """What threads make of things, in order; of `most` more the work has begun."""
     with ThreadPoolExecutor(threads) as pool:
-        begun: deque[tuple[Thing, Future[Result]]] = deque()
+        begun: deque[Future[Result]] = deque()
         try:
             for thing in things:
-                begun.append((thing, pool.submit(work, thing)))
+                begun.append(pool.submit(work, thing))
                 if len(begun) > most:
-                    thing, future = begun.popleft()
-                    yield thing, future.result()
-            for thing, future in begun:
-                yield thing, future.result()
+                    yield begun.popleft().result()
+            for future in begun:
+                yield future.result()
         finally:
-            for _, future in begun:
+            for future in begun:
                 future.cancel()
 
 
@@ -238,6 +194,10 @@ class Decoded:
     def key(self) -> str:
         """What images of equal content share: the hash; without one no two are equal."""
         return str(self.row.get("hash", self.number))
+
+    def with_texts(self, texts: Mapping[str, list[Row]], recorded: Recorded = lambda key: None) -> Row:
+        """The row with its texts: those recorded for the content, else the new ones."""
+        return self.row if self.image is None else self.row | {"texts": recorded(self.key) or texts[self.key]}
 
 
 def decode(item: ImageItem, settings: RunSettings, prepare: Prepare) -> Decoded:
@@ -282,9 +242,7 @@ class Batch:
     unseen: dict[str, Image.Image]
 
 
-def _batches(
-    stream: Iterable[Decoded], settings: RunSettings, recorded: Callable[[str], list[Row] | None]
-) -> Iterator[Batch]:
+def _batches(stream: Iterable[Decoded], settings: RunSettings, recorded: Recorded) -> Iterator[Batch]:
     """Runs of images, each with so many contents the model has not seen; what needs no model goes along."""
     size, batch = settings.batch_size, Batch([], {})
     latest = deque([batch], settings.parallel_batches)  # their texts may not be recorded yet
@@ -305,15 +263,3 @@ def _batches(
 def describe_all(images: Mapping[str, Image.Image], describe: Describe) -> dict[str, list[Row]]:
     """The texts of each content."""
     return dict(zip(images, describe(list(images.values())), strict=True)) if images else {}
-
-
-def finished_rows(
-    read: Iterable[Decoded], texts: Mapping[str, list[Row]], recorded: Callable[[str], list[Row] | None]
-) -> list[Row]:
-    """The rows with their texts: those recorded for the content, else the new ones."""
-    return [
-        decoded.row
-        if decoded.image is None
-        else decoded.row | {"texts": recorded(decoded.key) or texts[decoded.key]}
-        for decoded in read
-    ]

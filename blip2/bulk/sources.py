@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip2.bulk.journal import BulkError
-from blip2.images import ImageError
-from blip2.inputs import SUFFIXES
+from blip2.images import SUFFIXES, ImageError
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
@@ -113,9 +112,8 @@ class Inputs:
             raise BulkError(f"{' '.join(self.sources)}: no images found (folders: {suffixes})")
 
     def _items(self) -> Iterator[ImageItem]:
-        for source in (
-            self.sources if self.strict else ()
-        ):  # a slip is reported before the first image is read
+        # A slip is reported before the first image is read.
+        for source in self.sources if self.strict else ():
             _check_exists(source)
         for source in self.sources:
             if source == "-" and self.stdin is not None:
@@ -178,16 +176,14 @@ def _folder(folder: str, root: str, include: Sequence[str], exclude: Sequence[st
         for name in sorted(files):
             path = os.path.join(place, name)
             inner = os.path.relpath(path, folder)
-            if include:
-                wanted = any(_fits(inner, pattern) for pattern in include)
-            else:
-                wanted = os.path.splitext(name)[1].lower() in SUFFIXES
-            if wanted and not any(_fits(inner, pattern) for pattern in exclude):
+            wanted = _fits(inner, include) if include else os.path.splitext(name)[1].lower() in SUFFIXES
+            if wanted and not _fits(inner, exclude):
                 yield ImageItem(path, path, root=root)
 
 
-def _fits(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(os.path.basename(path), pattern)
+def _fits(path: str, patterns: Sequence[str]) -> bool:
+    names = (path, os.path.basename(path))
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
 
 
 def _inside(source: str, suffix: str) -> Iterator[ImageItem]:

@@ -54,12 +54,9 @@ def add_images(parser: argparse.ArgumentParser, *, nargs: str | None = "+") -> N
 def add_model(parser: argparse.ArgumentParser, *, from_environment: bool = False) -> None:
     """The model and its parts. from_environment: BLIP2_MODEL may name another default."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=(from_environment and os.environ.get("BLIP2_MODEL")) or "default",
-        metavar="NAME",
-        help=f"{_MODEL} (default: {'$BLIP2_MODEL, else ' if from_environment else ''}the model that ships)",
-    )
+    default = (from_environment and os.environ.get("BLIP2_MODEL")) or "default"
+    about = f"{_MODEL} (default: {'$BLIP2_MODEL, else ' if from_environment else ''}the model that ships)"
+    group.add_argument("--model", metavar="NAME", default=default, help=about)
     option(group, "--revision", "NAME", "branch, tag or commit on the Hub")
     option(group, "--device", "NAME", "auto, cpu, cuda or mps", default="auto")
     about = "what to compute in (default: fp32 up to a billion parameters, bf16 above)"
@@ -129,9 +126,7 @@ def decoding_options(args: argparse.Namespace, kind: TextKind) -> GenerationOpti
     return make_options(kind, stream=args.stream, **given)
 
 
-def decoding_keywords(options: GenerationOptions) -> dict[str, Any]:
-    """Options as keywords of `Predictor.caption`, `.ask` and `Chat.send`."""
-    keywords = {name: value for name, value in vars(options).items() if value is not None}
-    if keywords["num_return_sequences"] == 1:
-        del keywords["num_return_sequences"]  # a text for each image, and no list of one
-    return keywords
+def decoding_keywords(args: argparse.Namespace, options: GenerationOptions) -> dict[str, Any]:
+    """Options, and the prompt, as keywords of `Predictor.caption`, `.ask` and `Chat.send`."""
+    others = {name: getattr(args, name, None) for name in ("num_return_sequences", "prompt")}
+    return {name: value for name, value in (vars(options) | others).items() if value is not None}

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     option(parser, "--against", None, "measure this beside it, on the same files", choices=("transformers",))
     option(parser, "--rounds", "N", "figures are medians of so many", type=int, default=3)
     about = "write each side's figures here as they come; what is in it already is not measured again"
-    option(parser, "--record", "FILE", about)
+    option(parser, "--record", "FILE", about, type=Path)
     about = "images at a time (default: 1 4 16)"
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], metavar="N", help=about)
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         tuple(sides),
         rounds=args.rounds,
         batches=tuple(args.batches),
-        record=None if args.record is None else Path(args.record),
+        record=args.record,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     for line in figures.lines():

@@ -1,4 +1,4 @@
-"""The road of `caption` and `ask`: texts about any number of images, to standard output or into files."""
+"""What `caption` and `ask` both do: texts about any number of images, to standard output or into files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
-from blip2.commands.images import countable, inputs_of, print_rows, run_settings
+from blip2.commands.images import countable, inputs_of, print_rows
 from blip2.commands.terminal import DONE, SOME_FAILED, complain, load_named, print_line, report_error
 from blip2.generation.options import GenerationOptions, TextKind
 
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from blip2.predict import Predictor
 
 ONLY_FILES = ("format", "existing", "engine")  # options that need --out
-NOT_STREAMED = (
-    "out", "json", "num_beams", "num_return_sequences", "questions", "prefix", "suffix", "score", "match",
-    "keep_best", "dry_run",
-)  # fmt: skip
+OF_TEXTS = ("prefix", "suffix", "score", "match", "keep_best")
+NOT_STREAMED = ("out", "json", "num_beams", "num_return_sequences", "questions", *OF_TEXTS, "dry_run")
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +43,8 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     option(group, "-o --out", "PATH", about)
     formats = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
     option(group, "--format", None, "the format, where the name of --out does not tell", choices=formats)
-    about = (
-        "what to do with text files that are there; overwrite makes a finished output anew (default: skip)"
-    )
-    existing = ("skip", "overwrite", "append", "prepend")
-    option(group, "--existing", None, about, choices=existing)
+    about = "what to do with text files that exist; overwrite makes a finished output anew (default: skip)"
+    option(group, "--existing", None, about, choices=("skip", "overwrite", "append", "prepend"))
     about = "ray: on all machines of a Ray cluster (default: local)"
     option(group, "--engine", None, about, choices=("local", "ray"))
 
@@ -69,11 +65,14 @@ def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) 
     model = load_named(args)
     describe, prepare = _captioner(args, lambda: model, model, options, questions)
     if args.dry_run:
-        with run_settings(args, model) as settings:
+        from blip2.bulk import RunSettings
+        from blip2.bulk.describe import parallel_batches
+
+        with parallel_batches(model) as count:
+            settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
             return _print_estimate(inputs, settings, describe, prepare, begun)
     columns = ("question", "caption", "answer", "logprob", "match")[args.command == "ask" :]
-    hide = "question" if args.command == "ask" else ""
-    return print_rows(args, inputs, describe, columns, prepare=prepare, hide=hide, parallel=model)
+    return print_rows(args, inputs, describe, columns, prepare=prepare, parallel=model)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -95,25 +94,18 @@ def _stream(args: argparse.Namespace, options: GenerationOptions, questions: lis
 
     items = list(itertools.islice(inputs_of(args), 2))
     if len(items) != 1:
-        raise ValueError(
-            f"--stream prints one text as it comes, and there are {'several' if items else 'no'} images"
-        )
+        count = "several" if items else "no"
+        raise ValueError(f"--stream prints one text as it comes, and there are {count} images")
     model = load_named(args)
     decoded = decode(items[0], RunSettings(), lambda image: image)
     if decoded.image is None:
         report_error(args, items[0].name, decoded.row["error"])
         return SOME_FAILED
-    keywords = _keywords(args, options) | ({"question": questions[0]} if questions else {})
     write: Any = model.ask if questions else model.caption
-    for piece in write(decoded.image, stream=True, **keywords):
+    for piece in write(decoded.image, *questions, stream=True, **decoding_keywords(args, options)):
         print(piece, end="", flush=True)
     print_line("")
     return DONE
-
-
-def _keywords(args: argparse.Namespace, options: GenerationOptions) -> dict[str, Any]:
-    prompt = getattr(args, "prompt", None)
-    return decoding_keywords(options) | ({} if prompt is None else {"prompt": prompt})
 
 
 def _captioner(
@@ -129,16 +121,8 @@ def _captioner(
     processors = [model.generator.image_processor]
     if args.match or args.keep_best:
         processors.append(model.matcher.image_processor)  # an error now where there is no matcher
-    describe = make_captioner(
-        load,
-        _keywords(args, options),
-        questions=questions,
-        prefix=args.prefix,
-        suffix=args.suffix,
-        score=args.score,
-        match=args.match,
-        keep_best=args.keep_best,
-    )
+    settings = {name: getattr(args, name) for name in OF_TEXTS}
+    describe = make_captioner(load, decoding_keywords(args, options), questions=questions, **settings)
     return describe, make_resizer(*processors)
 
 
@@ -161,7 +145,8 @@ def _write_files(
     args: argparse.Namespace, inputs: Inputs, options: GenerationOptions, questions: list[str], begun: float
 ) -> int:
     """Texts of any number of images into a file or folder, going on where an earlier run stopped."""
-    from blip2.bulk import BulkError, caption_all
+    from blip2.bulk import BulkError, RunSettings, caption_all
+    from blip2.bulk.describe import parallel_batches
     from blip2.bulk.journal import GO_ON
     from blip2.bulk.outputs import ERRORS, format_of, state_folder
     from blip2.bulk.progress import progress_bar
@@ -171,15 +156,26 @@ def _write_files(
     if options.do_sample and options.seed is None:
         raise BulkError("sampling into a file needs --seed: else no run could be repeated or gone on with")
     inputs.check()
-    engine = _ray() if args.engine == "ray" else None
+    engine: Engine | None = None
+    if args.engine == "ray":
+        try:
+            from blip2.bulk.on_ray import on_ray as engine
+        except ImportError as error:
+            raise BulkError(f"--engine ray needs Ray ({error}); pip install 'blip2[ray]'") from None
     # With Ray the model is loaded here only for what is written down about it.
     model = load_named(args if engine is None else argparse.Namespace(**vars(args) | {"device": "cpu"}))
     load = (lambda: model) if engine is None else (lambda: load_named(args))
     describe, prepare = _captioner(args, load, model, options, questions)
-    run_config = _run_config(args, options, questions, model, kind)
-    output = {"out": out, "kind": kind, "existing": args.existing or "skip", "run_config": run_config}
+    settings = RunSettings(
+        out=out,
+        kind=kind,
+        run_config=_run_config(args, options, questions, model, kind),
+        existing=args.existing or "skip",
+        batch_size=args.batch_size,
+    )
     try:
-        with run_settings(args, model, **output) as settings:
+        with parallel_batches(model) as count:
+            settings = replace(settings, parallel_batches=count)
             if args.dry_run:
                 return _print_estimate(inputs, settings, describe, prepare, begun)
             with progress_bar(countable(inputs), hidden=args.quiet) as show:
@@ -202,26 +198,13 @@ def _run_config(
 
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # recorded for an option that was not given
     decoding = {name: neutral.get(name) if value is None else value for name, value in vars(options).items()}
-    if options.eos_token_id is not None:  # as JSON gives it back
-        ids = options.eos_token_id
-        decoding["eos_token_id"] = [ids] if isinstance(ids, int) else [*ids]
-    for name in ("model", "dtype", "quantize", "prefix", "suffix", "score", "match", "keep_best", "shard"):
+    for name in ("model", "dtype", "quantize", *OF_TEXTS, "shard"):
         decoding[name] = getattr(args, name)
     return decoding | {
+        "eos_token_id": args.eos_token_id,  # a list, as JSON gives it back
         "prompt": getattr(args, "prompt", None),
         "questions": questions,
         "weights": fingerprint(model),
         "format": kind,
         "existing": args.existing if args.existing in ("append", "prepend") else None,
     }
-
-
-def _ray() -> Engine:
-    """The engine of a cluster. Raises BulkError where Ray is missing."""
-    try:
-        from blip2.bulk.on_ray import on_ray
-    except ImportError as error:
-        from blip2.bulk import BulkError
-
-        raise BulkError(f"--engine ray needs Ray ({error}); pip install 'blip2[ray]'") from None
-    return on_ray

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer questions until they end."""
     if args.stream and args.json:
         raise ValueError("--stream prints words as they come: leave out --json")
-    options = arguments.decoding_keywords(arguments.decoding_options(args, "answer"))
+    options = arguments.decoding_keywords(args, arguments.decoding_options(args, "answer"))
     if args.image == "-":
         raise ValueError("chat reads questions from standard input; give the image as a path")
     model = terminal.load_named(args)
@@ -56,9 +56,8 @@ def _answer(args: argparse.Namespace, chat: Chat, question: str, options: dict[s
             print(piece, end="", flush=True)
         terminal.print_line("")
     elif args.json:
-        terminal.print_json(
-            {"image": args.image, "question": question, "answer": answer, "score": answer.score}
-        )
+        record = {"image": args.image, "question": question, "answer": answer, "score": answer.score}
+        terminal.print_json(record)
     else:
         terminal.print_line(terminal.one_line(answer))
 
@@ -71,12 +70,8 @@ def _questions() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editor)
     print("Ask about the image; an empty line or Ctrl-D ends.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        if not line:
-            return
-        yield line
+    try:
+        while line := input("> ").strip():
+            yield line
+    except EOFError:
+        print(file=sys.stderr)

@@ -8,94 +8,75 @@ blip2 completion fish > ~/.config/fish/completions/blip2.fish
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 
-from blip2.commands.terminal import DONE, print_line
+from blip2.commands.terminal import DONE, SOME_FAILED, print_line
 
-# Where the word before the cursor, and the command, are found; what is done with the words that may come.
+# Each runs the command with --words for what may come; where nothing does, file names may.
 SHELLS = {
     "bash": """\
-_blip2() {{
-    local place=$COMP_CWORD command=${{COMP_WORDS[1]}} choices=
-    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}}
-{cases}
-    COMPREPLY=($(compgen -W "$choices" -- "$current"))
-}}
+_blip2() {
+    local choices=$("$1" completion bash --words "${COMP_WORDS[@]:1:COMP_CWORD}" 2> /dev/null)
+    COMPREPLY=($(compgen -W "$choices" -- "$2"))
+}
 complete -o bashdefault -o default -F _blip2 blip2""",
     "zsh": """\
 #compdef blip2
-_blip2() {{
-    local place=$((CURRENT - 1)) command=${{words[2]}} choices=
-    local current=${{words[CURRENT]}} previous=${{words[CURRENT-1]}}
-{cases}
-    if [[ -n $choices ]]; then compadd -- ${{=choices}}; else _files; fi
-}}
-if [[ ${{funcstack[1]}} == _blip2 ]]; then _blip2 "$@"; else compdef _blip2 blip2; fi""",
+_blip2() {
+    local choices=(${(f)"$(${words[1]} completion zsh --words "${(@)words[2,CURRENT]}" 2> /dev/null)"})
+    if (($#choices)); then compadd -a choices; else _files; fi
+}
+if [[ ${funcstack[1]} == _blip2 ]]; then _blip2 "$@"; else compdef _blip2 blip2; fi""",
+    "fish": """\
+function __blip2_words
+    set -l words (commandline -opc) (commandline -ct)
+    $words[1] completion fish --words $words[2..] 2> /dev/null
+    or __fish_complete_path (commandline -ct)
+end
+complete -c blip2 -f -a '(__blip2_words)'""",
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "shell", choices=(*SHELLS, "fish"), metavar="SHELL", help="one of %(choices)s; a new one uses it"
-    )
+    about = "one of %(choices)s; a new one uses it"
+    parser.add_argument("shell", choices=tuple(SHELLS), metavar="SHELL", help=about)
+    about = "print what the last of these words may be instead; exit status 1: any, such as a file's name"
+    parser.add_argument("--words", nargs=argparse.REMAINDER, metavar="WORD...", help=about)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the script."""
+    """Print the script, or the words that may come."""
+    if args.words is None:
+        print_line(SHELLS[args.shell])
+        return DONE
+    choices = _choices(args.words)
+    for word, about in choices.items():
+        print_line(f"{word}\t{about}" if args.shell == "fish" else word)
+    return DONE if choices else SOME_FAILED
+
+
+def _choices(words: Sequence[str]) -> dict[str, str]:
+    """What may be the last of the words, and what it means; nothing where any word may."""
     from blip2.commands.parser import build_parser, subcommands
 
     parser = build_parser()
     commands = subcommands(parser)
-    if args.shell == "fish":
-        print_line("\n".join(_fish(parser, commands)))
-    else:
-        print_line(SHELLS[args.shell].format(cases="\n".join(_cases(parser, commands))))
-    return DONE
+    *before, current = words
+    if not before:
+        return {name: command.description or "" for name, command in commands.items()} | _flags(parser)
+    if before[0] not in commands:
+        return {}
+    actions = commands[before[0]]._actions
+    option, equals, _ = current.partition("=")  # --format=csv
+    flag, start = (option, f"{option}=") if equals else (before[-1], "")
+    for action in actions:
+        if flag in action.option_strings and action.nargs != 0:
+            return {f"{start}{choice}": "" for choice in action.choices or ()}
+    if current.startswith("-"):
+        return _flags(commands[before[0]])
+    choices = (action.choices for action in actions if not action.option_strings)
+    return {str(choice): "" for some in choices for choice in some or ()}
 
 
-def _cases(parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser]) -> Iterator[str]:
-    """What may come at a place, as bash and zsh both read it; where nothing is named file names may."""
-    yield f"    if [ $place -eq 1 ]; then choices='{' '.join([*commands, *_flags(parser)])}'; else"
-    yield '    case "$command $previous" in'
-    for name, command in commands.items():
-        for action in command._actions:
-            if action.option_strings and action.nargs != 0:
-                pattern = "|".join(f"'{name} {flag}'" for flag in action.option_strings)
-                yield f"    {pattern}) choices='{' '.join(map(str, action.choices or ()))}' ;;"
-    yield '    *) case "$command $current" in'
-    for name, command in commands.items():
-        yield f"        '{name} -'*) choices='{' '.join(_flags(command))}' ;;"
-        for action in command._actions:
-            if not action.option_strings and action.choices:
-                yield f"        '{name} '*) choices='{' '.join(map(str, action.choices))}' ;;"
-    yield "    esac ;; esac; fi"
-
-
-def _fish(parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser]) -> Iterator[str]:
-    """The lines of fish's script."""
-    for name, command in {"": parser, **commands}.items():
-        condition = f"'__fish_seen_subcommand_from {name}'" if name else "__fish_use_subcommand"
-        if name:
-            about = _quoted(command.description or "")
-            yield f"complete -c blip2 -f -n __fish_use_subcommand -a {name} -d {about}"
-        for action in command._actions:
-            choices = "" if action.choices is None else f" -a {_quoted(' '.join(map(str, action.choices)))}"
-            if action.option_strings:
-                flags = " ".join(
-                    f"-l {flag[2:]}" if flag[:2] == "--" else f"-s {flag[1:]}"
-                    for flag in action.option_strings
-                )
-                value = "" if action.nargs == 0 else " -x" if choices else " -r"
-                about = f" -d {_quoted(action.help or '')}"
-                yield f"complete -c blip2 -n {condition} {flags}{value}{choices}{about}"
-            elif choices and name:
-                yield f"complete -c blip2 -f -n {condition}{choices}"
-
-
-def _flags(parser: argparse.ArgumentParser) -> list[str]:
-    return [flag for action in parser._actions for flag in action.option_strings]
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    return {flag: action.help or "" for action in parser._actions for flag in action.option_strings}

@@ -16,10 +16,8 @@ from blip2.commands.terminal import DONE, named_checkpoint, print_line, print_wr
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_conversion(parser)
-    layouts = ("hf", "paddle", "lavis")
-    option(
-        parser, "--to", None, "whose layout: transformers', Paddle's, LAVIS's", choices=layouts, required=True
-    )
+    about, layouts = "whose layout: transformers', Paddle's, LAVIS's", ("hf", "paddle", "lavis")
+    option(parser, "--to", None, about, choices=layouts, required=True)
     about = "what to store; smallest-exact: 16 bits where not one value changes (default: as it is)"
     option(parser, "--dtype", None, about, choices=("fp32", "bf16", "fp16", "smallest-exact"))
     about = "start another file beyond this, such as 2GB (default: 5GB for hf)"

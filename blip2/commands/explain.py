@@ -41,13 +41,9 @@ def run(args: argparse.Namespace) -> int:
         return terminal.SOME_FAILED
     explanation.image().save(target)
     if args.json:
-        words = [
-            {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()}
-            for word in explanation.words
-        ]
-        terminal.print_json(
-            {"image": args.image, "text": explanation.text, "words": words, "output": str(target)}
-        )
+        words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
+        record = {"image": args.image, "text": explanation.text, "words": words, "output": str(target)}
+        terminal.print_json(record)
     else:
         terminal.print_line(terminal.one_line(explanation.text))
     return terminal.DONE

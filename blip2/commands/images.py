@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, print_line, report_error
 
 if TYPE_CHECKING:
-    from blip2.bulk import Inputs, RunSettings
+    from blip2.bulk import Inputs
     from blip2.bulk.run import Describe, Prepare
     from blip2.predict import Predictor
 
@@ -41,21 +39,6 @@ def countable(inputs: Inputs) -> Inputs | None:
     return None if any(source.lower().endswith(".parquet") for source in inputs.sources) else inputs
 
 
-@contextlib.contextmanager
-def run_settings(args: argparse.Namespace, model: Predictor | None, **output: Any) -> Iterator[RunSettings]:
-    """How images are captioned: by a small model two batches at once. output: where it goes, see `RunSettings`."""
-    from blip2.bulk import RunSettings
-    from blip2.bulk.describe import parallel_batches
-
-    with parallel_batches(model) as count:
-        yield RunSettings(
-            batch_size=args.batch_size,
-            parallel_batches=count,
-            threads=min(8, os.cpu_count() or 1),
-            **output,
-        )
-
-
 def print_rows(
     args: argparse.Namespace,
     inputs: Inputs,
@@ -63,13 +46,13 @@ def print_rows(
     columns: Sequence[str],
     *,
     prepare: Prepare,
-    hide: str = "",
     parallel: Predictor | None = None,
 ) -> int:
     """Print what `describe` gives for each image as it comes; one that cannot be read is an error line of its own.
 
     Args:
-        columns: what a line holds of a result, where it has it; with --json all of it is printed but `hide`.
+        columns: what a line holds of a result, where it has it; with --json all of it is printed but the question,
+            which must be a column.
         parallel: the model, where two batches may be computed at once.
 
     Returns:
@@ -77,7 +60,8 @@ def print_rows(
     """
     from tqdm import tqdm
 
-    from blip2.bulk import caption_rows
+    from blip2.bulk import RunSettings, caption_rows
+    from blip2.bulk.describe import parallel_batches
     from blip2.bulk.outputs import flat
     from blip2.bulk.progress import progress_bar
     from blip2.bulk.run import Progress
@@ -88,21 +72,19 @@ def print_rows(
     hidden = args.quiet or single or not sys.stderr.isatty()
     bar = progress_bar(countable(inputs), hidden=hidden, leave=False)
     done = failed = 0
-    with bar as show, run_settings(args, model) as settings:
+    with bar as show, parallel_batches(model) as count:
+        settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
         for rows in caption_rows(itertools.chain(first, items), settings, describe, prepare=prepare):
             with tqdm.external_write_mode():
                 for row in flat(rows):
                     if "error" in row:
                         report_error(args, row["image"], row["error"])
                     elif args.json:
-                        print_json({name: value for name, value in row.items() if name != hide})
+                        print_json({k: v for k, v in row.items() if k != "question" or k in columns})
                     else:
-                        cells = [_cell(row[name]) for name in columns if name in row]
+                        values = [row[name] for name in columns if name in row]
+                        cells = [one_line(v) if isinstance(v, str) else f"{v:.4f}" for v in values]
                         print_line("\t".join(cells if single else [row["image"], *cells]))
             done, failed = done + len(rows), failed + sum("error" in row for row in rows)
             show(Progress(done, 0, failed))
     return SOME_FAILED if failed else DONE
-
-
-def _cell(value: str | float) -> str:
-    return one_line(value) if isinstance(value, str) else f"{value:.4f}"

@@ -18,9 +18,8 @@ from blip2.commands.terminal import load_matcher
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_images(parser, nargs=None)
-    parser.add_argument(
-        "texts", nargs="+", metavar="TEXT", help="texts to compare with the image, each in quotes"
-    )
+    about = "texts to compare with the image, each in quotes"
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help=about)
     add_model(parser)
     add_output(parser, "--json", "--batch-size", "--quiet")
 
@@ -34,10 +33,7 @@ def run(args: argparse.Namespace) -> int:
     def describe(images: Sequence[Any]) -> list[list[dict[str, Any]]]:
         matches: Any = model.match(list(images), args.texts)
         return [
-            [
-                {"text": text, "probability": fit.probability, "similarity": fit.similarity}
-                for text, fit in zip(args.texts, fits, strict=True)
-            ]
+            [{"text": text, **vars(fit)} for text, fit in zip(args.texts, fits, strict=True)]
             for fits in matches
         ]
 

@@ -20,24 +20,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     from blip2.registry import PRECISIONS, known_models, readable
 
-    rows: list[tuple[str, ...]] = [
-        ("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")
-    ]
+    header = ("NAME", "ALIAS", "PARAMETERS", "DISK", "MEMORY fp32", *PRECISIONS[1:], "FOR", "IN LAVIS")
+    rows: list[tuple[str, ...]] = [header]
     for model in known_models():
         memory, count = {dtype: model.memory_bytes(dtype) for dtype in PRECISIONS}, model.parameters
         if args.json:
-            print_json(
-                {
-                    "name": model.name,
-                    "alias": model.alias,
-                    "lavis": model.lavis,
-                    "use": model.use,
-                    "parameters": count,
-                    "image_px": model.config.vision.image_size,
-                    "disk_bytes": model.disk_bytes,
-                    "memory_bytes": memory,
-                }
-            )
+            names = ("name", "alias", "lavis", "use", "parameters", "disk_bytes")
+            others = {"image_px": model.config.vision.image_size, "memory_bytes": memory}
+            print_json({name: getattr(model, name) for name in names} | others)
             continue
         parameters = f"{count / 1e9:.2f} B" if count >= 10**9 else f"{count / 1e6:.1f} M"
         sizes = map(readable, (model.disk_bytes, *memory.values()))

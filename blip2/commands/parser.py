@@ -13,15 +13,12 @@ from typing import Any, NoReturn
 
 import blip2
 
-# Command -> its file in this folder: what it does and examples (the docstring), its arguments (`configure`), and `run`,
+# Each has a file in this folder: what it does and examples (the docstring), its arguments (`configure`), and `run`,
 # from the arguments to an exit status.
-COMMANDS = {
-    name: name
-    for name in (
-        "caption", "ask", "chat", "match", "embed", "eval", "explain", "serve", "inspect", "convert", "quantize",
-        "bench", "models", "doctor", "completion",
-    )
-} | {"eval": "evaluate"}  # fmt: skip
+COMMANDS = (
+    "caption", "ask", "chat", "match", "embed", "eval", "explain", "serve", "inspect", "convert", "quantize",
+    "bench", "models", "doctor", "completion",
+)  # fmt: skip
 EXAMPLES = """\
   blip2 caption photo.jpg
   blip2 ask photo.jpg "how many dogs are there?"
@@ -61,8 +58,8 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--version", action="version", version=f"blip2 {blip2.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, file in COMMANDS.items():
-        module = import_module(f"blip2.commands.{file}")
+    for name in COMMANDS:
+        module = import_module(f"blip2.commands.{name}")
         about, _, examples = cleandoc(module.__doc__ or name).partition("\n\n")
         command = commands.add_parser(
             name,

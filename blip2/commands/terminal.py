@@ -37,9 +37,8 @@ def print_line(line: str) -> None:
 
 def print_json(record: dict[str, Any]) -> None:
     """Print an object on a line of its own."""
-    text = json.dumps(record, ensure_ascii=False)
     # A file name that is no UTF-8 arrives with surrogates: written as escapes, the line stays JSON and the name exact.
-    print_line("".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text))
+    print_line(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode())
 
 
 def report_error(args: argparse.Namespace, name: str, message: str) -> None:
@@ -88,16 +87,9 @@ def load_named(args: argparse.Namespace) -> Predictor:
     """The model that --model names."""
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    return blip2.load(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        revision=args.revision,
-        vision=args.vision,
-        language=args.language,
-        quantize=args.quantize,
-        matcher=getattr(args, "matcher", None),
-    )
+    names = ("device", "dtype", "revision", "vision", "language", "quantize", "matcher")
+    options: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    return blip2.load(args.model, **options)
 
 
 def load_matcher(args: argparse.Namespace) -> Predictor:

@@ -123,7 +123,15 @@ class MatcherBatches:
 class TextBatches(ABC):
     """Batches of captions and answers for a language model, one row a text, padded on the right."""
 
-    def __init__(self, examples: ExampleBatches, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> None:
+    def __init__(
+        self, examples: ExampleBatches, tokenizer: Tokenizer, *, prompt: str = "", max_tokens: int = 32
+    ) -> None:
+        """
+        Args:
+            tokenizer: the language model's.
+            prompt: what the language model reads with every image, before a caption.
+            max_tokens: token ids after which inputs are cut off, and targets; OPT's are one sequence.
+        """
         self.examples, self.tokenizer, self.prompt, self.max_tokens = examples, tokenizer, prompt, max_tokens
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
@@ -147,22 +155,13 @@ class TextBatches(ABC):
 class DecoderBatches(TextBatches):
     """Batches of stage 2 and fine-tuning with OPT: captions after a prompt, answers after their question.
 
-    Targets are the text and the newline that ends it, but not `</s>`, prompt and padding: labels are [R, T].
+    Targets are the text and the newline that ends it, but not `</s>`, prompt and padding: labels are [R, T]. The space
+    between prompt and text is added here.
     """
 
-    def __init__(
-        self, examples: ExampleBatches, tokenizer: Tokenizer, *, prompt: str = "", max_tokens: int = 32
-    ) -> None:
-        """
-        Args:
-            tokenizer: the language model's.
-            prompt: precedes every caption, with a space between them that is added here.
-            max_tokens: prompt and text are cut to this many token ids.
-        """
-        super().__init__(examples, tokenizer, prompt.rstrip(), max_tokens)
-
     def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        prompt = self.prompt if sample.question is None else question_prompt(clean_question(sample.question))
+        question = sample.question
+        prompt = self.prompt.rstrip() if question is None else question_prompt(clean_question(question))
         prompt_ids = self.tokenizer.encode(prompt)  # with `</s>`
         target = f"{clean_caption(text)}\n"
         target_ids = self.tokenizer.encode(f" {target}" if prompt else target, frame=False)
@@ -185,15 +184,10 @@ class EncoderDecoderBatches(TextBatches):
         max_tokens: int = 32,
         split: bool = False,
     ) -> None:
+        """`split`: split every caption at a random word: the words before it are read after the prompt, the rest is
+        the target. This is how T5 is trained in stage 2 (section 3.2 of the paper). Others: see `TextBatches`.
         """
-        Args:
-            tokenizer: the language model's.
-            prompt: read with every caption's image.
-            max_tokens: inputs and targets are cut to this many token ids each, `</s>` included.
-            split: split every caption at a random word: the words before it are read after the prompt, the rest is
-                the target. This is how T5 is trained in stage 2 (section 3.2 of the paper).
-        """
-        super().__init__(examples, tokenizer, prompt, max_tokens)
+        super().__init__(examples, tokenizer, prompt=prompt, max_tokens=max_tokens)
         self.split = split
 
     def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:

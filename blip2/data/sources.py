@@ -13,10 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
-)
-
 
 class DataError(ValueError):
     """A data file that cannot be understood."""
@@ -58,12 +54,13 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
     elif not path.is_file():
         raise DataError(f"{path}: no such file or folder")
     elif path.suffix == ".csv":
-        rows = _csv_rows(path)
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     elif path.suffix == ".jsonl":
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".json":
-        rows = _json_rows(read_json(path), path)
+        rows = _json_rows(read_annotations(path), path)
     else:
         raise DataError(f"{path}: expected .json, .jsonl, .csv or a folder of images with .txt files")
     samples = _merge(_sample(row, root, f"{path}, row {i}") for i, row in enumerate(rows, 1))
@@ -72,7 +69,7 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
     return samples
 
 
-def read_json(path: Path) -> Any:
+def read_annotations(path: Path) -> Any:
     """The content of a JSON file. DataError: it cannot be read, or is no JSON."""
     try:
         return _parse(path.read_bytes(), str(path))
@@ -87,14 +84,11 @@ def _parse(text: str | bytes, source: str) -> Any:
         raise DataError(f"{source}: no valid JSON ({error})") from error
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
 def _folder_rows(path: Path) -> list[dict[str, Any]]:
+    from blip2.images import SUFFIXES  # here, as it imports torch
+
     rows = []
-    for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+    for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES):
         text = image.with_suffix(".txt")
         if text.is_file():
             lines = map(str.strip, text.read_text(encoding="utf-8").splitlines())

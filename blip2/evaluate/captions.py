@@ -68,30 +68,24 @@ def caption_scores(
     add("CIDEr", *Cider().compute_score(right, ours))
     for name, compute in (("METEOR", _meteor), ("SPICE", _spice)) if java else ():
         try:
+            if shutil.which("java") is None:
+                raise ValueError("needs Java (on Debian: apt-get install default-jre-headless)")
             add(name, *compute(right, ours))
         except Exception as error:  # a Java program failed or a file is missing: the other scores remain
             scores.left_out.append(f"{name} is left out: {error or type(error).__name__}")
     return scores
 
 
-def _need_java() -> None:
-    if shutil.which("java") is None:
-        raise ValueError("needs Java (on Debian: apt-get install default-jre-headless)")
-
-
-def _meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[Any, Any]:
-    _need_java()
+def _meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> Any:
     from pycocoevalcap.meteor.meteor import Meteor
 
-    scores: tuple[Any, Any] = Meteor().compute_score(references, captions)
-    return scores
+    return Meteor().compute_score(references, captions)
 
 
-def _spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[Any, Any]:
-    _need_java()
+def _spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> Any:
     from pycocoevalcap import spice
 
-    if not any(
+    if not list(
         Path(spice.__path__[0]).glob("lib/stanford-corenlp-*.jar")
     ):  # else it would wait for a network
         raise ValueError(

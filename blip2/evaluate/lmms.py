@@ -51,7 +51,6 @@ class Blip2Lmms(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return answers
 
     def _image_and_question(self, request: Any) -> tuple[Any, str]:
-        """The image and the question of a request."""
         question, _, images_of, place, task, split = request.args
         images = images_of(self.task_dict[task][split][place])
         if len(images) != 1:

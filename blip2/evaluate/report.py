@@ -22,13 +22,10 @@ _THUMBNAIL = 256  # px
 def lines(report: Report) -> Iterator[str]:
     """The table, a line a figure: its name, ours, the published one."""
     yield f"{report.task}: {report.model}, {len(report.outcomes)} items, protocol {report.protocol.name}"
-    for name, value in report.metrics.items():
-        theirs = report.published.get(name)
-        published = "" if theirs is None else f"   published {figure(name, theirs)}"
-        yield f"{name:48} {figure(name, value):>8}{published}"
-    for name, theirs in report.published.items():
-        if name not in report.metrics:
-            yield f"{name:48} {'':>8}   published {figure(name, theirs)}"
+    for name in report.metrics | report.published:
+        ours = figure(name, report.metrics[name]) if name in report.metrics else ""
+        theirs = f"   published {figure(name, report.published[name])}" if name in report.published else ""
+        yield f"{name:48} {ours:>8}{theirs}"
     for note in report.notes:
         yield f"note: {note}"
 
@@ -38,18 +35,10 @@ def figure(name: str, value: float) -> str:
     return f"{value:.3f}" if "CIDEr" in name else f"{value:.1%}"
 
 
-def report_json(report: Report) -> dict[str, Any]:
+def report_summary(report: Report) -> dict[str, Any]:
     """The report without its outcomes."""
-    return {
-        "task": report.task,
-        "about": report.about,
-        "model": report.model,
-        "items": len(report.outcomes),
-        "metrics": report.metrics,
-        "published": report.published,
-        "protocol": asdict(report.protocol),
-        "notes": report.notes,
-    }
+    parts = {name: value for name, value in vars(report).items() if name != "outcomes"}
+    return parts | {"items": len(report.outcomes), "protocol": asdict(report.protocol)}
 
 
 def predictions(report: Report) -> list[dict[str, Any]]:
@@ -68,21 +57,17 @@ def write(report: Report, folder: Path) -> list[Path]:
     """Write results.json, predictions.json and index.html into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [
-        {"id": o.item.id, "image": _file_name(o), "text": o.text, "scores": o.scores}
+        {"id": o.item.id, "image": str(o.item.image) if isinstance(o.item.image, str | Path) else ""}
+        | {"text": o.text, "scores": o.scores}
         | ({"question": o.item.question} if o.item.question else {})
         | ({"ranked": [asdict(answer) for answer in o.ranked]} if o.ranked else {})
         for o in report.outcomes
     ]
     paths = [folder / name for name in ("results.json", "predictions.json", "index.html")]
-    paths[0].write_text(json.dumps(report_json(report) | {"outcomes": items}, indent=1), encoding="utf-8")
+    paths[0].write_text(json.dumps(report_summary(report) | {"outcomes": items}, indent=1), encoding="utf-8")
     paths[1].write_text(json.dumps(predictions(report)), encoding="utf-8")
     paths[2].write_text(page(report), encoding="utf-8")
     return paths
-
-
-def _file_name(outcome: Outcome) -> str:
-    image = outcome.item.image
-    return str(image) if isinstance(image, str | Path) else ""
 
 
 _STYLE = """
@@ -116,9 +101,8 @@ def page(report: Report) -> str:
 def _article(outcome: Outcome) -> str:
     item = outcome.item
     references = item.answers if item.question else item.captions
-    parts = [f"<h2>{html.escape(outcome.text) or '(no answer)'}</h2>"]
-    if item.question:
-        parts.insert(0, f"<p>{html.escape(item.question)}</p>")
+    parts = [f"<p>{html.escape(item.question)}</p>"] if item.question else []
+    parts += [f"<h2>{html.escape(outcome.text) or '(no answer)'}</h2>"]
     parts += [
         f"<p class=reference>{html.escape(text)}{f' ({count})' if count > 1 else ''}</p>"
         for text, count in Counter(references).items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,18 +10,6 @@ from torch import Tensor
 from blip2.images import ImageSource
 from blip2.inputs import in_batches
 from blip2.matching import Matcher
-
-
-@dataclass(frozen=True)
-class MatchTables:
-    """How well I images and T texts fit: by contrast, float32 [I, T], and re-ranked in both directions.
-
-    texts: [I, T], for each image; images: [T, I], for each text; -inf where not re-ranked.
-    """
-
-    contrast: Tensor
-    texts: Tensor
-    images: Tensor
 
 
 @torch.inference_mode()
@@ -35,13 +22,17 @@ def match_tables(
     logits: bool,
     batch_size: int,
     progress: Callable[[str, int, int], None],
-) -> MatchTables:
-    """Score every image with every text.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score every one of I images with every one of T texts.
 
     Args:
         candidates: how many of the best by contrast are re-ranked, for each image and for each text.
         logits: add the matching head's logit, as for the published figures; False: its probability.
         progress: called with a label, how many are done, and of how many.
+
+    Returns:
+        The scores by contrast, float32 [I, T], and re-ranked for each image, [I, T], and for each text, [T, I]; these
+        are -inf where not re-ranked.
     """
     embedded = []
     for start, batch in in_batches(list(images), batch_size):
@@ -55,7 +46,7 @@ def match_tables(
     matched = torch.zeros_like(contrast)
     for row, image in enumerate(images):
         columns = (best_texts[row] | best_images[row]).nonzero().flatten().tolist()
-        features = matcher.features([image])  # [1, N, W]
+        features = matcher.model.vision(matcher.prepare([image]).to(matcher.device))  # [1, N, W]
         for _, candidate_columns in in_batches(columns, batch_size):
             ids, mask = matcher.encode([texts[column] for column in candidate_columns])
             itm = matcher.model.itm_logits(features.expand(len(ids), -1, -1), ids, mask).float()  # [B, 2]
@@ -64,7 +55,7 @@ def match_tables(
         progress("matching", row + 1, len(images))
     summed = contrast + matched
     by_texts, by_images = (summed.masked_fill(~best, -torch.inf) for best in (best_texts, best_images))
-    return MatchTables(contrast, by_texts, by_images.T)
+    return contrast, by_texts, by_images.T
 
 
 def _best(table: Tensor, count: int) -> Tensor:

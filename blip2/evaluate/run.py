@@ -96,8 +96,11 @@ def evaluate(
     for task in tasks:
         if settings.answers and (isinstance(task, Scenes) or task.kind != "questions"):
             raise ValueError("--answers is for tasks that are questions alone, such as easyvqa and vqav2")
-        sets = task.sets if isinstance(task, Scenes) else (task.items,)
-        _check_images([item for items in sets for item in items])
+        files = [item.image for item in task.items if isinstance(item.image, str | Path)]
+        if missing := [file for file in files if not Path(file).is_file()]:  # reported now, not after hours
+            raise DataError(
+                f"{len(missing):,} of {len(task.items):,} images are missing, such as {missing[0]}"
+            )
     model = load()
     return [
         scenes_report(model, task, settings, model_name=model_name)
@@ -119,14 +122,6 @@ def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Sc
         raise DataError(f"eval {name}: a file of {data} is not in its published form ({reason})") from error
 
 
-def _check_images(items: Sequence[EvalItem]) -> None:
-    """Raises DataError if files are missing: at the beginning, not after hours."""
-    files = [item.image for item in items if isinstance(item.image, str | Path)]
-    missing = [file for file in files if not Path(file).is_file()]
-    if missing:
-        raise DataError(f"{len(missing):,} of {len(items):,} images are missing, such as {missing[0]}")
-
-
 def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, model_name: str) -> Report:
     """Evaluate a model on a task; raises ValueError if the model cannot do it."""
     protocol = PROTOCOLS[settings.protocol][task.kind]
@@ -138,8 +133,9 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
         metrics, outcomes, notes = score(model, task, protocol, settings)
         pixels = model.generator.image_processor.size
     if protocol.image_px not in (None, pixels):
-        size = f"{protocol.image_px} px; this model reads {pixels}"
-        notes.append(f"the published figures are of images of {size}")
+        notes.append(
+            f"the published figures are of images of {protocol.image_px} px; this model reads {pixels}"
+        )
     if settings.limit is not None:
         notes.append(f"the first {len(task.items)} of the set alone")
     figures = published(task.name, model_name) if settings.protocol == "paper" else {}
@@ -246,7 +242,7 @@ def _retrieval(
     for text, (image, _) in enumerate(pairs):
         texts_of_image[image].append(text)
     parts = (matcher.model, matcher.image_processor, matcher.tokenizer, matcher.device)
-    tables = match_tables(
+    contrast, ranked_texts, ranked_images = match_tables(
         Matcher(*parts, text_length=protocol.text_length),
         [item.image for item in items],
         texts,
@@ -255,15 +251,15 @@ def _retrieval(
         batch_size=settings.batch_size,
         progress=settings.progress,
     )
-    metrics = {f"text {name}": value for name, value in recalls(tables.texts, texts_of_image).items()}
-    metrics |= {f"image {name}": value for name, value in recalls(tables.images, image_of_text).items()}
+    metrics = {f"text {name}": value for name, value in recalls(ranked_texts, texts_of_image).items()}
+    metrics |= {f"image {name}": value for name, value in recalls(ranked_images, image_of_text).items()}
     metrics |= {
-        "  text R@1 by contrast alone": recalls(tables.contrast, texts_of_image, (1,))["R@1"],
-        "  image R@1 by contrast alone": recalls(tables.contrast.T, image_of_text, (1,))["R@1"],
+        "  text R@1 by contrast alone": recalls(contrast, texts_of_image, (1,))["R@1"],
+        "  image R@1 by contrast alone": recalls(contrast.T, image_of_text, (1,))["R@1"],
     }
     outcomes = [
         Outcome(item, texts[int(row.argmax())], {"rank": float(rank + 1)}, -float(rank))
-        for item, row, rank in zip(items, tables.texts, ranks(tables.texts, texts_of_image), strict=True)
+        for item, row, rank in zip(items, ranked_texts, ranks(ranked_texts, texts_of_image), strict=True)
     ]
     return metrics, outcomes, []
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from blip2.data.sources import DataError, read_json
+from blip2.data.sources import DataError, read_annotations
 from blip2.evaluate.tasks import EvalItem, files_needed
 from blip2.images import ImageSource
 
@@ -36,13 +36,14 @@ class Scenes:
     retrieval: list[EvalItem]
 
     @property
-    def sets(self) -> tuple[list[EvalItem], ...]:
-        """All four."""
-        return self.singles, self.multi, self.questions, self.retrieval
+    def items(self) -> list[EvalItem]:
+        """Those of all sets."""
+        return [*self.singles, *self.multi, *self.questions, *self.retrieval]
 
     def first(self, limit: int | None) -> Scenes:
         """The scenes with the first `limit` items of each set."""
-        return Scenes(self.nouns, *(items[:limit] for items in self.sets))
+        sets = (self.singles, self.multi, self.questions, self.retrieval)
+        return Scenes(self.nouns, *(items[:limit] for items in sets))
 
 
 def read_scenes(data: Path | None) -> Scenes:
@@ -50,7 +51,7 @@ def read_scenes(data: Path | None) -> Scenes:
     path = None if data is None else data / "scenes/scenes.json"
     if path is None or not path.is_file():
         raise DataError(files_needed("scenes", data))
-    content = read_json(path)
+    content = read_annotations(path)
     sets = {
         name: [
             scene_item(f"{name}-{i}", path.parent / row["image"], row) for i, row in enumerate(content[name])

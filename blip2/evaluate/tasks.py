@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from blip2.data.sources import DataError, read_json, read_samples
+from blip2.data.sources import DataError, read_annotations, read_samples
 
 if TYPE_CHECKING:
     from blip2.images import ImageSource
@@ -50,11 +50,9 @@ class EvalTask:
 
 
 # Task -> the files it needs under the data folder, each with a description. A folder's name ends with "/".
+_VAL2014 = ("val2014/", "COCO's 2014 validation images, COCO_val2014_*.jpg")
 TASK_FILES: dict[str, tuple[tuple[str, str], ...]] = {
-    "coco": (
-        ("dataset_coco.json", "Karpathy's split (caption_datasets.zip)"),
-        ("val2014/", "COCO's 2014 validation images, COCO_val2014_*.jpg"),
-    ),
+    "coco": (("dataset_coco.json", "Karpathy's split (caption_datasets.zip)"), _VAL2014),
     "nocaps": (
         ("nocaps_val_4500_captions.json", "NoCaps' validation captions with their domains"),
         ("images/", "NoCaps' validation images, by the file_name the captions' file gives"),
@@ -66,12 +64,12 @@ TASK_FILES: dict[str, tuple[tuple[str, str], ...]] = {
     "vqav2": (
         ("v2_OpenEnded_mscoco_val2014_questions.json", "VQAv2's validation questions"),
         ("v2_mscoco_val2014_annotations.json", "their answers, ten to a question"),
-        ("val2014/", "COCO's 2014 validation images, COCO_val2014_*.jpg"),
+        _VAL2014,
     ),
     "okvqa": (
         ("OpenEnded_mscoco_val2014_questions.json", "OK-VQA's validation questions"),
         ("mscoco_val2014_annotations.json", "their answers, ten to a question"),
-        ("val2014/", "COCO's 2014 validation images, COCO_val2014_*.jpg"),
+        _VAL2014,
     ),
     "gqa": (
         ("testdev_balanced_questions.json", "GQA's balanced test-dev questions"),
@@ -116,23 +114,19 @@ def read_task(
         (data / file).exists() for file, _ in TASK_FILES[name] if images is None or not file.endswith("/")
     ):
         raise DataError(files_needed(name, data))
-    kind: Literal["captions", "retrieval"] = "retrieval" if name.startswith("retrieval-") else "captions"
-    if name in ("coco", "retrieval-coco"):
-        return EvalTask(
-            name, kind, list(_karpathy(first, images or data)), about="COCO, Karpathy's test split"
-        )
-    if name in ("flickr30k", "retrieval-flickr30k"):
-        return EvalTask(name, kind, list(_karpathy(first, images or second)), about="Flickr30k's test split")
-    if name == "nocaps":
-        return EvalTask(
-            name, kind, list(_coco(read_json(first), images or second)), about="NoCaps' validation set"
-        )
     if name == "gqa":
-        return EvalTask(
-            name, "questions", list(_gqa(first, images or second)), "gqa", "GQA's balanced test-dev"
-        )
-    items = list(_vqa(first, annotations or second, images or data / "val2014"))
-    return EvalTask(name, "questions", items, "vqa", "the validation questions")
+        items = _gqa(first, images or second)
+        return EvalTask(name, "questions", list(items), "gqa", "GQA's balanced test-dev")
+    if name in ("vqav2", "okvqa"):
+        items = _vqa(first, annotations or second, images or data / "val2014")
+        return EvalTask(name, "questions", list(items), "vqa", "the validation questions")
+    if name == "nocaps":
+        items, about = _coco(read_annotations(first), images or second), "NoCaps' validation set"
+    elif name.endswith("coco"):
+        items, about = _karpathy(first, images or data), "COCO, Karpathy's test split"
+    else:
+        items, about = _karpathy(first, images or second), "Flickr30k's test split"
+    return EvalTask(name, "retrieval" if "retrieval" in name else "captions", list(items), about=about)
 
 
 def files_needed(name: str, data: Path | None) -> str:
@@ -148,7 +142,7 @@ def files_needed(name: str, data: Path | None) -> str:
 
 
 def _karpathy(path: Path, images: Path) -> Iterator[EvalItem]:
-    for row in read_json(path)["images"]:
+    for row in read_annotations(path)["images"]:
         if row["split"] == "test":
             file = images / row.get("filepath", "") / row["filename"]
             if not file.exists() and (images / row["filename"]).exists():
@@ -169,9 +163,9 @@ def _coco(content: Mapping[str, Any], images: Path) -> Iterator[EvalItem]:
 
 
 def _vqa(questions: Path, annotations: Path, images: Path) -> Iterator[EvalItem]:
-    content = read_json(questions)
+    content = read_annotations(questions)
     subtype = content.get("data_subtype", "val2014")
-    annotation_of = {row["question_id"]: row for row in read_json(annotations)["annotations"]}
+    annotation_of = {row["question_id"]: row for row in read_annotations(annotations)["annotations"]}
     for row in content["questions"]:
         annotation = annotation_of.get(row["question_id"])
         if annotation is None:
@@ -186,7 +180,7 @@ def _vqa(questions: Path, annotations: Path, images: Path) -> Iterator[EvalItem]
 
 
 def _gqa(questions: Path, images: Path) -> Iterator[EvalItem]:
-    for id_, row in read_json(questions).items():
+    for id_, row in read_annotations(questions).items():
         image = images / f"{row['imageId']}.jpg"
         yield EvalItem(id_, image, question=row["question"], answers=(row["answer"],))
 
@@ -200,7 +194,7 @@ def _easy_vqa(data: Path | None) -> EvalTask:
     if root is None or not (root / "data/test/questions.json").is_file():
         raise DataError(files_needed("easyvqa", data))
     test = root / "data/test"
-    rows = sorted(enumerate(read_json(test / "questions.json")), key=lambda row: int(row[1][2]))
+    rows = sorted(enumerate(read_annotations(test / "questions.json")), key=lambda row: int(row[1][2]))
     items = [
         EvalItem(i, test / "images" / f"{image}.png", question=question, answers=(answer,))
         for i, (question, answer, image) in rows
@@ -210,7 +204,7 @@ def _easy_vqa(data: Path | None) -> EvalTask:
 
 def _common_form(name: str, data: Path, images: Path | None, annotations: Path | None) -> EvalTask:
     """A file or folder of the user's, in whichever form it is."""
-    content = read_json(data) if data.suffix == ".json" else None
+    content = read_annotations(data) if data.suffix == ".json" else None
     content = content if isinstance(content, Mapping) else {}
     root = images or data.parent
     items: Iterable[EvalItem]

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache
 from itertools import groupby
 
 PUNCTUATION = frozenset(
@@ -37,6 +37,7 @@ _LINE_END = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
 
 # --- parts of the rules' patterns ---
 
+_FLAGS = re.IGNORECASE | re.ASCII
 _SPACE = "[ \t\xa0\u2000-\u200a\u3000]"
 _SPACE_OR_LINE = "[ \t\xa0\u2000-\u200a\u3000\n]"
 _APOSTROPHE = "(?:['\x92\u2019]|&apos;)"
@@ -55,18 +56,22 @@ def _ranges(categories: tuple[str, ...], end: int = 0x10000) -> str:
     return "".join(f"\\u{run[0]:04x}-\\u{run[-1]:04x}" for run in bounds)
 
 
+Edits = tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True)
 class _Rule:
     """A token, by what it starts with, its pattern and the pattern of what must follow it.
 
-    write: how the token is written. back: how many characters at its end are read again, for the next token.
+    write: patterns in the token and what replaces each, in order.
+    back: how many characters at its end are read again, for the next token.
     doubled: the full stop at its end is a token too, as it ends the sentence.
     """
 
     starts: str  # with "l" a letter, "d" a digit, "o" another ASCII character
     token: str
     then: str = ""
-    write: Callable[[str], str] = str
+    write: Edits = ()
     back: int = 0
     doubled: bool = False
 
@@ -74,57 +79,23 @@ class _Rule:
 # --- how tokens are written ---
 
 
-def _no_soft_hyphens(text: str) -> str:
-    return text.replace("\xad", "") or "-"
+def _always(text: str) -> Edits:
+    return (("(?s).+", text),)
 
 
-def _hard_spaces(text: str) -> str:
-    return text.replace(" ", "\xa0")
-
-
-def _brackets(text: str) -> str:
-    return text.replace("(", "-LRB-").replace(")", "-RRB-")
-
-
-def _telephone(text: str) -> str:
-    return _brackets(_hard_spaces(text))
-
-
-def _ampersand(text: str) -> str:
-    return re.sub("&amp;", "&", text, flags=re.IGNORECASE)
-
-
-def _fractions(text: str) -> str:
-    for one, written in zip("\xbc\xbd\xbe\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3")):
-        text = text.replace(one, written)
-    return text
-
-
-def _currency(text: str) -> str:
-    text = text.replace("\xa2", "cents").replace("\xa3", "#")
-    return re.sub("[\x80\xa4\u20a0\u20ac]", "$", text)
-
-
-def _quotes(text: str, opening: bool) -> str:
-    single, double = ("`", "``") if opening else ("'", "''")
-    text = re.sub("&apos;|'", single, text)
-    text = re.sub('"|&quot;', double, text)
-    text = re.sub("[\x91\u2018\u201b\u2039]", "`", text)
-    text = re.sub("[\x92\u2019\u203a]", "'", text)
-    text = re.sub("[\x93\u201c\xab]", "``", text)
-    return re.sub("[\x94\u201d\xbb]", "''", text)
-
-
-_opening, _closing = partial(_quotes, opening=True), partial(_quotes, opening=False)
-
-
-def _dashes(text: str) -> str:
-    return "--" if 3 <= len(text) <= 4 else text
-
-
-def _always(text: str) -> Callable[[str], str]:
-    return lambda _: text
-
+_NO_SOFT_HYPHENS = (("\xad", ""), (r"\A\Z", "-"))
+_HARD_SPACES = ((" ", "\xa0"),)
+_BRACKETS = ((r"\(", "-LRB-"), (r"\)", "-RRB-"))
+_AMPERSAND = (("(?i)&amp;", "&"),)
+_FRACTIONS = tuple(zip("\xbc\xbd\xbe\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True))
+_CURRENCY = (("\xa2", "cents"), ("\xa3", "#"), ("[\x80\xa4\u20a0\u20ac]", "$"))
+_ONE_SIDED = (
+    ("[\x91\u2018\u201b\u2039]", "`"), ("[\x92\u2019\u203a]", "'"),
+    ("[\x93\u201c\xab]", "``"), ("[\x94\u201d\xbb]", "''"),
+)  # fmt: skip
+_OPENING = (("&apos;|'", "`"), ('"|&quot;', "``"), *_ONE_SIDED)
+_CLOSING = (("&apos;|'", "'"), ('"|&quot;', "''"), *_ONE_SIDED)
+_DASHES = ((r"\A-{3,4}\Z", "--"),)
 
 # --- abbreviations, by what usually follows them ---
 
@@ -182,18 +153,18 @@ _STARTER = f"{_SPACE_OR_LINE}+(?:{_SENTENCE_STARTERS}){_SPACE_OR_LINE}"
 
 # --- the rules, in their order ---
 
-# Words, contractions, markup.
-_WORDS = (
+_RULES = (
+    # Words, contractions, markup.
     _Rule("l", r"c\+\+|[cf]#"),
     _Rule("lo", "cannot|'twas", back=3),
     _Rule("lo", f"{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna", back=2),
-    _Rule("o", _TAG, write=_hard_spaces),
+    _Rule("o", _TAG, write=_HARD_SPACES),
     _Rule("o", "&(?:MD|mdash|ndash);|[\x96\x97\u2013\u2014\u2015]", write=_always("--")),
-    _Rule("o", "&amp;", write=_ampersand),
+    _Rule("o", "&amp;", write=_AMPERSAND),
     _Rule("o", "&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);"),
-    _Rule("lo", _WORD, _AUXILIARY, _no_soft_hyphens),
-    _Rule("lo", "[a-z\xad]*[a-mo-z]\xad*", _NEGATION, _no_soft_hyphens),
-    _Rule("lo", _WORD, write=_no_soft_hyphens),
+    _Rule("lo", _WORD, _AUXILIARY, _NO_SOFT_HYPHENS),
+    _Rule("lo", "[a-z\xad]*[a-mo-z]\xad*", _NEGATION, _NO_SOFT_HYPHENS),
+    _Rule("lo", _WORD, write=_NO_SOFT_HYPHENS),
     _Rule(
         "lo",
         f"{_APOSTROPHE}n{_APOSTROPHE}?|[ldj]{_APOSTROPHE}|dunkin{_APOSTROPHE}|somethin{_APOSTROPHE}|ol{_APOSTROPHE}|"
@@ -202,9 +173,7 @@ _WORDS = (
         "nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l",
     ),
     _Rule("l", f"y{_APOSTROPHE}", _ONLY_LETTER),
-)
-# Addresses on the internet.
-_ADDRESSES = (
+    # Addresses on the internet.
     _Rule("l", r"https?://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-]"),
     _Rule(
         "ldo",
@@ -218,31 +187,27 @@ _ADDRESSES = (
         r"(?:[^ \t\n\f\r\"<>|().\xa0]+\.)*[^ \t\n\f\r\"<>|().\xa0]+(?:&gt;|>)?",
     ),
     _Rule("o", f"@[a-z_][a-z_0-9]*|#{_LETTER}+"),
-)
-# Contractions after their word, numbers, currencies.
-_NUMBERS = (
-    _Rule("o", _AUXILIARY, "[^a-z]", _closing),
-    _Rule("l", _NEGATION, r"[^a-z]|\Z", _closing),
+    # Contractions after their word, numbers, currencies.
+    _Rule("o", _AUXILIARY, "[^a-z]", _CLOSING),
+    _Rule("l", _NEGATION, r"[^a-z]|\Z", _CLOSING),
     _Rule("d", f"{_DIGIT}{{1,2}}[-/]{_DIGIT}{{1,2}}[-/]{_DIGIT}{{2,4}}"),
-    _Rule("do", _NUMBER, write=_no_soft_hyphens),
+    _Rule("do", _NUMBER, write=_NO_SOFT_HYPHENS),
     _Rule("o", "[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)"),
     _Rule(
-        "d", rf"(?:{_DIGIT}{{1,4}}[- \xa0])?{_DIGIT}{{1,4}}(?:\\?/|\u2044){_DIGIT}{{1,4}}", write=_hard_spaces
+        "d", rf"(?:{_DIGIT}{{1,4}}[- \xa0])?{_DIGIT}{{1,4}}(?:\\?/|\u2044){_DIGIT}{{1,4}}", write=_HARD_SPACES
     ),
-    _Rule("o", "[\xbc\xbd\xbe\u2153-\u215e]", write=_fractions),
+    _Rule("o", "[\xbc\xbd\xbe\u2153-\u215e]", write=_FRACTIONS),
     _Rule(
         "lo",
         f"-(?:rrb|lrb|rcb|lcb|rsb|lsb)-|c\\.d\\.s|pro-|anti-|s(?:&amp;|&)p-500|s(?:&amp;|&)ls|cap{_APOSTROPHE}n|c{_APOSTROPHE}est",
-        write=_ampersand,
+        write=_AMPERSAND,
     ),
     _Rule("ld", _SLASHED),
     _Rule("lo", r"(?-i:[A-Z]*)\$|#"),
     _Rule(
-        "o", "[\xa2\xa3\xa4\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", write=_currency
+        "o", "[\xa2\xa3\xa4\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", write=_CURRENCY
     ),
-)
-# Abbreviations, acronyms, file names.
-_ABBREVIATIONS = (
+    # Abbreviations, acronyms, file names.
     _Rule("l", rf"{_LONG_ACRONYM}\.", _STARTER, doubled=True),
     _Rule("l", r"[a-z]\.", _STARTER, back=1),
     _Rule("l", _BEFORE_NUMBERS, f"{_SPACE_OR_LINE}?[0-9]"),
@@ -255,48 +220,44 @@ _ABBREVIATIONS = (
     _Rule("l", _ACRONYM, _SPACE_OR_LINE),
     _Rule("o", f"{_APOSTROPHE}[0-9][0-9]", _SPACE_OR_LINE),
     _Rule("ld", _FILE, "[ \t\xa0\n.?!,]"),
-    _Rule("lo", rf"{_WORD}\.", _COLON_LIKE, _no_soft_hyphens),
-)
-# Telephone numbers, quotes, smileys, brackets, punctuation.
-_MARKS_AND_SIGNS = (
+    _Rule("lo", rf"{_WORD}\.", _COLON_LIKE, _NO_SOFT_HYPHENS),
+    # Telephone numbers, quotes, smileys, brackets, punctuation.
     _Rule(
         "do",
         r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])[0-9]{3,4}[- \xa0]?[0-9]{3,5}|"
         r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
-        write=_telephone,
+        write=_HARD_SPACES + _BRACKETS,
     ),
-    _Rule("o", _DOUBLE_QUOTE, "[a-z0-9$]", _opening),
-    _Rule("o", _DOUBLE_QUOTE, write=_closing),
+    _Rule("o", _DOUBLE_QUOTE, "[a-z0-9$]", _OPENING),
+    _Rule("o", _DOUBLE_QUOTE, write=_CLOSING),
     _Rule("o", "<|&lt;", write=_always("<")),
     _Rule("o", ">|&gt;", write=_always(">")),
-    _Rule("o", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^a-z0-9]", _brackets),
+    _Rule("o", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^a-z0-9]", _BRACKETS),
     _Rule(
         "lo",
         r"[\^x=~<>]\.\[\^x=~<>]|[-\^x=~<>']_[-\^x=~<>']|\([-\^x=~<>'][_.]?[-\^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)",
-        write=_brackets,
+        write=_BRACKETS,
     ),
     *(
         _Rule("o", re.escape(bracket), write=_always(name))
         for bracket, name in zip("{}[]()", ("-LCB-", "-RCB-", "-LSB-", "-RSB-", "-LRB-", "-RRB-"))
     ),
-    _Rule("o", "-+", write=_dashes),
+    _Rule("o", "-+", write=_DASHES),
     _Rule("o", r"\.\.\.+|\.[ \xa0](?:\.[ \xa0])+\.|[\x85\u2026]", write=_always("...")),
     _Rule("o", r"@+|#+|_+|\*+|(?:\\\*){1,3}"),
     _Rule("o", _COLON_LIKE),
     _Rule("o", "[?!]+"),
     _Rule("o", "[.\xa1\xbf\u037e\u0589\u061f\u06d4\u0700-\u0702\u07fa\u3002=/]"),
-)
-# Compounds, closing quotes, symbols.
-_COMPOUNDS = (
-    _Rule("ld", rf"{_HYPHENATED}\.", _COLON_LIKE, _no_soft_hyphens),
-    _Rule("ld", _HYPHENATED, write=_no_soft_hyphens),
+    # Compounds, closing quotes, symbols.
+    _Rule("ld", rf"{_HYPHENATED}\.", _COLON_LIKE, _NO_SOFT_HYPHENS),
+    _Rule("ld", _HYPHENATED, write=_NO_SOFT_HYPHENS),
     _Rule("ld", rf"{_THING}\.", _COLON_LIKE),
     _Rule("ld", _THING),
-    _Rule("l", rf"{_INITIALS}\.", _COLON_LIKE, _ampersand),
-    _Rule("l", _INITIALS, write=_ampersand),
-    _Rule("o", "'", r"[a-z][^ \t\n\r\xa0]", _opening),
-    _Rule("o", _AUXILIARY, write=_closing),
-    _Rule("o", f"''|[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{{1,2}}|{_APOSTROPHE}", write=_closing),
+    _Rule("l", rf"{_INITIALS}\.", _COLON_LIKE, _AMPERSAND),
+    _Rule("l", _INITIALS, write=_AMPERSAND),
+    _Rule("o", "'", r"[a-z][^ \t\n\r\xa0]", _OPENING),
+    _Rule("o", _AUXILIARY, write=_CLOSING),
+    _Rule("o", f"''|[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{{1,2}}|{_APOSTROPHE}", write=_CLOSING),
     _Rule("o", "<<|>>"),
     _Rule(
         "o",
@@ -309,32 +270,27 @@ _COMPOUNDS = (
 )
 
 
-@lru_cache(maxsize=1)
-def _rules() -> dict[str, tuple[tuple[re.Pattern[str], _Rule], ...]]:
-    """The rules by class of the first character, each with its compiled pattern."""
-    compiled = [
-        (re.compile(f"({rule.token})(?:{rule.then})", re.IGNORECASE | re.ASCII), rule)
-        for rule in (*_WORDS, *_ADDRESSES, *_NUMBERS, *_ABBREVIATIONS, *_MARKS_AND_SIGNS, *_COMPOUNDS)
+@cache
+def _rules(kind: str) -> list[tuple[re.Pattern[str], _Rule]]:
+    """The rules for tokens whose first character is of a class, each with its compiled pattern."""
+    return [
+        (re.compile(f"({rule.token})(?:{rule.then})", _FLAGS), rule)
+        for rule in _RULES
+        if kind in (*rule.starts, "other")
     ]
-    return {
-        kind: tuple((pattern, rule) for pattern, rule in compiled if kind in (*rule.starts, "other"))
-        for kind in ("l", "d", "o", "other")
-    }
 
 
 # A shortcut: plain words before a space, except abbreviations and contractions of two words, need no rule.
 _PLAIN = re.compile("[A-Za-z]{2,}(?=[.,;:!?]?[ \n])")
 _TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
-_ABBREVIATION = re.compile(
-    rf"{_BEFORE_LOWER_CASE}|{_BEFORE_NAMES}\.|{_BEFORE_NUMBERS}", re.IGNORECASE | re.ASCII
-)
+_ABBREVIATION = re.compile(rf"{_BEFORE_LOWER_CASE}|{_BEFORE_NAMES}\.|{_BEFORE_NUMBERS}", _FLAGS)
 _SKIPPED = re.compile(f"(?:{_SPACE}|&nbsp;|[\0\u200b\u200e\u200f\ufeff\x7f])+", re.IGNORECASE)
 
 
 def _tokens(text: str) -> Iterator[str]:
     """The tokens of a text, and "\\n" for each end of a line."""
-    rules, at, end = _rules(), 0, len(text)
-    while at < end:
+    at = 0
+    while at < len(text):
         char = text[at]
         if char == "\n":
             yield char
@@ -350,11 +306,14 @@ def _tokens(text: str) -> Iterator[str]:
             at = skipped.end()
             continue
         kind = "other" if char > "\x7f" else "d" if char.isdigit() else "l" if char.isalpha() else "o"
-        matches = [(match, rule) for pattern, rule in rules[kind] if (match := pattern.match(text, at))]
+        matches = [(match, rule) for pattern, rule in _rules(kind) if (match := pattern.match(text, at))]
         if not matches:  # a character that no rule knows is left out
             at += 1
             continue
         match, rule = max(matches, key=lambda pair: pair[0].end())  # among equals the first
         token = match[1]
         at += len(token) - rule.back - rule.doubled
-        yield rule.write(token[: len(token) - rule.back])
+        token = token[: len(token) - rule.back]
+        for pattern, replacement in rule.write:
+            token = re.sub(pattern, replacement, token)
+        yield token

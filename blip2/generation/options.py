@@ -69,7 +69,7 @@ class GenerationOptions:
         None, "makes sampling repeatable: sequence j draws from seed + j", ge=0, lt=2**63
     )
     eos_token_id: TokenIds | None = _option(  # noqa: RUF009 (it makes a field)
-        None, "ids that end a text (default: the model's own)", ge=0
+        None, "ids that end a text (default: the model's own)", ge=0, lt=2**63
     )
 
     def __post_init__(self) -> None:

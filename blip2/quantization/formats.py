@@ -8,7 +8,6 @@ know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from blip2.modeling.config import Mode
 from blip2.tensorfiles.errors import CheckpointError
-from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.tensors import TensorFile, TensorInfo, Tensors
 
 GROUP = 128  # weights that share a scale in int4
 # Shares of a group's range that are tried: cutting off an extreme may quantize all the others better.
@@ -152,7 +151,7 @@ def parts_of(name: str, shape: tuple[int, ...], kind: type[QuantizedWeight]) -> 
     return {layer + part: TensorInfo(*info) for part, info in zip(PARTS[kind], infos, strict=True)}
 
 
-class QuantizedFile:
+class QuantizedFile(TensorFile):
     """Quantized weights as the floats they stand for: a file of tensors, as far as its users can see."""
 
     format = "safetensors"
@@ -160,7 +159,7 @@ class QuantizedFile:
     def __init__(self, stored: Tensors, names: list[str]) -> None:
         """`names`: of the weights, as if they were stored as floats. Raises CheckpointError where parts do not fit."""
         self._stored = stored
-        self.info: Mapping[str, TensorInfo] = {name: self._info(name) for name in names}
+        self.info = {name: self._info(name) for name in names}
 
     def kind(self, name: str) -> type[QuantizedWeight]:
         """The format of a weight."""
@@ -176,11 +175,6 @@ class QuantizedFile:
     def copied(self, name: str) -> Tensor:
         """float32."""
         return self.quantized(name).float()
-
-    mapped = copied
-
-    def place(self, name: str) -> None:
-        """Nowhere: these values are not stored."""
 
     def _info(self, name: str) -> TensorInfo:
         kind, layer = self.kind(name), name.removesuffix("weight")

@@ -14,17 +14,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import blip2
-from blip2.serve import schemas
+from blip2.serve import native_api, openai_api, schemas
 from blip2.serve.batching_engine import BusyError, Engine, EngineError, TooLateError
 from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError, error_response
 from blip2.serve.fetch import Fetcher
 from blip2.serve.keys import Keys
-from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.middleware import ApiKeys, RequestLimits, RequestLog, ResponseHeaders, SameSite
-from blip2.serve.native_api import native_routes
-from blip2.serve.openai_api import openai_routes
 from blip2.serve.openapi import documented, openapi_document
 
 PAGE = Path(__file__).parent / "page"
@@ -37,7 +34,6 @@ def build_app(
     engine: Engine,
     *,
     model: str,
-    limits: Limits,
     keys: Keys | None = None,
     hosts: frozenset[str] | None = LOOPBACK,
     fetch_urls: bool = False,
@@ -67,10 +63,10 @@ def build_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    metrics = Metrics(engine)
+    limits, metrics = engine.limits, Metrics(engine)
     fetcher = Fetcher(limits.fetch_bytes, limits.fetch_seconds) if fetch_urls else None
     app.state.context = ServerContext(engine, limits, model, metrics, fetcher, log_contents)
-    for routes in (native_routes, openai_routes, state_routes):
+    for routes in (native_api.routes, openai_api.routes, state_routes):
         app.include_router(routes)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     engine_errors = (BusyError, TooLateError, EngineError)

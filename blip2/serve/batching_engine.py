@@ -12,7 +12,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -91,17 +91,20 @@ Work = GenerateRequest | ModelCall
 OnStep = Callable[[list[SampledSequence]], None]
 
 
+TopLogprobs = list[tuple[int, float]]  # the likeliest ids at a position, with their log-probabilities
+
+
 @dataclass(frozen=True, eq=False)
 class TextOutput:
     """A generated text.
 
     finished: it ended by its end token, not at max_new_tokens.
-    top_logprobs: for each token the likeliest ids with their log-probabilities; empty where none were requested.
+    top_logprobs: for each token; empty where none were requested.
     """
 
     text: GeneratedText
     finished: bool
-    top_logprobs: list[list[tuple[int, float]]]
+    top_logprobs: list[TopLogprobs]
 
 
 @dataclass(eq=False)
@@ -127,25 +130,21 @@ class Job:
 class Slot:
     """A request's place in the queue: reserved while its body is read, then that of its job. Always to be released."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._reserved = engine, True
+    def __init__(self, reserved: set[Slot]) -> None:
+        self._reserved = reserved
         self._job: Job | None = None
+        reserved.add(self)
 
     def assign(self, job: Job) -> None:
         """From now on the job counts in the queue, and the reservation no more."""
         self._job = job
-        self._end_reservation()
+        self._reserved.discard(self)
 
     def release(self) -> None:
         """Leave the queue: a job that still waits or runs is cancelled."""
-        self._end_reservation()
+        self._reserved.discard(self)
         if self._job is not None:
             self._job.result.cancel()
-
-    def _end_reservation(self) -> None:
-        with self._engine._lock:
-            self._engine._reserved -= self._reserved
-            self._reserved = False
 
 
 class Engine:
@@ -160,9 +159,8 @@ class Engine:
         self.steps = self.tokens = 0
         self._load = load
         self._predictor: Predictor | None = None
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._count = 0  # jobs in `_waiting`
-        self._reserved = 0  # slots of requests whose bodies are still being read
+        self._waiting: dict[str, deque[Job]] = {}  # clients in the order of their turns
+        self._reserved: set[Slot] = set()  # of requests whose bodies are still being read
         self._lock = threading.Condition()
         self._closed = False
         self._batch: ContinuousBatch | None = None
@@ -199,7 +197,8 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Jobs in the queue."""
-        return self._count
+        with self._lock:
+            return sum(map(len, self._waiting.values()))
 
     @property
     def running(self) -> int:
@@ -210,28 +209,19 @@ class Engine:
     def check_room(self) -> None:
         """Raises BusyError where another request would be refused now."""
         _ = self.predictor
-        if self._closed or self._count + self._reserved >= self.limits.queue:
+        if self._closed or self.waiting + len(self._reserved) >= self.limits.queue:
             raise BusyError("too many requests are waiting; try again soon", 1)
 
     def acquire_slot(self) -> Slot:
-        """A slot in the queue, for a request that is still being read.
-
-        Raises:
-            BusyError: there is none free.
-        """
+        """A slot in the queue, for a request that is still being read. Raises BusyError where none is free."""
         with self._lock:
             self.check_room()
-            self._reserved += 1
-        return Slot(self)
+            return Slot(self._reserved)
 
     def prepare_image(self, content: bytes, *, pixels: bool = False) -> PreparedImage:
-        """A file's image, ready for the model; from the cache where it has it. Slow: not for an event loop's thread.
+        """A file's image, ready for the model; from the cache where it has it, unless `pixels` are needed too.
 
-        Args:
-            pixels: they are needed even where the cache has the image.
-
-        Raises:
-            ImageError: no image.
+        Slow: not for an event loop's thread. Raises ImageError where it is no image.
         """
         key = hashlib.sha256(content).digest()
         encoded = self.cache.get(key)
@@ -244,7 +234,6 @@ class Engine:
     def submit(
         self,
         work: Work,
-        *,
         slot: Slot | None = None,
         client: str = "",
         deadline: float | None = None,
@@ -273,7 +262,6 @@ class Engine:
             if slot is not None:
                 slot.assign(job)
             self._waiting.setdefault(client, deque()).append(job)
-            self._count += 1
             self._lock.notify()
         job.result.add_done_callback(lambda result: self._remove(job) if result.cancelled() else None)
         return job
@@ -281,13 +269,11 @@ class Engine:
     def _remove(self, job: Job) -> None:
         """Take a job out of the queue, if it is there."""
         with self._lock:
-            queue = self._waiting.get(job.client, ())
-            if job not in queue:
-                return
-            self._waiting[job.client].remove(job)
-            self._count -= 1
-            if not queue:
-                del self._waiting[job.client]
+            queue = self._waiting.get(job.client)
+            if queue and job in queue:
+                queue.remove(job)
+                if not queue:
+                    del self._waiting[job.client]
 
     def _check_prompts(self, request: GenerateRequest) -> None:
         encode, new = self.predictor.generator.tokenizer.encode, request.options.max_new_tokens
@@ -318,8 +304,9 @@ class Engine:
         with self._lock:
             jobs = [job for queue in self._waiting.values() for job in queue]
             self._waiting.clear()
-            self._count = 0
-        for job in [*jobs, *self._generating, *([] if self._call is None else [self._call[0]])]:
+        if self._call is not None:
+            jobs.append(self._call[0])
+        for job in jobs + self._generating:
             job.fail(EngineError("the server is shutting down"))
 
     def _step(self) -> bool:
@@ -328,7 +315,7 @@ class Engine:
         Returns False when the engine is closed.
         """
         with self._lock:
-            while not (self._count or self._generating or self._call or self._closed):
+            while not (self._waiting or self._generating or self._call or self._closed):
                 self._lock.wait()
             if self._closed:
                 return False
@@ -352,11 +339,9 @@ class Engine:
             before = len(jobs)
             for client in list(self._waiting):
                 job = self._waiting[client][0]
-                is_text, new_rows = False, 0
-                fits = not calling
-                if isinstance(job.work, GenerateRequest):
-                    is_text, new_rows = True, job.work.rows
-                    fits = not rows or rows + new_rows <= self.limits.rows
+                new_rows = job.work.rows if isinstance(job.work, GenerateRequest) else 0
+                is_text = new_rows > 0
+                fits = not rows or rows + new_rows <= self.limits.rows if is_text else not calling
                 if not fits:
                     held_up.add(is_text)
                 if is_text in held_up or len(jobs) == most:
@@ -365,7 +350,7 @@ class Engine:
                 jobs.append(job)
                 self._remove(job)
                 if client in self._waiting:
-                    self._waiting.move_to_end(client)
+                    self._waiting[client] = self._waiting.pop(client)  # its next turn is after the others'
             if len(jobs) == before:
                 return jobs
 
@@ -380,11 +365,9 @@ class Engine:
         return False
 
     def _start(self, jobs: list[Job]) -> None:
-        generating: list[tuple[Job, GenerateRequest]] = []
+        generating = [(job, job.work) for job in jobs if isinstance(job.work, GenerateRequest)]
         for job in jobs:
-            if isinstance(job.work, GenerateRequest):
-                generating.append((job, job.work))
-            else:
+            if not isinstance(job.work, GenerateRequest):
                 self._call = job, job.work(self.predictor)
         if not generating:
             return
@@ -393,10 +376,10 @@ class Engine:
         except Exception as error:
             self._fail([job for job, _ in generating], error)
             return
-        groups: dict[tuple[int, bool], list[tuple[Job, GenerateRequest]]] = {}
+        groups = defaultdict[tuple[int, bool], list[tuple[Job, GenerateRequest]]](list)
         for job, request in generating:
             kind = request.options.max_new_tokens, images[request.image.key].prompt_cache is None
-            groups.setdefault(kind, []).append((job, request))
+            groups[kind].append((job, request))
         for group in groups.values():
             try:
                 self._join(group, images)
@@ -409,8 +392,7 @@ class Engine:
         encoded: dict[bytes, EncodedImage] = {}
         fresh: dict[bytes, PreparedImage] = {}
         for image in images:
-            cached = image.encoded or self.cache.peek(image.key)
-            if cached is not None:
+            if cached := image.encoded or self.cache.peek(image.key):
                 encoded[image.key] = cached
             else:
                 fresh[image.key] = image
@@ -468,22 +450,18 @@ class Engine:
 
     def _outputs(self, sequence: SampledSequence | BeamSequence) -> list[TextOutput]:
         if isinstance(sequence, SampledSequence):
-            return [self.output_of(sequence)]
+            row = sequence
+            return [self._output(row.ids, row.score, row.logprobs, row.finished, row.tops)]
         texts = sequence.generated
         assert texts is not None
         columns = zip(texts.ids, texts.scores, texts.token_logprobs, texts.finished, strict=True)
-        return [
-            TextOutput(GeneratedText(self._decode(ids, finished), score, ids, logprobs), finished, [])
-            for ids, score, logprobs, finished in columns
-        ]
+        return [self._output(*column, []) for column in columns]
 
-    def output_of(self, row: SampledSequence) -> TextOutput:
-        """The text of a row that is done."""
-        text = GeneratedText(self._decode(row.ids, row.finished), row.score, row.ids, row.logprobs)
-        return TextOutput(text, row.finished, row.tops)
-
-    def _decode(self, ids: list[int], finished: bool) -> str:
-        return self.predictor.generator.tokenizer.decode(ids[:-1] if finished else ids).strip()
+    def _output(
+        self, ids: list[int], score: float, logprobs: list[float], finished: bool, tops: list[TopLogprobs]
+    ) -> TextOutput:
+        text = self.predictor.generator.tokenizer.decode(ids[:-1] if finished else ids).strip()
+        return TextOutput(GeneratedText(text, score, ids, logprobs), finished, tops)
 
     def _step_call(self) -> None:
         if self._call is None:
@@ -503,12 +481,10 @@ class Engine:
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:
         """A request's own mistake (a ValueError) is reported to the client; anything else goes to the log alone."""
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-            for job in jobs:
-                job.fail(error)
-            return
-        log.error("the model failed", exc_info=error)
-        for job in jobs:
+        failure = error
+        if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
+            log.error("the model failed", exc_info=error)
             failure = EngineError("the model failed")
             failure.__cause__ = error  # for the log entry under the request's id
+        for job in jobs:
             job.fail(failure)

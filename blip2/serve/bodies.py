@@ -43,7 +43,7 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def read_json(request: Request, schema: type[Schema]) -> Schema:
+async def read_json_body(request: Request, schema: type[Schema]) -> Schema:
     """A JSON body as `schema`."""
     if _content_type(request) != "application/json":
         raise ApiError(415, "send JSON, with Content-Type: application/json")
@@ -56,7 +56,7 @@ async def read_form_or_json(
     """A body of either kind as `schema`, and the files of its field `images`."""
     if _content_type(request) == "multipart/form-data":
         return await _read_form(request, schema, images)
-    context, parsed = context_of(request), await read_json(request, schema)
+    context, parsed = context_of(request), await read_json_body(request, schema)
     value = getattr(parsed, images)
     urls = [value] if isinstance(value, str) else value
     context.check_count(images, len(urls), context.limits.images)  # before any of them is fetched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import chain
 from threading import Lock
 
 from blip2.results import EncodedImage
@@ -10,12 +11,9 @@ from blip2.results import EncodedImage
 
 def size_of(encoded: EncodedImage) -> int:
     """Bytes of an encoded image."""
-    parts = [encoded.prefix]
-    if encoded.prompt_cache is not None:
-        parts += [part for layer in encoded.prompt_cache.layers for part in layer] + [
-            encoded.prompt_cache.mask
-        ]
-    return sum(part.numel() * part.element_size() for part in parts)
+    cache = encoded.prompt_cache
+    cached = [] if cache is None else [cache.mask, *chain.from_iterable(cache.layers)]
+    return sum(tensor.nbytes for tensor in (encoded.prefix, *cached))
 
 
 class ImageCache:
@@ -23,7 +21,7 @@ class ImageCache:
 
     def __init__(self, limit: int) -> None:
         self._limit, self._lock = limit, Lock()
-        self._entries: OrderedDict[bytes, tuple[EncodedImage, int]] = OrderedDict()
+        self._entries: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self.bytes = self.hits = self.misses = 0
 
     def get(self, key: bytes) -> EncodedImage | None:
@@ -34,12 +32,12 @@ class ImageCache:
                 return None
             self.hits += 1
             self._entries.move_to_end(key)
-            return self._entries[key][0]
+            return self._entries[key]
 
     def peek(self, key: bytes) -> EncodedImage | None:
         """As `get`, but not counted: for a second look-up."""
         with self._lock:
-            return self._entries[key][0] if key in self._entries else None
+            return self._entries.get(key)
 
     def put(self, key: bytes, encoded: EncodedImage) -> None:
         """Keep an image, dropping others as needed; one larger than the whole cache is not kept."""
@@ -47,8 +45,7 @@ class ImageCache:
         with self._lock:
             if key in self._entries or size > self._limit:
                 return
-            self._entries[key] = encoded, size
+            self._entries[key] = encoded
             self.bytes += size
             while self.bytes > self._limit:
-                _, (_, freed) = self._entries.popitem(last=False)
-                self.bytes -= freed
+                self.bytes -= size_of(self._entries.popitem(last=False)[1])

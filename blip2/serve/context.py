@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
@@ -18,20 +18,14 @@ from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
+from blip2.serve.streaming import GrowingText
 
 log = logging.getLogger("blip2.serve")
 
 DECODERS = 2  # images decoded at a time: one of the largest takes hundreds of MB
 
 Result = TypeVar("Result")
-
-
-class NewToken(NamedTuple):
-    """A token of a text that is being generated: number `position` of `row`, the request's text number `text`."""
-
-    text: int
-    row: SampledSequence
-    position: int
+Pieces = AsyncGenerator[tuple[int, str], None]  # each of the request's text of that number
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +76,7 @@ class ServerContext:
     def submit(self, request: Request, work: Work, on_step: OnStep | None = None) -> Job:
         """Queue an HTTP request's work for the engine, in the slot that the request has."""
         state = request.state
-        return self.engine.submit(
-            work, slot=state.slot, client=state.client, deadline=state.deadline, on_step=on_step
-        )
+        return self.engine.submit(work, state.slot, state.client, state.deadline, on_step)
 
     async def result(self, request: Request, work: Work) -> Any:
         """The engine's result. Where the client leaves first, the job is cancelled."""
@@ -99,35 +91,33 @@ class ServerContext:
             disconnect.cancel()
             result.cancel()
 
-    async def tokens(self, request: Request, work: GenerateRequest) -> AsyncIterator[NewToken]:
-        """Tokens as they are chosen. Closing the iterator cancels the job.
+    def follow(self, request: Request, work: GenerateRequest, texts: list[GrowingText]) -> tuple[Job, Pieces]:
+        """The job of a request's texts and, as its tokens are chosen, what each adds to one of the texts.
 
-        The job is queued before the first token is awaited, so that an error in the request gets its own status.
+        Closing the iterator cancels the job, which is queued before the first token is awaited, so that an error in
+        the request gets its own status.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[NewToken] | None]()
-        counts: dict[int, int] = {}
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[list[tuple[SampledSequence, int]] | None]()
 
         def on_step(rows: list[SampledSequence]) -> None:
-            tokens: list[NewToken] = []
-            for i, row in enumerate(rows):
-                count = len(row.ids)
-                tokens += [NewToken(i, row, position) for position in range(counts.get(i, 0), count)]
-                counts[i] = count
-            loop.call_soon_threadsafe(queue.put_nowait, tokens)
+            loop.call_soon_threadsafe(queue.put_nowait, [(row, len(row.ids)) for row in rows])
 
         job = self.submit(request, work, on_step)
         job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(queue.put_nowait, None))
 
-        async def follow() -> AsyncIterator[NewToken]:
+        async def pieces() -> Pieces:
             try:
-                while (tokens := await queue.get()) is not None:
-                    for token in tokens:
-                        yield token
+                while (rows := await queue.get()) is not None:
+                    for i, (row, length) in enumerate(rows):
+                        while texts[i].count < length and texts[i].finish_reason is None:
+                            yield i, texts[i].add(row)
+                    if texts[0].stops and all(text.finish_reason for text in texts):
+                        return  # the job would go on
                 job.result.result()  # raises the job's error
             finally:
                 job.result.cancel()
 
-        return follow()
+        return job, pieces()
 
 
 def context_of(request: Request) -> ServerContext:

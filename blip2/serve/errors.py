@@ -17,21 +17,11 @@ from blip2.serve.fetch import FetchError
 log = logging.getLogger("blip2.serve")
 
 TYPES = {  # OpenAI's names for kinds of errors; any other of the client's is an invalid_request_error
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    501: "not_implemented_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
+    501: "not_implemented_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 _HTTP_MESSAGES = {404: "there is no such page here", 405: "this page does not support that HTTP method"}
-_KINDS = (
-    "str",
-    "bool",
-    "int",
-    "constrained-int",
-)  # in the place of a fault: the kind of value that was tried
+_KINDS = ("str", "bool", "int", "constrained-int")  # in a fault's place: the kind of value that was tried
 
 
 class ApiError(Exception):

@@ -10,7 +10,6 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -21,9 +20,8 @@ PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,252}")
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*")  # a host that ends so is an address, to be written in the usual way
 _UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6's public internet
-_CARRIERS = tuple(  # networks whose addresses hold an IPv4 address, to which packets go in the end
-    ipaddress.IPv6Network(net) for net in ("2002::/16", "2001::/32")
-)
+# Networks whose addresses hold an IPv4 address, to which packets go in the end.
+_CARRIERS = ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32")
 
 
 class FetchError(ValueError):
@@ -53,8 +51,7 @@ async def resolve_host(host: str, port: int) -> list[str]:
 def check_url(url: str) -> tuple[str, str]:
     """The scheme and host of a URL that may be fetched.
 
-    Raises:
-        FetchError: another scheme or port, a user name, or no plain host name.
+    Raises FetchError where it has another scheme or port, a user name, or no plain host name.
     """
     if len(url) > 4096 or not url.isascii() or not url.isprintable() or any(c in url for c in ' \\"<>^`{|}'):
         raise FetchError("the image's URL holds characters that no URL has")
@@ -83,12 +80,7 @@ class _PublicHosts(httpcore2.AsyncNetworkBackend):
         self._inner = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
+        self, host: str, port: int, *rest: Any, **more: Any
     ) -> httpcore2.AsyncNetworkStream:
         try:
             addresses = await resolve_host(host, port)
@@ -96,7 +88,7 @@ class _PublicHosts(httpcore2.AsyncNetworkBackend):
             raise FetchError("the host of the image's URL is not known") from None
         if not addresses or not all(map(is_public, addresses)):
             raise FetchError("the image's URL names no public host")
-        return await self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        return await self._inner.connect_tcp(addresses[0], port, *rest, **more)
 
 
 class Fetcher:
@@ -106,11 +98,7 @@ class Fetcher:
         self._max_bytes, self._seconds = max_bytes, seconds
 
     async def fetch(self, url: str) -> bytes:
-        """The file a URL names.
-
-        Raises:
-            FetchError: the URL is not allowed, or its file is missing, too large or too slow.
-        """
+        """The file a URL names. Raises FetchError where that is not allowed, missing, too large or too slow."""
         try:
             async with asyncio.timeout(self._seconds):
                 for _ in range(REDIRECTS + 1):
@@ -126,12 +114,8 @@ class Fetcher:
     async def _step(self, url: str) -> tuple[str, bytes | None]:
         """A URL's file, or where it redirects to."""
         check_url(url)
-        headers: list[tuple[bytes | str, bytes | str]] = [
-            ("host", urlsplit(url).netloc),
-            ("accept", "image/*"),
-            ("accept-encoding", "identity"),
-            ("user-agent", "blip2"),
-        ]
+        headers: dict[bytes | str, bytes | str] = {"host": urlsplit(url).netloc, "accept": "image/*"}
+        headers |= {"accept-encoding": "identity", "user-agent": "blip2"}
         async with httpcore2.AsyncConnectionPool(network_backend=_PublicHosts(), max_connections=1) as pool:
             target = urlsplit(url)._replace(fragment="").geturl()
             async with pool.stream("GET", target, headers=headers) as response:

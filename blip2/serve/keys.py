@@ -21,8 +21,7 @@ class Keys:
     def load(cls, path: str | Path) -> Keys:
         """Read a file with a key on each line; empty lines and those that begin with # are left out.
 
-        Raises:
-            ValueError: no such file, no key in it, or one too short.
+        Raises ValueError where there is no such file, no key in it, or one too short.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -41,14 +40,14 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._hashes)
 
-    def holder(self, authorization: list[bytes]) -> str | None:
+    def holder(self, authorization: list[str]) -> str | None:
         """Whose key is in a request's Authorization headers; None where it is no known one.
 
         `Bearer KEY`, as OpenAI's clients send it, or `Basic` with the key as password, as browsers send it.
         """
         if len(authorization) != 1:
             return None
-        scheme, _, key = authorization[0].partition(b" ")
+        scheme, _, key = authorization[0].encode("latin-1").partition(b" ")
         if scheme.lower() == b"basic":
             try:
                 key = base64.b64decode(key, validate=True).partition(b":")[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +35,15 @@ class Limits:
     fetch_seconds: float = 10
 
     def __post_init__(self) -> None:
-        for limit in fields(self):
-            value = getattr(self, limit.name)
-            least = 0 if limit.name == "cache_bytes" else 1
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not least <= value < float("inf")
-            ):
-                raise ValueError(f"the limit {limit.name} must be a number, {least} or more; got {value!r}")
+        for name, value in vars(self).items():
+            least = 0 if name == "cache_bytes" else 1
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and least <= value < float("inf")):
+                raise ValueError(f"the limit {name} must be a number, {least} or more; got {value!r}")
 
     def changed(self, settings: Iterable[str]) -> Limits:
-        """These limits with some of them set, each written as NAME=NUMBER.
-
-        Raises:
-            ValueError: no such limit, or no number.
-        """
-        kinds = {limit.name: float if limit.name.endswith("seconds") else int for limit in fields(self)}
+        """These limits with some set, each written as NAME=NUMBER. Raises ValueError: no such limit, or no number."""
+        kinds = {name: float if name.endswith("seconds") else int for name in vars(self)}
         values: dict[str, int | float] = {}
         for setting in settings:
             name, _, number = setting.partition("=")

@@ -11,11 +11,19 @@ from prometheus_client.registry import Collector
 from blip2.serve.batching_engine import Engine
 
 
-class _EngineNumbers(Collector):
+class Metrics(Collector):
+    """One server's metrics: those of its requests, and the numbers of its engine."""
+
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self._registry = engine, CollectorRegistry()
+        self._registry.register(self)
+        labels = ("route", "status")
+        self._requests = Counter("blip2_requests", "requests answered", labels, registry=self._registry)
+        about = "from arrival to the answer's end"
+        self._seconds = Histogram("blip2_request_seconds", about, ("route",), registry=self._registry)
 
     def collect(self) -> Iterator[Metric]:
+        """The engine's numbers."""
         engine, cache = self._engine, self._engine.cache
         for family, name, help, value in (
             (GaugeMetricFamily, "waiting", "requests that wait for the model", engine.waiting),
@@ -27,18 +35,6 @@ class _EngineNumbers(Collector):
             (CounterMetricFamily, "image_cache_misses", "images whose encoding was not in it", cache.misses),
         ):
             yield family(f"blip2_{name}", help, value)
-
-
-class Metrics:
-    """One server's metrics."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineNumbers(engine))
-        labels = ("route", "status")
-        self._requests = Counter("blip2_requests", "requests answered", labels, registry=self._registry)
-        about = "from arrival to the answer's end"
-        self._seconds = Histogram("blip2_request_seconds", about, ("route",), registry=self._registry)
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered."""

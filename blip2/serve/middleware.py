@@ -9,11 +9,11 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2.serve.batching_engine import BusyError
-from blip2.serve.errors import ApiError
+from blip2.serve.errors import ApiError, logged_api_error
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
@@ -55,14 +55,14 @@ class ResponseHeaders:
 
 
 class RequestLog:
-    """A log entry and the metrics of every request; an answer where something failed before there was one."""
+    """A log entry and the metrics of every request; the answer where a later middleware refuses it or fails."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, state = time.monotonic(), scope["state"]
-        status, disconnected = 0, False
+        status = 0
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
@@ -72,20 +72,19 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_noting_status)
         except ClientDisconnect:
-            disconnected = True
-        except Exception:
-            log.exception("request %s failed", state["id"])
-            if status == 0:
-                error = ApiError(500, "something went wrong; the log has the details")
-                await error.response()(scope, receive, send_noting_status)
+            status = status or 499
+        except Exception as error:
+            api_error = logged_api_error(Request(scope), error)
+            if status == 0:  # refused or failed on its way to the routes
+                state.pop("client", None)
+                await api_error.response()(scope, receive, send_noting_status)
         finally:
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.count(route, status or 499, seconds)
             record = {"event": "request", "id": state["id"], "method": scope["method"], "route": route}
-            record |= {"status": status or (499 if disconnected else 500), "ms": round(1000 * seconds, 1)}
-            record |= {"client": state.get("client", "refused")}
-            log.info("%s", json.dumps(record))
+            record |= {"status": status or 500, "ms": round(1000 * seconds, 1)}
+            log.info("%s", json.dumps(record | {"client": state.get("client", "refused")}))
 
 
 class ApiKeys:
@@ -99,17 +98,14 @@ class ApiKeys:
         headers = Headers(scope=scope)
         client: str | None = str((scope.get("client") or ("", 0))[0])
         if self._keys and scope["path"] != OPEN:
-            client = self._keys.holder(
-                [value.encode("latin-1") for value in headers.getlist("authorization")]
-            )
-        if client is not None:
-            scope["state"]["client"] = client
-            return await self.app(scope, receive, send)
-        is_page = any("text/html" in value for value in headers.getlist("accept"))
-        challenge = {"www-authenticate": 'Basic realm="blip2", charset="UTF-8"' if is_page else "Bearer"}
-        message = "an API key is needed: Authorization: Bearer KEY"
-        error = ApiError(401, message, code="invalid_api_key", headers=challenge)
-        return await _refuse(error, scope, receive, send)
+            client = self._keys.holder(headers.getlist("authorization"))
+        if client is None:
+            is_page = any("text/html" in value for value in headers.getlist("accept"))
+            challenge = {"www-authenticate": 'Basic realm="blip2", charset="UTF-8"' if is_page else "Bearer"}
+            message = "an API key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers=challenge)
+        scope["state"]["client"] = client
+        await self.app(scope, receive, send)
 
 
 class SameSite:
@@ -123,15 +119,15 @@ class SameSite:
         self.app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message, headers = None, Headers(scope=scope)
+        headers = Headers(scope=scope)
         if scope["path"] != OPEN:
-            if self._hosts is not None and _host_name(headers) not in self._hosts:
+            host_name = re.sub(r":\d*$", "", headers.get("host", "").lower())
+            if self._hosts is not None and host_name not in self._hosts:
                 message = "this server does not answer to that host name; see blip2 serve --allow-host"
-            elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers):
-                message = "pages of other sites may not use this server"
-        if message is not None:
-            return await _refuse(ApiError(403, message), scope, receive, send)
-        return await self.app(scope, receive, send)
+                raise ApiError(403, message)
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers):
+                raise ApiError(403, "pages of other sites may not use this server")
+        await self.app(scope, receive, send)
 
 
 class RequestLimits:
@@ -144,9 +140,7 @@ class RequestLimits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in UNLIMITED and self._requests >= self._limits.requests:
-            retry = {"retry-after": "1"}
-            error = ApiError(503, "too many requests at once", code="overloaded", headers=retry)
-            return await _refuse(error, scope, receive, send)
+            raise BusyError("too many requests at once", 1)
         now, state, own_bytes = time.monotonic(), scope["state"], 0
 
         def count_bytes(size: int) -> None:
@@ -166,24 +160,12 @@ class RequestLimits:
         state |= {"deadline": now + self._limits.request_seconds, "count_bytes": count_bytes}
         self._requests += 1
         try:
-            return await self.app(scope, receive_counting, send)
+            await self.app(scope, receive_counting, send)
         finally:
             self._requests -= 1
             self._bytes -= own_bytes
             if "slot" in state:
                 state["slot"].release()
-
-
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request that goes no further."""
-    scope["state"].pop("client", None)  # the log has it as refused
-    await error.response()(scope, receive, send)
-
-
-def _host_name(headers: Headers) -> str:
-    """The host name that the client believes it talks to."""
-    value = headers.get("host", "").lower()
-    return value.rpartition(":")[0] if re.search(r":\d*$", value) else value
 
 
 def _is_cross_site(headers: Headers) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -29,19 +29,17 @@ from blip2.text import CAPTION_PROMPT
 
 SLICE = 4  # texts matched or embedded between two decoding steps of other requests
 
-native_routes = APIRouter(tags=["native"])
+routes = APIRouter(tags=["native"])
 
 
-@native_routes.post(
-    "/caption", **documented(schemas.Captions, schemas.CaptionRequest, files="image", stream=True)
-)
+@routes.post("/caption", **documented(schemas.Captions, schemas.CaptionRequest, files="image", stream=True))
 async def post_caption(request: Request) -> Response:
     """Say what is in an image."""
     body, (image,) = await read_form_or_json(request, schemas.CaptionRequest)
     return await _generate(request, body, image, body.prompt, "captions")
 
 
-@native_routes.post("/ask", **documented(schemas.Answers, schemas.AskRequest, files="image", stream=True))
+@routes.post("/ask", **documented(schemas.Answers, schemas.AskRequest, files="image", stream=True))
 async def post_ask(request: Request) -> Response:
     """Answer a question about an image."""
     body, (image,) = await read_form_or_json(request, schemas.AskRequest)
@@ -52,36 +50,40 @@ async def post_ask(request: Request) -> Response:
 async def _generate(
     request: Request, body: schemas.TextRequest, image: bytes, prompt: str, key: str
 ) -> Response:
-    """The texts that continue a prompt, under `key` of the answer."""
+    """The texts that continue a prompt, under `key` of the answer; as a stream, events {"delta": piece} come first."""
     context = context_of(request)
     options, limits = body.options(), context.limits
     context.check_count("max_new_tokens", options.max_new_tokens, limits.new_tokens)
     context.check_count("num_return_sequences", options.num_return_sequences, limits.sequences)
-    context.check_count("num_beams", body.options_set().get("num_beams", 1), limits.num_beams)
+    context.check_count("num_beams", body.num_beams or 1, limits.num_beams)
     context.check_texts(prompt)
     work = GenerateRequest(await context.prepare_image(image), (prompt,), options)
     context.log_content(request, {"prompt": prompt})
-    if body.stream:
-        return await _stream(request, work, key)
-    outputs = await context.result(request, work)
-    context.log_content(request, {key: [output.text for output in outputs]})
-    return JSONResponse(_result(context, work, outputs, key))
 
+    def result(outputs: list[TextOutput]) -> dict[str, Any]:
+        context.log_content(request, {key: [output.text for output in outputs]})
+        texts = []
+        for output in outputs:
+            tokens = [
+                {"text": token_text(context.decode, token.id, token.before), "logprob": token.logprob}
+                for token in GrowingText.from_output(output, context.decode).tokens
+            ]
+            texts.append({"text": str(output.text), "score": output.text.score, "tokens": tokens})
+        count = sum(len(output.text.tokens) for output in outputs)
+        return {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
 
-def _result(
-    context: ServerContext, work: GenerateRequest, outputs: list[TextOutput], key: str
-) -> dict[str, Any]:
-    texts = []
-    for output in outputs:
-        ids = output.text.tokens
-        steps = list(zip(ids, (None, *ids), output.text.token_logprobs))
-        tokens = [
-            {"text": token_text(context.decode, token, before), "logprob": logprob}
-            for token, before, logprob in (steps[:-1] if output.finished else steps)
-        ]
-        texts.append({"text": str(output.text), "score": output.text.score, "tokens": tokens})
-    count = sum(len(output.text.tokens) for output in outputs)
-    return {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
+    if not body.stream:
+        return JSONResponse(result(await context.result(request, work)))
+    job, pieces = context.follow(request, work, [GrowingText(StreamDetokenizer(context.decode))])
+
+    async def bodies() -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(pieces):
+            async for _, piece in pieces:
+                if piece:
+                    yield {"delta": piece}
+        yield result(job.result.result())
+
+    return event_stream(request, bodies())
 
 
 def usage(context: ServerContext, work: GenerateRequest, completion_tokens: int) -> dict[str, int]:
@@ -93,27 +95,7 @@ def usage(context: ServerContext, work: GenerateRequest, completion_tokens: int)
     return {"prompt_tokens": read, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-async def _stream(request: Request, work: GenerateRequest, key: str) -> Response:
-    """Events {"delta": piece}, then the result as without stream, then [DONE]."""
-    context = context_of(request)
-    growing = GrowingText(StreamDetokenizer(context.decode))
-    tokens = await context.tokens(request, work)
-
-    async def bodies() -> AsyncIterator[dict[str, Any]]:
-        async with aclosing(tokens):  # type: ignore[type-var]
-            async for token in tokens:
-                piece = growing.add(token.row, token.position)
-                if piece:
-                    yield {"delta": piece}
-                if growing.finish_reason:
-                    output = context.engine.output_of(token.row)
-                    context.log_content(request, {key: [output.text]})
-                    yield _result(context, work, [output], key)
-
-    return event_stream(request, bodies())
-
-
-@native_routes.post("/match", **documented(schemas.Matches, schemas.MatchRequest, files="image"))
+@routes.post("/match", **documented(schemas.Matches, schemas.MatchRequest, files="image"))
 async def post_match(request: Request) -> Response:
     """Say how well texts fit an image."""
     context = context_of(request)
@@ -134,7 +116,7 @@ async def post_match(request: Request) -> Response:
     return JSONResponse({"model": context.model_name, "matches": matches})
 
 
-@native_routes.post("/embed", **documented(schemas.Embeddings, schemas.EmbedRequest, files="images"))
+@routes.post("/embed", **documented(schemas.Embeddings, schemas.EmbedRequest, files="images"))
 async def post_embed(request: Request) -> Response:
     """Turn images and texts into vectors for search."""
     context = context_of(request)
@@ -168,9 +150,7 @@ async def _matcher_pixels(context: ServerContext, image: bytes) -> Tensor:
     return await context.in_thread(lambda: matcher.prepare([load_image(image, max_pixels=limit)]))
 
 
-@native_routes.post(
-    "/explain", **documented(schemas.ExplanationSchema, schemas.ExplainRequest, files="image")
-)
+@routes.post("/explain", **documented(schemas.ExplanationSchema, schemas.ExplainRequest, files="image"))
 async def post_explain(request: Request) -> Response:
     """Show where in an image each word of a caption or an answer comes from."""
     context = context_of(request)
@@ -189,10 +169,7 @@ async def post_explain(request: Request) -> Response:
 
     def compute(model: Predictor) -> Generator[None, None, dict[str, Any]]:
         explanation = yield from model.explain_in_slices(pixels, prompt, text)
-        words = [
-            {"text": word.text, "logprob": word.logprob, "heat": word.heat.tolist()}
-            for word in explanation.words
-        ]
+        words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
         return {
             "model": context.model_name,
             "text": explanation.text,

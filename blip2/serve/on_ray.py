@@ -35,7 +35,6 @@ class Replica:
         self._app = build_app(
             self._engine,
             model=Path(model).name,
-            limits=limits,
             keys=None if api_key_file is None else Keys.load(api_key_file),
             hosts=LOOPBACK if allow_host is None else LOOPBACK | {allow_host},
         )

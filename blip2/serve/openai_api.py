@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from blip2.results import StreamDetokenizer, token_text
 from blip2.serve import schemas
 from blip2.serve.batching_engine import GenerateRequest
-from blip2.serve.bodies import read_image_url, read_json
+from blip2.serve.bodies import read_image_url, read_json_body
 from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError
 from blip2.serve.native_api import usage
@@ -32,7 +32,7 @@ NO_SYSTEM = "system and developer messages are not read: the model's prompt form
 DEFAULT_NEW_TOKENS = 30  # where the client names no number, as in Python
 STARTED = int(time.time())
 
-openai_routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+routes = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
 # --- the two formats of an answer -----------------------------------------------------------------------------------
@@ -72,11 +72,10 @@ class ChatFormat:
     def _logprobs(self, text: GrowingText, start: int = 0) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        befores = [None, *(token for token, _, _ in text.tokens)]
         content = [
-            self._token(token, before, logprob)
-            | {"top_logprobs": [self._token(other, before, share) for other, share in top]}
-            for before, (token, logprob, top) in list(zip(befores, text.tokens))[start:]
+            self._token(token.id, token.before, token.logprob)
+            | {"top_logprobs": [self._token(id, token.before, logprob) for id, logprob in token.top_logprobs]}
+            for token in text.tokens[start:]
         ]
         return {"content": content, "refusal": None}
 
@@ -95,46 +94,38 @@ class CompletionFormat:
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: GrowingText) -> dict[str, Any]:
-        return self._choice(index, text.text, text)
+    def choice(self, index: int, text: GrowingText, piece: str | None = None) -> dict[str, Any]:
+        shown, reason = text.text if piece is None else piece, text.finish_reason
+        logprobs = self._logprobs(text) if reason else None
+        return {"index": index, "text": shown, "logprobs": logprobs, "finish_reason": reason}
 
     def first_chunks(self, count: int) -> list[dict[str, Any]]:
         return []
 
     def chunks(self, index: int, text: GrowingText, piece: str) -> Iterator[dict[str, Any]]:
         if piece or text.finish_reason:
-            yield self._choice(index, piece, text)
-
-    def _choice(self, index: int, piece: str, text: GrowingText) -> dict[str, Any]:
-        logprobs = self._logprobs(text) if text.finish_reason else None
-        return {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": text.finish_reason}
+            yield self.choice(index, text, piece)
 
     def _logprobs(self, text: GrowingText) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        ids = [token for token, _, _ in text.tokens]
-        befores = [None, *ids]
+        ids = [token.id for token in text.tokens]
         top_logprobs = [
-            {token_text(self.decode, other, before): logprob for other, logprob in top}
-            for before, (_, _, top) in zip(befores, text.tokens)
+            {token_text(self.decode, id, token.before): logprob for id, logprob in token.top_logprobs}
+            for token in text.tokens
         ]
         return {
-            "tokens": [token_text(self.decode, token, before) for token, before in zip(ids, befores)],
-            "token_logprobs": [logprob for _, logprob, _ in text.tokens],
+            "tokens": [token_text(self.decode, token.id, token.before) for token in text.tokens],
+            "token_logprobs": [token.logprob for token in text.tokens],
             "top_logprobs": top_logprobs if self.logprobs else None,
             "text_offset": [len(self.decode(ids[:i]).lstrip()) for i in range(len(ids))],
         }
 
 
-# --- routes ---------------------------------------------------------------------------------------------------------
-
-
-@openai_routes.post(
-    "/chat/completions", **documented(schemas.ChatCompletion, schemas.ChatRequest, stream=True)
-)
+@routes.post("/chat/completions", **documented(schemas.ChatCompletion, schemas.ChatRequest, stream=True))
 async def create_chat_completion(request: Request) -> Response:
     """The next answer of a conversation about an image."""
-    context, body = context_of(request), await read_json(request, schemas.ChatRequest)
+    context, body = context_of(request), await read_json_body(request, schemas.ChatRequest)
     _check(context, body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -151,10 +142,10 @@ async def create_chat_completion(request: Request) -> Response:
     return await _respond(request, body, work, form, warnings=[NO_SYSTEM] if system else None)
 
 
-@openai_routes.post("/completions", **documented(schemas.Completion, schemas.CompletionRequest, stream=True))
+@routes.post("/completions", **documented(schemas.Completion, schemas.CompletionRequest, stream=True))
 async def create_completion(request: Request) -> Response:
     """Continue a prompt, or each of several, about the image in the extra field `image`."""
-    context, body = context_of(request), await read_json(request, schemas.CompletionRequest)
+    context, body = context_of(request), await read_json_body(request, schemas.CompletionRequest)
     _check(context, body)
     if body.image is None:
         client = 'extra_body={"image": "data:image/png;base64,..."}'
@@ -170,13 +161,13 @@ async def create_completion(request: Request) -> Response:
     return await _respond(request, body, work, CompletionFormat(context.decode, body.logprobs))
 
 
-@openai_routes.get("/models", **documented(schemas.ModelList))
+@routes.get("/models", **documented(schemas.ModelList))
 async def list_models(request: Request) -> Response:
     """The model that this server has."""
     return JSONResponse({"object": "list", "data": [_model_entry(context_of(request))]})
 
 
-@openai_routes.get("/models/{model}", **documented(schemas.Model))
+@routes.get("/models/{model}", **documented(schemas.Model))
 async def retrieve_model(request: Request, model: str) -> Response:
     """The same, by name."""
     context = context_of(request)
@@ -224,7 +215,7 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
     question: str | None = None
     image: str | None = None
     for i, message in enumerate(body.messages):
-        text, images = _content(message)
+        text, images = message.text_and_images()
         if len(images) > 1:
             raise ApiError(400, "a message may hold one image: the model looks at one", param=f"messages.{i}")
         if message.role == "user":
@@ -254,15 +245,6 @@ def _image_required(param: str, remedy: str) -> ApiError:
     return ApiError(400, message, param=param, code="image_required")
 
 
-def _content(message: schemas.Message) -> tuple[str, list[str]]:
-    """A message's text and its images' URLs."""
-    if message.content is None or isinstance(message.content, str):
-        return message.content or "", []
-    texts = [part.text for part in message.content if isinstance(part, schemas.TextPart)]
-    images = [part.image_url.url for part in message.content if isinstance(part, schemas.ImagePart)]
-    return " ".join(texts), images
-
-
 # --- from the engine's texts to a response --------------------------------------------------------------------------
 
 
@@ -283,40 +265,28 @@ async def _respond(
         context.log_content(request, {"answers": [text.text for text in texts]})
         return usage(context, work, sum(text.count for text in texts))
 
-    def in_one(texts: list[GrowingText]) -> Response:
-        choices = [form.choice(i, text) for i, text in enumerate(texts)]
-        return JSONResponse(head | {"choices": choices, "usage": count(texts)})
-
-    if not body.stream and not stops:
-        outputs = await context.result(request, work)
-        return in_one([GrowingText.from_output(output, context.decode) for output in outputs])
-    texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
-    tokens = await context.tokens(request, work)
-
-    async def chunks() -> AsyncGenerator[dict[str, Any], None]:
-        async with aclosing(tokens):  # type: ignore[type-var]
-            async for index, row, position in tokens:
-                if texts[index].finish_reason is None:
-                    for chunk in form.chunks(index, texts[index], texts[index].add(row, position)):
-                        yield chunk
-                if all(text.finish_reason for text in texts):
-                    return
-
-    if not body.stream:
-        async for _ in chunks():
-            pass
-        return in_one(texts)
-    counted = body.stream_options is not None and body.stream_options.include_usage
-    no_usage = {"usage": None} if counted else {}
-
-    async def bodies() -> AsyncIterator[dict[str, Any]]:
-        for chunk in form.first_chunks(len(texts)):
-            yield head | {"choices": [chunk]} | no_usage
-        async with aclosing(chunks()) as following:
-            async for chunk in following:
+    async def bodies() -> AsyncGenerator[dict[str, Any], None]:
+        counted = body.stream_options is not None and body.stream_options.include_usage
+        no_usage = {"usage": None} if counted else {}
+        async with aclosing(pieces):
+            for chunk in form.first_chunks(len(texts)):
                 yield head | {"choices": [chunk]} | no_usage
+            async for index, piece in pieces:
+                for chunk in form.chunks(index, texts[index], piece):
+                    yield head | {"choices": [chunk]} | no_usage
         total = count(texts)
         if counted:
             yield head | {"choices": [], "usage": total}
 
-    return event_stream(request, bodies())
+    if body.stream or stops:
+        texts = [GrowingText(StreamDetokenizer(context.decode), stops) for _ in range(work.rows)]
+        _, pieces = context.follow(request, work, texts)
+        if body.stream:
+            return event_stream(request, bodies())
+        async for _ in pieces:
+            pass
+    else:
+        outputs = await context.result(request, work)
+        texts = [GrowingText.from_output(output, context.decode) for output in outputs]
+    choices = [form.choice(i, text) for i, text in enumerate(texts)]
+    return JSONResponse(head | {"choices": choices, "usage": count(texts)})

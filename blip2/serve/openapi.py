@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from blip2.serve import schemas
 
-BODIES = (
-    schemas.CaptionRequest,
-    schemas.AskRequest,
-    schemas.MatchRequest,
-    schemas.EmbedRequest,
-    schemas.ExplainRequest,
-    schemas.ChatRequest,
-    schemas.CompletionRequest,
-)
 ERRORS = {
     400: "the request cannot be followed; the message says why",
     401: "no valid API key",
@@ -33,6 +24,7 @@ ERRORS = {
     504: "out of time",
 }
 _REFERENCE = "#/components/schemas/{model}"
+_bodies: list[tuple[type[BaseModel], Literal["validation"]]] = []  # that the documented routes read
 
 
 def documented(
@@ -49,6 +41,7 @@ def documented(
     errors = {status: {"model": schemas.Error, "description": reason} for status, reason in ERRORS.items()}
     keywords: dict[str, Any] = {"responses": {200: answer, **errors}}
     if body is not None:
+        _bodies.append((body, "validation"))
         content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=body.__name__)}}}
         if files:
             content["multipart/form-data"] = {"schema": _form_schema(body, files)}
@@ -62,23 +55,13 @@ def _form_schema(body: type[BaseModel], files: str) -> dict[str, Any]:
     properties.pop("turns", None)  # a form has no place for them
     file = {"type": "string", "format": "binary"}
     properties[files] = {"type": "array", "items": file} if properties[files].get("items") else file
-    return {
-        key: document[key]
-        for key in ("type", "required", "additionalProperties", "properties")
-        if key in document
-    }
+    left_out = ("title", "description", "$defs")
+    return {key: value for key, value in document.items() if key not in left_out}
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """The document of an application, built on its first use."""
     if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        components = document.setdefault("components", {}).setdefault("schemas", {})
-        for body in BODIES:
-            schema = body.model_json_schema(ref_template=_REFERENCE)
-            components |= schema.pop("$defs", {})
-            components[body.__name__] = schema
-        app.openapi_schema = document
-    return app.openapi_schema
+        _, document = models_json_schema(_bodies, ref_template=_REFERENCE)
+        FastAPI.openapi(app)["components"]["schemas"] |= document["$defs"]
+    return FastAPI.openapi(app)

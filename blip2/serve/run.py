@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -25,11 +26,11 @@ def http_protocol(limits: Limits) -> type[H11Protocol]:
     """uvicorn's HTTP/1.1 with two deadlines it lacks: for a request's headers, and for a client that does not read."""
 
     class Deadlines(H11Protocol):
-        _header_timer: asyncio.TimerHandle | None = None
-        _write_timer: asyncio.TimerHandle | None = None
+        _timers: dict[str, asyncio.TimerHandle]
         _idle = False  # all requests so far are answered
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self._timers = {}
             super().connection_made(transport)
             self._begin_request()
             self._start_header_timer()
@@ -44,7 +45,7 @@ def http_protocol(limits: Limits) -> type[H11Protocol]:
             self._begin_request()
             self._idle = True
             super().on_response_complete()  # which may begin the next request
-            self._stop_header_timer()
+            self._stop_timer("header")
             self._start_header_timer()
 
         def _begin_request(self) -> None:
@@ -53,47 +54,41 @@ def http_protocol(limits: Limits) -> type[H11Protocol]:
             self.app_state = self.app_state | {"began": time.monotonic()}
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_header_timer()
-            self._stop_write_timer()
+            self._stop_timer("header")
+            self._stop_timer("write")
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            if self._write_timer is None:
-                self._write_timer = self.loop.call_later(limits.write_seconds, self.transport.abort)
+            self._start_timer("write", limits.write_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stop_write_timer()
+            self._stop_timer("write")
 
         def _start_header_timer(self) -> None:
             """Once a request is being handled its own deadlines count."""
             if self.cycle is not None and not self.cycle.response_complete:
-                self._stop_header_timer()
-            elif self._header_timer is None:
-                self._header_timer = self.loop.call_later(limits.header_seconds, self.transport.close)
+                self._stop_timer("header")
+            else:
+                self._start_timer("header", limits.header_seconds, self.transport.close)
 
-        def _stop_header_timer(self) -> None:
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-                self._header_timer = None
+        def _start_timer(self, name: str, seconds: float, end: Callable[[], None]) -> None:
+            if name not in self._timers:
+                self._timers[name] = self.loop.call_later(seconds, end)
 
-        def _stop_write_timer(self) -> None:
-            if self._write_timer is not None:
-                self._write_timer.cancel()
-                self._write_timer = None
+        def _stop_timer(self, name: str) -> None:
+            if timer := self._timers.pop(name, None):
+                timer.cancel()
 
     return Deadlines
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def run_server(
@@ -128,7 +123,6 @@ def run_server(
     app = build_app(
         engine,
         model=model,
-        limits=bounds,
         keys=keys,
         hosts=LOOPBACK | {name.lower() for name in allow_hosts},
         fetch_urls=fetch_urls,

@@ -28,15 +28,12 @@ class TextRequest(Strict):
     kind: ClassVar[TextKind]
     image: str = Field(description=IMAGE)
     stream: bool = Field(False, description="server-sent events")
-
-    def options_set(self) -> dict[str, Any]:
-        """The decoding options that the request sets."""
-        names = [option.name for option in fields(GenerationOptions)]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    num_beams: int | None = None
 
     def options(self) -> GenerationOptions:
         """Raises ValueError where they contradict each other."""
-        return make_options(self.kind, stream=self.stream, **self.options_set())
+        values = {option.name: getattr(self, option.name) for option in fields(GenerationOptions)}
+        return make_options(self.kind, stream=self.stream, **values)
 
 
 AnyRequest = TypeVar("AnyRequest", bound=TextRequest)
@@ -52,7 +49,7 @@ def with_options(schema: type[AnyRequest]) -> type[AnyRequest]:
         if name == "num_beams":
             about = f"{about}; 1 where the text is sampled or streamed"
         elif name == "eos_token_id":  # JSON has no tuples
-            token_id = Annotated[int, Field(ge=0, lt=2**63)]
+            token_id: Any = Annotated[int, Field(**bounds)]  # type: ignore[call-overload]
             kind, bounds = token_id | Annotated[list[token_id], Field(max_length=MAX_END_TOKENS)], {}
         extra: Any = {"json_schema_extra": {"default": getattr(defaults, name)}, **bounds}
         added[name] = kind | None, Field(None, description=about, **extra)
@@ -114,16 +111,17 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Captions(BaseModel):
+class TextResult(BaseModel):
     model: str
+    usage: Usage
+
+
+class Captions(TextResult):
     captions: list[GeneratedTextSchema]
-    usage: Usage
 
 
-class Answers(BaseModel):
-    model: str
+class Answers(TextResult):
     answers: list[GeneratedTextSchema]
-    usage: Usage
 
 
 class MatchSchema(BaseModel):
@@ -143,9 +141,7 @@ class Embeddings(BaseModel):
     texts: list[list[float]] = Field(description="for each text one vector of length 1")
 
 
-class ExplainedWord(BaseModel):
-    text: str
-    logprob: float
+class ExplainedWord(Token):
     heat: list[list[float]] = Field(description="rows of the image encoder's grid, 0 to 1")
 
 
@@ -194,6 +190,13 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
+
+    def text_and_images(self) -> tuple[str, list[str]]:
+        """Its text and its images' URLs."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or "", []
+        texts = [part.text for part in self.content if isinstance(part, TextPart)]
+        return " ".join(texts), [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
 class StreamOptions(Strict):
@@ -306,13 +309,11 @@ class ChatChoice(BaseModel):
     logprobs: ChoiceLogprobs | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(TextResult):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
     warnings: list[str] | None = Field(None, description="parts of the request that were not followed")
 
 
@@ -330,13 +331,11 @@ class PlainChoice(BaseModel):
     logprobs: PlainLogprobs | None
 
 
-class Completion(BaseModel):
+class Completion(TextResult):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
-    model: str
     choices: list[PlainChoice]
-    usage: Usage
 
 
 class Model(BaseModel):

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from blip2.generation.batching import SampledSequence
 from blip2.results import StreamDetokenizer
-from blip2.serve.batching_engine import TextOutput
+from blip2.serve.batching_engine import TextOutput, TopLogprobs
 from blip2.serve.errors import logged_api_error
+
+
+class GeneratedToken(NamedTuple):
+    """A token of a text. `before`: the one before it, without which it may lack its space."""
+
+    id: int
+    before: int | None
+    logprob: float
+    top_logprobs: TopLogprobs
 
 
 @dataclass
@@ -25,7 +34,7 @@ class GrowingText:
     stops: list[str] = field(default_factory=list)
     text: str = ""  # released to the client
     pending: str = ""  # may turn out to begin a stop string
-    tokens: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
+    tokens: list[GeneratedToken] = field(default_factory=list)  # without the end token
     count: int = 0  # generated tokens, the end token included
     finish_reason: Literal["stop", "length"] | None = None
     logprobs_sent: int = 0  # tokens whose log-probabilities a stream has sent
@@ -35,7 +44,7 @@ class GrowingText:
         """A text that is finished already."""
         ids = output.text.tokens
         top_logprobs = output.top_logprobs or [[] for _ in ids]
-        tokens = list(zip(ids, output.text.token_logprobs, top_logprobs, strict=True))
+        tokens = list(map(GeneratedToken, ids, (None, *ids), output.text.token_logprobs, top_logprobs))
         return cls(
             StreamDetokenizer(decode),
             text=str(output.text),
@@ -44,22 +53,20 @@ class GrowingText:
             finish_reason="stop" if output.finished else "length",
         )
 
-    def add(self, row: SampledSequence, position: int) -> str:
-        """What a token adds to the released text."""
+    def add(self, row: SampledSequence) -> str:
+        """What the next token of its row adds to the released text."""
+        position, piece = self.count, ""
         self.count += 1
         # in this order: until it is done the row may grow at any moment
         last = row.done and position == len(row.ids) - 1
-        is_end = last and row.finished
-        piece = "" if is_end else self.detokenizer.add(row.ids[position])
-        if not is_end:
+        if not (last and row.finished):
+            token, before = row.ids[position], self.tokens[-1].id if self.tokens else None
+            piece = self.detokenizer.add(token)
             top_logprobs = row.tops[position] if row.tops else []
-            self.tokens.append((row.ids[position], row.logprobs[position], top_logprobs))
+            self.tokens.append(GeneratedToken(token, before, row.logprobs[position], top_logprobs))
         if last:
             piece += self.detokenizer.end()
             self.finish_reason = "stop" if row.finished else "length"
-        return self._release(piece)
-
-    def _release(self, piece: str) -> str:
         self.pending += piece
         places = [place for stop in self.stops if (place := self.pending.find(stop)) >= 0]
         if places:
@@ -77,7 +84,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def event_stream(request: Request, bodies: AsyncIterator[dict[str, Any]]) -> Response:
+def event_stream(request: Request, bodies: AsyncGenerator[dict[str, Any], None]) -> Response:
     """Each body as an event of JSON, then [DONE]; an error on the way is the last event instead.
 
     Where the client leaves, the iterator is closed at once.
@@ -85,7 +92,7 @@ def event_stream(request: Request, bodies: AsyncIterator[dict[str, Any]]) -> Res
 
     async def events() -> AsyncIterator[str]:
         try:
-            async with aclosing(bodies):  # type: ignore[type-var]
+            async with aclosing(bodies):
                 async for body in bodies:
                     yield f"data: {json.dumps(body)}\n\n"
         except Exception as error:

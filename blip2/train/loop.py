@@ -65,20 +65,15 @@ class Task(ABC):
         """The optimizer's groups. A group may hold "lr_scale", by which its learning rate is multiplied, and "muon":
         True: its matrices are then trained by Muon (Jordan et al., 2024), all others by AdamW.
         """
-        return decay_groups(self.module, weight_decay)
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: weights decay, vectors (biases, norms) do not. As LAVIS does."""
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    weights = [p for name, p in trained if decays(name, p)]
-    vectors = [p for name, p in trained if not decays(name, p)]
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(weight_decay if decays(name, parameter) else 0.0, []).append(parameter)
+        return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter."""
+    """Whether weight decay applies to a parameter: to weights, not to vectors (biases, norms), as in LAVIS."""
     return parameter.ndim >= 2 and "bias" not in name
 
 
@@ -155,7 +150,7 @@ def fit(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder), _StopOnSignal() as stop, _deterministic(options.device):
+    with _lock(folder), _stop_on_signal() as stop, _deterministic(options.device):
         run = _Run(task, options, folder)
         run.restore(resume)
         return run.train(dataset, stop)
@@ -176,13 +171,13 @@ class _Run:
         self.training_log = TrainingLog(folder / "log.csv")
         self.plotted_at = time.monotonic()
 
-    def train(self, dataset: Dataset, stop: _StopOnSignal) -> FitResult:
+    def train(self, dataset: Dataset, stop: threading.Event) -> FitResult:
         options, training_log = self.options, self.training_log
         self.task.train_mode()
         training_log.start(self.step, options.steps)
         saved_at, saved_step = time.monotonic(), self.step
         with self._batches(dataset) as batches:
-            while self.step < options.steps and not stop.requested:
+            while self.step < options.steps and not stop.is_set():
                 losses, rows = self._one_step(batches)
                 self.step += 1
                 training_log.add(losses, rows)
@@ -270,10 +265,8 @@ class _Run:
         self._check_options(checkpoint.notes["options"])
         current, prefix = self._trained_state(), "module."
         saved = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
-        shapes, saved_shapes = ({name: t.shape for name, t in state.items()} for state in (current, saved))
-        names = shapes.keys() | saved_shapes.keys()
-        wrong = sorted(name for name in names if shapes.get(name) != saved_shapes.get(name))
-        if wrong:
+        shapes, saved_shapes = ({(name, t.shape) for name, t in state.items()} for state in (current, saved))
+        if wrong := sorted({name for name, _ in shapes ^ saved_shapes}):
             raise ValueError(
                 f"the checkpoint of step {checkpoint.step} in {self.folder} is of another model: "
                 f"{', '.join(wrong[:4])} ({len(wrong)} tensors in all) differ; train in another folder"
@@ -373,28 +366,24 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _StopOnSignal:
-    """While open, SIGINT and SIGTERM set `requested` instead of ending the process."""
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """While open, the first SIGINT or SIGTERM sets the event instead of ending the process."""
+    stop, before = threading.Event(), dict[signal.Signals, Any]()
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopOnSignal:
-        if threading.current_thread() is threading.main_thread():  # handlers can only be set there
-            self._before = {
-                number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.requested = True
+    def handle(number: int, _frame: FrameType | None) -> None:
+        stop.set()
         print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    try:
+        if threading.current_thread() is threading.main_thread():  # handlers can only be set there
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, handle)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -6,18 +6,15 @@ computed in float32 whatever precision the model runs in.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100  # label of a position that is no target
 LABEL_SMOOTHING = 0.1
-MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound on the inverse temperature, section 2.5 of its paper
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, also under autocast: similarities are divided by a small temperature afterwards."""
     with torch.autocast(a.device.type, enabled=False):
         return a.float() @ b.float()
@@ -34,7 +31,7 @@ def query_similarity(image_embeddings: Tensor, text_embeddings: Tensor, temp: Te
     Returns:
         float32 [B, C]. Its transpose is the similarity of texts to images.
     """
-    by_query = _matmul(image_embeddings, text_embeddings.mT)  # [B, Q, C]
+    by_query = matmul_fp32(image_embeddings, text_embeddings.mT)  # [B, Q, C]
     return by_query.amax(dim=1) / temp
 
 
@@ -60,28 +57,6 @@ def contrast(
     forth = -(similarity.log_softmax(dim=1) * target).sum(1).mean()
     back = -(similarity.mT.log_softmax(dim=1) * target).sum(1).mean()
     return (forth + back) / 2
-
-
-def itc_loss(
-    image_embeddings: Tensor,
-    text_embeddings: Tensor,
-    temp: Tensor | float,
-    *,
-    image_ids: Tensor | None = None,
-    label_smoothing: float = LABEL_SMOOTHING,
-) -> Tensor:
-    """Image-text contrast: every query against every text, the best query over `temp`, mean of both directions.
-
-    Args:
-        image_embeddings: [B, Q, E], each query of length 1.
-        text_embeddings: [B, E], of length 1.
-        temp: the temperature.
-        image_ids: int64 [B]; rows of the same image count as positives.
-        label_smoothing: share of the target spread evenly over the batch.
-    """
-    return contrast(
-        query_similarity(image_embeddings, text_embeddings, temp), image_ids, label_smoothing=label_smoothing
-    )
 
 
 def hard_negatives(
@@ -149,65 +124,3 @@ def language_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         reduction="sum",
     )
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
-
-
-def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None) -> Tensor:
-    """CLIP's symmetric contrastive loss. Radford et al. (2021), figure 3.
-
-    Args:
-        image, text: [B, E], of any length; normalised here.
-        logit_scale: scalar, the logarithm of the inverse temperature; bounded by log 100.
-        ids: int64 [B]; rows with equal ids (the same text twice, say) count as positives.
-    """
-    cosine = _matmul(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1).mT)  # [B, B]
-    return contrast(cosine * logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(), ids, label_smoothing=0.0)
-
-
-def place_loss(places: Tensor, target: Tensor) -> Tensor:
-    """The share of the variance of places that is not explained: 1 for always the middle, 0 for the exact places.
-
-    Args:
-        places: [B, N, 2], column and row as shares of the image's side.
-        target: [B, N, 2], the same.
-
-    Returns:
-        A scalar.
-    """
-    return 12 * F.mse_loss(places.float(), target)  # 1 / 12: the variance of a place drawn anywhere
-
-
-def region_loss(patches: Tensor, phrases: Tensor, target: Tensor, logit_scale: Tensor) -> Tensor:
-    """Dense contrast: every object of an image is classified among all phrases, as a whole and patch by patch.
-
-    An object is the patches of one image with one phrase. As a whole it is the mean of its patches; that counts twice
-    as much as its single patches, whose mean is taken first, so that large objects do not outweigh small ones.
-
-    Args:
-        patches: [B, N, E], of any length; normalised here.
-        phrases: [P, E], each different from the others; normalised here.
-        target: int64 [B, N], the phrase of each patch, -1 where the patch is left out.
-        logit_scale: scalar, the logarithm of the inverse temperature; bounded by log 100.
-
-    Returns:
-        A scalar; zero where no patch is labelled.
-    """
-    count = len(phrases)
-    image, place = (target >= 0).nonzero(as_tuple=True)  # of the K labelled patches
-    labelled = patches[image, place].float()  # [K, E]
-    objects, owner, sizes = torch.unique(
-        image * count + target[image, place], return_inverse=True, return_counts=True
-    )  # O objects; the object of each patch; patches of each object
-    weight = 1 / sizes[owner]  # [K]
-    sums = labelled.new_zeros(len(objects), labelled.shape[1])
-    means = sums.index_add(0, owner, labelled * weight[:, None])  # [O, E]
-    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-    names = F.normalize(phrases.float(), dim=-1).mT  # [E, P]
-
-    def cost(features: Tensor, labels: Tensor) -> Tensor:
-        logits = _matmul(F.normalize(features, dim=-1), names) * scale
-        return F.cross_entropy(logits, labels, reduction="none")
-
-    patch_costs = cost(labelled, target[image, place]) * weight  # [K]
-    total: Tensor = 2 * cost(means, objects % count).sum() + patch_costs.sum()
-    mean: Tensor = total / (3 * max(1, len(objects)))
-    return mean

@@ -78,13 +78,8 @@ class TrainingLog:
     def _show(self, step: int, rate: float, speed: float, left_s: float) -> None:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in self.latest.items())
         line = f"step {step}/{self._steps}  {numbers}  lr {rate:.3g}  {speed:.1f} images/s  {_duration(left_s)} left"
-        # a terminal gets one line that changes, a file gets a line each
-        print(
-            f"\r\033[K{line}" if sys.stderr.isatty() else line,
-            end="" if sys.stderr.isatty() else "\n",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
+        start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")  # one line that changes, or many
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """End the line of progress."""

@@ -40,8 +40,7 @@ def draw(csv_path: Path, png_path: Path) -> None:
     losses.legend()
     losses.grid(alpha=0.3)
     rates.plot(steps, [float(row["lr"]) for row in rows], linewidth=1)
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("step")
+    rates.set(xlabel="step", ylabel="learning rate")
     try:
         figure.savefig(png_path, dpi=100)
     except OSError as error:  # a full disk: no reason to end the training

@@ -14,20 +14,20 @@ from blip2.train.loop import FitOptions
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one stage was trained.
+    """How one stage was trained; the defaults are those of pre-training.
 
     vision_layer_decay: with `train_vision`, the learning rate of each image encoder layer relative to the next.
     prompt: what the language model reads before a caption.
     """
 
     task: Literal["stage1", "stage2", "finetune"]
-    lr: float
-    min_lr: float
-    warmup_steps: int
-    warmup_lr: float
-    batch_size: int
-    epochs: int
-    image_size: int
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 5000
+    warmup_lr: float = 1e-6
+    batch_size: int = 100
+    epochs: int = 10
+    image_size: int = 224
     prompt: str = ""
     max_tokens: int = 32
     train_vision: bool = False
@@ -35,65 +35,32 @@ class Recipe:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
 
-    def options(
-        self,
-        batches_per_epoch: int,
-        *,
-        device: str = "cpu",
-        precision: Literal["fp32", "bf16"] = "bf16",
-        workers: int = 0,
-        accumulate: int = 1,
-        seed: int = 42,
-    ) -> FitOptions:
-        """Options for a dataset of `batches_per_epoch` batches."""
+    def options(self, batches_per_epoch: int, *, accumulate: int = 1) -> FitOptions:
+        """Options for a dataset of `batches_per_epoch` batches; `dataclasses.replace` changes the others."""
+        shared = ("lr", "min_lr", "warmup_steps", "warmup_lr", "weight_decay", "betas")
         return FitOptions(
             steps=max(1, self.epochs * batches_per_epoch // accumulate),
-            lr=self.lr,
-            min_lr=self.min_lr,
-            warmup_steps=self.warmup_steps,
-            warmup_lr=self.warmup_lr,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
+            **{name: getattr(self, name) for name in shared},
             clip_norm=None,  # the published runs do not clip
             accumulate=accumulate,
-            precision=precision,
-            device=device,
-            workers=workers,
-            seed=seed,
+            precision="bf16",
         )
 
 
-_PRETRAINING = Recipe(
-    task="stage1",
-    lr=1e-4,
-    min_lr=1e-5,
-    warmup_steps=5000,
-    warmup_lr=1e-6,
-    batch_size=100,
-    epochs=10,
-    image_size=224,
-)
 _COCO = Recipe(
-    task="finetune",
-    lr=1e-5,
-    min_lr=0.0,
-    warmup_steps=1000,
-    warmup_lr=1e-8,
-    batch_size=16,
-    epochs=5,
-    image_size=364,
-    train_vision=True,
-)
+    "finetune", lr=1e-5, min_lr=0.0, warmup_steps=1000, warmup_lr=1e-8, batch_size=16, epochs=5,
+    image_size=364, train_vision=True,
+)  # fmt: skip
 
 
 def stage1() -> Recipe:
     """Representation learning: Q-Former on the frozen image encoder, ITC + ITM + ITG."""
-    return _PRETRAINING
+    return Recipe("stage1")
 
 
 def stage2() -> Recipe:
     """Generative learning: Q-Former and projection through the frozen language model."""
-    return replace(_PRETRAINING, task="stage2", warmup_steps=2000, batch_size=64)
+    return Recipe("stage2", warmup_steps=2000, batch_size=64)
 
 
 def coco_caption() -> Recipe:

@@ -64,8 +64,9 @@ class Stage1(StageTask):
         self.temp = matcher.temp
         self.dec_token_id = dec_token_id
         self.vision_layer_decay, self.muon_scale = vision_layer_decay, muon_scale
-        parts = [part for part in matcher.children() if train_vision or part is not matcher.vision]
-        train_only(matcher, parts)
+        train_only(
+            matcher, [part for part in matcher.children() if train_vision or part is not matcher.vision]
+        )
         self.temp.requires_grad_(True)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -119,10 +120,8 @@ class Stage2(StageTask):
         prefix = self.model.project(queries)  # [B, Q, width of the language model]
         if (index := batch.get("image_index")) is not None:
             prefix = prefix[index]  # [R, Q, W]
-        return self._loss(prefix, batch["input_ids"], batch["attention_mask"], batch["labels"])
-
-    def _loss(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """The mean over all targets. OPT reads rows of similar length together, without their common padding."""
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        # OPT reads rows of similar length together, without their common padding.
         right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
         total = (labels != IGNORE_INDEX).sum()
         groups = len(ids) // GROUP_ROWS
@@ -168,18 +167,16 @@ def layerwise_groups(
     decay ** (n + 1), everything after them at the full rate, as in LAVIS. With `muon_scale` the matrices of all
     blocks are trained by Muon, at that multiple of their rate.
     """
-    depth = 1 + max(
-        (int(name.split(".")[2]) for name, _ in module.named_parameters() if _in_block(name)), default=-1
-    )
+    names = [name for name, _ in module.named_parameters()]
+    blocks = {name: int(name.split(".")[2]) for name in names if name.startswith("vision.layers.")}
+    depth = 1 + max(blocks.values(), default=-1)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = depth + 1  # the full rate
-        if _in_block(name):
-            layer = int(name.split(".")[2]) + 1
-        elif name.startswith("vision.") and not name.startswith("vision.post_layernorm."):
-            layer = 0
+        layer = blocks.get(name, -1) + 1  # 0: the embeddings
+        if not name.startswith("vision.") or name.startswith("vision.post_layernorm."):
+            layer = depth + 1  # the full rate
         muon = muon_scale is not None and parameter.ndim == 2 and "layers." in name
         scale = vision_layer_decay ** (depth + 1 - layer) * (muon_scale or 1.0 if muon else 1.0)
         key = scale, weight_decay if decays(name, parameter) else 0.0, muon
@@ -188,10 +185,6 @@ def layerwise_groups(
         {"params": parameters, "lr_scale": scale, "weight_decay": decay, "muon": muon}
         for (scale, decay, muon), parameters in groups.items()
     ]
-
-
-def _in_block(name: str) -> bool:
-    return name.startswith("vision.layers.")
 
 
 def _features(vision: nn.Module, batch: Batch) -> Tensor:

@@ -39,11 +39,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
 @pytest.mark.parametrize("kills", [20, pytest.param(500, marks=pytest.mark.full)])
 def test_kills_change_nothing(kills: int, tmp_path: Path) -> None:
-    folder, straight, out = (
-        make_folder(tmp_path / "in", 120),
-        tmp_path / "straight.jsonl",
-        tmp_path / "out.jsonl",
-    )
+    straight, out = tmp_path / "straight.jsonl", tmp_path / "out.jsonl"
+    folder = make_folder(tmp_path / "in", 120)
     begin = time.perf_counter()
     rows = run(folder, straight)
     seconds = time.perf_counter() - begin
@@ -87,11 +84,8 @@ def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_full_disk(tmp_path: Path) -> None:
-    folder, out, straight = (
-        make_folder(tmp_path / "in", 40),
-        tmp_path / "out.jsonl",
-        tmp_path / "straight.jsonl",
-    )
+    straight, out = tmp_path / "straight.jsonl", tmp_path / "out.jsonl"
+    folder = make_folder(tmp_path / "in", 40)
     run(folder, straight)
     child = os.fork()
     if child == 0:
@@ -137,6 +131,9 @@ def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> N
     assert (done.done, done.before, len(seen)) == (2, 15, 13)
     names = [json.loads(line)["image"] for line in out.read_text().splitlines()]
     assert len(names) == len(set(names)) == 17
+    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    assert journal.finished  # as after the first run
+    journal.close()
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
@@ -145,9 +142,8 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     def many() -> Iterator[ImageItem]:
         for i in range(3000):
             alive.append(i)
-            yield ImageItem(
-                f"{i}", "", content=content + str(i).encode()
-            )  # a PNG with something behind its end
+            # a PNG with something behind its end
+            yield ImageItem(f"{i}", "", content=content + str(i).encode())
 
     def check(images: Sequence[Image.Image]) -> list[list[Row]]:
         described.extend(images)

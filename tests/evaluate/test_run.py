@@ -13,7 +13,7 @@ import blip2
 from blip2.cli import main
 from blip2.data.sources import DataError
 from blip2.evaluate.protocols import PROTOCOLS, PUBLISHED, published
-from blip2.evaluate.report import predictions, report_json, write
+from blip2.evaluate.report import predictions, report_summary, write
 from blip2.evaluate.run import EvalSettings, evaluate
 from blip2.evaluate.scenes import counts_right, named_things, names_all
 from blip2.evaluate.tasks import TASK_FILES, TASK_NAMES, read_task
@@ -89,7 +89,7 @@ def test_every_task_runs(task: str, data: Path, generator_folder: Path, matcher_
         assert report.outcomes and all(0 <= value <= 10 for value in report.metrics.values())
         assert report.published == (published(task, "opt-2.7b-coco") if settings.protocol == "paper" else {})
         rows = predictions(report)
-        assert len(rows) == len(report.outcomes) and json.dumps(report_json(report))
+        assert len(rows) == len(report.outcomes) and json.dumps(report_summary(report))
     if task == "coco":
         assert [row["image_id"] for row in rows] == [0, 1, 2, 3]
         assert {"BLEU-4", "ROUGE-L", "CIDEr"} <= set(reports[0].metrics)

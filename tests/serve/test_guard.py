@@ -99,7 +99,7 @@ def test_a_key_opens(locked: Running, images: list[bytes]) -> None:
 def test_key_files(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# ours\n\n  {KEY}  \n")
-    assert Keys.load(file).holder([f"Bearer {KEY}".encode()]) == "key 1"
+    assert Keys.load(file).holder([f"Bearer {KEY}"]) == "key 1"
     assert not Keys() and Keys.load(file)
     for content in ("", "# none\n", "short\n"):
         file.write_text(content)
@@ -188,9 +188,8 @@ def test_hostile_text_stays_text(
         assert answer.status_code < 500, answer.text
         assert answer.headers["content-type"] == "application/json"
         assert "set-cookie" not in answer.headers and "x-evil" not in answer.headers
-    assert (
-        "alert" not in caplog.text and "DROP" not in caplog.text
-    )  # no content in the log unless that is switched on
+    # no content in the log unless that is switched on
+    assert "alert" not in caplog.text and "DROP" not in caplog.text
 
 
 def test_errors_reveal_nothing_of_the_inside(

@@ -132,7 +132,7 @@ def test_a_client_that_leaves_before_the_stream_begins_makes_room(
     full_server: Running, images: list[bytes]
 ) -> None:
     """A stream of which no piece was ever read frees its slot too."""
-    engine, limits = full_server.engine, full_server.engine.limits
+    engine = full_server.engine
     body = json.dumps({"image": data_url(images[0]), "stream": True}).encode()
     arriving: list[dict[str, Any]] = [
         {"type": "http.request", "body": body, "more_body": False},
@@ -159,9 +159,7 @@ def test_a_client_that_leaves_before_the_stream_begins_makes_room(
     }
     # in a thread of its own: the browser's tests leave an event loop running in this one
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(
-            asyncio.run, build_app(engine, model="default", limits=limits)(scope, receive, send)
-        ).result()
+        pool.submit(asyncio.run, build_app(engine, model="default")(scope, receive, send)).result()
     assert engine.waiting == 0 and len(arriving) == 1
 
 
@@ -406,9 +404,9 @@ class Server:
     def end(self) -> int:
         """SIGTERM; the exit status."""
         os.kill(self._pid, signal.SIGTERM)
-        status = (
-            self._process.wait(60) if self._pid == self._process.pid else int(self._process.stdout.readline())
-        )  # type: ignore[union-attr]
+        output = self._process.stdout
+        assert output
+        status = self._process.wait(60) if self._pid == self._process.pid else int(output.readline())
         self._reading.join(60)
         return status
 
@@ -417,13 +415,7 @@ def spawn(*command: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, *command],
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        env=environment,
-        cwd=ROOT,
+        [sys.executable, *command], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT
     )
 
 

@@ -13,41 +13,36 @@ import argparse
 import sys
 from pathlib import Path
 
-from blip2.commands import arguments, terminal
+from blip2.commands import terminal
+from blip2.commands.arguments import add_model, add_output, option
 from blip2.evaluate.tasks import TASK_NAMES
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "task",
-        choices=TASK_NAMES,
-        metavar="TASK",
-        help="one of %(choices)s; default: easyvqa and scenes",
-    )
+    about = "one of %(choices)s; default: easyvqa and scenes"
+    parser.add_argument("task", choices=TASK_NAMES, metavar="TASK", help=about)
     about = "the folder of the data, for captions and questions a file; see docs/evaluating.md"
-    arguments.option(parser, "--data", "DIR", about)
-    arguments.option(parser, "--images", "DIR", "the images, where they are not in the usual place")
-    arguments.option(
-        parser, "--annotations", "FILE", "with questions in VQA's form: the file of their answers"
-    )
-    arguments.option(parser, "--matcher", "NAME", "the model that matches, beside one that writes")
+    option(parser, "--data", "DIR", about, type=Path)
+    option(parser, "--images", "DIR", "the images, where they are not in the usual place", type=Path)
+    about = "with questions in VQA's form: the file of their answers"
+    option(parser, "--annotations", "FILE", about, type=Path)
+    option(parser, "--matcher", "NAME", "the model that matches, beside one that writes")
     about = "paper: the settings of the published tables, and their figures beside ours"
-    arguments.option(parser, "--protocol", None, about, choices=("default", "paper"), default="default")
-    arguments.option(
-        parser, "--answers", "FILE", "choose each answer among these, one a line, instead of writing it"
-    )
+    option(parser, "--protocol", None, about, choices=("default", "paper"), default="default")
+    about = "choose each answer among these, one a line, instead of writing it"
+    option(parser, "--answers", "FILE", about)
     about = "with --answers: give no answer that is less probable than this"
-    arguments.option(parser, "--abstain", "P", about, type=float, default=0.0)
-    arguments.option(parser, "--limit", "N", "the first N items only", type=int)
+    option(parser, "--abstain", "P", about, type=float, default=0.0)
+    option(parser, "--limit", "N", "the first N items only", type=int)
     about = "write results.json, predictions.json and a page to look through, index.html"
-    arguments.option(parser, "-o --out", "DIR", about)
-    arguments.add_model(parser)
-    arguments.add_output(parser, "--json", "--batch-size", "--quiet")
+    option(parser, "-o --out", "DIR", about)
+    add_model(parser)
+    add_output(parser, "--json", "--batch-size", "--quiet")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the figures and write the reports."""
-    from blip2.evaluate.report import lines, report_json, write
+    from blip2.evaluate.report import lines, report_summary, write
     from blip2.evaluate.run import EvalSettings, evaluate
 
     if args.abstain and not args.answers:
@@ -55,14 +50,8 @@ def run(args: argparse.Namespace) -> int:
     answers = terminal.read_lines("--answers", args.answers) if args.answers else []
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: this is a file; name a folder")
-    data, images, annotations = (
-        None if path is None else Path(path) for path in (args.data, args.images, args.annotations)
-    )
-    load = (
-        terminal.load_matcher
-        if args.task.startswith("retrieval-") and args.matcher is None
-        else terminal.load_named
-    )
+    only_matches = args.task.startswith("retrieval-") and args.matcher is None
+    load = terminal.load_matcher if only_matches else terminal.load_named
     hidden = args.quiet or not sys.stderr.isatty()
     with terminal.progress_bars(hidden=hidden, in_all=True, leave=False) as progress:
         settings = EvalSettings(
@@ -71,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             answers=tuple(answers),
             abstain=args.abstain,
-            images=images,
-            annotations=annotations,
+            images=args.images,
+            annotations=args.annotations,
             progress=progress,
         )
-        reports = evaluate(lambda: load(args), args.task, data, settings, model_name=args.model)
+        reports = evaluate(lambda: load(args), args.task, args.data, settings, model_name=args.model)
     for report in reports:
         for line in [] if args.json else lines(report):
             terminal.print_line(line)
@@ -84,5 +73,5 @@ def run(args: argparse.Namespace) -> int:
             for path in write(report, folder):
                 print(path, file=sys.stderr)
         if args.json:
-            terminal.print_json(report_json(report))
+            terminal.print_json(report_summary(report))
     return terminal.DONE
