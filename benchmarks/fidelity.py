@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 import blip2
-from blip2.images import load_image, to_pixels
-from blip2.inputs import SUFFIXES
+from blip2.images import SUFFIXES, load_image, to_pixels
 from blip2.modeling.config import MODES
 from blip2.predict import Predictor
 from blip2.text import CAPTION_PROMPT, question_prompt

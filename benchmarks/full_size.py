@@ -22,24 +22,23 @@ from blip2.checkpoint.formats.paddle import PADDLENLP, to_paddle_config
 from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import parse_dtype
-from blip2.checkpoint.remap import from_hf_layout, read_blocks
+from blip2.checkpoint.remap import from_hf_layout
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config
 from blip2.registry import DEFAULT_FOLDER, PUBLISHED
 from blip2.storage import Content
-from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.tensors import TensorFile, TensorInfo, Tensors
 
 SCALE = 0.02  # the standard deviation of every parameter; norms' weights stand around 1
 NORM = re.compile(r"norm\d?\.weight$", re.IGNORECASE)
 HEAD = "language_model.lm_head.weight"
 
 
-class RandomTensors:
+class RandomTensors(TensorFile):
     """A file of tensors that is nowhere: every tensor is drawn when it is read."""
 
     format = "random"
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, info: Mapping[str, TensorInfo]) -> None:
         self.info = info
@@ -49,11 +48,6 @@ class RandomTensors:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         drawn = torch.empty(self.info[name].shape).normal_(0, SCALE, generator=generator)
         return drawn.add_(1) if NORM.search(name) else drawn
-
-    mapped = copied
-
-    def place(self, name: str) -> None:
-        """Nowhere."""
 
 
 def write_full_size(name: str, folder: Path, to: Format = "hf", dtype: str = "bf16") -> Path:
@@ -74,7 +68,7 @@ def write_full_size(name: str, folder: Path, to: Format = "hf", dtype: str = "bf
     files |= tokenizer_files(DEFAULT_FOLDER)
 
     def read(name: str) -> Iterator[Tensor]:
-        return (block.to(wanted) for block in read_blocks(tensors, name))
+        return (block.to(wanted) for block in tensors.blocks(name))
 
     with new_model_folder(folder, files, KINDS[to], stored, read, SHARD_BYTES if to == "hf" else None):
         pass

@@ -151,24 +151,24 @@ def main() -> None:
     process, url = start(args.model, threads)
     figures: dict[str, dict[str, float]] = {}
     try:
-        for num_beams in args.num_beams:
+        for num_beams in args.beams:
             loop(model, pictures(4, 0), num_beams)
             serve(url, pictures(16, 1), num_beams, 4)
-            figures: dict[int, list[tuple[float, float, float]]] = {clients: [] for clients in CLIENTS}
+            ratios: dict[int, list[tuple[float, float, float]]] = {clients: [] for clients in CLIENTS}
             for round_ in range(args.rounds):
                 # in turns, so that what else the machine does falls on both
                 for clients in CLIENTS:
                     images = pictures(args.requests, 100 + 10 * round_ + clients)
                     plain = loop(model, images, num_beams)
                     total, times = serve(url, images, num_beams, clients)
-                    figures[clients].append(
+                    ratios[clients].append(
                         (
                             sum(plain) / total,
                             percentile(times, 0.5) / percentile(plain, 0.5),
                             percentile(times, 0.99) / percentile(plain, 0.99),
                         )
                     )
-            for clients, rounds in figures.items():
+            for clients, rounds in ratios.items():
                 throughput, p50, p99 = (statistics.median(column) for column in zip(*rounds, strict=True))
                 print(
                     f"beams {num_beams}, {clients:2} clients: throughput {throughput:.2f} of the loop's, "

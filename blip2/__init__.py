@@ -24,26 +24,14 @@ if TYPE_CHECKING:
     from blip2.results import Answer, Caption, EncodedImage, Match, Ranked
 
 __all__ = [
-    "Answer",
-    "Caption",
-    "Chat",
-    "ConfigError",
-    "EncodedImage",
-    "Explanation",
-    "GenerationOptions",
-    "ImageError",
-    "Match",
-    "Predictor",
-    "Ranked",
-    "load",
-]
+    "Answer", "Caption", "Chat", "ConfigError", "EncodedImage", "Explanation", "GenerationOptions", "ImageError",
+    "Match", "Predictor", "Ranked", "load",
+]  # fmt: skip
 
 _HOMES = {
-    "ConfigError": "modeling.config",
-    "Explanation": "explain",
-    "GenerationOptions": "generation.options",
-    "ImageError": "images",
-} | dict.fromkeys(("Answer", "Caption", "EncodedImage", "Match", "Ranked"), "results")
+    "ConfigError": "modeling.config", "Explanation": "explain", "GenerationOptions": "generation.options",
+    "ImageError": "images", **dict.fromkeys(("Answer", "Caption", "EncodedImage", "Match", "Ranked"), "results"),
+}  # fmt: skip
 
 
 if not TYPE_CHECKING:  # or a type checker would let any name pass

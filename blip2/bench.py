@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.inspect import stored_model
-from blip2.checkpoint.load import load_model, load_processors, read_config_file
+from blip2.checkpoint.load import DTYPES, load_model, load_processors, read_config_file
 from blip2.generation.decoding import generate
 from blip2.generation.options import GenerationOptions
 from blip2.modeling.blip2 import Blip2
@@ -34,7 +34,6 @@ from blip2.quantization.linear import Int8ImageLinear, Int8Linear, onednn_multip
 from blip2.registry import BYTES, KnownModel, int4_bytes
 from blip2.text import CAPTION_PROMPT
 
-PEERS = ("transformers",)
 SHORT, LONG = 10, 20  # new tokens
 BEAMS = 5
 
@@ -43,7 +42,7 @@ BEAMS = 5
 class Contender:
     """One side: whose code, in what dtype, and how its weights are quantized."""
 
-    code: str  # "blip2" or one of PEERS
+    code: str  # "blip2" or "transformers"
     folder: str
     dtype: str
     quantize: Mode | None = None
@@ -54,6 +53,12 @@ class Contender:
         return f"{self.code} {self.quantize or self.dtype}"
 
 
+def _prompt_ids(side: Contender) -> Tensor:
+    """The caption's prompt, int64 [1, T]."""
+    tokenizer = load_processors(side.folder)[1]
+    return torch.tensor([tokenizer.encode(CAPTION_PROMPT)], device=side.device)
+
+
 class Ours:
     """This package's model, loaded.
 
@@ -62,16 +67,10 @@ class Ours:
     """
 
     def __init__(self, side: Contender) -> None:
-        model = load_model(
-            side.folder,
-            dtype=None if side.quantize else side.dtype,
-            device=side.device,
-            quantize=side.quantize,
-            prepack=True,
-        )
+        dtype = None if side.quantize else side.dtype
+        model = load_model(side.folder, dtype=dtype, device=side.device, quantize=side.quantize, prepack=True)
         assert isinstance(model, Blip2)
-        self.model, tokenizer = model, load_processors(side.folder)[1]
-        self.ids = torch.tensor([tokenizer.encode(CAPTION_PROMPT)], device=side.device)
+        self.model, self.ids = model, _prompt_ids(side)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.embed_image(pixels)
@@ -80,9 +79,8 @@ class Ours:
         self, prefix: Tensor, num_beams: int, tokens: int, prompt_cache: PromptCache | None = None
     ) -> None:
         options = GenerationOptions(num_beams=num_beams, max_new_tokens=tokens, min_new_tokens=tokens)
-        generate(
-            self.model, prefix, self.ids.expand(len(prefix), -1), None, options, prompt_cache=prompt_cache
-        )
+        ids = self.ids.expand(len(prefix), -1)
+        generate(self.model, prefix, ids, None, options, prompt_cache=prompt_cache)
 
     def ask_again(self, prefix: Tensor) -> Callable[[], None]:
         prompt_cache = self.model.prefill_prefix(prefix)
@@ -95,11 +93,8 @@ class Theirs:
     def __init__(self, side: Contender) -> None:
         from transformers import Blip2ForConditionalGeneration
 
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[side.dtype]
-        model: Any = Blip2ForConditionalGeneration.from_pretrained(side.folder, dtype=dtype)
-        self.model = model.eval().to(side.device)
-        tokenizer = load_processors(side.folder)[1]
-        self.ids = torch.tensor([tokenizer.encode(CAPTION_PROMPT)], device=side.device)
+        model: Any = Blip2ForConditionalGeneration.from_pretrained(side.folder, dtype=DTYPES[side.dtype])
+        self.model, self.ids = model.eval().to(side.device), _prompt_ids(side)
 
     def encode(self, pixels: Tensor) -> Tensor:
         model = self.model
@@ -113,14 +108,9 @@ class Theirs:
         words = self.model.get_input_embeddings()(self.ids.expand(len(prefix), -1))
         embeddings = torch.cat([prefix, words.to(prefix.dtype)], dim=1)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-        self.model.language_model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            num_beams=num_beams,
-            do_sample=False,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-        )
+        options = {"num_beams": num_beams, "do_sample": False}
+        options |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        self.model.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
 
 # --- one round of one side, in a process of its own ------------------------------------------------------------------
@@ -132,9 +122,8 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     loaded = Ours(side) if side.code == "blip2" else Theirs(side)
     figures = {"load": time.perf_counter() - start}
     size = load_processors(side.folder)[0].size
-    pixels = torch.randn(max(batches), 3, size, size, generator=torch.Generator().manual_seed(0)).to(
-        side.device
-    )
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randn(max(batches), 3, size, size, generator=random).to(side.device)
     with torch.inference_mode():
         prefix = loaded.encode(pixels[:1])
         loaded.write(prefix, 1, 2)  # pages come in from the disk
@@ -153,11 +142,9 @@ def measure(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
         figures["first token, second question"] = second  # transformers begins anew
         # of one image, which is what `blip2 doctor` predicts
         figures["peak"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        for batch in batches:
-            if batch > 1:
-                figures[f"an image in a batch of {batch}"] = (
-                    _seconds(lambda: loaded.write(loaded.encode(pixels[:batch]), BEAMS, SHORT), 1) / batch  # noqa: B023
-                )
+        for images in (pixels[:batch] for batch in batches if batch > 1):
+            seconds = _seconds(lambda: loaded.write(loaded.encode(images), BEAMS, SHORT), 1)  # noqa: B023
+            figures[f"an image in a batch of {len(images)}"] = seconds / len(images)
     return figures
 
 
@@ -173,9 +160,6 @@ def _seconds(work: Callable[[], object], times: int = 3) -> float:
         if sum(taken) > 15:
             break
     return median(taken)
-
-
-# --- the machine's limits --------------------------------------------------------------------------------------------
 
 
 def limits() -> dict[str, float]:
@@ -217,22 +201,18 @@ class Bench:
         width = max(len(figure) for figure in peer)
         lines = [" " * width + "".join(f"  {name:>22}" for name in names)]
         for figure, base in peer.items():
-            cells = []
+            line = f"{figure:{width}}"
             for name in names:
                 value = self.figures[name].get(figure)
-                if value is None:
-                    cells.append("")
-                    continue
-                shown = f"{value / 1e9:.2f} GB" if figure == "peak" else _readable(value)
-                ratio = "" if name == names[-1] or not value else f" ({base / value:.2f}x)"
-                cells.append(shown + ratio)
-            lines.append(f"{figure:{width}}" + "".join(f"  {cell:>22}" for cell in cells))
+                cell = "" if value is None else _readable(figure, value)
+                if value and name != names[-1]:
+                    cell += f" ({base / value:.2f}x)"
+                line += f"  {cell:>22}"
+            lines.append(line)
         lines += [f"{name}: {self._shares(name)}" for name in names]
-        rates = ", ".join(
-            f"{name} {value / 1e9:.0f} GOP/s" for name, value in self.limits.items() if name != "read"
-        )
-        lines.append(f"limits: reads {self.limits['read'] / 1e9:.1f} GB/s; matrix products {rates}")
-        return lines
+        rates = [f"{name} {rate / 1e9:.0f} GOP/s" for name, rate in self.limits.items() if name != "read"]
+        read = self.limits["read"] / 1e9
+        return [*lines, f"limits: reads {read:.1f} GB/s; matrix products {', '.join(rates)}"]
 
     def _shares(self, name: str) -> str:
         """A contender's figures as shares of what this machine can do."""
@@ -241,39 +221,40 @@ class Bench:
         for what, operations in self.operations.items():
             if what in figures and products in self.limits:
                 rate = operations / figures[what]
-                share = rate / self.limits[products]
-                shares.append(
-                    f"{what} {operations / 1e12:.2f} TOP at {rate / 1e9:.0f} GOP/s, {share:.0%} of {products}'s limit"
-                )
+                share = f"{rate / self.limits[products]:.0%} of {products}'s limit"
+                shares.append(f"{what} {operations / 1e12:.2f} TOP at {rate / 1e9:.0f} GOP/s, {share}")
         for step in (step for step in ("greedy step", f"beam-{BEAMS} step") if step in figures):
-            rate = self.decode_bytes[name] / figures[step]
-            shares.append(
-                f"a {step} reads {self.decode_bytes[name] / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, "
-                f"{rate / self.limits['read']:.0%} of what this machine reads"
-            )
+            size, rate = self.decode_bytes[name], self.decode_bytes[name] / figures[step]
+            share = f"{rate / self.limits['read']:.0%} of what this machine reads"
+            shares.append(f"a {step} reads {size / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, {share}")
         if "peak" in figures and name in self.predicted:
             shares.append(f"`blip2 doctor` predicts {self.predicted[name] / figures['peak']:.0%} of its peak")
         return "; ".join(shares)
 
     def as_json(self) -> str:
         """All of it on one line."""
-        figures = {
-            name: {f: float(f"{v:.4g}") for f, v in values.items()} for name, values in self.figures.items()
-        }
-        facts = {"figures": figures, "limits": {n: float(f"{v:.4g}") for n, v in self.limits.items()}}
-        work = {
+        record = {
+            "rounds": self.rounds,
+            "figures": {name: _rounded(figures) for name, figures in self.figures.items()},
+            "limits": _rounded(self.limits),
             "decode_bytes": self.decode_bytes,
             "operations": self.operations,
             "predicted_peak": self.predicted,
         }
-        return json.dumps({"rounds": self.rounds, **facts, **work})
+        return json.dumps(record)
 
 
-def _readable(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def run(
+def _readable(figure: str, value: float) -> str:
+    if figure == "peak":
+        return f"{value / 1e9:.2f} GB"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def run_benchmark(
     contenders: tuple[Contender, ...],
     *,
     rounds: int = 3,
@@ -300,13 +281,16 @@ def run(
                 if record is not None:
                     with record.open("a", encoding="utf-8") as file:
                         file.write(json.dumps([name, number, measured[name, number]]) + "\n")
-    per_side = {name: [measured[name, number] for number in range(rounds)] for name in sides}
-    machine = per_side.pop("limits")
-    figures = {name: {f: median(r[f] for r in all_) for f in all_[0]} for name, all_ in per_side.items()}
-    best = {name: max(row[name] for row in machine) for name in machine[0]}
+
+    def summary(name: str, combine: Callable[[Iterable[float]], float]) -> dict[str, float]:
+        rows = [measured[name, number] for number in range(rounds)]
+        return {figure: combine(row[figure] for row in rows) for figure in rows[0]}
+
+    figures = {side.name: summary(side.name, median) for side in contenders}
     reads = {side.name: decode_bytes(side) for side in contenders}
     predicted = {side.name: predicted_peak(side) for side in contenders if side.code == "blip2"}
-    return Bench(contenders, rounds, best, figures, reads, operations(contenders[0]), predicted)
+    counted = operations(contenders[0])
+    return Bench(contenders, rounds, summary("limits", max), figures, reads, counted, predicted)
 
 
 def _recorded(record: Path | None) -> dict[tuple[str, int], dict[str, float]]:
@@ -323,9 +307,8 @@ def _recorded(record: Path | None) -> dict[tuple[str, int], dict[str, float]]:
 def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
     """One round in a process of its own."""
     request = json.dumps({"side": asdict(side), "batches": batches})
-    done = subprocess.run(
-        [sys.executable, "-m", "blip2.bench", request], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "blip2.bench", request]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{side.name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -334,37 +317,37 @@ def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
 
 def predicted_peak(side: Contender) -> float:
     """The memory that `blip2 doctor` predicts for a side."""
-    config, parameters, disk_bytes = stored_model(Path(side.folder))
-    return KnownModel(side.folder, "", "", config, parameters, disk_bytes).memory_bytes(
-        side.quantize or side.dtype
-    )
+    model = KnownModel(side.folder, "", "", *stored_model(Path(side.folder)))
+    return model.memory_bytes(side.quantize or side.dtype)
 
 
 def operations(side: Contender) -> dict[str, float]:
     """Multiplications and additions of encoding an image, and with OPT of reading its prompt."""
-    folder = Path(side.folder)
-    config = read_config_file(folder)
-    assert isinstance(config, Blip2Config)
+    config = _config(side)
     vision, language = config.vision, config.language
     width, positions = vision.hidden_size, vision.num_positions
     matrices = 4 * width * width + 2 * width * vision.intermediate_size
     layer = 2 * positions * matrices + 4 * positions * positions * width
     counted = {"encode": float(vision.num_hidden_layers * layer)}
     if not language.is_encoder_decoder:
-        prompt = config.num_query_tokens + len(load_processors(folder)[1].encode(CAPTION_PROMPT))
+        prompt = config.num_query_tokens + len(load_processors(side.folder)[1].encode(CAPTION_PROMPT))
         counted["prefill"] = 2.0 * prompt * language.matrix_values()
     return counted
 
 
 def decode_bytes(side: Contender) -> float:
     """The weights that one step of the language model reads."""
-    config = read_config_file(Path(side.folder))
-    assert isinstance(config, Blip2Config)
-    language = config.language
+    language = _config(side).language
     head = language.vocab_size * language.width
     value = {"int8": 1.0, "int4": int4_bytes(language)}.get(side.quantize or "", BYTES[side.dtype])
     matrices = language.matrix_values(decode_step=True) * value
     return matrices + head * (1.0 if side.quantize else BYTES[side.dtype])
+
+
+def _config(side: Contender) -> Blip2Config:
+    config = read_config_file(Path(side.folder))
+    assert isinstance(config, Blip2Config)
+    return config
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,6 @@ from blip2.modeling.blip2 import Blip2
 from blip2.modeling.layers import split_heads
 from blip2.modeling.qformer import QFormerAttention
 from blip2.modeling.vision import VisionAttention
-from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.results import GeneratedText
 from blip2.text import Tokenizer
 
@@ -109,17 +108,11 @@ class Explanation(Explained):
 def explain(
     model: Blip2, tokenizer: Tokenizer, pixels: Tensor, prompt: str, text: str
 ) -> Generator[None, None, Explained]:
-    """Explain why `text` follows `prompt` for a picture: in slices, between which the model may do other things.
-
-    Args:
-        pixels: the picture, float32 [1, 3, S, S].
+    """Explain why `text` follows `prompt` for pixels [1, 3, S, S]: in slices, between which the model is free.
 
     Raises:
-        ValueError: no words, more than the language model reads, or a model with quantized weights, through which there
-            is no gradient.
+        ValueError: no words, or more than the language model reads.
     """
-    if any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules()):
-        raise ValueError("there is no gradient through quantized weights; load the model without quantize=")
     tokens, prompt_ids = _tokens(model, tokenizer, text), tokenizer.encode(prompt)
     spans = split_words(tokens, tokenizer.decode)
     if not spans:
@@ -194,17 +187,11 @@ def _cross_attention(qformer: nn.Module, into: list[Tensor]) -> Iterator[None]:
             key = split_heads(module.attention.key(args[1]), module.heads)
             into.append(_probabilities(query, key))
 
-    crossing = [
-        module
-        for name, module in qformer.named_modules()
-        if isinstance(module, QFormerAttention) and name.endswith("crossattention")
-    ]
-    handles = [module.register_forward_hook(hook) for module in crossing]
-    try:
+    with ExitStack() as hooks:
+        for name, module in qformer.named_modules():
+            if name.endswith("crossattention"):
+                hooks.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -225,15 +212,11 @@ def _mixing(encoder: nn.Module) -> Iterator[list[Tensor]]:
         mixing = share * attention + torch.diag_embed(1 - share[:, 0])
         mixed[:] = [mixing @ mixed[0] if mixed else mixing]
 
-    handles = []
-    for block in encoder.get_submodule("layers").children():
-        handles.append(block.register_forward_pre_hook(enter))
-        handles.append(block.get_submodule("self_attn").register_forward_hook(hook))
-    try:
+    with ExitStack() as hooks:
+        for block in encoder.get_submodule("layers").children():
+            hooks.enter_context(block.register_forward_pre_hook(enter))
+            hooks.enter_context(block.get_submodule("self_attn").register_forward_hook(hook))
         yield mixed
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _probabilities(query: Tensor, key: Tensor) -> Tensor:
@@ -278,17 +261,14 @@ def _tile(picture: Image.Image, word: Word) -> Image.Image:
     tile = Image.new("RGB", (max(size[0], 120), size[1] + _CAPTION_PX), "white")
     tile.paste(Image.fromarray(mixed.astype(np.uint8)), (0, 0))
     shown = word.text if len(word.text) < 30 else word.text[:29] + "…"
-    ImageDraw.Draw(tile).text((6, size[1] + 7), shown, fill="black", font=_font(15))
+    ImageDraw.Draw(tile).text((6, size[1] + 7), shown, fill="black", font=ImageFont.load_default(15))
     return tile
 
 
 def _draw_legend(sheet: Image.Image, top: int) -> None:
     draw = ImageDraw.Draw(sheet)
     ramp = np.broadcast_to(np.linspace(0, 1, 120, dtype=np.float32), (10, 120))
-    draw.text((6, top + 9), "least", fill="black", font=_font(12))
+    font = ImageFont.load_default(12)
+    draw.text((6, top + 9), "least", fill="black", font=font)
     sheet.paste(Image.fromarray(_colours(ramp).astype(np.uint8)), (42, top + 12))
-    draw.text((168, top + 9), "most of the word comes from here", fill="black", font=_font(12))
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    draw.text((168, top + 9), "most of the word comes from here", fill="black", font=font)

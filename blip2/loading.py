@@ -47,12 +47,8 @@ def load_components(
     files = resolve_path(resolve_alias(name) if isinstance(name, str) else name, revision)
     if dtype is None and quantize is None:
         dtype = default_dtype(count_parameters(files, vision=vision, language=language))
-        if (
-            dtype == "bf16"
-            and device.type == "cuda"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
-            dtype = "fp16"
+        if dtype == "bf16" and device.type == "cuda":
+            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     image_processor, tokenizer = load_processors(files, vision=vision, language=language)
     model = load_model(
         files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, prepack=True

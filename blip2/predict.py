@@ -382,6 +382,10 @@ class Predictor:
 
     def explain_in_slices(self, pixels: Tensor, prompt: str, text: str) -> Generator[None, None, Explained]:
         """Why `text` follows `prompt` for pixels [1, 3, S, S]: stops wherever the model may do something else."""
+        if self.generator.precision in MODES:
+            raise ValueError(
+                "there is no gradient through quantized weights; load the model without quantize="
+            )
         return explain(self.model, self.generator.tokenizer, pixels, prompt, text)
 
     def _read(

@@ -37,7 +37,7 @@ class KnownModel:
     """A model that can be loaded by name.
 
     name: as on the Hugging Face Hub, or "default". alias: the short name. lavis: its name and type in LAVIS.
-    parameters: those of the published ones are checked against the built model (tests/test_models.py).
+    parameters: those of the published ones are checked against the built model (tests/test_registry.py).
     disk_bytes: the published weights, which are fp32; the default model's and its matcher's files.
     """
 
@@ -50,11 +50,7 @@ class KnownModel:
     lavis: str = ""
 
     def memory_bytes(self, dtype: str) -> int:
-        """Memory for one image with five beams of thirty new tokens: an estimate.
-
-        Args:
-            dtype: "fp32", "bf16" or "fp16", or how the weights are quantized: "int8" or "int4".
-        """
+        """Memory for one image with five beams of thirty new tokens, in a dtype or quantized: an estimate."""
         width = BYTES.get(dtype, 4)  # between quantized weights fp32 is computed
         vision = self.config.vision
         working = vision.num_positions * (8 * vision.hidden_size + 2 * vision.intermediate_size) * width
@@ -95,31 +91,30 @@ _FLAN_XXL = T5Config(d_model=4096, d_ff=10240, num_heads=64)
 _WITH_TEXT = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)  # 30522 of BERT, and [DEC]
 
 
-def _generator(
-    name: str, vision: VisionConfig, language: LanguageConfig, parameters: int, lavis: str
+def _published(
+    name: str, vision: VisionConfig, language: LanguageConfig | None, parameters: int, lavis: str
 ) -> KnownModel:
+    """A model on the Hub; one without a language model is for matching."""
     use = "captions, questions, chat" if vision is _VIT_224 else "captions in the style of COCO"
-    config = Blip2Config(vision=vision, language=language)
-    return KnownModel(f"Salesforce/blip2-{name}", name, use, config, parameters, 4 * parameters, lavis)
-
-
-def _matcher(name: str, alias: str, vision: VisionConfig, parameters: int, lavis: str) -> KnownModel:
-    config = MatcherConfig(vision=vision, qformer=_WITH_TEXT)
-    return KnownModel(
-        f"Salesforce/blip2-{name}", alias, "matching, embeddings", config, parameters, 4 * parameters, lavis
-    )
+    config: Blip2Config | MatcherConfig = MatcherConfig(vision, _WITH_TEXT)
+    if language is None:
+        use = "matching, embeddings"
+    else:
+        config = Blip2Config(vision, language=language)
+    alias = name.replace("-vit-g", "")
+    return KnownModel(f"Salesforce/blip2-{name}", alias, use, config, parameters, 4 * parameters, lavis)
 
 
 PUBLISHED = (
-    _generator("opt-2.7b", _VIT_224, _OPT_2B7, 3_744_679_936, "blip2_opt:pretrain_opt2.7b"),
-    _generator("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304, "blip2_opt:pretrain_opt6.7b"),
-    _generator("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296, "blip2_opt:caption_coco_opt2.7b"),
-    _generator("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664, "blip2_opt:caption_coco_opt6.7b"),
-    _generator("flan-t5-xl", _VIT_224, _FLAN_XL, 3_942_446_592, "blip2_t5:pretrain_flant5xl"),
-    _generator("flan-t5-xl-coco", _VIT_364, _FLAN_XL, 3_943_037_952, "blip2_t5:caption_coco_flant5xl"),
-    _generator("flan-t5-xxl", _VIT_224, _FLAN_XXL, 12_229_596_672, "blip2_t5:pretrain_flant5xxl"),
-    _matcher("itm-vit-g", "itm", _VIT_224, 1_172_032_258, "blip2:pretrain"),
-    _matcher("itm-vit-g-coco", "itm-coco", _VIT_364, 1_172_623_618, "blip2:coco"),
+    _published("opt-2.7b", _VIT_224, _OPT_2B7, 3_744_679_936, "blip2_opt:pretrain_opt2.7b"),
+    _published("opt-6.7b", _VIT_224, _OPT_6B7, 7_752_738_304, "blip2_opt:pretrain_opt6.7b"),
+    _published("opt-2.7b-coco", _VIT_364, _OPT_2B7, 3_745_271_296, "blip2_opt:caption_coco_opt2.7b"),
+    _published("opt-6.7b-coco", _VIT_364, _OPT_6B7, 7_753_329_664, "blip2_opt:caption_coco_opt6.7b"),
+    _published("flan-t5-xl", _VIT_224, _FLAN_XL, 3_942_446_592, "blip2_t5:pretrain_flant5xl"),
+    _published("flan-t5-xl-coco", _VIT_364, _FLAN_XL, 3_943_037_952, "blip2_t5:caption_coco_flant5xl"),
+    _published("flan-t5-xxl", _VIT_224, _FLAN_XXL, 12_229_596_672, "blip2_t5:pretrain_flant5xxl"),
+    _published("itm-vit-g", _VIT_224, None, 1_172_032_258, "blip2:pretrain"),
+    _published("itm-vit-g-coco", _VIT_364, None, 1_172_623_618, "blip2:coco"),
 )
 
 # LAVIS's names for the stage-1 model in its other uses.
@@ -147,17 +142,14 @@ def default_dtype(parameters: int) -> str:
 def resolve_alias(name: str) -> str:
     """An alias, or a model's name and type in LAVIS -> the name on the Hub; any other name as it is.
 
-    Raises:
-        ValueError: a model of LAVIS that is not on the Hub; the message says how to load it.
+    Raises ValueError for a model of LAVIS that is not on the Hub; the message says how to load it.
     """
-    for prefix in _LAVIS_USES:
-        if name.startswith(prefix):
-            name = "blip2:" + name.removeprefix(prefix)
+    if name.startswith(_LAVIS_USES):
+        name = f"blip2:{name.partition(':')[2]}"
     if name in _LAVIS_FILES:
         file, parts = _LAVIS_FILES[name]
-        raise ValueError(
-            f"{name} is not on the Hub: get {_LAVIS_ADDRESS}{file} and give the file, with {parts}"
-        )
+        url = _LAVIS_ADDRESS + file
+        raise ValueError(f"{name} is not on the Hub: get {url} and give the file, with {parts}")
     return next((model.name for model in PUBLISHED if name in (model.alias, model.lavis)), name)
 
 
@@ -178,8 +170,7 @@ def default_model() -> KnownModel:
 def folder_model(folder: Path, *more: Path, name: str, use: str = "") -> KnownModel:
     """The model in a Hugging Face folder, and the weights in `more` folders beside it.
 
-    Raises:
-        ValueError: the folder holds no model that this package can build.
+    Raises ValueError where the folder holds no model that this package can build.
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -60,9 +60,8 @@ def replace_file(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
         OSError: the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = hashlib.blake2b(
-        os.fsencode(path.name), digest_size=8
-    ).hexdigest()  # never longer than a name may be
+    # never longer than a name may be
+    key = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
     beside = path.with_name(f".{key}{UNFINISHED}")
     try:
         yield beside
@@ -93,7 +92,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
             if not lock_file(lock):
                 raise CheckpointError(f"{folder}: another process is writing it")
             try:
-                _clear(beside)
+                for path in beside.iterdir():  # left by a process that was killed
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path.name != _LOCK:
+                        path.unlink()
                 yield beside
                 sync(beside)
                 if folder.is_dir():
@@ -108,14 +111,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{folder} cannot be written ({error.strerror or error}); nothing was saved"
         ) from error
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != _LOCK:
-            path.unlink()
 
 
 def write_file(path: Path, content: Content) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from blip2.bench import Bench, Contender, decode_bytes, operations, run
+from blip2.bench import Bench, Contender, decode_bytes, operations, run_benchmark
 from blip2.checkpoint import load_model, quantize_checkpoint
 from blip2.cli import main
 from blip2.modeling.blip2 import Blip2
@@ -54,13 +54,13 @@ def test_a_run_goes_on_where_its_record_ends(generator_folder: Path, tmp_path: P
     side, record = Contender("blip2", str(generator_folder), "fp32"), tmp_path / "figures.jsonl"
     kept = {"load": 7.0, "greedy step": 8.0}
     record.write_text(json.dumps([side.name, 0, kept]) + "\n")
-    bench = run((side,), rounds=1, batches=(1,), record=record)
+    bench = run_benchmark((side,), rounds=1, batches=(1,), record=record)
     assert bench.figures == {side.name: kept}
     names = [json.loads(line)[0] for line in record.read_text().splitlines()]
     assert names == [side.name, "limits"] and bench.limits["read"] > 0
     record.write_text("figures\n")
     with pytest.raises(ValueError, match="holds no measurements"):
-        run((side,), rounds=1, batches=(1,), record=record)
+        run_benchmark((side,), rounds=1, batches=(1,), record=record)
 
 
 def test_a_step_reads_what_an_image_takes(generator_folder: Path) -> None:
@@ -96,4 +96,4 @@ def test_a_step_reads_the_matrices_of_the_language_model(folder: str, request: p
 
 def test_a_side_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"blip2 fp32 failed: .*nothing"):
-        run((Contender("blip2", str(tmp_path / "nothing"), "fp32"),), rounds=1, batches=(1,))
+        run_benchmark((Contender("blip2", str(tmp_path / "nothing"), "fp32"),), rounds=1, batches=(1,))

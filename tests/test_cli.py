@@ -70,22 +70,14 @@ def test_several_print_path_and_caption(run: Run, generator_folder: Path, pictur
 
 def test_json(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
     model = blip2.load(generator_folder)
-    caption, answer = model.caption(pictures[0]), model.ask(pictures[0], "what is it?")
-
-    status, out, _ = run("caption", pictures[0], "--json")
-    assert status == 0
-    assert json.loads(out[0]) == {
-        "image": str(pictures[0]),
-        "caption": caption,
-        "score": pytest.approx(caption.score),
-    }
-    status, out, _ = run("ask", pictures[0], "what is it?", "--json")
-    assert status == 0
-    assert json.loads(out[0]) == {
-        "image": str(pictures[0]),
-        "answer": answer,
-        "score": pytest.approx(answer.score),
-    }
+    image, question = pictures[0], "what is it?"
+    for command, name, text in (
+        (["caption", image], "caption", model.caption(image)),
+        (["ask", image, question], "answer", model.ask(image, question)),
+    ):
+        status, out, _ = run(*command, "--json")
+        assert status == 0
+        assert json.loads(out[0]) == {"image": str(image), name: text, "score": pytest.approx(text.score)}
 
 
 def test_a_bad_file_is_one_error_line_and_the_others_come_out(
@@ -139,14 +131,11 @@ def test_folders_and_patterns(run: Run, pictures: list[Path], tmp_path: Path) ->
 
 def test_standard_input(run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     alone = run("caption", pictures[0], *SHORT)[1]
-    for content, expected in ((pictures[0].read_bytes(), (0, alone, [])), (b"nothing", None)):
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
-        result = run("caption", "-", *SHORT)
-        if expected is not None:
-            assert result == expected
-        else:
-            assert (result[0], result[1]) == (1, [])
-            assert len(result[2]) == 1
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pictures[0].read_bytes())))
+    assert run("caption", "-", *SHORT) == (0, alone, [])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"nothing")))
+    status, out, err = run("caption", "-", *SHORT)
+    assert (status, out, len(err)) == (1, [], 1)
 
 
 def test_every_decoding_option_arrives(run: Run, generator_folder: Path, pictures: list[Path]) -> None:
@@ -317,10 +306,8 @@ def test_match_and_embed(run: Run, matcher_folder: Path, pictures: list[Path]) -
 
     status, out, _ = run("embed", pictures[0], "absent.png", "--text", texts[0], model=matcher_folder)
     records = [json.loads(line) for line in out]
-    assert (status, [sorted(record) for record in records]) == (
-        1,
-        [["embedding", "text"], ["embedding", "image"], ["error", "image"]],
-    )
+    names = [sorted(record) for record in records]
+    assert (status, names) == (1, [["embedding", "text"], ["embedding", "image"], ["error", "image"]])
     assert torch.allclose(torch.tensor(records[1]["embedding"]), matcher.embed(pictures[0]), atol=1e-5)
     assert run("embed", model=matcher_folder)[0] == 2
 
@@ -375,9 +362,8 @@ def test_convert(run: Run, generator_folder: Path, pictures: list[Path], tmp_pat
     assert json.loads(line)["narrowed"] == 0  # all of it is fp16 already
     assert len([*(tmp_path / "back").glob("*.safetensors")]) > 1
     assert run("caption", pictures[0], *SHORT, model=tmp_path / "back")[1] == expected
-    status, _, (error,) = run(
-        "convert", generator_folder, tmp_path / "new", "--to", "hf", "--shard-size", "2 lots", model=None
-    )
+    wrong = ("--to", "hf", "--shard-size", "2 lots")
+    status, _, (error,) = run("convert", generator_folder, tmp_path / "new", *wrong, model=None)
     assert status == 2 and "such as 2GB" in error
 
 
@@ -585,9 +571,7 @@ def test_help_comes_at_once() -> None:
         subprocess.run(
             [sys.executable, "-m", "blip2", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True
         )
-        after = (
-            os.times()
-        )  # the processor's time, not the clock's: the machine may be busy with something else
+        after = os.times()  # the processor's time, not the clock's: the machine may be busy otherwise
         used = after.children_user - before.children_user + after.children_system - before.children_system
         seconds.append(used)
     assert min(seconds) < 0.2, seconds
@@ -596,13 +580,8 @@ def test_help_comes_at_once() -> None:
 def test_a_reader_that_has_seen_enough_is_no_error(generator_folder: Path, pictures: list[Path]) -> None:
     command = [sys.executable, "-m", "blip2", "caption", *map(str, pictures)]
     command += ["--model", str(generator_folder), "--batch-size", "1"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, env=environment)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b""

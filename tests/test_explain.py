@@ -33,13 +33,8 @@ def test_words_make_up_the_text_and_each_has_a_map(model: blip2.Predictor, pictu
         assert word.heat.min() >= 0 and word.heat.max() in (0, 1)
         assert word.logprob < 0
         assert explanation.heat_map(i).shape == (40, 30)  # the picture's height and width
-    assert explanation.attention.shape == (
-        1,
-        4,
-        4,
-        4,
-        4,
-    )  # layers that read the image, heads, queries, rows, columns
+    # layers that read the image, heads, queries, rows, columns
+    assert explanation.attention.shape == (1, 4, 4, 4, 4)
     assert explanation.attention.min() >= 0 and (explanation.attention.sum((-1, -2)) < 1).all()
 
 

@@ -16,14 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, features
 
-from blip2.images import (
-    CLIP_MEAN,
-    ImageError,
-    ImageProcessor,
-    load_image,
-    random_resized_crop,
-    to_pixels,
-)
+from blip2.images import CLIP_MEAN, ImageError, ImageProcessor, load_image, random_resized_crop, to_pixels
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -52,16 +45,8 @@ def test_every_way_in_gives_the_same_pixels(tmp_path: Path) -> None:
     path.write_bytes(content)
     expected = picture()
     with path.open("rb") as file:
-        sources = [
-            str(path),
-            path,
-            content,
-            file,
-            io.BytesIO(content),
-            Image.open(path),
-            np.asarray(expected),
-        ]
-        for source in sources:
+        opened, pixels = Image.open(path), np.asarray(expected)
+        for source in (str(path), path, content, file, io.BytesIO(content), opened, pixels):
             assert same(load_image(source), expected), type(source)
 
 
@@ -299,11 +284,8 @@ def write(folder: Path, name: str, value: object) -> None:
 
 def test_settings_are_read_from_either_file(tmp_path: Path) -> None:
     assert ImageProcessor.load(tmp_path, 364) == ImageProcessor(364)  # none: the model's size
-    write(
-        tmp_path,
-        "preprocessor_config.json",
-        {"size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.4, 0.3]},
-    )
+    settings = {"size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.4, 0.3]}
+    write(tmp_path, "preprocessor_config.json", settings)
     assert ImageProcessor.load(tmp_path, 364) == ImageProcessor(32, mean=(0.5, 0.4, 0.3))
     write(tmp_path, "processor_config.json", {"processor_class": "Blip2Processor"})
     assert ImageProcessor.load(tmp_path, 364).size == 32

@@ -89,16 +89,9 @@ def test_as_many_questions_as_images(model: Predictor, pictures: list[Path]) -> 
 
 def test_every_way_in_gives_the_same(model: Predictor, pictures: list[Path]) -> None:
     path = pictures[1]
+    pixels = np.asarray(load_image(path))
     with Image.open(path) as opened, path.open("rb") as file:
-        ways = [
-            path,
-            str(path),
-            path.read_bytes(),
-            file,
-            opened,
-            np.asarray(load_image(path)),
-            model.encode(path),
-        ]
+        ways = [path, str(path), path.read_bytes(), file, opened, pixels, model.encode(path)]
         captions = {str(model.caption(way, max_new_tokens=6)) for way in ways}
     assert len(captions) == 1
 
@@ -189,12 +182,8 @@ def test_a_bad_image_in_a_list_is_named(model: Predictor, pictures: list[Path], 
 def test_a_caption_survives_pickling_and_copying(model: Predictor, pictures: list[Path]) -> None:
     caption = model.caption(pictures[0], max_new_tokens=4)
     for copied in (pickle.loads(pickle.dumps(caption)), copy.deepcopy(caption)):
-        assert (type(copied), copied, copied.score, copied.tokens) == (
-            type(caption),
-            caption,
-            caption.score,
-            caption.tokens,
-        )
+        assert type(copied) is type(caption)
+        assert (copied, copied.score, copied.tokens) == (caption, caption.score, caption.tokens)
     assert math.isnan(GeneratedText("typed by hand").score)
 
 
@@ -431,17 +420,14 @@ def test_match_takes_one_or_many_of_each(model: Predictor, pictures: list[Path])
     one = model.match(pictures[1], texts[2])
     assert isinstance(one, blip2.Match)
     assert model.match(pictures[1], [texts[2]])[0] == one
-    for row, expected in zip(model.match(pictures, texts[2]), [row[2] for row in table]):
-        assert (row.probability, row.similarity) == pytest.approx(
-            (expected.probability, expected.similarity), abs=1e-5
-        )
-    for cell, expected in zip(model.match(pictures[1], texts), table[1]):
-        assert (cell.probability, cell.similarity) == pytest.approx(
-            (expected.probability, expected.similarity), abs=1e-5
-        )
-    assert (table[1][2].probability, table[1][2].similarity) == pytest.approx(
-        (one.probability, one.similarity), abs=1e-5
-    )
+    pairs = [
+        *zip(model.match(pictures, texts[2]), [row[2] for row in table], strict=True),
+        *zip(model.match(pictures[1], texts), table[1], strict=True),
+        (table[1][2], one),
+    ]
+    for cell, expected in pairs:
+        near = pytest.approx((expected.probability, expected.similarity), abs=1e-5)
+        assert (cell.probability, cell.similarity) == near
     assert all(0 <= cell.probability <= 1 and -1 <= cell.similarity <= 1 for row in table for cell in row)
 
 
@@ -463,13 +449,9 @@ def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures
 def test_a_matcher_alone_matches_and_does_not_write(matcher_folder: Path, pictures: list[Path]) -> None:
     matcher = blip2.load(matcher_folder)
     assert 0 <= matcher.match(pictures[0], "a cat").probability <= 1
-    for act in (
-        lambda: matcher.caption(pictures[0]),
-        lambda: matcher.encode(pictures[0]),
-        lambda: matcher.chat(pictures[0]),
-    ):
+    for writes in (matcher.caption, matcher.encode, matcher.chat):
         with pytest.raises(ValueError, match="load one that writes"):
-            act()
+            writes(pictures[0])
 
 
 def test_without_a_matcher_matching_says_what_to_do(generator_folder: Path, pictures: list[Path]) -> None:

@@ -182,9 +182,8 @@ def test_a_folder_or_a_file_can_be_examined(
     for path in (tmp_path / "paddle", tmp_path / "paddle" / "model_state.pdparams"):
         (same,) = doctor.examine_models(machine, str(path))
         assert same.parameters == checkup.parameters
-        assert (
-            2 * same.parameters < same.disk_bytes < 2.5 * same.parameters
-        )  # PaddleNLP stores a tied head twice
+        # PaddleNLP stores a tied head twice
+        assert 2 * same.parameters < same.disk_bytes < 2.5 * same.parameters
     with pytest.raises(ValueError, match="neither a folder nor a model known"):
         doctor.examine_models(machine, "nonesuch")
 

@@ -11,23 +11,7 @@ from blip2.tensorfiles.open import open_tensors
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 
 __all__ = [
-    "BrokenFileError",
-    "CheckpointError",
-    "Conversion",
-    "Inspection",
-    "Quantization",
-    "TensorInfo",
-    "Tensors",
-    "UnsafeFileError",
-    "UnsupportedFileError",
-    "convert",
-    "count_parameters",
-    "inspect",
-    "load_model",
-    "load_processors",
-    "open_tensors",
-    "quantize_checkpoint",
-    "resolve_path",
-    "save_model",
-    "stored_as",
-]
+    "BrokenFileError", "CheckpointError", "Conversion", "Inspection", "Quantization", "TensorInfo", "Tensors",
+    "UnsafeFileError", "UnsupportedFileError", "convert", "count_parameters", "inspect", "load_model",
+    "load_processors", "open_tensors", "quantize_checkpoint", "resolve_path", "save_model", "stored_as",
+]  # fmt: skip

@@ -19,12 +19,12 @@ from torch import Tensor
 from blip2.checkpoint.formats.lavis import LAVIS, to_lavis_config
 from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP, to_paddle_config, tokenizer_changes
 from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
-from blip2.checkpoint.layouts import HUGGING_FACE, Layout
+from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
-from blip2.checkpoint.remap import TensorRecipe, from_hf_layout, read_blocks, remap_tensors
+from blip2.checkpoint.remap import from_hf_layout, rename_tensors
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
-from blip2.checkpoint.verify import compare_logits, compare_tensors
+from blip2.checkpoint.verify import compare_logits, compare_tensors, same_bits
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
@@ -96,7 +96,9 @@ def convert(
     report = progress or (lambda what, done, total: None)
     with open_checkpoint(source, vision=vision, language=language) as checkpoint:
         original = normalize(checkpoint)
-        layout = _layout(to, original.config)
+        layout = {"hf": HUGGING_FACE, "paddle": PADDLENLP, "lavis": LAVIS}[to]
+        if to == "paddle" and isinstance(original.config, MatcherConfig):
+            layout = PADDLEMIX
         stored = from_hf_layout(original.tensors, layout)
         dtypes, narrowed = _dtypes(stored, dtype, report)
         info = {name: replace(stored.info(name), dtype=dtypes[name]) for name in stored}
@@ -116,12 +118,6 @@ def convert(
                 verified = f"{count} tensors bit by bit{rounding}; {logits}"
     written_bytes = sum(entry.nbytes for entry in info.values())
     return Conversion(folder, layout.name, len(info), total, written_bytes, narrowed, verified)
-
-
-def _layout(to: Format, config: Blip2Config | MatcherConfig) -> Layout:
-    if to == "paddle":
-        return PADDLEMIX if isinstance(config, MatcherConfig) else PADDLENLP
-    return HUGGING_FACE if to == "hf" else LAVIS
 
 
 @dataclass(frozen=True)
@@ -155,24 +151,20 @@ def normalize(checkpoint: Checkpoint) -> NormalizedCheckpoint:
         if tied:
             del kept[HF_HEAD]
         config = replace(config, language=replace(config.language, tie_word_embeddings=tied))
-    recipes = {name: TensorRecipe(tensors.info(stored), (stored,)) for name, stored in kept.items()}
-    return NormalizedCheckpoint(checkpoint, model, config, remap_tensors(tensors, recipes), tied)
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
+    return NormalizedCheckpoint(checkpoint, model, config, rename_tensors(tensors, kept), tied)
 
 
 def _converted(
     stored: Tensors, name: str, dtype: torch.dtype, report: Progress, total: int
 ) -> Iterator[Tensor]:
-    for block in read_blocks(stored, name):
+    for block in stored.blocks(name):
         out = block.to(dtype)
         if block.dtype != dtype and bool(out.isinf().any()) and bool((out.isinf() & ~block.isinf()).any()):
             raise CheckpointError(
                 f"{name} holds values beyond the range of {dtype} ({torch.finfo(dtype).max:.6g}); use a wider dtype"
             )
         yield out
-        report("write", block.numel() * block.dtype.itemsize, total)
+        report("write", block.nbytes, total)
 
 
 def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict[str, torch.dtype], int]:
@@ -180,10 +172,7 @@ def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict
     as_it_is = {name: stored.info(name).dtype for name in stored}
     if target != SMALLEST_EXACT:
         narrow = parse_dtype(target)
-        return {
-            name: narrow if narrow is not None and dtype.is_floating_point else dtype
-            for name, dtype in as_it_is.items()
-        }, 0
+        return {n: (narrow or d) if d.is_floating_point else d for n, d in as_it_is.items()}, 0
     wide = [name for name, dtype in as_it_is.items() if dtype in (torch.float32, torch.float64)]
     total = sum(stored.info(name).nbytes for name in wide)
     fits = {name: _exact_in(stored, name, report, total) for name in wide}
@@ -191,30 +180,19 @@ def _dtypes(stored: Tensors, target: str | None, report: Progress) -> tuple[dict
     for name, dtypes in fits.items():
         for dtype in dtypes:
             counts[dtype] += stored.info(name).numel
-    chosen = {
-        name: max(dtypes, key=counts.__getitem__) if dtypes else as_it_is[name]
-        for name, dtypes in fits.items()
-    }
-    return as_it_is | chosen, sum(chosen[name] != as_it_is[name] for name in chosen)
+    chosen = {name: max(dtypes, key=counts.__getitem__) for name, dtypes in fits.items() if dtypes}
+    return as_it_is | chosen, len(chosen)
 
 
 def _exact_in(stored: Tensors, name: str, report: Progress, total: int) -> list[torch.dtype]:
     """The 16-bit dtypes that hold every value of a tensor as it is."""
     candidates = [torch.bfloat16, torch.float16]
-    for block in read_blocks(stored, name):
-        bits = block.view(torch.uint8)
-        candidates = [
-            dtype
-            for dtype in candidates
-            if torch.equal(block.to(dtype).to(block.dtype).view(torch.uint8), bits)
-        ]
-        report("scan", block.numel() * block.dtype.itemsize, total)
+    for block in stored.blocks(name):
+        candidates = [dtype for dtype in candidates if same_bits(block, block.to(dtype))]
+        report("scan", block.nbytes, total)
         if not candidates:
             break
     return candidates
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def new_checkpoint(
@@ -238,7 +216,7 @@ def new_checkpoint(
     if to == "paddle":
         files["config.json"] = to_paddle_config(config, hf_files["config.json"]["torch_dtype"])
     elif to == "lavis":
-        files["config.yaml"] = to_lavis_config(config, str(folder.absolute() / TORCH.single))
+        files["config.yaml"] = to_lavis_config(config, str(folder.absolute() / TORCH.file))
     if tokenizer is not None:
         files |= {**tokenizer_files(tokenizer), **tokenizer_changes(tokenizer, paddle=to == "paddle")}
     return new_model_folder(folder, files, KINDS[to], info, read, shard_bytes)

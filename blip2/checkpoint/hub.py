@@ -66,21 +66,15 @@ def resolve_path(name_or_path: str | Path, revision: str | None = None) -> Path:
             patterns = [*HUB_FILES, *OLDER_FILES]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         return folder
-    except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{which} is not in the local cache and the Hugging Face Hub cannot be reached; "
-            "connect (or unset HF_HUB_OFFLINE), or give the path of a local folder"
-        ) from error
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{which} is gated; accept its terms on the Hub and log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {revision!r} on the Hugging Face Hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name}: no such folder here and no such model on the Hugging Face Hub; "
-            "check the spelling, or log in with `hf auth login` if it is private"
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{which} cannot be downloaded from the Hugging Face Hub: {error}") from error
+    except (errors.HfHubHTTPError, OSError) as error:  # of these classes some are subclasses of others
+        problems: dict[type[Exception], str] = {
+            errors.LocalEntryNotFoundError: f"{which} is not in the local cache and the Hugging Face Hub cannot be "
+            "reached; connect (or unset HF_HUB_OFFLINE), or give the path of a local folder",
+            errors.GatedRepoError: f"{which} is gated; accept its terms on the Hub and log in with `hf auth login`",
+            errors.RevisionNotFoundError: f"{name} has no revision {revision!r} on the Hugging Face Hub",
+            errors.RepositoryNotFoundError: f"{name}: no such folder here and no such model on the Hugging Face Hub; "
+            "check the spelling, or log in with `hf auth login` if it is private",
+            Exception: f"{which} cannot be downloaded from the Hugging Face Hub: {error}",
+        }
+        problem = next(text for kind, text in problems.items() if isinstance(error, kind))
+        raise CheckpointError(problem) from error

@@ -11,22 +11,14 @@ from typing import Any
 import torch
 
 from blip2.checkpoint.formats.lavis import LAVIS, NEWLINE_OF_OPT
-from blip2.checkpoint.key_mapping import (
-    HEAD,
-    HF_HEAD,
-    OPT_EMBEDDINGS,
-    T5_EMBEDDINGS,
-    from_hugging_face,
-    to_hugging_face,
-)
+from blip2.checkpoint.key_mapping import HEAD, HF_HEAD, WORD_EMBEDDINGS, from_hugging_face, to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE
-from blip2.checkpoint.load import DROPPED, DTYPES, empty_model
+from blip2.checkpoint.load import DROPPED, empty_model, listed, mismatches
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
 from blip2.modeling.config import Blip2Config, MatcherConfig
 from blip2.tensorfiles.tensors import TensorInfo
 
 LAYOUTS = {"hf": "Hugging Face", "lavis": "LAVIS", "paddlenlp": "PaddleNLP", "paddlemix": "PaddleMIX"}
-_EMBEDDINGS = (OPT_EMBEDDINGS, T5_EMBEDDINGS)
 _COMPONENTS = {  # what our names begin with -> the component
     "vision": "image encoder",
     "qformer": "Q-Former",
@@ -83,22 +75,22 @@ def inspect(
         tensors = checkpoint.tensors
         ours = {name: from_hugging_face(name) for name in tensors}
         # T5's word embeddings may be there under three names
-        once = {own: name for name, own in reversed(ours.items()) if own is not None}
-        infos = {name: tensors.info(name) for name in once.values()}
+        names = {own: name for name, own in reversed(ours.items()) if own is not None}
+        infos = {own: tensors.info(name) for own, name in names.items()}
         config = checkpoint.config
         return Inspection(
             path=str(path),
             layout=LAYOUTS[checkpoint.layout.name],
             file_format=checkpoint.file_format,
             variant=_variant(checkpoint),
-            parts=_parts(infos, ours),
+            parts=_parts(infos),
             tensors=len(checkpoint.stored),
             parameters=sum(info.numel for info in infos.values()),
             stored_bytes=checkpoint.stored.nbytes,
             head=_head(checkpoint),
             image_px=None if config is None else config.vision.image_size,
             tokenizer=checkpoint.tokenizer is not None,
-            problems=tuple(_problems(checkpoint, ours)),
+            problems=tuple(_problems(checkpoint, ours, names)),
             notes=tuple(_notes(checkpoint)),
         )
 
@@ -130,60 +122,41 @@ def _variant(checkpoint: Checkpoint) -> str:
     return f"generator, {image}, {kind} {config.language.width} wide"
 
 
-def _parts(infos: Mapping[str, TensorInfo], ours: Mapping[str, str | None]) -> dict[str, ComponentSummary]:
+def _parts(infos: Mapping[str, TensorInfo]) -> dict[str, ComponentSummary]:
     counts: dict[str, Counter[str]] = {part: Counter() for part in (*_COMPONENTS.values(), "heads")}
     tensors: Counter[str] = Counter()
     for name, info in infos.items():
-        part = _COMPONENTS.get((ours[name] or "").split(".", 1)[0], "heads")
+        part = _COMPONENTS.get(name.split(".", 1)[0], "heads")
         tensors[part] += 1
         counts[part][str(info.dtype).removeprefix("torch.")] += info.numel
-    return {
-        part: ComponentSummary(tensors[part], count.total(), dict(count))
-        for part, count in counts.items()
-        if count
-    }
+    return {p: ComponentSummary(tensors[p], c.total(), dict(c)) for p, c in counts.items() if c}
 
 
 def _head(checkpoint: Checkpoint) -> str:
     if checkpoint.is_matcher:
         return "none"
-    embeddings = any(from_hugging_face(name) in _EMBEDDINGS for name in checkpoint.tensors)
+    embeddings = any(from_hugging_face(name) in WORD_EMBEDDINGS for name in checkpoint.tensors)
     if HF_HEAD in checkpoint.tensors:
         return "stored" if embeddings else "tied"
     return "tied" if embeddings else "missing"
 
 
-# --- what looks wrong -------------------------------------------------------------------------------------------------
-
-
-def _problems(checkpoint: Checkpoint, ours: Mapping[str, str | None]) -> list[str]:
+def _problems(checkpoint: Checkpoint, ours: Mapping[str, str | None], names: Mapping[str, str]) -> list[str]:
     tensors, config = checkpoint.tensors, checkpoint.config
-    names = {own: name for name, own in ours.items() if own is not None}
-    spare = [name for name, own in ours.items() if own is None and name not in DROPPED]
-    odd = [name for name in tensors if ours[name] and tensors.info(name).dtype not in DTYPES.values()]
-    lists = {"names that belong to no BLIP-2 model": spare, "no weights of 16, 32 or 64 bit floats": odd}
-    if config is not None:
-        model = empty_model(config, tensors, names, tied=False)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        shapes = {own: tensors.info(name).shape for own, name in names.items()}
-        shared = {HEAD, *_EMBEDDINGS}
-        optional = shared if shared & {*shapes} else set()
+    model = None if config is None else empty_model(config, tensors, names, tied=False)
+    missing, spare, shapes, odd = mismatches({} if model is None else model.state_dict(), tensors, names)
+    unknown = [name for name, own in ours.items() if own is None and name not in DROPPED]
+    lists = {"names that belong to no BLIP-2 model": unknown, "no weights of 16, 32 or 64 bit floats": odd}
+    if model is not None:
+        shared = {HEAD, *WORD_EMBEDDINGS}
+        optional = shared if shared & names.keys() else set()
         lists |= {
-            "missing": [to_hugging_face(n) for n in expected if n not in shapes and n not in optional],
-            "no place for": [to_hugging_face(n) for n in shapes if n not in expected],
-            "shapes that do not fit the settings": [
-                f"{to_hugging_face(name)} {list(shapes[name])} instead of {list(shape)}"
-                for name, shape in expected.items()
-                if name in shapes and shapes[name] != shape
-            ],
+            "missing": [to_hugging_face(name) for name in missing if name not in optional],
+            "no place for": spare,
+            "shapes that do not fit the settings": shapes,
         }
     problems = [] if checkpoint.problem is None else [str(checkpoint.problem)]
-    return problems + [f"{what}: {_some(items)}" for what, items in lists.items() if items]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} ({', '.join(sorted(names)[:5])}{more})"
+    return problems + [f"{what}: {len(some)} {listed(some, 5)}" for what, some in lists.items() if some]
 
 
 def _notes(checkpoint: Checkpoint) -> list[str]:

@@ -14,7 +14,7 @@ Rules = tuple[tuple[str, str], ...]
 
 # The weights that a tied head shares, by our names and by Hugging Face's.
 HEAD = "language.lm_head.weight"
-OPT_EMBEDDINGS, T5_EMBEDDINGS = "language.embed_tokens.weight", "language.shared.weight"
+WORD_EMBEDDINGS = ("language.embed_tokens.weight", "language.shared.weight")  # OPT's, T5's
 HF_HEAD = "language_model.lm_head.weight"
 HF_OPT_EMBEDDINGS = "language_model.model.decoder.embed_tokens.weight"
 HF_T5_EMBEDDINGS = "language_model.shared.weight"
@@ -48,17 +48,13 @@ _RULES: Rules = (
     ("language.decoder.layers.", "language_model.decoder.block."),
     ("language.decoder.final_layer_norm.", "language_model.decoder.final_layer_norm."),
     ("language.lm_head.", "language_model.lm_head."),
-    ("vision_projection.", "vision_projection."),
-    ("text_projection.", "text_projection."),
-    ("itm_head.", "itm_head."),
-    ("itg_head.", "itg_head."),
-    ("temp", "temp"),
+    *((name, name) for name in ("vision_projection.", "text_projection.", "itm_head.", "itg_head.", "temp")),
 )
 
 
 # Hugging Face's other names for one tensor -> ours; files may hold it under all of them.
 _COPIES: Mapping[str, str] = {
-    f"language_model.{part}.embed_tokens.weight": T5_EMBEDDINGS for part in ("encoder", "decoder")
+    f"language_model.{part}.embed_tokens.weight": WORD_EMBEDDINGS[1] for part in ("encoder", "decoder")
 }
 
 

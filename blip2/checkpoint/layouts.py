@@ -11,14 +11,10 @@ from dataclasses import dataclass, field
 from blip2.checkpoint.key_mapping import HF_HEAD, Rules
 
 # Weights of two dimensions that are no linear layer's.
-_TABLES = (
-    "embed_tokens",
-    "embed_positions",
-    "shared",
-    "word_embeddings",
-    "position_embeddings",
+_TABLES = {
+    *("embed_tokens", "embed_positions", "shared", "word_embeddings", "position_embeddings"),
     "relative_attention_bias",
-)
+}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.hub import resolve_path
 from blip2.checkpoint.key_mapping import HEAD, from_hugging_face
-from blip2.checkpoint.remap import equal_values, parameters, read_blocks
+from blip2.checkpoint.remap import equal_values
 from blip2.checkpoint.source import folder_of, has_tokenizer, open_checkpoint
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
@@ -35,23 +35,13 @@ from blip2.tensorfiles.tensors import Tensors
 from blip2.text import Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp64": torch.float64,
-    "float64": torch.float64,
-}
+    "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16, "fp64": torch.float64, "float64": torch.float64,
+}  # fmt: skip
 
 # Buffers of older files that hold no weights: counted positions, and a version number.
 DROPPED = frozenset(
-    {
-        "embeddings.position_ids",
-        "qformer.embeddings.position_ids",
-        "language_model.model.decoder.version",
-    }
+    {"embeddings.position_ids", "qformer.embeddings.position_ids", "language_model.model.decoder.version"}
 )
 # T5's matrices that overflow in fp16, whose range ends at 65504. Kept in fp32 as transformers keeps them.
 _OVERFLOWS = ".DenseReluDense.wo.weight"
@@ -122,7 +112,7 @@ def count_parameters(
 ) -> int:
     """How many values a checkpoint holds, the parts from elsewhere counted in; arguments as `load_model`'s."""
     with open_checkpoint(path, vision=vision, language=language) as checkpoint:
-        return parameters(checkpoint.tensors)
+        return checkpoint.tensors.numel
 
 
 def stored_as(path: Path) -> Mode | None:
@@ -184,40 +174,39 @@ def build_model(
     """
     model, names, tied = match_state_dict(config, tensors, names)
     dtypes = _part_dtypes(tensors, names, dtype)
-    state: dict[str, Tensor] = {}
+    weights, on_cpu = names, device.type == "cpu"
     quantize = quantize or stored_mode(tensors)
     if quantize is not None:
-        weights = names
 
         def read(name: str, kind: type[QuantizedWeight]) -> QuantizedWeight:
             # word embeddings are looked up as they are stored: only the words that occur are ever read
-            mapped = name in EMBEDDINGS or (
-                kind is Int4Weight and device.type == "cpu" and openvino_multiplies()
-            )
+            mapped = name in EMBEDDINGS or (kind is Int4Weight and on_cpu and openvino_multiplies())
             return read_quantized(tensors, weights[f"{name}.weight"], kind, mapped=mapped).to(device)
 
         apply.quantize_model(model, quantize, read)
         rest = model.state_dict()
         names, tied = {ours: stored for ours, stored in names.items() if ours in rest}, False
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
-    if prepack and device.type == "cpu" and cpu_has_bf16():
+    elif tied:
+        del names[HEAD]
+    if prepack and on_cpu and cpu_has_bf16():
         # beside quantized weights, where no dtype is given, what is left of the linear layers is bf16 too
         narrow = quantize is not None and dtype is None
         packed = {
             name: partial(tensors.copy, names[f"{name}.weight"])
             for name, _ in apply.linear_layers(model)
-            # a head that is the word embeddings' weight is needed as it is
-            if (narrow or dtypes[_part(name)] == torch.bfloat16) and not (tied and f"{name}.weight" == HEAD)
+            # a head that is the word embeddings' weight, which is not among them, is needed as it is
+            if (narrow or dtypes[_part(name)] == torch.bfloat16) and f"{name}.weight" in names
         }
         apply.prepack(model, packed)
         names = {ours: stored for ours, stored in names.items() if ours.removesuffix(".weight") not in packed}
+    state: dict[str, Tensor] = {}
     for ours, stored in names.items():
-        if not (tied and ours == HEAD):
-            target = dtypes[_part(ours)]
-            if target == torch.float16 and ours.endswith(_OVERFLOWS):
-                target = torch.float32
-            unchanged = tensors.info(stored).dtype == target and device.type == "cpu"
-            state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
+        target = dtypes[_part(ours)]
+        if target == torch.float16 and ours.endswith(_OVERFLOWS):
+            target = torch.float32
+        unchanged = tensors.info(stored).dtype == target and on_cpu
+        state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
     if tied:
         assert isinstance(config, Blip2Config)
         state[HEAD] = state[embeddings_weight(config)]
@@ -255,14 +244,17 @@ def empty_model(
     if isinstance(config, Blip2Config):
         size = _vocabulary(tensors, names, embeddings_weight(config), config.language.vocab_size)
         language = replace(config.language, vocab_size=size, tie_word_embeddings=tied)
-        with torch.device("meta"), SkipInit():
-            return Blip2(replace(config, language=language))
-    size = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
-    qformer = replace(config.qformer, vocab_size=size)
+        config = replace(config, language=language)
+    else:
+        size = _vocabulary(tensors, names, "qformer.word_embeddings.weight", config.qformer.vocab_size)
+        config = replace(config, qformer=replace(config.qformer, vocab_size=size))
+    return allocate_model(config, itg=any(name.startswith("itg_head.") for name in names))
+
+
+def allocate_model(config: Blip2Config | MatcherConfig, *, itg: bool) -> Blip2 | Blip2Matcher:
+    """The model of a config on the meta device; itg: whether a matcher has its text head."""
     with torch.device("meta"), SkipInit():
-        return Blip2Matcher(
-            replace(config, qformer=qformer), itg=any(name.startswith("itg_head.") for name in names)
-        )
+        return Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config, itg=itg)
 
 
 def embeddings_weight(config: Blip2Config) -> str:
@@ -286,7 +278,7 @@ def our_names(tensors: Tensors) -> dict[str, str]:
         elif stored not in DROPPED:
             spare.append(stored)
     if spare:
-        raise CheckpointError(f"the file holds {_listed(spare)} that belong to no BLIP-2 model")
+        raise CheckpointError(f"the file holds {_tensors(spare)} that belong to no BLIP-2 model")
     return names
 
 
@@ -299,10 +291,8 @@ def _share_head(tensors: Tensors, names: dict[str, str], embeddings: str) -> boo
     return bool(stored) and _equal(tensors, names[HEAD], names[embeddings])
 
 
-def _equal(tensors: Tensors, one: str, other: str) -> bool:
-    return tensors.info(one) == tensors.info(other) and equal_values(
-        read_blocks(tensors, one), read_blocks(tensors, other)
-    )
+def _equal(tensors: Tensors, a: str, b: str) -> bool:
+    return tensors.info(a) == tensors.info(b) and equal_values(tensors.blocks(a), tensors.blocks(b))
 
 
 def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, configured: int) -> int:
@@ -311,40 +301,55 @@ def _vocabulary(tensors: Tensors, names: Mapping[str, str], embeddings: str, con
     return shape[0] if len(shape) == 2 and shape[0] <= MAX_SIZE else configured
 
 
-def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]) -> None:
+def mismatches(
+    expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """What keeps tensors from filling a model's places.
+
+    Returns:
+        our names of places without a tensor, tensors without a place, those of another shape, and those of no dtype
+        that a model has.
+    """
     missing = [name for name in expected if name not in names]
-    spare = [names[name] for name in names if name not in expected]
+    spare = [stored for ours, stored in names.items() if ours not in expected]
+    infos = {ours: tensors.info(stored) for ours, stored in names.items()}
+    shapes = [
+        f"{names[ours]} {list(infos[ours].shape)} instead of {list(place.shape)}"
+        for ours, place in expected.items()
+        if ours in names and infos[ours].shape != tuple(place.shape)
+    ]
+    odd = [names[ours] for ours, info in infos.items() if info.dtype not in DTYPES.values()]
+    return missing, spare, shapes, odd
+
+
+def _check(expected: Mapping[str, Tensor], tensors: Tensors, names: Mapping[str, str]) -> None:
+    missing, spare, shapes, odd = mismatches(expected, tensors, names)
     problems = []
     if missing:
-        problems.append(f"lacks {_listed(missing)}")
+        problems.append(f"lacks {_tensors(missing)}")
         if all(name in missing for name in expected if name.startswith("language.")) and HEAD in expected:
             problems.append(
                 "so it has no language model: it is a part of a model, such as its Q-Former alone"
             )
     if spare:
-        problems.append(f"holds {_listed(spare)} that its config.json has no place for")
-    if not problems:
-        shapes = [
-            f"{stored} {list(tensors.info(stored).shape)} instead of {list(expected[ours].shape)}"
-            for ours, stored in names.items()
-            if tensors.info(stored).shape != tuple(expected[ours].shape)
-        ]
-        if shapes:
-            problems.append(f"holds {_listed(shapes)}: file and config.json do not belong together")
-    odd = [
-        f"{stored} ({tensors.info(stored).dtype})"
-        for stored in names.values()
-        if tensors.info(stored).dtype not in DTYPES.values()
-    ]
+        problems.append(f"holds {_tensors(spare)} that its config.json has no place for")
+    if shapes and not problems:
+        problems.append(f"holds {_tensors(shapes)}: file and config.json do not belong together")
     if odd and not problems:
-        problems.append(f"holds {_listed(odd)}, which are no weights of 16, 32 or 64 bit floats")
+        odd = [f"{stored} ({tensors.info(stored).dtype})" for stored in odd]
+        problems.append(f"holds {_tensors(odd)}, which are no weights of 16, 32 or 64 bit floats")
     if problems:
         raise CheckpointError(f"the checkpoint {'; '.join(problems)}")
 
 
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - 10} more" if len(items) > 10 else ""
-    return f"{len(items)} tensor{'s' if len(items) > 1 else ''} ({', '.join(sorted(items)[:10])}{more})"
+def _tensors(items: list[str]) -> str:
+    return f"{len(items)} tensor{'s' if len(items) > 1 else ''} {listed(items, 10)}"
+
+
+def listed(items: list[str], most: int) -> str:
+    """The first of some names: "(a, b and 3 more)"."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"({', '.join(sorted(items)[:most])}{more})"
 
 
 def _part(name: str) -> str:

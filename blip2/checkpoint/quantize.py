@@ -11,14 +11,13 @@ from torch import Tensor
 
 from blip2.checkpoint.convert import Progress, new_checkpoint, normalize
 from blip2.checkpoint.key_mapping import to_hugging_face
-from blip2.checkpoint.remap import blocks, read_blocks
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint
 from blip2.modeling.config import MODES, Mode
 from blip2.quantization.apply import quantized_layers
 from blip2.quantization.formats import QuantizedWeight, parts_of, stored_mode
 from blip2.tensorfiles.errors import CheckpointError
-from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.tensors import TensorInfo, Tensors, blocks
 from blip2.tensorfiles.writers import Read
 
 
@@ -64,43 +63,40 @@ def quantize_checkpoint(
         original = normalize(checkpoint)
         tensors = original.tensors
         # a head that is the word embeddings' weight is not stored: it is quantized when it is loaded
-        kinds = {
-            to_hugging_face(f"{name}.weight"): kind
-            for name, _, kind in quantized_layers(original.model, mode)
-        }
+        layers = quantized_layers(original.model, mode)
+        kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in layers}
         weights = {name: kind for name, kind in kinds.items() if name in tensors}
+        parts = {name: parts_of(name, tensors.info(name).shape, kind) for name, kind in weights.items()}
         info: dict[str, TensorInfo] = {}
         for name in tensors:
-            entry = tensors.info(name)
-            info |= parts_of(name, entry.shape, weights[name]) if name in weights else {name: entry}
+            info |= parts.get(name, {name: tensors.info(name)})
         total = tensors.nbytes
-        read = _reader(tensors, weights, lambda size: report("write", size, total))
+        read = _reader(tensors, weights, parts, lambda size: report("write", size, total))
         with new_checkpoint(Path(target), original, "hf", info, read, SHARD_BYTES):
             pass
     return Quantization(Path(target), len(weights), total, sum(entry.nbytes for entry in info.values()))
 
 
 def _reader(
-    tensors: Tensors, weights: Mapping[str, type[QuantizedWeight]], report: Callable[[int], None]
+    tensors: Tensors,
+    weights: Mapping[str, type[QuantizedWeight]],
+    parts: Mapping[str, Mapping[str, TensorInfo]],
+    report: Callable[[int], None],
 ) -> Read:
     """What gives a writer the tensors, and of the weights the parts that are stored, one after another."""
-    owners = {
-        part: name
-        for name, kind in weights.items()
-        for part in parts_of(name, tensors.info(name).shape, kind)
-    }
+    owners = {part: name for name, infos in parts.items() for part in infos}
 
     @lru_cache(maxsize=1)  # the parts of a weight are read one after another
     def quantized_parts(name: str) -> dict[str, Tensor]:
         weight = weights[name].of(tensors.copy(name))
         report(tensors.info(name).nbytes)
-        return dict(zip(parts_of(name, tensors.info(name).shape, type(weight)), weight.parts, strict=True))
+        return dict(zip(parts[name], weight.parts, strict=True))
 
     def read(name: str) -> Iterator[Tensor]:
         if name in owners:
             yield from blocks(quantized_parts(owners[name])[name])
         else:
-            for block in read_blocks(tensors, name):
+            for block in tensors.blocks(name):
                 yield block
                 report(block.nbytes)
 

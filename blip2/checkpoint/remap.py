@@ -14,10 +14,9 @@ from torch import Tensor
 
 from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS, rename
 from blip2.checkpoint.layouts import HUGGING_FACE, Layout
-from blip2.tensorfiles.errors import CheckpointError, quoted
-from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.tensors import BLOCK_ELEMENTS, TensorFile, TensorInfo, Tensors
 
-BLOCK_ELEMENTS = 8 << 20  # how much is converted and written at a time: 32 MB of fp32
 _T5_MARKS = ("t5_model.", "language_model.t5.", "language_model.encoder.")
 
 
@@ -41,24 +40,22 @@ class TensorRecipe:
         return None if self.transposed or self.third is not None or len(self.stored) > 1 else self.stored[0]
 
 
-class RemappedTensors:
-    """Tensors made of others: to its users a `TensorFile`."""
+class RemappedTensors(TensorFile):
+    """Tensors made of others."""
 
     format = "remapped"
 
     def __init__(self, tensors: Tensors, recipes: Mapping[str, TensorRecipe]) -> None:
         self.tensors, self.recipes = tensors, recipes
-        self.info: Mapping[str, TensorInfo] = {name: recipe.info for name, recipe in recipes.items()}
+        self.info = {name: recipe.info for name, recipe in recipes.items()}
 
     def mapped(self, name: str) -> Tensor:
-        """The tensor; mapped from the file where it is stored as it is."""
         recipe = self.recipes[name]
         if recipe.plain is not None:
             return self.tensors[recipe.plain].reshape(recipe.info.shape)
         return self.copied(name)
 
     def copied(self, name: str) -> Tensor:
-        """The tensor in memory of its own."""
         recipe = self.recipes[name]
         parts = [None if part is None else self.tensors.copy(part) for part in recipe.stored]
         if len(parts) == 1:
@@ -71,17 +68,11 @@ class RemappedTensors:
         zeros = torch.zeros(length, dtype=recipe.info.dtype)
         return torch.cat([zeros if part is None else part for part in parts])
 
-    def place(self, name: str) -> None:
-        """None: values are read by `blocks`."""
-
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The values in order, flat, in pieces; a transposed tensor is never in memory twice."""
+        """A transposed tensor is never in memory twice."""
         recipe = self.recipes[name]
-        if recipe.plain is not None:
-            yield from read_blocks(self.tensors, recipe.plain)
-            return
         if not recipe.transposed:
-            yield from blocks(self.copied(name))
+            yield from super().blocks(name) if recipe.plain is None else self.tensors.blocks(recipe.plain)
             return
         assert recipe.stored[0] is not None
         stored = self.tensors.copy(recipe.stored[0])  # [in, out] for [out, in], or the other way round
@@ -89,31 +80,6 @@ class RemappedTensors:
         for start in range(0, stored.shape[1], rows):
             # copied before they are transposed: torch transposes a whole matrix fast, a part of one slowly
             yield stored[:, start : start + rows].contiguous().t().contiguous().view(-1)
-
-
-def blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's values in order, flat, in pieces."""
-    flat = tensor.reshape(-1)
-    for start in range(0, len(flat), BLOCK_ELEMENTS):
-        yield flat[start : start + BLOCK_ELEMENTS]
-
-
-def read_blocks(tensors: Tensors, name: str) -> Iterator[Tensor]:
-    """The values of a tensor in order, flat, in pieces; read piece by piece where the file allows it."""
-    file, info = tensors.file(name), tensors.info(name)
-    if isinstance(file, RemappedTensors):
-        yield from file.blocks(name)
-        return
-    place = file.place(name)
-    if place is None:
-        yield from blocks(tensors.copy(name))
-        return
-    content, start = place
-    width = BLOCK_ELEMENTS * info.dtype.itemsize
-    for done in range(0, info.nbytes, width):
-        block = torch.empty(min(width, info.nbytes - done), dtype=torch.uint8)
-        content.read_into(start + done, block.numpy().data, f"tensor {quoted(name)}")
-        yield block.view(info.dtype)
 
 
 def equal_values(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
@@ -136,22 +102,15 @@ def aligned_blocks(one: Iterable[Tensor], other: Iterable[Tensor]) -> Iterator[t
         a, b = a[length:], b[length:]
 
 
-def merge_tensors(*parts: Mapping[str, tuple[Tensors, str]]) -> Tensors:
-    """Tensors of several files as one; of two with one name the first counts. name -> (its file, its name there)."""
-    files: dict[str, RemappedTensors] = {}
-    for part in parts:
-        for name, (tensors, stored) in part.items():
-            if name not in files:
-                files[name] = RemappedTensors(tensors, {name: TensorRecipe(tensors.info(stored), (stored,))})
-    return Tensors(files)
-
-
 def remap_tensors(tensors: Tensors, recipes: Mapping[str, TensorRecipe]) -> Tensors:
     """Tensors made of others, by name."""
     return Tensors(dict.fromkeys(recipes, RemappedTensors(tensors, recipes)))
 
 
-# --- a layout -> Hugging Face's --------------------------------------------------------------------------------------
+def rename_tensors(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
+    """Some tensors under other names. names: new name -> the name in `tensors`."""
+    recipes = {new: TensorRecipe(tensors.info(old), (old,)) for new, old in names.items()}
+    return remap_tensors(tensors, recipes)
 
 
 def to_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
@@ -208,9 +167,6 @@ def _reshaped(info: TensorInfo, name: str, target: str, layout: Layout, *, t5: b
     return TensorRecipe(TensorInfo(shape, info.dtype), (name,), transposed)
 
 
-# --- Hugging Face's -> a layout --------------------------------------------------------------------------------------
-
-
 def from_hf_layout(tensors: Tensors, layout: Layout) -> Tensors:
     """Tensors under Hugging Face's names as the layout stores them; the inverse of `to_hf_layout`.
 
@@ -256,8 +212,3 @@ def _split_bias(tensors: Tensors, name: str, prefix: str) -> dict[str, TensorRec
     key = tensors.copy(name).chunk(3)[1].contiguous()
     kept = ("q", "k", "v") if bool(key.view(torch.uint8).any()) else ("q", "v")
     return {f"{prefix}{part}_bias": TensorRecipe(info, (name,), third="qkv".index(part)) for part in kept}
-
-
-def parameters(tensors: Tensors) -> int:
-    """How many values the tensors hold."""
-    return sum(tensors.info(name).numel for name in tensors)

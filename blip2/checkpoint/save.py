@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.key_mapping import HEAD, to_hugging_face
-from blip2.checkpoint.load import SkipInit, parse_dtype
-from blip2.checkpoint.remap import blocks
+from blip2.checkpoint.load import allocate_model, parse_dtype
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, to_hf
 from blip2.storage import Content, new_folder, sync, write_file
 from blip2.tensorfiles.errors import CheckpointError
-from blip2.tensorfiles.tensors import TensorInfo
+from blip2.tensorfiles.tensors import TensorInfo, blocks
 from blip2.tensorfiles.writers import SAFETENSORS, FileKind, Read
 from blip2.text import TOKENIZER_FILES, Tokenizer
 
@@ -36,7 +35,7 @@ def save_model(
     dtype: torch.dtype | str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a model so that `load_model` and transformers open it.
+    """Write a model so that `load_model` and transformers open it; gives its folder.
 
     Everything is written to a folder beside the target, flushed to the disk and then renamed, so that an interrupted
     save leaves no half-written model. One tensor at a time is converted. A tied head is stored once.
@@ -48,18 +47,13 @@ def save_model(
         dtype: of the stored weights; None as they are in the model.
         shard_bytes: start another file when one would grow beyond this.
 
-    Returns:
-        The folder.
-
     Raises:
         CheckpointError: the folder holds something already, the model is quantized, or writing failed.
     """
     target = Path(folder)
     state, tied = _state(model)
     target_dtype = parse_dtype(dtype)
-    info = {
-        name: TensorInfo(tuple(tensor.shape), target_dtype or tensor.dtype) for name, tensor in state.items()
-    }
+    info = {n: TensorInfo(tuple(t.shape), target_dtype or t.dtype) for n, t in state.items()}
     files: dict[str, Content] = {**settings(model.config, info, tied, tokenizer, image_processor)}
     if tokenizer is not None:
         files |= tokenizer_files(Path(tokenizer))
@@ -80,9 +74,7 @@ def new_model_folder(
     read: Read,
     shard_bytes: int | None,
 ) -> Iterator[Path]:
-    """Write a model's folder.
-
-    Gives the folder that holds it until the block ends without an error; then it takes the place of `folder`.
+    """Write a model's folder; gives it until the block ends without an error, then it takes the place of `folder`.
 
     Args:
         files: what is beside the tensors, by name.
@@ -113,26 +105,24 @@ def write_files(
         room -= entry.nbytes
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        path = folder / (kind.single if len(shards) == 1 else kind.shard.format(i, len(shards)))
+        path = folder / kind.file
+        if len(shards) > 1:
+            path = path.with_stem(f"{path.stem}-{i:05}-of-{len(shards):05}")
         with path.open("wb") as file:
             kind.write(file, shard, read)
         sync(path)
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         total = sum(entry.nbytes for entry in info.values())
-        write_file(folder / kind.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_file(folder / f"{kind.file}.index.json", index)
 
 
 def _state(model: Blip2 | Blip2Matcher) -> tuple[dict[str, Tensor], bool]:
     """The model's tensors under Hugging Face's names, and whether its head is the word embeddings' weight."""
     state = model.state_dict()
-    with torch.device("meta"), SkipInit():
-        plain = (
-            Blip2(model.config)
-            if isinstance(model, Blip2)
-            else Blip2Matcher(model.config, itg=model.itg_head is not None)
-        )
-    if state.keys() != plain.state_dict().keys():
+    itg = isinstance(model, Blip2Matcher) and model.itg_head is not None
+    if state.keys() != allocate_model(model.config, itg=itg).state_dict().keys():
         raise CheckpointError("the model is quantized or changed; only a model as it was loaded can be saved")
     tied = isinstance(model, Blip2) and model.language.tied
     if tied:
@@ -155,10 +145,10 @@ def settings(
     processor: dict[str, Any] = {"processor_class": "Blip2Processor"}
     files: dict[str, dict[str, Any]] = {}
     if isinstance(config, Blip2Config):
-        language = replace(config.language, tie_word_embeddings=tied)
+        config = replace(config, language=replace(config.language, tie_word_embeddings=tied))
         if config.image_token_id is None and tokenizer is not None:
-            config = replace(config, image_token_id=_image_token(Path(tokenizer), language.vocab_size))
-        config = replace(config, language=language)
+            image = _image_token(Path(tokenizer), config.language.vocab_size)
+            config = replace(config, image_token_id=image)
         if config.image_token_id is not None:
             processor["num_query_tokens"] = config.num_query_tokens
         text_config = to_hf(config)["text_config"]
@@ -169,9 +159,8 @@ def settings(
         counts[entry.dtype] += entry.nbytes
     main = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     files["config.json"] = to_hf(config) | {"torch_dtype": main}
-    files["preprocessor_config.json"] = (
-        image_processor or ImageProcessor(config.vision.image_size)
-    ).to_dict()
+    image_processor = image_processor or ImageProcessor(config.vision.image_size)
+    files["preprocessor_config.json"] = image_processor.to_dict()
     files["processor_config.json"] = processor
     return files
 

@@ -14,7 +14,7 @@ from blip2.checkpoint.formats.paddle import PADDLEMIX, read_paddle_config
 from blip2.checkpoint.hub import resolve_path
 from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
 from blip2.checkpoint.layouts import Layout
-from blip2.checkpoint.remap import TensorRecipe, merge_tensors, remap_tensors, to_hf_layout
+from blip2.checkpoint.remap import rename_tensors, to_hf_layout
 from blip2.modeling.config import Blip2Config, ConfigError, MatcherConfig, read_config
 from blip2.quantization.formats import as_floats
 from blip2.tensorfiles.errors import CheckpointError
@@ -36,7 +36,6 @@ class Checkpoint:
     raw: its settings in Hugging Face's spelling; config: the same, read. None where something is wrong: see problem.
     """
 
-    path: Path
     folder: Path
     tokenizer: Path | None
     layout: Layout
@@ -94,17 +93,13 @@ def open_checkpoint(
         try:
             raw = _settings(folder, layout, tensors, decoder)
             # which model it is, its tensors show: files say it in `architectures`, or not at all
-            is_matcher = "itm_head.weight" in tensors
-            config = read_config(
-                raw | {"architectures": ["Blip2ForImageTextRetrieval"]} if is_matcher else raw
-            )
+            marked = raw | {"architectures": ["Blip2ForImageTextRetrieval"]}
+            config = read_config(marked if "itm_head.weight" in tensors else raw)
         except (CheckpointError, ConfigError) as error:
             problem = error
         file_format = next((stored.file(name).format for name in stored), "empty")
-        tokenizer = next(
-            (place for place in (folder, decoder) if place is not None and has_tokenizer(place)), None
-        )
-        yield Checkpoint(path, folder, tokenizer, layout, stored, tensors, file_format, raw, config, problem)
+        tokenizer = next((p for p in (folder, decoder) if p is not None and has_tokenizer(p)), None)
+        yield Checkpoint(folder, tokenizer, layout, stored, tensors, file_format, raw, config, problem)
 
 
 def folder_of(path: Path) -> Path:
@@ -136,30 +131,29 @@ def _newline(language: Path) -> int | None:
         return None
 
 
-# --- parts from elsewhere ---------------------------------------------------------------------------------------------
-
-
 def _with_vision(tensors: Tensors, other: Tensors) -> Tensors:
     """Add the image encoder's tensors that are missing, no deeper than BLIP-2 uses it."""
     if not any(name.startswith(("visual_encoder.", "vision_model.")) for name in other):  # an encoder alone
-        recipes = {f"visual_encoder.{name}": TensorRecipe(other.info(name), (name,)) for name in other}
-        other = remap_tensors(other, recipes)
+        other = rename_tensors(other, {f"visual_encoder.{name}": name for name in other})
     encoder = to_hf_layout(other, detect_layout({name: other.info(name).shape for name in other}))
     patches = "vision_model.embeddings.patch_embedding.weight"
     width = encoder.info(patches).shape[:1] if patches in encoder else ()
     unused = tuple(f"{_VISION}encoder.layers.{number}." for number in UNUSED_LAYERS.get(width, ()))
-    added = {
-        name: (encoder, name) for name in encoder if name.startswith(_VISION) and not name.startswith(unused)
-    }
-    return merge_tensors({name: (tensors, name) for name in tensors}, added)
+    names = {name: name for name in encoder if name.startswith(_VISION) and not name.startswith(unused)}
+    return _merged(tensors, rename_tensors(encoder, names))
 
 
 def _with_language(tensors: Tensors, other: Tensors) -> Tensors:
     """Add the language model's tensors that are missing. A stored head or stored embeddings count for both."""
     bare = "decoder.embed_positions.weight" in other  # OPT saved without its head
     prefix = f"{_LANGUAGE}model." if bare else _LANGUAGE
-    added = {name if name.startswith(_LANGUAGE) else prefix + name: (other, name) for name in other}
+    names = {name if name.startswith(_LANGUAGE) else prefix + name: name for name in other}
     shared = {HF_HEAD, HF_OPT_EMBEDDINGS}
     if any(name in tensors for name in shared):
-        added = {name: place for name, place in added.items() if name not in shared}
-    return merge_tensors({name: (tensors, name) for name in tensors}, added)
+        names = {new: old for new, old in names.items() if new not in shared}
+    return _merged(tensors, rename_tensors(other, names))
+
+
+def _merged(tensors: Tensors, added: Tensors) -> Tensors:
+    """Both as one; of two tensors with one name the first counts."""
+    return Tensors({n: (tensors if n in tensors else added).file(n) for n in (*tensors, *added)})

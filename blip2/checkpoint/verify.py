@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
 from blip2.checkpoint.load import build_model, our_names
-from blip2.checkpoint.remap import aligned_blocks, equal_values, parameters, read_blocks
+from blip2.checkpoint.remap import aligned_blocks, equal_values
 from blip2.checkpoint.source import Checkpoint
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.tensorfiles.errors import CheckpointError
@@ -23,20 +23,17 @@ _TOLERANCE = 1e-4  # of the largest output: two layouts may be added up in anoth
 def compare_tensors(
     expected: Tensors, actual: Tensors, dtype: torch.dtype | None, report: Callable[[str, int, int], None]
 ) -> int:
-    """Compare all tensors, both under Hugging Face's names, bit by bit.
+    """Compare all tensors, both under Hugging Face's names, bit by bit; gives how many there are.
 
     Args:
         dtype: what the expected ones are rounded to first; None compares values, whatever dtypes they are stored in.
-
-    Returns:
-        how many there are.
 
     Raises:
         CheckpointError: one is missing, there is one more, or a value differs.
     """
     spare = set(actual) - set(expected)
     if spare == {HF_HEAD} and HF_OPT_EMBEDDINGS in expected:  # a head that is no longer tied
-        if not equal_values(read_blocks(actual, HF_HEAD), read_blocks(actual, HF_OPT_EMBEDDINGS)):
+        if not equal_values(actual.blocks(HF_HEAD), actual.blocks(HF_OPT_EMBEDDINGS)):
             raise CheckpointError(f"the result is wrong: {HF_HEAD} is not {HF_OPT_EMBEDDINGS}")
         spare = set()
     if spare or set(expected) - set(actual):
@@ -48,15 +45,15 @@ def compare_tensors(
         equal = old.shape == new.shape
         target = dtype if dtype is not None and old.dtype.is_floating_point else None
         if equal:
-            for a, b in aligned_blocks(read_blocks(expected, name), read_blocks(actual, name)):
-                equal = equal and _same_bits(a if target is None else a.to(target), b)
-                report("verify", a.numel() * a.dtype.itemsize, total)
+            for a, b in aligned_blocks(expected.blocks(name), actual.blocks(name)):
+                equal = equal and same_bits(a if target is None else a.to(target), b)
+                report("verify", a.nbytes, total)
         if not equal:
             raise CheckpointError(f"the result is wrong: {name} differs from the source's")
     return len(expected)
 
 
-def _same_bits(expected: Tensor, actual: Tensor) -> bool:
+def same_bits(expected: Tensor, actual: Tensor) -> bool:
     """Whether values are equal bit by bit; one that was stored in fewer bits is widened first."""
     widened = actual.to(expected.dtype)
     return torch.equal(expected.contiguous().view(torch.uint8), widened.contiguous().view(torch.uint8))
@@ -71,7 +68,7 @@ def compare_logits(expected: Checkpoint, actual: Checkpoint, dtype: torch.dtype 
         CheckpointError: outputs differ.
     """
     compute_dtype = dtype or torch.float32
-    needed = parameters(expected.tensors) * compute_dtype.itemsize * 5 // 4
+    needed = expected.tensors.numel * compute_dtype.itemsize * 5 // 4
     free = _free_memory()
     if free is not None and needed > free:
         return f"outputs not compared, which takes {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free"
@@ -97,11 +94,8 @@ def _probe(model: Blip2 | Blip2Matcher) -> list[Tensor]:
     if isinstance(model, Blip2):
         return [model(pixels, ids, mask, ids if model.config.language.is_encoder_decoder else None)]
     features = model.vision(pixels)
-    return [
-        model.image_embeddings(features),
-        model.text_embeddings(ids, mask),
-        model.itm_logits(features, ids, mask),
-    ]
+    embeddings = [model.image_embeddings(features), model.text_embeddings(ids, mask)]
+    return [*embeddings, model.itm_logits(features, ids, mask)]
 
 
 def _free_memory() -> int | None:

@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the figures."""
-    from blip2.bench import Contender, run
+    from blip2.bench import Contender, run_benchmark
     from blip2.checkpoint import count_parameters, resolve_path, stored_as
     from blip2.loading import device_of
     from blip2.registry import DEFAULT, default_dtype
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("two of the models are stored alike; give one in each precision")
     if args.against:
         sides.append(Contender(args.against, str(folder), dtype, None, device))
-    figures = run(
+    figures = run_benchmark(
         tuple(sides),
         rounds=args.rounds,
         batches=tuple(args.batches),

@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.generation.decoding import (
-    Generated,
-    Move,
-    Search,
-    beam_search,
+    BeamSequence,
     choose_next,
     end_ids_of,
     history_before,
@@ -76,38 +73,6 @@ class SampledSequence:
         )
 
 
-@dataclass(eq=False)
-class BeamSequence:
-    """A beam search for one prompt. `generated`: its sequences, once it is done."""
-
-    options: GenerationOptions
-    history: Tensor  # int64 [1, L]
-    end_ids: Tensor  # int64 [E]
-    generated: Generated | None = None
-    dropped: bool = False
-    _search: Search | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.generated is not None
-
-    def next_move(self, logits: Tensor) -> Move | None:
-        """The next step of the search, given the logits [n, V] of the last; None: it is done."""
-        try:
-            if self._search is None:  # the rows are still all the same
-                self._search = beam_search(logits[:1], self.history, self.options, self.end_ids)
-                return next(self._search)
-            return self._search.send(logits)
-        except StopIteration as end:
-            self.generated = end.value
-            return None
-
-
-def width(options: GenerationOptions) -> int:
-    """The rows that a prompt takes."""
-    return max(options.num_beams, options.num_return_sequences)
-
-
 class ContinuousBatch:
     """All texts being written: `join` adds some, `choose` picks each row's next token, `advance` decodes those tokens.
 
@@ -118,12 +83,13 @@ class ContinuousBatch:
         self._model = model
         self._texts: list[SampledSequence | BeamSequence] = []
         self._decoding: DecodeState | None = None
-        self._logits: Tensor | None = None  # float32 [R, V], for the next token of each row
-        self._ids: Tensor | None = None  # int64 [R], the tokens chosen
-        self._parents: Tensor | None = None  # int64 [R], the rows they go on from
+        self._logits = torch.empty(0)  # float32 [R, V], for the next token of each row
+        self._ids = self._parents = torch.empty(
+            0
+        )  # int64 [R], the tokens chosen, and the rows they go on from
 
     def __len__(self) -> int:
-        return 0 if self._logits is None else len(self._logits)
+        return len(self._logits)
 
     @torch.inference_mode()
     def join(
@@ -159,20 +125,16 @@ class ContinuousBatch:
         if prompt_cache is None:
             prefixes = decoding.prefixes(prefix.shape[1])
         history = history_before(self._model, prefix, input_ids, attention_mask)
-        joined = [
-            self._begin(option, history[i : i + 1], top)
-            for i, (option, top) in enumerate(zip(options, tops, strict=True))
-        ]
-        prompts = [i for i, option in enumerate(options) for _ in range(width(option))]
+        joined = [self._begin(*prompt) for prompt in zip(options, history.split(1), tops, strict=True)]
+        prompts = [i for i, option in enumerate(options) for _ in range(option.rows)]
         index = torch.tensor(prompts, device=prefix.device)
         logits = decoding.logits[index]
         if len(prompts) > len(options):
             decoding.batch_select_indices(index)
-        if self._decoding is None or self._logits is None:
-            self._decoding, self._logits = decoding, logits
-        else:
+        if self._decoding is not None:
             self._decoding.concat(decoding)
-            self._logits = torch.cat([self._logits, logits])
+            decoding, logits = self._decoding, torch.cat([self._logits, logits])
+        self._decoding, self._logits = decoding, logits
         self._texts += [text for texts in joined for text in texts]
         return joined, prefixes
 
@@ -197,24 +159,20 @@ class ContinuousBatch:
     @torch.inference_mode()
     def choose(self) -> None:
         """One more token for every row."""
-        assert self._logits is not None
         self._ids = torch.zeros(len(self), dtype=torch.int64, device=self._logits.device)
         self._parents = torch.arange(len(self), device=self._logits.device)
         groups: dict[tuple[object, ...], list[tuple[int, SampledSequence]]] = {}
         for row, text in self._first_rows():
+            rows = slice(row, row + text.options.num_beams)
             if isinstance(text, SampledSequence):
                 groups.setdefault(text.sampling_key, []).append((row, text))
-                continue
-            rows = slice(row, row + text.options.num_beams)
-            move = text.next_move(self._logits[rows])
-            if move is not None:
+            elif (move := text.next_move(self._logits[rows])) is not None:
                 self._ids[rows], self._parents[rows] = move.ids, move.parents + row
         for group in groups.values():
             self._append(torch.tensor([row for row, _ in group]), [sequence for _, sequence in group])
 
     def _append(self, rows: Tensor, sequences: list[SampledSequence]) -> None:
         """One more token for sequences of one sampling key, which are these rows (int64 [r])."""
-        assert self._logits is not None and self._ids is not None
         rows = rows.to(self._logits.device)
         logits = self._logits[rows]
         ids = self._choose_next(logits, sequences)
@@ -229,17 +187,15 @@ class ContinuousBatch:
                 sequence.tops.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
     def _choose_next(self, logits: Tensor, sequences: list[SampledSequence]) -> Tensor:
-        options, step, device = sequences[0].options, len(sequences[0].ids), logits.device
-        ids: list[list[int]] = [[] for _ in sequences]
-        if options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0:
-            ids = [sequence.history + sequence.ids for sequence in sequences]
+        first, device = sequences[0], logits.device
+        options, step = first.options, len(first.ids)
+        needed = options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0
+        ids = [sequence.history + sequence.ids if needed else [] for sequence in sequences]
         length = max(map(len, ids))
         history = torch.tensor([[PADDING] * (length - len(row)) + row for row in ids], device=device)
-        end_ids = torch.tensor(sequences[0].end_ids, dtype=torch.int64, device=device)
-        uniform = None
-        if options.do_sample:
-            numbers = [(sequence.noise or [])[len(sequence.ids)] for sequence in sequences]
-            uniform = torch.tensor(numbers, device=device)
+        end_ids = torch.tensor(first.end_ids, dtype=torch.int64, device=device)
+        numbers = [sequence.noise[len(sequence.ids)] for sequence in sequences if sequence.noise]
+        uniform = torch.tensor(numbers, device=device) if options.do_sample else None
         return choose_next(logits, history.long(), options, step, end_ids, uniform)
 
     @torch.inference_mode()
@@ -247,9 +203,8 @@ class ContinuousBatch:
         """Leave out the texts that are done or dropped, and decode the others' last tokens."""
         left = [(row, text) for row, text in self._first_rows() if not (text.done or text.dropped)]
         if not left or self._decoding is None:
-            self._texts, self._decoding, self._logits = [], None, None
+            self._texts, self._decoding, self._logits = [], None, torch.empty(0)
             return
-        assert self._ids is not None and self._parents is not None
         rows = [row + i for row, text in left for i in range(text.options.num_beams)]
         index = torch.tensor(rows, device=self._ids.device)
         if len(rows) < len(self):

@@ -60,10 +60,10 @@ def generate(
         return _beam_search(*start)
     steps = list(_decode_steps(*start))
     ids_by_row, logprobs_by_row = (torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True))
-    sequences: list[ScoredSequence] = []
+    sequences = []
     for padded, logprobs in zip(ids_by_row, logprobs_by_row, strict=True):
         ids = [i for i in padded if i != PADDING]
-        logprobs = logprobs[: len(ids)]
+        del logprobs[len(ids) :]
         sequences.append(ScoredSequence(ids, logprobs, sequence_score(logprobs, options)))
     return _generated(sequences, end_ids)
 
@@ -105,8 +105,7 @@ def _prefill(
             f"prefix, input_ids and attention_mask have shapes {', '.join(map(str, shapes))}; "
             "expected [B, Q, W], [B, T] and [B, T]"
         )
-    rows = options.num_beams if options.num_beams > 1 else options.num_return_sequences
-    limit = options.max_new_tokens
+    rows, limit = options.rows, options.max_new_tokens
     decoding = model.prefill(
         prefix, input_ids, attention_mask, rows=rows, max_new_tokens=limit, prompt_cache=prompt_cache
     )
@@ -142,17 +141,13 @@ def sequence_score(logprobs: list[float], options: GenerationOptions) -> float:
 
 
 def _generated(sequences: list[ScoredSequence], end_ids: Tensor) -> Generated:
-    ends = set(end_ids.tolist())
+    ends = end_ids.tolist()
     return Generated(
         ids=[sequence.ids for sequence in sequences],
         scores=[sequence.score for sequence in sequences],
         token_logprobs=[sequence.logprobs for sequence in sequences],
         finished=[sequence.ids[-1:] != [] and sequence.ids[-1] in ends for sequence in sequences],
     )
-
-
-def _is_end(ids: Tensor, end_ids: Tensor) -> Tensor:
-    return (ids[..., None] == end_ids).any(-1)
 
 
 # --- Greedy search and sampling ---
@@ -178,7 +173,7 @@ def _decode_steps(
             rows.new_full((total,), PADDING).index_copy(0, rows, ids.where(running, PADDING)),
             logits.new_zeros(total).index_copy(0, rows, logprobs),
         )
-        running = running & ~_is_end(ids, end_ids)
+        running = running & ~torch.isin(ids, end_ids)
         history = torch.cat([history, ids[:, None]], dim=1)
         if step + 1 == options.max_new_tokens:
             return
@@ -205,8 +200,7 @@ def choose_next(
     """The next ids [R]: the likeliest, or drawn with the numbers `uniform` [R]."""
     if uniform is None:
         return process_logits(logits, history, options, new_tokens=step, end_ids=end_ids).argmax(1)
-    probabilities = sampling_distribution(logits, history, options, new_tokens=step, end_ids=end_ids)
-    return _draw(probabilities, uniform)
+    return _draw(sampling_distribution(logits, history, options, new_tokens=step, end_ids=end_ids), uniform)
 
 
 def uniform_numbers(options: GenerationOptions, rows: int) -> Tensor:
@@ -264,37 +258,55 @@ class Move(NamedTuple):
 Search = Generator[Move, Tensor, Generated]
 
 
+@dataclass(eq=False)
+class BeamSequence:
+    """A beam search for b prompts. `generated`: their sequences, once it is done."""
+
+    options: GenerationOptions
+    history: Tensor  # int64 [b, L]
+    end_ids: Tensor  # int64 [E]
+    generated: Generated | None = None
+    dropped: bool = False
+    _search: Search | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.generated is not None
+
+    def next_move(self, logits: Tensor) -> Move | None:
+        """The next step of the search, given the logits [b * n, V] of the last; None: it is done."""
+        try:
+            if self._search is None:  # the rows of a prompt are still all the same: one is enough
+                first = logits[: len(self.history)]
+                self._search = _search_steps(first, self.history, self.options, self.end_ids)
+                return next(self._search)
+            return self._search.send(logits)
+        except StopIteration as end:
+            self.generated = end.value
+            return None
+
+
 def _beam_search(
     decoding: DecodeState, history: Tensor, options: GenerationOptions, end_ids: Tensor
 ) -> Generated:
-    search = beam_search(decoding.logits, history, options, end_ids)
-    try:
-        move = next(search)
-        while True:
-            decoding.reorder_cache(move.parents)
-            if move.kept is not None:
-                decoding.batch_select_indices(move.kept)
-            move = search.send(decoding.decode_step(move.ids))
-    except StopIteration as end:
-        generated: Generated = end.value
-        return generated
+    search, logits = BeamSequence(options, history, end_ids), decoding.logits
+    while (move := search.next_move(logits)) is not None:
+        decoding.reorder_cache(move.parents)
+        if move.kept is not None:
+            decoding.batch_select_indices(move.kept)
+        logits = decoding.decode_step(move.ids)
+    assert search.generated is not None
+    return search.generated
 
 
 @torch.inference_mode()
-def beam_search(logits: Tensor, history: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
+def _search_steps(logits: Tensor, history: Tensor, options: GenerationOptions, end_ids: Tensor) -> Search:
     """Search for the best sequences of b prompts, step by step; what the decoder does between is left to the caller.
 
-    Args:
-        logits: float32 [b, V], for the first new token.
-        history: int64 [b, L], the ids before the first new token.
+    logits: float32 [b, V], for the first new token. history: int64 [b, L], the ids before it.
     """
-    n, limit, penalty, device = (
-        options.num_beams,
-        options.max_new_tokens,
-        options.length_penalty,
-        history.device,
-    )
-    b, vocabulary = logits.shape
+    n, limit, penalty = options.num_beams, options.max_new_tokens, options.length_penalty
+    (b, vocabulary), device = logits.shape, history.device
     prompts = list(range(b))  # those not dropped yet
     logits = logits.repeat_interleave(n, dim=0)  # [b*n, V]
     finished = _Beams(
@@ -320,7 +332,7 @@ def beam_search(logits: Tensor, history: Tensor, options: GenerationOptions, end
         grown = running.take(parents)
         grown.ids[..., length - 1] = ids
         grown.logprobs[..., length - 1] = logprobs.view(b, -1).gather(1, index)
-        stops = _is_end(ids, end_ids) | (length == limit)
+        stops = torch.isin(ids, end_ids) | (length == limit)
         # Finish: an end counts only among the n best candidates.
         ends = stops & (torch.arange(width, device=device) < n) & searching[:, None]
         scores = sums / length**penalty + ~ends * _NEVER
@@ -356,11 +368,9 @@ def _store_results(
     finished: _Beams, prompts: list[int], options: GenerationOptions, results: list[list[ScoredSequence]]
 ) -> None:
     """Store the sequences of each prompt at its place in results; a prompt searched further is stored again."""
-    ids, logprobs, scores, lengths, _ = (
-        field[:, : options.num_return_sequences].tolist() for field in finished
-    )
-    for i, prompt in enumerate(prompts):
-        beams = zip(ids[i], logprobs[i], scores[i], lengths[i], strict=True)
+    columns = (field[:, : options.num_return_sequences].tolist() for field in finished)
+    for prompt, *beams in zip(prompts, *columns, strict=True):
         results[prompt] = [
-            ScoredSequence(row[:length], logs[:length], score) for row, logs, score, length in beams
+            ScoredSequence(ids[:length], logprobs[:length], score)
+            for ids, logprobs, score, length, _ in zip(*beams, strict=True)
         ]

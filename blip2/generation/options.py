@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 DEFAULT_NUM_BEAMS = 5  # what the published results were made with
 # What differs between the kinds of text: the published captions were scored as they are, answers favour short texts.
 LENGTH_PENALTY = {"caption": 1.0, "answer": -1.0}
+
+# By pydantic's names, which are also those of the operators; the words for messages.
+_BOUNDS = {"ge": ", {:g} or more", "gt": " above {:g}", "le": ", at most {:g}", "lt": " below {:g}"}
 
 TextKind = Literal["caption", "answer"]
 EarlyStopping = bool | Literal["never"]
@@ -74,13 +78,9 @@ class GenerationOptions:
         for option in fields(self):
             _check(option, getattr(self, option.name))
         if self.temperature == 0:
-            for name, value in {
-                "temperature": None,
-                "top_k": None,
-                "top_p": None,
-                "do_sample": False,
-            }.items():
-                object.__setattr__(self, name, value)
+            object.__setattr__(self, "do_sample", False)
+            for name in ("temperature", "top_k", "top_p"):
+                object.__setattr__(self, name, None)
         shaping = (self.temperature, self.top_k, self.top_p)
         if self.do_sample is None:
             object.__setattr__(self, "do_sample", shaping != (None, None, None))
@@ -103,6 +103,11 @@ class GenerationOptions:
                 f"num_return_sequences={self.num_return_sequences} is more than num_beams={self.num_beams}: "
                 "search with more beams, or sample with do_sample=True"
             )
+
+    @property
+    def rows(self) -> int:
+        """The rows that a prompt takes."""
+        return max(self.num_beams, self.num_return_sequences)
 
     def end_ids(self, default: tuple[int, ...]) -> tuple[int, ...]:
         """The ids that end a text; `default`: the model's own."""
@@ -188,22 +193,16 @@ def _check(option: Field[Any], value: object) -> None:
             raise ValueError(f"do_sample must be True or False, got {value!r}")
     else:
         for number in value if isinstance(value, tuple) else (value,):
-            _check_number(name, number, float if kind.startswith("float") else int, **bounds_of(option))
+            _check_number(name, number, float if kind.startswith("float") else int, bounds_of(option))
 
 
-def _check_number(
-    name: str,
-    value: Any,
-    kind: type,
-    *,
-    ge: float = -math.inf,
-    gt: float = -math.inf,
-    le: float = math.inf,
-    lt: float = math.inf,
-) -> None:
+def _check_number(name: str, value: Any, kind: type, bounds: dict[str, float]) -> None:
     good = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if good and math.isfinite(value) and ge <= value <= le and gt < value < lt:
+    if (
+        good
+        and math.isfinite(value)
+        and all(getattr(operator, bound)(value, limit) for bound, limit in bounds.items())
+    ):
         return
-    least = f", {ge:g} or more" if ge > -math.inf else f" above {gt:g}" if gt > -math.inf else ""
-    most = f", at most {le:g}" if le < math.inf else f" below {lt:g}" if lt < math.inf else ""
-    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number{least}{most}; got {value!r}")
+    limits = "".join(_BOUNDS[bound].format(limit) for bound, limit in bounds.items())
+    raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number{limits}; got {value!r}")

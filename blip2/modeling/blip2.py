@@ -140,7 +140,7 @@ class Blip2(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         embeddings, _ = self._embed(prefix, input_ids, None)
         mask = F.pad(mask, (prefix.shape[1], 0), value=1)
-        return self.language.prefill(embeddings, mask, prompt_cache, rows=rows, max_new_tokens=max_new_tokens)
+        return self.language.prefill(embeddings, mask, prompt_cache, rows, max_new_tokens)
 
 
 class TextHead(nn.Module):
@@ -202,6 +202,6 @@ class Blip2Matcher(nn.Module):
         """The queries as `qformer(features)` gives them and the ITG logits, in one pass."""
         if self.itg_head is None:
             raise ValueError("this checkpoint is for matching alone: it holds no head for generation (ITG)")
-        hidden = self.qformer.encode_causal(features, ids, mask)
+        hidden = self.qformer.encode_multimodal(features, ids, mask, causal=True)
         queries, text = hidden.split([self.config.num_query_tokens, ids.shape[1]], dim=1)
         return queries, self.itg_head(text, self.qformer.word_embeddings.weight)

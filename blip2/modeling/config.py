@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 MAX_LAYERS = 1000
@@ -46,9 +46,7 @@ class VisionConfig:
     pre_norm: bool = False  # CLIP's: a norm before the blocks, and then no bias on the patches
 
     def __post_init__(self) -> None:
-        _check_depth("vision_config", self.num_hidden_layers)
-        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
-        _check_activation("vision_config.hidden_act", self.hidden_act)
+        _check_layers("vision_config", self, "hidden_act")
         _check(
             self.patch_size <= self.image_size <= MAX_IMAGE_PX,
             f"vision_config: image_size {self.image_size} is smaller than patch_size {self.patch_size} "
@@ -85,9 +83,7 @@ class QFormerConfig:
     use_qformer_text_input: bool = False
 
     def __post_init__(self) -> None:
-        _check_depth("qformer_config", self.num_hidden_layers)
-        _check_heads("qformer_config", self.hidden_size, self.num_attention_heads)
-        _check_activation("qformer_config.hidden_act", self.hidden_act)
+        _check_layers("qformer_config", self, "hidden_act")
         _check(
             self.cross_attention_frequency > 0,
             f"qformer_config: cross_attention_frequency is {self.cross_attention_frequency}, must be at least 1",
@@ -120,9 +116,7 @@ class OptConfig(_EndTokens):
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        _check_depth("text_config", self.num_hidden_layers)
-        _check_heads("text_config", self.hidden_size, self.num_attention_heads)
-        _check_activation("text_config.activation_function", self.activation_function)
+        _check_layers("text_config", self, "activation_function")
 
     model_type: ClassVar[str] = "opt"
     is_encoder_decoder: ClassVar[bool] = False
@@ -256,19 +250,21 @@ class MatcherConfig:
         )
 
 
-def _check_heads(section: str, width: int, heads: int) -> None:
+def _check_layers(section: str, config: VisionConfig | QFormerConfig | OptConfig, activation: str) -> None:
+    """Layers, heads and the activation, which the field of that name holds."""
+    _check_depth(section, config.num_hidden_layers)
+    width, heads = config.hidden_size, config.num_attention_heads
     _check(
         heads > 0 and width % heads == 0,
         f"{section}: hidden_size {width} cannot be divided into {heads} attention heads",
     )
+    _check_activation(f"{section}.{activation}", getattr(config, activation))
 
 
 def _check_depth(section: str, *layers: int) -> None:
     # A file that lies about this would have us build layers for ever.
-    _check(
-        max(layers) <= MAX_LAYERS,
-        f"{section}: {max(layers)} layers; known are models of up to {MAX_LAYERS}",
-    )
+    deepest = max(layers)
+    _check(deepest <= MAX_LAYERS, f"{section}: {deepest} layers; known are models of up to {MAX_LAYERS}")
 
 
 def _check_activation(section: str, name: str) -> None:
@@ -285,40 +281,26 @@ def _check_widths(vision: VisionConfig, qformer: QFormerConfig) -> None:
 
 # --- config.json -> config -----------------------------------------------------------------------------------------
 
-# What transformers assumes where a nested text_config is silent, where it differs from the defaults above.
-_OPT_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "ffn_dim": 3072,
-    "eos_token_id": 2,
-}
-_T5_DEFAULTS: dict[str, Any] = {  # `_read_t5` completes the rest
-    "d_model": 512,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "feed_forward_proj": "relu",
-}
+# What transformers assumes where a nested text_config is silent; `_read_t5` completes the rest of T5's.
+_OPT_DEFAULTS = OptConfig(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072, eos_token_id=2
+)
+_T5_DEFAULTS = T5Config(d_model=512, d_ff=2048, num_layers=6, num_heads=8)
 # Settings of OPT that no BLIP-2 checkpoint uses and this package does not build.
 _OPT_REQUIRED: dict[str, Any] = {
-    "do_layer_norm_before": True,
-    "enable_bias": True,
-    "layer_norm_elementwise_affine": True,
+    "do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True,
     "_remove_final_layer_norm": False,
-}
+}  # fmt: skip
 
 Config = TypeVar("Config", VisionConfig, QFormerConfig, OptConfig, T5Config)
 
 
-def _pick(cls: type[Config], section: str, raw: Mapping[str, Any], **fixed: Any) -> Config:
-    """Build `cls` from the keys of `raw` it knows, with the type of each one checked."""
-    values: dict[str, Any] = dict(fixed)
-    defaults = cls()
-    for name in (f.name for f in fields(cls)):
-        if name in values or raw.get(name) is None:
+def _pick(defaults: Config, section: str, raw: Mapping[str, Any]) -> Config:
+    """The defaults with the keys of `raw` they know, the type of each one checked."""
+    values: dict[str, Any] = {}
+    for name, default in asdict(defaults).items():
+        if (value := raw.get(name)) is None:
             continue
-        value, default = raw[name], getattr(defaults, name)
         if isinstance(default, float) and isinstance(value, int):
             value = float(_whole(f"{section}.{name}", value, 0))
         if name in ("image_size", "patch_size") and isinstance(value, list):
@@ -336,7 +318,7 @@ def _pick(cls: type[Config], section: str, raw: Mapping[str, Any], **fixed: Any)
             good = type(value) is type(default) and (type(value) is not float or math.isfinite(value))
             _check(good, f"{section}.{name} is {value!r}, expected {expected}")
         values[name] = value
-    return cls(**values)
+    return replace(defaults, **values)
 
 
 def _whole(section: str, value: object, least: int = 1) -> int:
@@ -371,13 +353,13 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
         model_type in ("blip-2", "blip_2", "blip2"),
         f"config.json says model_type {model_type!r}; expected 'blip-2'. Is this the folder of another model?",
     )
-    vision = _pick(VisionConfig, "vision_config", _section(raw, "vision_config"))
+    vision = _pick(VisionConfig(), "vision_config", _section(raw, "vision_config"))
     queries = _whole("num_query_tokens", raw.get("num_query_tokens", 32))
-    # transformers overwrites the width the Q-Former reads with the image encoder's, so files may hold a stale one.
-    width = {"encoder_hidden_size": vision.hidden_size}
     architectures = raw.get("architectures") or []
     _check(isinstance(architectures, list), f"architectures is {architectures!r}, expected a list of names")
-    qformer = _pick(QFormerConfig, "qformer_config", _section(raw, "qformer_config"), **width)
+    # transformers overwrites the width the Q-Former reads with the image encoder's, so files may hold a stale one.
+    section = {**_section(raw, "qformer_config"), "encoder_hidden_size": vision.hidden_size}
+    qformer = _pick(QFormerConfig(), "qformer_config", section)
     if any("ImageTextRetrieval" in str(name) for name in architectures):
         shared_width = _whole("image_text_hidden_size", raw.get("image_text_hidden_size") or 256)
         return MatcherConfig(vision, qformer, queries, shared_width)
@@ -400,7 +382,7 @@ def _read_opt(text: Mapping[str, Any]) -> OptConfig:
             text.get(name, needed) == needed,
             f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}",
         )
-    language = _pick(OptConfig, "text_config", _OPT_DEFAULTS | _settings(text))
+    language = _pick(_OPT_DEFAULTS, "text_config", _settings(text))
     embedded = text.get("word_embed_proj_dim") or language.hidden_size
     _check(
         embedded == language.hidden_size,
@@ -411,8 +393,8 @@ def _read_opt(text: Mapping[str, Any]) -> OptConfig:
 
 def _read_t5(text: Mapping[str, Any]) -> T5Config:
     """What a T5 config leaves out is completed as transformers does; what it spells out counts."""
-    settings = _T5_DEFAULTS | _settings(text)
-    form = settings["feed_forward_proj"]
+    settings = _settings(text)
+    form = settings.get("feed_forward_proj", "relu")
     gated, _, activation = form.rpartition("-") if isinstance(form, str) else ("?", "", "")
     _check(
         gated in ("", "gated"),
@@ -420,13 +402,13 @@ def _read_t5(text: Mapping[str, Any]) -> T5Config:
     )
     tied = settings.get("tie_word_embeddings", True)
     completed = {
-        "num_decoder_layers": settings["num_layers"],
+        "num_decoder_layers": settings.get("num_layers", _T5_DEFAULTS.num_layers),
         "dense_act_fn": "gelu_new" if form == "gated-gelu" else activation,
         "is_gated_act": gated == "gated",
         "scale_decoder_outputs": tied,
         "tie_word_embeddings": tied,
     }
-    return _pick(T5Config, "text_config", completed | settings)
+    return _pick(_T5_DEFAULTS, "text_config", completed | settings)
 
 
 def _settings(text: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,22 +442,20 @@ def to_hf(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
             "image_text_hidden_size": config.image_text_hidden_size,
             "text_config": {"model_type": "opt"},
         }
-    language = asdict(config.language)
-    if isinstance(config.language.eos_token_id, tuple):
-        language["eos_token_id"] = list(config.language.eos_token_id) or None
-    language["model_type"] = config.language.model_type
-    if isinstance(config.language, OptConfig):
-        language["word_embed_proj_dim"] = config.language.hidden_size
+    language = config.language
+    text = asdict(language) | {"model_type": language.model_type}
+    if isinstance(language.eos_token_id, tuple):
+        text["eos_token_id"] = list(language.eos_token_id) or None
+    if isinstance(language, OptConfig):
+        text["word_embed_proj_dim"] = language.hidden_size
     else:
-        activation = config.language.dense_act_fn.removesuffix("_new")
-        form = f"gated-{activation}" if config.language.is_gated_act else activation
-        language |= {"is_encoder_decoder": True, "feed_forward_proj": form}
+        activation = language.dense_act_fn.removesuffix("_new")
+        form = f"gated-{activation}" if language.is_gated_act else activation
+        text |= {"is_encoder_decoder": True, "feed_forward_proj": form}
     raw |= {
         "architectures": ["Blip2ForConditionalGeneration"],
-        "text_config": language,
-        "tie_word_embeddings": config.language.tie_word_embeddings,
-        "use_decoder_only_language_model": not config.language.is_encoder_decoder,
+        "text_config": text,
+        "tie_word_embeddings": language.tie_word_embeddings,
+        "use_decoder_only_language_model": not language.is_encoder_decoder,
     }
-    if config.image_token_id is not None:
-        raw["image_token_index"] = config.image_token_id
-    return raw
+    return raw if config.image_token_id is None else raw | {"image_token_index": config.image_token_id}

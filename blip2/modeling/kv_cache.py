@@ -37,13 +37,10 @@ class PromptCache:
         """A cache for each prompt, of its first `length` positions; copies, so that the rest can be freed."""
         return [
             PromptCache(
-                tuple(
-                    (k[i : i + 1, :, :length].clone(), v[i : i + 1, :, :length].clone())
-                    for k, v in self.layers
-                ),
-                self.mask[i : i + 1, :length].clone(),
+                tuple((k[i, :, :length].clone(), v[i, :, :length].clone()) for k, v in self.layers),
+                self.mask[i, :length].clone(),
             )
-            for i in range(len(self.mask))
+            for i in (slice(row, row + 1) for row in range(len(self.mask)))
         ]
 
 
@@ -112,9 +109,7 @@ class KVCache:
         """The rows of both, aligned at their last tokens."""
         caches = (self, other)
         starts = [
-            self.buffer.new_zeros(cache.buffer.shape[2], dtype=torch.int64)
-            if cache.starts is None
-            else cache.starts
+            cache.length - cache.row_lengths + self.buffer.new_zeros(cache.buffer.shape[2], dtype=torch.int64)
             for cache in caches
         ]
         firsts = [int(start.min()) for start in starts]  # positions that no row uses any more are left out

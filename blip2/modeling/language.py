@@ -54,24 +54,15 @@ class LanguageModel(nn.Module, ABC):
     def forward(
         self, embeddings: Tensor, mask: Tensor | None = None, decoder_ids: Tensor | None = None
     ) -> Tensor:
-        """Hidden states for `lm_head`.
+        """Hidden states [B, S, W] for `lm_head`; with an encoder-decoder [B, T, W].
 
-        Args:
-            embeddings: [B, S, W].
-            mask: [B, S], 0 where a position is padding; padding anywhere changes nothing for the others.
-            decoder_ids: int64 [B, T], with an encoder-decoder: the start token and all tokens written but the last.
-
-        Returns:
-            [B, S, W]; with an encoder-decoder [B, T, W].
+        embeddings: [B, S, W]. mask: [B, S], 0 where a position is padding, which changes nothing for the others.
+        decoder_ids: int64 [B, T], for an encoder-decoder: the start token and all tokens written but the last.
         """
 
     @abstractmethod
     def target_states(self, embeddings: Tensor, mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, T, W] and what each is to predict, int64 [B, T]; `IGNORE_INDEX` where nothing.
-
-        Args:
-            labels: see `Blip2.loss`.
-        """
+        """Hidden states [B, T, W] and what each is to predict, int64 [B, T]; labels as for `Blip2.loss`."""
 
     @abstractmethod
     def prefill_prefix(self, prefix: Tensor) -> PromptCache | None:
@@ -79,22 +70,11 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def prefill(
-        self,
-        embeddings: Tensor,
-        mask: Tensor,
-        prompt_cache: PromptCache | None = None,
-        *,
-        rows: int,
-        max_new_tokens: int,
+        self, embeddings: Tensor, mask: Tensor, past: PromptCache | None, rows: int, max_new_tokens: int
     ) -> DecodeState:
-        """Read prompts, ready to write `rows` continuations of each.
+        """Read prompts, ready to write `rows` continuations of each; see `Blip2.prefill`.
 
-        Args:
-            embeddings, mask: as for `forward`.
-            prompt_cache: what the same B prompts begin with, read before.
-
-        Raises:
-            ValueError: prompt and new tokens take more positions than the model has.
+        embeddings, mask: as for `forward`. past: what the same B prompts begin with, read before.
         """
 
     @abstractmethod

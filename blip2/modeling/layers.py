@@ -43,6 +43,8 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
 }
 
+_MIN_POSITIONS = 128  # an image's; a text has fewer
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, W] -> [B, H, T, W / H]."""
@@ -64,36 +66,23 @@ def attend(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention: query [B, H, T, D]; key and value [B, H, S, D] -> [B, H, T, D].
 
-    Args:
-        query: [B, H, T, D].
-        key, value: [B, H, S, D].
-        mask: broadcastable to [B, H, T, S]; bool: True may be seen; float: is added to the scores.
-        causal: position t sees s <= t (needs T == S and no mask).
-        scale: of the scores; None: D ** -0.5.
-
-    Returns:
-        [B, H, T, D].
+    mask: broadcastable to [B, H, T, S]; bool: True may be seen; float: is added to the scores.
+    causal: position t sees s <= t (needs T == S and no mask). scale: of the scores; None: D ** -0.5.
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and not causal:
-        # torch's fused attention runs its bf16 backward on the CPU several times slower than these three steps
-        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        out: Tensor = scores.softmax(-1).to(value.dtype) @ value
-        return out
-    if _is_image_in_bf16(query) and mask is None and not causal and not torch.is_grad_enabled():
-        return _attend_by_head(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not causal:
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        if query.requires_grad:
+            # torch's fused attention runs its bf16 backward on the CPU several times slower than these three steps
+            scores = (query * factor) @ key.mT
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            return torch.matmul(scores.softmax(-1).to(value.dtype), value)
+        is_image = mask is None and query.shape[2] >= _MIN_POSITIONS
+        if is_image and cpu_has_bf16() and not torch.is_grad_enabled():
+            return _attend_by_head(query, key, value, factor)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
-
-
-_MIN_POSITIONS = 128  # an image's; a text has fewer
-
-
-def _is_image_in_bf16(query: Tensor) -> bool:
-    narrow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_has_bf16()
-    return narrow and query.shape[2] >= _MIN_POSITIONS
 
 
 def _attend_by_head(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -36,22 +36,16 @@ class OptAttention(nn.Module):
         return out, key, value
 
     def decode_step(
-        self,
-        x: Tensor,
-        prompt: tuple[Tensor, Tensor],
-        prompt_mask: Tensor,
-        padding: Tensor | None,
-        kv_cache: KVCache,
-        layer: int,
+        self, x: Tensor, layer: int, prompt_cache: PromptCache, kv_cache: KVCache, padding: Tensor | None
     ) -> Tensor:
-        """One token for each row: x [B * n, 1, W]; prompt, keys and values [B, H, S, D]; prompt_mask bool [B, 1, 1, S];
-        padding, of the kv_cache, bool [B, 1, n, t] (None: nowhere)."""
+        """One token for each row, x [B * n, 1, W]; padding, of the kv_cache, bool [B, 1, n, t] (None: nowhere)."""
         query, key, value = self._project(x)  # [B * n, H, 1, D]
         keys, values = kv_cache.append(layer, key, value)  # [B * n, H, t, D]
-        prompts = len(prompt[0])
+        prompt, hidden = prompt_cache.layers[layer], ~prompt_cache.mask[:, None, None, :]  # [B, 1, 1, S]
+        prompts = len(hidden)
         query = query * query.shape[-1] ** -0.5
         by_prompt = query.squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, D]
-        far = (by_prompt @ prompt[0].mT).masked_fill(~prompt_mask, float("-inf"))  # [B, H, n, S]
+        far = (by_prompt @ prompt[0].mT).masked_fill(hidden, float("-inf"))  # [B, H, n, S]
         near = (query @ keys.mT).squeeze(2).unflatten(0, (prompts, -1)).transpose(1, 2)  # [B, H, n, t]
         if padding is not None:
             near = near.masked_fill(padding, float("-inf"))
@@ -63,11 +57,8 @@ class OptAttention(nn.Module):
         return out
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            split_heads(self.q_proj(x), self.heads),
-            split_heads(self.k_proj(x), self.heads),
-            split_heads(self.v_proj(x), self.heads),
-        )
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return split_heads(query, self.heads), split_heads(key, self.heads), split_heads(value, self.heads)
 
 
 class OptDecoderLayer(nn.Module):
@@ -96,9 +87,8 @@ class Opt(LanguageModel):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(
-            config.max_position_embeddings + POSITION_OFFSET, config.hidden_size
-        )
+        positions = config.max_position_embeddings + POSITION_OFFSET
+        self.embed_positions = nn.Embedding(positions, config.hidden_size)
         self.layers = nn.ModuleList(OptDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -126,11 +116,7 @@ class Opt(LanguageModel):
         """Hidden states [B, T, W] of embeddings that come after `past`, and the cache that includes them."""
         batch, length = embeddings.shape[:2]
         before = 0 if past is None else past.length
-        new_mask = (
-            torch.ones(batch, length, dtype=torch.bool, device=embeddings.device)
-            if mask is None
-            else mask.bool()
-        )
+        new_mask = embeddings.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
         full_mask = new_mask if past is None else torch.cat([past.mask, new_mask], dim=1)  # [B, S]
         self._check_length(int(full_mask.sum(1).max()))
         positions = (full_mask.cumsum(1) * full_mask - 1)[:, before:]  # counted over what is not padding
@@ -145,9 +131,8 @@ class Opt(LanguageModel):
         layers = []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, OptDecoderLayer)
-            out, key, value = layer.self_attn(
-                layer.self_attn_layer_norm(x), None if past is None else past.layers[i], allowed
-            )
+            prompt = None if past is None else past.layers[i]
+            out, key, value = layer.self_attn(layer.self_attn_layer_norm(x), prompt, allowed)
             x = layer.feed_forward(x + out)
             layers.append((key, value))
         return self.final_layer_norm(x), PromptCache(tuple(layers), full_mask)
@@ -156,18 +141,12 @@ class Opt(LanguageModel):
         return self._read(prefix)[1]
 
     def prefill(
-        self,
-        embeddings: Tensor,
-        mask: Tensor,
-        prompt_cache: PromptCache | None = None,
-        *,
-        rows: int,
-        max_new_tokens: int,
+        self, embeddings: Tensor, mask: Tensor, past: PromptCache | None, rows: int, max_new_tokens: int
     ) -> DecodeState:
         # Checked before anything is written; the last new token is never read.
-        before = 0 if prompt_cache is None else prompt_cache.mask.sum(1)
+        before = 0 if past is None else past.mask.sum(1)
         self._check_length(int((before + mask.sum(1)).max()) + max_new_tokens - 1)
-        hidden, prompt_cache = self._read(embeddings, mask, prompt_cache)
+        hidden, prompt_cache = self._read(embeddings, mask, past)
         last = (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B], not padding
         logits = self.lm_head(hidden[torch.arange(len(last), device=last.device), last]).float()
         heads, width = self.config.num_attention_heads, self.config.hidden_size
@@ -178,15 +157,13 @@ class Opt(LanguageModel):
         rows = len(ids) // len(prompt_cache.mask)
         positions = prompt_cache.mask.sum(1).repeat_interleave(rows) + kv_cache.row_lengths + POSITION_OFFSET
         x = (self.embed(ids) + self.embed_positions(positions)).unsqueeze(1)  # [B * n, 1, W]
-        prompt_mask, padding = prompt_cache.mask[:, None, None, :], kv_cache.padding
+        padding = kv_cache.padding
         if padding is not None:
             padding = padding.unflatten(0, (-1, rows))[:, None]  # [B, 1, n, t + 1]
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, OptDecoderLayer)
             normed = layer.self_attn_layer_norm(x)
-            out = layer.self_attn.decode_step(
-                normed, prompt_cache.layers[i], prompt_mask, padding, kv_cache, i
-            )
+            out = layer.self_attn.decode_step(normed, i, prompt_cache, kv_cache, padding)
             x = layer.feed_forward(x + out)
         kv_cache.length += 1
         logits: Tensor = self.lm_head(self.final_layer_norm(x))

@@ -74,11 +74,8 @@ class QFormerLayer(nn.Module):
     def __init__(self, config: QFormerConfig, index: int) -> None:
         super().__init__()
         self.attention = QFormerAttention(config, config.hidden_size)
-        self.crossattention = (
-            QFormerAttention(config, config.encoder_hidden_size)
-            if index % config.cross_attention_frequency == 0
-            else None
-        )
+        crosses = index % config.cross_attention_frequency == 0
+        self.crossattention = QFormerAttention(config, config.encoder_hidden_size) if crosses else None
         self.intermediate_query = QFormerIntermediate(config)
         self.output_query = QFormerOutput(config, config.intermediate_size)
         if config.use_qformer_text_input:
@@ -116,24 +113,21 @@ class QFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Image features [B, N, W_image] -> queries [B, Q, W]."""
-        return self._run(self._queries(len(features)), self.query_tokens.shape[1], features, None)
+        queries = self.query_tokens.shape[1]
+        return self._run(self.query_tokens.expand(len(features), -1, -1), queries, features, None)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text alone, bidirectional: ids and mask [B, T] -> [B, T, W]."""
         return self._run(self._embed(ids), 0, None, mask.bool()[:, None, None, :])
 
-    def encode_multimodal(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Queries and text see each other (ITM): -> [B, Q + T, W], queries first."""
-        return self._encode_both(features, ids, mask, causal=False)
+    def encode_multimodal(
+        self, features: Tensor, ids: Tensor, mask: Tensor, *, causal: bool = False
+    ) -> Tensor:
+        """Queries and text see each other (ITM): -> [B, Q + T, W], queries first.
 
-    def encode_causal(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Text sees the queries and itself causally, the queries see only themselves (ITG): -> [B, Q + T, W].
-
-        The queries come out as from `forward`, so one pass serves ITC and ITG.
+        causal: text sees the queries and itself causally, the queries see only themselves (ITG). They come out as from
+            `forward`, so one pass serves ITC and ITG.
         """
-        return self._encode_both(features, ids, mask, causal=True)
-
-    def _encode_both(self, features: Tensor, ids: Tensor, mask: Tensor, *, causal: bool) -> Tensor:
         queries = self.query_tokens.shape[1]
         allowed = F.pad(mask.bool(), (queries, 0), value=True)[:, None, None, :]  # [B, 1, 1, Q + T]
         if causal:
@@ -141,16 +135,12 @@ class QFormer(nn.Module):
             before = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
             before[:queries, :queries] = True
             allowed = before & allowed  # [B, 1, Q + T, Q + T]
-        x = torch.cat([self._queries(len(ids)), self._embed(ids)], dim=1)
+        x = torch.cat([self.query_tokens.expand(len(ids), -1, -1), self._embed(ids)], dim=1)
         return self._run(x, queries, features, allowed)
 
-    def _queries(self, batch: int) -> Tensor:
-        return self.query_tokens.expand(batch, -1, -1)
-
     def _embed(self, ids: Tensor) -> Tensor:
-        positions: Tensor = self.position_embeddings.weight[: ids.shape[1]]
-        words: Tensor = self.word_embeddings(ids)
-        return words + positions
+        out: Tensor = self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]]
+        return out
 
     def _run(self, x: Tensor, queries: int, features: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.layernorm(x)

@@ -74,9 +74,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.activation(self.wi_0(x)) * self.wi_1(x) if self.gated else self.activation(self.wi(x))
-        if isinstance(
-            self.wo, nn.Linear
-        ):  # in fp16 models it stays in fp32; packed and quantized ones take any dtype
+        if isinstance(self.wo, nn.Linear):  # fp32 in fp16 models too; packed and quantized it takes any dtype
             inner = inner.to(self.wo.weight.dtype)
         out: Tensor = self.wo(inner)
         return out
@@ -124,39 +122,31 @@ class T5FeedForwardLayer(nn.Module):
         return out
 
 
-class T5EncoderLayer(nn.Module):
-    def __init__(self, config: T5Config) -> None:
+class T5Layer(nn.Module):
+    """A layer of the encoder, or of the decoder, which attends to the prompt too."""
+
+    def __init__(self, config: T5Config, *, decoder: bool) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([T5SelfAttentionLayer(config), T5FeedForwardLayer(config)])
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        attention, feed_forward = self.layer
-        out: Tensor = feed_forward(attention(x, mask))
-        return out
-
-
-class T5DecoderLayer(nn.Module):
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(
-            [T5SelfAttentionLayer(config), T5CrossAttentionLayer(config), T5FeedForwardLayer(config)]
-        )
+        cross = [T5CrossAttentionLayer(config)] if decoder else []
+        self.layer = nn.ModuleList([T5SelfAttentionLayer(config), *cross, T5FeedForwardLayer(config)])
 
     def forward(
         self,
         x: Tensor,
         mask: Tensor,
-        prompt: tuple[Tensor, Tensor],
-        prompt_mask: Tensor,
-        kv_cache: KVCache | None,
-        index: int,
+        prompt_cache: PromptCache | None = None,
+        kv_cache: KVCache | None = None,
+        index: int = 0,
     ) -> Tensor:
-        """x [B * n, T, W]; mask and kv_cache as for `T5SelfAttentionLayer`; the prompts' own keys and values
-        [B, H, S, D], mask bool [B, 1, 1, S]."""
-        attention, cross, feed_forward = self.layer
+        """x [B * n, T, W]; mask and kv_cache as for `T5SelfAttentionLayer`."""
+        attention, *cross, feed_forward = self.layer
         x = attention(x, mask, kv_cache, index)
-        by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])  # [B, n * T, W]: a prompt's rows are positions
-        out: Tensor = feed_forward(cross(by_prompt, prompt, prompt_mask).view_as(x))
+        if prompt_cache is not None:
+            prompt, prompt_mask = prompt_cache.layers[index], prompt_cache.mask[:, None, None, :]
+            # [B, n * T, W]: to the prompt its rows are positions
+            by_prompt = x.view(len(prompt_mask), -1, x.shape[-1])
+            x = cross[0](by_prompt, prompt, prompt_mask).view_as(x)
+        out: Tensor = feed_forward(x)
         return out
 
 
@@ -171,9 +161,8 @@ class T5PositionBias(nn.Module):
 
     def forward(self, distance: Tensor) -> Tensor:
         """distance int64 [B, T, S], the key's position less the query's -> [B, H, T, S]."""
-        buckets = position_buckets(
-            distance, len(self.weight), self.max_distance, bidirectional=self.bidirectional
-        )
+        count, both = len(self.weight), self.bidirectional
+        buckets = position_buckets(distance, count, self.max_distance, bidirectional=both)
         return F.embedding(buckets, self.weight).movedim(-1, 1)
 
 
@@ -203,7 +192,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.relative_attention_bias = T5PositionBias(config, bidirectional=True)
-        self.layers = nn.ModuleList(T5EncoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(T5Layer(config, decoder=False) for _ in range(config.num_layers))
         self.final_layer_norm = T5LayerNorm(config)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -223,7 +212,7 @@ class T5Decoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.relative_attention_bias = T5PositionBias(config, bidirectional=False)
-        self.layers = nn.ModuleList(T5DecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.layers = nn.ModuleList(T5Layer(config, decoder=True) for _ in range(config.num_decoder_layers))
         self.final_layer_norm = T5LayerNorm(config)
 
     def read_prompt(self, memory: Tensor, mask: Tensor) -> PromptCache:
@@ -242,12 +231,10 @@ class T5Decoder(nn.Module):
         distance = positions[None, None, :] - positions[None, before:, None]  # [1, T, before + T]
         mask = self.relative_attention_bias(distance)
         mask = mask.masked_fill((distance > 0)[:, None], float("-inf"))  # [1, H, T, before + T]
-        if kv_cache is not None and kv_cache.padding is not None:
-            padding = kv_cache.padding[:, None, None]  # [B * n, 1, 1, before + 1]
-            mask = mask.masked_fill(padding, float("-inf"))
-        prompt_mask = prompt_cache.mask[:, None, None, :]
+        if kv_cache is not None and (padding := kv_cache.padding) is not None:
+            mask = mask.masked_fill(padding[:, None, None], float("-inf"))  # [B * n, H, 1, before + 1]
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, prompt_cache.layers[i], prompt_mask, kv_cache, i)
+            x = layer(x, mask, prompt_cache, kv_cache, i)
         if kv_cache is not None:
             kv_cache.length += 1
         out: Tensor = self.final_layer_norm(x)
@@ -292,15 +279,9 @@ class T5(LanguageModel):
         """None: the encoder reads prefix and prompt together."""
 
     def prefill(
-        self,
-        embeddings: Tensor,
-        mask: Tensor,
-        prompt_cache: PromptCache | None = None,
-        *,
-        rows: int,
-        max_new_tokens: int,
+        self, embeddings: Tensor, mask: Tensor, past: PromptCache | None, rows: int, max_new_tokens: int
     ) -> DecodeState:
-        if prompt_cache is not None:
+        if past is not None:
             raise ValueError("T5 reads prefix and prompt together and has no cache of a prefix alone")
         prompt_cache = self._read(embeddings, mask)
         config, count = self.config, len(mask) * rows
@@ -317,8 +298,7 @@ class T5(LanguageModel):
         return logits.squeeze(1).float()
 
     def _read(self, embeddings: Tensor, mask: Tensor | None) -> PromptCache:
-        shape = embeddings.shape[:2]
-        mask = embeddings.new_ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+        mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         return self.decoder.read_prompt(self.encoder(embeddings, mask), mask)
 
     def _scale(self, hidden: Tensor) -> Tensor:

@@ -71,16 +71,13 @@ class ImageEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, eps=config.last_norm_eps or config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, *, interpolate: bool = False, keep: Tensor | None = None) -> Tensor:
-        """Encode images.
+        """Encode images: -> [B, N, W] with N = (S // patch_size) ** 2 + 1, or K + 1.
 
         Args:
             pixels: [B, 3, S, S], normalised; S is the config's image_size unless `interpolate`.
             interpolate: take images of another size; the position embeddings are resized to fit.
             keep: int64 [B, K], the patches to encode, counted row by row; the others are left out. Training on a
                 part of every image is faster (Li et al., FLIP, 2023).
-
-        Returns:
-            [B, N, W] with N = (S // patch_size) ** 2 + 1, or K + 1.
 
         Raises:
             ValueError: pixels of another shape than the encoder's, without `interpolate`.
@@ -109,14 +106,11 @@ class ImageEncoder(nn.Module):
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Pixels -> patches [B, W, h, w]."""
-        embedding = self.patch_embedding
-        out: Tensor
-        if not lacks_native_bf16(embedding.weight):
-            out = embedding(pixels.to(embedding.weight.dtype))
-            return out
-        bias = None if embedding.bias is None else embedding.bias.float()
-        out = F.conv2d(pixels.float(), embedding.weight.float(), bias, embedding.stride)
-        return out.to(embedding.weight.dtype)
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        dtype = torch.float32 if lacks_native_bf16(weight) else weight.dtype
+        bias = bias if bias is None else bias.to(dtype)
+        out = F.conv2d(pixels.to(dtype), weight.to(dtype), bias, self.config.patch_size)
+        return out.to(weight.dtype)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1, rows * columns + 1, W] for a grid of patches, bicubic from the stored square."""

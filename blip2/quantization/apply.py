@@ -32,11 +32,6 @@ EXCLUDED = "vision.layers.0.mlp."  # not quantized, see `quantized_layers`
 _TOWERS = ("vision", "qformer", "language")  # whose layers are swapped; the matcher's small heads stay
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
-
-
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that can be swapped, by name: those of image encoder, Q-Former and language model."""
     for name, module in model.named_modules():
@@ -49,7 +44,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def quantized_layers(
     model: nn.Module, mode: Mode
-) -> Iterator[tuple[str, nn.Module, type[Int8Weight] | type[Int4Weight]]]:
+) -> Iterator[tuple[str, nn.Linear | nn.Embedding, type[Int8Weight] | type[Int4Weight]]]:
     """What a mode quantizes: name, layer, and the format of its weight; the largest first.
 
     All linear layers of image encoder, Q-Former and language model, its head included, and its word embeddings, but not
@@ -58,25 +53,21 @@ def quantized_layers(
     all others in 8, and so are its head and the first and last layer of each stack: in 4 bits the default model's first
     layer alone does half of all harm.
     """
-    stacks = [
-        (name, len(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.startswith("language.") and name.endswith(".layers")
-    ]
-    ends = tuple(f"{name}.{index}." for name, count in stacks for index in (0, count - 1))
-    layers: list[tuple[str, nn.Module, Tensor]] = [
-        (name, layer, layer.weight) for name, layer in linear_layers(model) if not name.startswith(EXCLUDED)
-    ]
-    layers += [
-        (name, module, module.weight)
-        for name, module in model.named_modules()
-        if name in EMBEDDINGS and isinstance(module, nn.Embedding)
-    ]
+    ends: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.startswith("language.") and name.endswith(".layers"):
+            ends += (f"{name}.0.", f"{name}.{len(module) - 1}.")
+    layers: dict[str, nn.Linear | nn.Embedding] = {
+        name: layer for name, layer in linear_layers(model) if not name.startswith(EXCLUDED)
+    }
+    for name, module in model.named_modules():
+        if name in EMBEDDINGS and isinstance(module, nn.Embedding):
+            layers[name] = module
     # the memory that quantizing takes is largest for the largest, and least is in use when they come first
-    for name, layer, weight in sorted(layers, key=lambda entry: -entry[2].numel()):
+    for name, layer in sorted(layers.items(), key=lambda entry: -entry[1].weight.numel()):
         eight = name in (*EMBEDDINGS, "language.lm_head") or name.startswith(ends)
         four = mode == "int4" and name.startswith("language.") and not eight
-        yield name, layer, Int4Weight if four and weight.shape[1] % GROUP == 0 else Int8Weight
+        yield name, layer, Int4Weight if four and layer.weight.shape[1] % GROUP == 0 else Int8Weight
 
 
 def quantize_model(
@@ -90,10 +81,9 @@ def quantize_model(
         read: gives a layer's quantized weight, by the layer's name; None: the model's own weights are quantized.
     """
 
-    def swap(name: str, layer: nn.Module, kind: type[Int8Weight] | type[Int4Weight]) -> None:
-        assert isinstance(layer, nn.Linear | nn.Embedding)
+    def swap(name: str, layer: nn.Linear | nn.Embedding, kind: type[Int8Weight] | type[Int4Weight]) -> None:
         weight = kind.of(layer.weight.detach()) if read is None else read(name, kind)
-        _replace(model, name, _quantized(name, layer, weight))
+        model.set_submodule(name, _quantized(name, layer, weight))
         malloc_trim()
 
     fbgemm = linear.fbgemm_engine() if linear.max_activation_level() else nullcontext()
@@ -131,7 +121,7 @@ def prepack(model: nn.Module, read: Mapping[str, Callable[[], Tensor]] | None = 
     if read is None:
         tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
         read = {
-            name: partial(_own_weight, model, name)
+            name: partial(model.get_parameter, f"{name}.weight")
             for name, layer in linear_layers(model)
             # a head that shares its weight with the word embeddings is needed as it is
             if layer.weight.dtype == torch.bfloat16 and not any(layer.weight is table for table in tables)
@@ -140,18 +130,14 @@ def prepack(model: nn.Module, read: Mapping[str, Callable[[], Tensor]] | None = 
     with ThreadPoolExecutor(1) as reader:
         reading = [reader.submit(read[name]) for name in names[:1]]
         for name, following in zip_longest(names, names[1:]):
-            weight = reading.pop().result().to(torch.bfloat16)
+            weight = reading.pop().result().detach().to(torch.bfloat16)
             if following is not None:
                 reading.append(reader.submit(read[following]))
             bias = model.get_submodule(name).bias
             assert bias is None or isinstance(bias, nn.Parameter)
-            _replace(model, name, PackedLinear(weight, bias).eval())
+            model.set_submodule(name, PackedLinear(weight, bias).eval())
             del weight
             malloc_trim()
-
-
-def _own_weight(model: nn.Module, name: str) -> Tensor:
-    return model.get_parameter(f"{name}.weight").detach()
 
 
 def unpack(model: nn.Module) -> None:
@@ -159,12 +145,10 @@ def unpack(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, PackedLinear):
             with torch.inference_mode(False):  # an inference tensor could never be trained
-                plain = nn.Linear(
-                    layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-                )
+                plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
                 plain.weight = nn.Parameter(layer.weight)
                 plain.register_parameter("bias", layer.bias)
-                _replace(model, name, plain.eval())
+                model.set_submodule(name, plain.eval())
 
 
 def widen(model: nn.Module) -> None:
@@ -174,4 +158,4 @@ def widen(model: nn.Module) -> None:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and lacks_native_bf16(layer.weight):
-            _replace(model, name, WideningLinear(layer).train(layer.training))
+            model.set_submodule(name, WideningLinear(layer).train(layer.training))

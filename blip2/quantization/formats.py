@@ -8,7 +8,6 @@ know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from blip2.modeling.config import Mode
 from blip2.tensorfiles.errors import CheckpointError
-from blip2.tensorfiles.tensors import TensorInfo, Tensors
+from blip2.tensorfiles.tensors import TensorFile, TensorInfo, Tensors
 
 GROUP = 128  # weights that share a scale in int4
 # Shares of a group's range that are tried: cutting off an extreme may quantize all the others better.
@@ -125,10 +124,6 @@ class Int4Weight:
         """The tensors it is made of."""
         return self.values, self.scales, self.zeros
 
-    def rows(self, outputs: slice) -> Int4Weight:
-        """Some of its outputs' weights."""
-        return Int4Weight(self.values[outputs], self.scales[outputs], self.zeros[outputs])
-
     def to(self, device: torch.device) -> Int4Weight:
         """The same on a device."""
         mapped = self.mapped and device.type == "cpu"
@@ -141,9 +136,8 @@ QuantizedWeight = Int8Weight | Int4Weight
 
 # --- in files --------------------------------------------------------------------------------------------------------
 
-INT8, SCALE = "weight_int8", "weight_scale"
-INT4, SCALES, ZEROS = "weight_int4", "weight_scales", "weight_zeros"
-PARTS = {Int8Weight: (INT8, SCALE), Int4Weight: (INT4, SCALES, ZEROS)}
+INT8, INT4 = "weight_int8", "weight_int4"
+PARTS = {Int8Weight: (INT8, "weight_scale"), Int4Weight: (INT4, "weight_scales", "weight_zeros")}
 
 
 def parts_of(name: str, shape: tuple[int, ...], kind: type[QuantizedWeight]) -> dict[str, TensorInfo]:
@@ -157,7 +151,7 @@ def parts_of(name: str, shape: tuple[int, ...], kind: type[QuantizedWeight]) -> 
     return {layer + part: TensorInfo(*info) for part, info in zip(PARTS[kind], infos, strict=True)}
 
 
-class QuantizedFile:
+class QuantizedFile(TensorFile):
     """Quantized weights as the floats they stand for: a file of tensors, as far as its users can see."""
 
     format = "safetensors"
@@ -165,7 +159,7 @@ class QuantizedFile:
     def __init__(self, stored: Tensors, names: list[str]) -> None:
         """`names`: of the weights, as if they were stored as floats. Raises CheckpointError where parts do not fit."""
         self._stored = stored
-        self.info: Mapping[str, TensorInfo] = {name: self._info(name) for name in names}
+        self.info = {name: self._info(name) for name in names}
 
     def kind(self, name: str) -> type[QuantizedWeight]:
         """The format of a weight."""
@@ -181,11 +175,6 @@ class QuantizedFile:
     def copied(self, name: str) -> Tensor:
         """float32."""
         return self.quantized(name).float()
-
-    mapped = copied
-
-    def place(self, name: str) -> None:
-        """Nowhere: these values are not stored."""
 
     def _info(self, name: str) -> TensorInfo:
         kind, layer = self.kind(name), name.removesuffix("weight")
@@ -208,8 +197,7 @@ class QuantizedFile:
 def as_floats(stored: Tensors) -> Tensors:
     """A checkpoint's tensors, with quantized weights as floats in the place of their parts.
 
-    Raises:
-        CheckpointError: parts that are missing or do not fit each other.
+    Raises CheckpointError where parts are missing or do not fit each other.
     """
     first = (f".{INT8}", f".{INT4}")
     names = [name.rpartition(".")[0] + ".weight" for name in stored if name.endswith(first)]
@@ -237,10 +225,6 @@ def read_quantized(
 
 def stored_mode(tensors: Tensors) -> Mode | None:
     """The mode a checkpoint was quantized in; None where it holds floats."""
-    kinds = {
-        file.kind(name)
-        for name in tensors
-        for file in [tensors.file(name)]
-        if isinstance(file, QuantizedFile)
-    }
+    files = ((name, tensors.file(name)) for name in tensors)
+    kinds = {file.kind(name) for name, file in files if isinstance(file, QuantizedFile)}
     return None if not kinds else "int4" if Int4Weight in kinds else "int8"

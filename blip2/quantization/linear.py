@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.quantization import openvino
 from blip2.quantization.formats import GROUP, WEIGHTS_AT_ONCE, Int4Weight, Int8Weight
 from blip2.quantization.openvino import OpenVinoLinear
 
@@ -21,7 +22,31 @@ from blip2.quantization.openvino import OpenVinoLinear
 OUTLIER_RATIO = 12.0
 
 
-class Int8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
+    """A linear layer that keeps no float weight, [..., K] in any float -> [..., N] in the same."""
+
+    kind = "int8"
+    out_dtype: torch.dtype | None = None  # of the result; None: as the input's
+
+    def __init__(self, shape: Sequence[int], bias: Tensor | None) -> None:
+        """shape: N, K. bias: [N] in any float."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.multiply(x.reshape(-1, self.in_features))
+        return out.to(self.out_dtype or x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """rows [M, K] in any float -> float32 [M, N]."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+
+
+class Int8Linear(QuantizedLinear):
     """A linear layer with a scale for each output and 8 bit activations; outlier tokens are split in hi and lo.
 
     On x86 the product is FBGEMM's, exact in whole numbers: a row gives the same bits alone and in any batch. Elsewhere
@@ -32,32 +57,21 @@ class Int8Linear(nn.Module):
         self,
         weight: Int8Weight,
         bias: Tensor | None,
-        *,
         hi_lo: bool = True,
         outlier_ratio: float = OUTLIER_RATIO,
     ) -> None:
-        """bias: [N] in any float. hi_lo: whether tokens are split. outlier_ratio: from which one on; 0: every token."""
-        super().__init__()
-        self.out_features, self.in_features = weight.values.shape
-        self.hi_lo, self.outlier_ratio = hi_lo, outlier_ratio
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        """hi_lo: whether tokens are split. outlier_ratio: from which one on; 0: every token."""
+        super().__init__(weight.values.shape, bias)
+        self.hi_lo, self.outlier_ratio, self.kind = hi_lo, outlier_ratio, f"int8, hi_lo={hi_lo}"
         has_kernel = weight.values.device.type == "cpu" and max_activation_level() > 0
         self._packed: Any = _pack(weight) if has_kernel else None
         self._plain = None if has_kernel else weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] in any float -> [..., N] in the same."""
-        rows = x.reshape(-1, self.in_features)
+    def multiply(self, rows: Tensor) -> Tensor:
         if self._plain is not None:
-            out = F.linear(rows, self._plain.values.to(x.dtype)).float() * self._plain.scale
-            if self.bias is not None:
-                out = out + self.bias
-        else:
-            out = self._product(rows.float())
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        """rows float32 [M, K] -> float32 [M, N]."""
+            out = F.linear(rows, self._plain.values.to(rows.dtype)).float() * self._plain.scale
+            return out if self.bias is None else out + self.bias
+        rows = rows.float()
         level, sizes = max_activation_level(), rows.abs()
         largest = sizes.amax(dim=1, keepdim=True).clamp_(min=1e-30)  # [M, 1]
         step = largest / level
@@ -82,11 +96,8 @@ class Int8Linear(nn.Module):
         outlier = largest > self.outlier_ratio * sizes.mean(dim=1, keepdim=True, dtype=torch.float64)
         return outlier.flatten().nonzero().flatten()
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8, hi_lo={self.hi_lo}"
 
-
-class Int8ImageLinear(nn.Module):
+class Int8ImageLinear(QuantizedLinear):
     """As `Int8Linear`, for the image encoder's hundreds of rows: oneDNN multiplies, twice as fast at so many.
 
     A token is quantized once, in 256 steps between its smallest value and its largest. What a GELU gives is nearly all
@@ -94,13 +105,9 @@ class Int8ImageLinear(nn.Module):
     """
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> None:
-        """bias: [N] in any float. out_dtype: of the result; None: as the input's."""
-        super().__init__()
-        self.out_features, self.in_features = weight.values.shape
+        """out_dtype: of the result; None: as the input's."""
+        super().__init__(weight.values.shape, bias)
         self.out_dtype = out_dtype
-        self.bias = nn.Parameter(
-            torch.zeros(self.out_features) if bias is None else bias.float(), requires_grad=False
-        )
         self._packed = torch.ops.onednn.qlinear_prepack(weight.values, None)
         # No buffers: `model.half()` must not narrow them.
         self.scale, self.zeros = weight.scale, torch.zeros(self.out_features, dtype=torch.int64)
@@ -114,64 +121,44 @@ class Int8ImageLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._packed = torch.ops.onednn.qlinear_prepack(state["_packed"].mT.contiguous(), None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] in any float -> [..., N]."""
-        rows = x.reshape(-1, self.in_features).float().contiguous()
+    def multiply(self, rows: Tensor) -> Tensor:
         # torch quantizes embedding tables so: rows [M, K] in 0 .. 255, each with its step and smallest value at the end
-        quantized = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+        quantized = torch.ops.quantized.embedding_bag_byte_prepack(rows.float().contiguous())
         steps, step_and_low = quantized.split([self.in_features, 8], dim=1)
         step, low = step_and_low.contiguous().view(torch.float32).split(1, dim=1)  # [M, 1]
+        result: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            steps.contiguous(),
-            1.0,
-            0,
-            self._packed,
-            self.scale,
-            self.zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            steps.contiguous(), 1.0, 0, self._packed, self.scale, self.zeros, *result
         )
         # in place: new memory for the rows of an image takes as long as what is computed
-        out.mul_(step).addcmul_(low, self.sums).add_(self.bias)
-        return out.to(self.out_dtype or x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8"
+        out.mul_(step).addcmul_(low, self.sums)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 class Int8Embedding(nn.Module):
     """A table of embeddings with a scale for each: ids [...] -> float32 [..., W]."""
 
-    values: Tensor
-    scale: Tensor
-
     def __init__(self, weight: Int8Weight) -> None:
         super().__init__()
-        self.register_buffer("values", weight.values, persistent=False)
-        self.register_buffer("scale", weight.scale, persistent=False)
+        self.values = nn.Buffer(weight.values, persistent=False)
+        self.scale = nn.Buffer(weight.scale, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         out: Tensor = self.values[ids] * self.scale[ids][..., None]
         return out
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(QuantizedLinear):
     """A linear layer in 4 bits, with a scale and a zero for every `GROUP` inputs of an output.
 
     OpenVINO multiplies where it is installed and the processor has VNNI, with activations in 8 bits, a scale for every
     `GROUP` of them; torch elsewhere, with activations in bfloat16. Either way a row gives the same bits in any batch.
     """
 
+    kind = f"int4, group={GROUP}"
+
     def __init__(self, weight: Int4Weight, bias: Tensor | None) -> None:
-        """bias: [N] in any float."""
-        super().__init__()
-        self.out_features, self.in_features = len(weight.values), 2 * weight.values.shape[1]
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        super().__init__((len(weight.values), 2 * weight.values.shape[1]), bias)
         self._product: OpenVinoLinear | None = None
         self._plain = None
         if weight.values.device.type != "cpu":
@@ -183,16 +170,14 @@ class Int4Linear(nn.Module):
             pairs = torch.stack([weight.scales.mT, zeros.bfloat16().mT], dim=-1)  # [K / GROUP, N, 2]
             # the layout's blocks have at most 64 outputs
             rows = max(64, WEIGHTS_AT_ONCE // self.in_features // 64 * 64)
-            parts = (weight.rows(slice(i, i + rows)) for i in range(0, self.out_features, rows))
-            packed = torch.cat(
-                [torch._convert_weight_to_int4pack_for_cpu(part.unpacked().int(), 1) for part in parts]
-            )
-            self.register_buffer("pairs", pairs.contiguous(), persistent=False)
-            self.register_buffer("packed", packed, persistent=False)
+            blocks = [
+                torch._convert_weight_to_int4pack_for_cpu(replace(weight, values=block).unpacked().int(), 1)
+                for block in weight.values.split(rows)
+            ]
+            self.pairs = nn.Buffer(pairs.contiguous(), persistent=False)
+            self.packed = nn.Buffer(torch.cat(blocks), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] in any float -> [..., N] in the same."""
-        rows = x.reshape(-1, self.in_features)
+    def multiply(self, rows: Tensor) -> Tensor:
         out: Tensor
         if self._product is not None:
             out = self._product(rows.float())
@@ -201,12 +186,7 @@ class Int4Linear(nn.Module):
         else:
             out = F.linear(rows.bfloat16(), self._plain.float().bfloat16())
         out = out.float()
-        if self.bias is not None:
-            out.add_(self.bias)
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int4, group={GROUP}"
+        return out if self.bias is None else out.add_(self.bias)
 
 
 _PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
@@ -233,7 +213,7 @@ def onednn_multiplies() -> bool:
 
 def openvino_multiplies() -> bool:
     """Whether OpenVINO multiplies 4 bit weights here: where it is installed, on x86 with VNNI."""
-    return max_activation_level() == 127 and openvino.installed()
+    return max_activation_level() == 127 and importlib.util.find_spec("openvino") is not None
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import mmap
 import tempfile
 from functools import lru_cache
@@ -20,12 +19,6 @@ import torch
 from torch import Tensor
 
 _MAX_ROWS = 64  # rows at a time: with more OpenVINO widens the weights first
-
-
-@lru_cache(maxsize=1)
-def installed() -> bool:
-    """Whether OpenVINO can be imported."""
-    return importlib.util.find_spec("openvino") is not None
 
 
 @lru_cache(maxsize=1)
@@ -96,9 +89,8 @@ def _in_a_file(values: Tensor) -> Tensor:
     with tempfile.TemporaryFile() as file:
         file.write(values.numpy().data)
         file.flush()
-        return torch.frombuffer(
-            mmap.mmap(file.fileno(), len(values), access=mmap.ACCESS_COPY), dtype=torch.uint8
-        )
+        mapped = mmap.mmap(file.fileno(), len(values), access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _drop_pages(values: Tensor) -> None:

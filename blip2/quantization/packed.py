@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -18,21 +16,13 @@ _WIDEN_FROM_ROWS = 8  # with fewer, reading the weight is what takes the time
 _WIDENED_OUTPUTS = 256  # outputs whose weights are widened together: 4 MB of them at OPT-6.7B's width
 
 
-@lru_cache(maxsize=1)
-def _glibc_malloc_trim() -> Callable[[int], int] | None:
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-        return trim
-    return None
-
-
 def malloc_trim() -> None:
     """Return freed memory to the system, where the allocator would keep it between what is in use.
 
     While weights are packed one by one it would keep about as much as the weights take. Nothing without glibc.
     """
-    if (trim := _glibc_malloc_trim()) is not None:
-        trim(0)
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from blip2.generation.batching import BeamSequence, ContinuousBatch, SampledSequence, width
+from blip2.generation.batching import ContinuousBatch, SampledSequence
+from blip2.generation.decoding import BeamSequence
 from blip2.generation.options import GenerationOptions
 from blip2.images import load_image, to_pixels
 from blip2.modeling.kv_cache import concat_prompt_caches
@@ -82,7 +83,7 @@ class GenerateRequest:
     @property
     def rows(self) -> int:
         """Rows of the batch that it takes: one for each text, or for each beam."""
-        return len(self.prompts) * width(self.options)
+        return len(self.prompts) * self.options.rows
 
 
 # What a job computes; and its callback after each step of its greedy or sampled texts, on the engine's thread.

@@ -10,67 +10,39 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from blip2.tensorfiles.errors import BrokenFileError, UnsafeFileError, quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.pickles import (
-    ORDERED_DICT,
-    Call,
-    Global,
-    Stored,
-    as_dict,
-    find_state_dict,
-    read_pickle,
-)
+from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Stored, as_dict, find_tensors, read_pickle
 from blip2.tensorfiles.tensors import StoredTensor, StoredTensors, TensorInfo, checked_shape
 
 SPLIT_TABLE = "UnpackBigParamInfor@@"
 _CHUNK = 1 << 20
 
-_RECONSTRUCT = frozenset(
-    {Global("numpy.core.multiarray", "_reconstruct"), Global("numpy._core.multiarray", "_reconstruct")}
-)
+_RECONSTRUCT = frozenset(Global(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core"))
 _ARRAY, _DTYPE = Global("numpy", "ndarray"), Global("numpy", "dtype")
 _ENCODE = Global("_codecs", "encode")
-_BYTES = frozenset({Global("__builtin__", "bytes"), Global("builtins", "bytes")})
-_TUPLE = frozenset({Global("__builtin__", "tuple"), Global("builtins", "tuple")})
+_BYTES, _TUPLE = (
+    frozenset({Global("__builtin__", name), Global("builtins", name)}) for name in ("bytes", "tuple")
+)
 ALLOWED = _RECONSTRUCT | _BYTES | _TUPLE | {_ARRAY, _DTYPE, _ENCODE, ORDERED_DICT}
 
 # numpy's names of dtypes. Paddle's bfloat16 is numpy's uint16, see above.
 DTYPES: Mapping[str, torch.dtype] = {
-    "b1": torch.bool,
-    "u1": torch.uint8,
-    "i1": torch.int8,
-    "i2": torch.int16,
-    "i4": torch.int32,
-    "i8": torch.int64,
-    "u2": torch.bfloat16,
-    "f2": torch.float16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-    "c8": torch.complex64,
-    "c16": torch.complex128,
-}
+    "b1": torch.bool, "u1": torch.uint8, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32,
+    "i8": torch.int64, "u2": torch.bfloat16, "f2": torch.float16, "f4": torch.float32, "f8": torch.float64,
+    "c8": torch.complex64, "c16": torch.complex128,
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Array:
-    info: TensorInfo
-    data: Stored | bytes
-    big_endian: bool = False
-    columns_first: bool = False  # Fortran's order
+_Array = tuple[StoredTensor, Stored | bytes]  # its description and its values
 
 
 def open_paddle(file: FileBytes) -> PaddleFile:
-    """Open a .pdparams file.
-
-    Raises:
-        UnsafeFileError, BrokenFileError, UnsupportedFileError: see `pickles.read_pickle`.
-    """
+    """Open a .pdparams file; errors as `read_pickle`'s."""
     try:
         pickle = read_pickle(file, 0, file.size, ALLOWED)
     except UnsafeFileError as error:
@@ -91,31 +63,25 @@ class PaddleFile(StoredTensors):
 
     def __init__(self, file: FileBytes, value: Any) -> None:
         self._file = file
-        table = as_dict(value)
-        entries = find_state_dict(value, _is_tensor, file)
+        entries = find_tensors(value, _is_tensor, file)
         arrays = {name: self._read_array(name, entry) for name, entry in entries.items()}
-        split = {} if table is None else table.get(SPLIT_TABLE, {})
+        split = (as_dict(value) or {}).get(SPLIT_TABLE, {})
         if not isinstance(split, dict):
             raise file.broken(f"{SPLIT_TABLE} is no dict")
-        self._slices: dict[str, list[_Array]] = {}  # one of them is the whole tensor
         tensors: dict[str, StoredTensor] = {}
+        self._slices: dict[str, list[_Array]] = {}  # one of them is the whole tensor
         for name, entry in split.items():
-            slices = self._slices[name] = self._take_slices(name, entry, arrays)
-            info = TensorInfo(self._split_shape(name, entry, slices), slices[0].info.dtype)
-            tensors[name] = StoredTensor(info, None, None, slices[0].big_endian)
-        for name, array in arrays.items():
-            self._slices[name] = [array]
-            start = array.data.start if isinstance(array.data, Stored) and not array.data.text else None
-            shape = array.info.shape
-            strides = tuple(math.prod(shape[:i]) for i in range(len(shape))) if array.columns_first else None
-            tensors[name] = StoredTensor(array.info, start, strides, array.big_endian)
+            tensors[name], self._slices[name] = self._take_slices(name, entry, arrays)
+        tensors |= {name: tensor for name, (tensor, _) in arrays.items()}
+        self._slices |= {name: [array] for name, array in arrays.items()}
         super().__init__(file, "paddle", tensors)
 
     def _read(self, name: str, out: memoryview) -> None:
         start = 0
-        for array in self._slices[name]:
-            self._read_into(array.data, out[start : start + array.info.nbytes], f"tensor {quoted(name)}")
-            start += array.info.nbytes
+        for tensor, data in self._slices[name]:
+            end = start + tensor.info.nbytes
+            self._read_into(data, out[start:end], f"tensor {quoted(name)}")
+            start = end
 
     def _read_into(self, data: Stored | bytes, out: memoryview, what: str) -> None:
         if isinstance(data, bytes):
@@ -151,13 +117,13 @@ class PaddleFile(StoredTensors):
         if call is None or call.arguments[:1] != (_ARRAY,) or not isinstance(state, tuple) or len(state) != 5:
             raise self._wrong(name, "is not described as numpy describes an array")
         _, sizes, kind, columns_first, data = state
-        code, big_endian = self._read_dtype(name, kind)
+        dtype, big_endian = self._read_dtype(name, kind)
         shape = checked_shape(sizes)
         if shape is None:
             raise self._wrong(name, "has no valid shape")
         if columns_first not in (0, 1):
             raise self._wrong(name, "has no valid order of values")
-        info = TensorInfo(shape, DTYPES[code])
+        info = TensorInfo(shape, dtype)
         data = self._read_data(name, data)
         if isinstance(data, Stored) and data.text:
             fits = data.length // 2 <= info.nbytes <= data.length  # a byte takes one or two
@@ -166,15 +132,19 @@ class PaddleFile(StoredTensors):
             fits = length == info.nbytes
         if not fits:
             raise self._wrong(name, f"of shape {list(shape)} has another number of bytes than that")
-        return _Array(info, data, big_endian, bool(columns_first) and len(shape) > 1)
+        strides = None
+        if columns_first and len(shape) > 1:  # Fortran's order
+            strides = tuple(math.prod(shape[:i]) for i in range(len(shape)))
+        start = data.start if isinstance(data, Stored) and not data.text else None
+        return StoredTensor(info, start, strides, big_endian), data
 
-    def _read_dtype(self, name: str, value: Any) -> tuple[str, bool]:
-        """The name of a dtype without its byte order, and whether that is big-endian."""
+    def _read_dtype(self, name: str, value: Any) -> tuple[torch.dtype, bool]:
+        """A dtype, and whether its byte order is big-endian."""
         if isinstance(value, Call) and value.function == _DTYPE and value.arguments:
             code, state = value.arguments[0], value.state
             order = state[1] if isinstance(state, tuple) and len(state) >= 2 else None
             if type(code) is str and type(order) is str and code in DTYPES and order in ("<", ">", "|"):
-                return code, order == ">"
+                return DTYPES[code], order == ">"
             if type(code) is str and code not in DTYPES:
                 raise self._file.unsupported(
                     f"tensor {quoted(name)} has numpy's dtype {quoted(code)}; known are "
@@ -198,7 +168,9 @@ class PaddleFile(StoredTensors):
             raise self._wrong(name, "has values that are no bytes")
         return value
 
-    def _take_slices(self, name: Any, entry: Any, arrays: dict[str, _Array]) -> list[_Array]:
+    def _take_slices(
+        self, name: Any, entry: Any, arrays: dict[str, _Array]
+    ) -> tuple[StoredTensor, list[_Array]]:
         """Remove a split tensor's slices from `arrays`. They are called name@@.0, name@@.1, ..."""
         names = entry.get("slices") if isinstance(entry, dict) else None
         if type(name) is not str or name in arrays or not isinstance(names, list) or not names:
@@ -208,20 +180,13 @@ class PaddleFile(StoredTensors):
             if type(part) is not str or part != f"{name}@@.{i}" or part not in arrays:
                 raise self._wrong(name, f"lacks its slice {i}")
             slices.append(arrays.pop(part))
-        first = slices[0]
-        if any(
-            (array.info.dtype, array.big_endian, array.columns_first)
-            != (first.info.dtype, first.big_endian, False)
-            for array in slices
-        ):
+        dtype, big_endian = slices[0][0].info.dtype, slices[0][0].big_endian
+        if any((t.info.dtype, t.big_endian, t.strides) != (dtype, big_endian, None) for t, _ in slices):
             raise self._wrong(name, "has slices that differ in dtype or order")
-        return slices
-
-    def _split_shape(self, name: str, entry: dict[Any, Any], slices: list[_Array]) -> tuple[int, ...]:
         shape = checked_shape(entry.get("OriginShape"))
-        if shape is None or math.prod(shape) != sum(math.prod(array.info.shape) for array in slices):
+        if shape is None or math.prod(shape) != sum(tensor.info.numel for tensor, _ in slices):
             raise self._wrong(name, "has slices that do not make up its shape")
-        return shape
+        return StoredTensor(TensorInfo(shape, dtype), None, None, big_endian), slices
 
 
 def _array_call(value: Any) -> Call | None:

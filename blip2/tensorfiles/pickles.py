@@ -11,6 +11,7 @@ So a pickle of 30 GB is read in the time and memory of its names and shapes.
 
 from __future__ import annotations
 
+import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ ORDERED_DICT = Global("collections", "OrderedDict")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 
 
-def find_state_dict(value: Any, is_tensor: Callable[[Any], bool], file: FileBytes) -> dict[str, Any]:
+def find_tensors(value: Any, is_tensor: Callable[[Any], bool], file: FileBytes) -> dict[str, Any]:
     """A file's table of tensors: its dict of them, or the one under "model" or another of `WRAPPERS`.
 
     What is beside tensors (counters, name tables) and beside the wrapped dict (optimizer, settings) is left out.
@@ -147,38 +148,14 @@ def find_state_dict(value: Any, is_tensor: Callable[[Any], bool], file: FileByte
 
 # --- the machine ---------------------------------------------------------------------------------------------------
 
-_CONSTANTS: Mapping[int, Any] = {ord("N"): None, 0x88: True, 0x89: False, ord(")"): ()}
-_INTEGERS: Mapping[int, str] = {ord("K"): "<B", ord("M"): "<H", ord("J"): "<i"}
-# Opcode -> bytes of the length, and what follows: text, bytes, or a string of Python 2, which is either.
-_STRINGS: Mapping[int, tuple[int, str]] = {
-    ord("X"): (4, "text"),
-    0x8C: (1, "text"),
-    0x8D: (8, "text"),
-    ord("B"): (4, "bytes"),
-    ord("C"): (1, "bytes"),
-    0x8E: (8, "bytes"),
-    0x96: (8, "bytes"),  # a bytearray
-    ord("T"): (4, "string"),
-    ord("U"): (1, "string"),
-}
-_TUPLES: Mapping[int, int] = {0x85: 1, 0x86: 2, 0x87: 3}
-# Bytes of the number of a memo's place; 0: the number is a line of text.
-_PUTS: Mapping[int, int] = {ord("p"): 0, ord("q"): 1, ord("r"): 4}
-_GETS: Mapping[int, int] = {ord("g"): 0, ord("h"): 1, ord("j"): 4}
-_REFUSED: Mapping[int, str] = {
-    ord("i"): "INST makes an object",
-    ord("o"): "OBJ makes an object",
-    0x81: "NEWOBJ makes an object",
-    0x92: "NEWOBJ_EX makes an object",
-    0x82: "EXT1 names something that only the writer's Python knows",
-    0x83: "EXT2 names something that only the writer's Python knows",
-    0x84: "EXT4 names something that only the writer's Python knows",
-    ord("P"): "PERSID refers to something outside the file",
-    0x97: "NEXT_BUFFER wants a buffer from outside the file",
-    0x98: "READONLY_BUFFER wants a buffer from outside the file",
-    ord("0"): "POP hides what was built, and no writer of tensors needs it",
-    ord("1"): "POP_MARK hides what was built, and no writer of tensors needs it",
-    ord("2"): "DUP is written by no writer of tensors",
+# Why an opcode is refused, by the opcodes.
+_REFUSED: Mapping[bytes, str] = {
+    b"io\x81\x92": "makes an object",
+    b"\x82\x83\x84": "names something that only the writer's Python knows",
+    b"P": "refers to something outside the file",
+    b"\x97\x98": "wants a buffer from outside the file",
+    b"01": "hides what was built, and no writer of tensors needs it",
+    b"2": "is written by no writer of tensors",
 }
 
 
@@ -199,36 +176,29 @@ class _Machine:
 
     def run(self) -> Pickle:
         for _ in range(MAX_OPCODES):
-            opcode = self.take(1)[0]
-            if opcode in _STRINGS:
-                self.string(*_STRINGS[opcode])
-            elif opcode in _PUTS:
-                self.put(self.place(_PUTS[opcode]))
-            elif opcode in _GETS:
-                self.get(self.place(_GETS[opcode]))
-            elif opcode in _INTEGERS:
-                layout = _INTEGERS[opcode]
-                self.stack.append(struct.unpack(layout, self.take(struct.calcsize(layout)))[0])
-            elif opcode in _TUPLES:
-                self.stack.append(tuple(self.pop_many(_TUPLES[opcode])))
-            elif opcode in _CONSTANTS:
-                self.stack.append(_CONSTANTS[opcode])
-            elif opcode in _HANDLERS:
-                _HANDLERS[opcode](self)
-            elif opcode == ord("."):
-                value = self.pop()
+            opcode = self.take(1)
+            if opcode in _OPCODES:
+                method, *arguments = _OPCODES[opcode]
+                method(self, *arguments)
+            elif opcode == b".":
+                (value,) = self.pop(1)
                 if self.stack or self.marks:
                     self.broken("it ends with more than one value")
                 return Pickle(value, tuple(self.references), self.position)
-            elif opcode in _REFUSED:
-                self.unsafe(f"the opcode {_REFUSED[opcode]}")
             else:
-                self.broken(f"{opcode:#04x} is no opcode")
+                self.refuse(opcode)
         raise self.file.unsupported(
             f"its pickle has over {MAX_OPCODES:,} opcodes, more than any model's file"
         )
 
     # --- errors, bytes and the stack ---
+
+    def refuse(self, opcode: bytes) -> NoReturn:
+        for opcodes, reason in _REFUSED.items():
+            if opcode in opcodes:
+                name = next(o.name for o in pickletools.opcodes if o.code == opcode.decode("latin-1"))
+                self.unsafe(f"the opcode {name} {reason}")
+        self.broken(f"{opcode[0]:#04x} is no opcode")
 
     def broken(self, why: str) -> NoReturn:
         raise self.file.broken(f"a broken pickle, at byte {self.position:,}: {why}")
@@ -240,32 +210,32 @@ class _Machine:
             requested,
         )
 
+    def fill(self, least: int = 0) -> None:
+        """Read on from the position."""
+        length = min(self.end - self.position, max(least, _BUFFER))
+        self.buffer, self.buffer_start = self.file.read(self.position, length, "its pickle"), self.position
+
     def take(self, length: int) -> bytes:
         """The next bytes; `length` is small."""
-        first = self.position - self.buffer_start
-        if first + length > len(self.buffer):
-            left = self.end - self.position
-            if length > left:
+        if self.position + length > self.buffer_start + len(self.buffer):
+            if length > self.end - self.position:
                 self.broken("it ends in the middle")
-            self.buffer = self.file.read(self.position, min(left, max(length, _BUFFER)), "its pickle")
-            self.buffer_start, first = self.position, 0
+            self.fill(length)
+        first = self.position - self.buffer_start
         self.position += length
         return self.buffer[first : first + length]
 
     def line(self) -> str:
         """The next line, of the text opcodes."""
+        if self.buffer.find(b"\n", self.position - self.buffer_start) < 0:
+            self.fill()
         first = self.position - self.buffer_start
-        stop = self.buffer.find(b"\n", first)
-        if stop < 0:
-            left = self.end - self.position
-            self.buffer = self.file.read(self.position, min(left, _BUFFER), "its pickle")
-            self.buffer_start, first = self.position, 0
-            stop = self.buffer.find(b"\n")
-        if not 0 <= stop - first <= MAX_LINE:
+        length = self.buffer.find(b"\n", first) - first
+        if not 0 <= length <= MAX_LINE:
             self.broken(f"a line without an end, or of over {MAX_LINE} characters")
-        self.count_text(stop - first)
-        self.position += stop - first + 1
-        return self.buffer[first:stop].decode("latin-1")
+        self.count_text(length)
+        self.position += length + 1
+        return self.buffer[first : first + length].decode("latin-1")
 
     def number(self, text: str) -> int:
         digits = text.removeprefix("-")
@@ -273,9 +243,9 @@ class _Machine:
             self.broken(f"{quoted(text)} is no number")
         return int(text)
 
-    def place(self, size: int) -> int:
-        """A number of a place in the memo."""
-        return int.from_bytes(self.take(size), "little") if size else self.number(self.line())
+    def length(self, size: int) -> int:
+        """An unsigned number of `size` bytes."""
+        return int.from_bytes(self.take(size), "little")
 
     def count_text(self, length: int) -> None:
         self.text_bytes += length
@@ -285,29 +255,26 @@ class _Machine:
                 "any model's file"
             )
 
-    def pop_many(self, count: int) -> list[Any]:
-        bottom = len(self.stack) - count
-        if bottom < (self.marks[-1] if self.marks else 0):
-            self.broken("it takes more values than it has")
+    def pop(self, count: int | None = None) -> list[Any]:
+        """The last values: so many of them, or those since the last mark, which goes."""
+        if count is None:
+            if not self.marks:
+                self.broken("it ends a container that was not begun")
+            bottom = self.marks.pop()
+        else:
+            bottom = len(self.stack) - count
+            if bottom < (self.marks[-1] if self.marks else 0):
+                self.broken("it takes more values than it has")
         values = self.stack[bottom:]
         del self.stack[bottom:]
         return values
-
-    def pop(self) -> Any:
-        return self.pop_many(1)[0]
 
     def top(self) -> Any:
-        value = self.pop()
-        self.stack.append(value)
-        return value
+        self.stack += (values := self.pop(1))
+        return values[0]
 
-    def pop_to_mark(self) -> list[Any]:
-        if not self.marks:
-            self.broken("it ends a container that was not begun")
-        bottom = self.marks.pop()
-        values = self.stack[bottom:]
-        del self.stack[bottom:]
-        return values
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
     # --- opcodes ---
 
@@ -318,7 +285,7 @@ class _Machine:
             raise self.file.unsupported(f"a pickle of protocol {version}; known are 0 to 5")
 
     def frame(self) -> None:
-        length = int.from_bytes(self.take(8), "little")
+        length = self.length(8)
         if self.position < self.frame_end or length > self.end - self.position:
             self.broken(f"a frame of {length:,} bytes that does not fit where it is")
         self.frame_end = self.position + length
@@ -328,79 +295,89 @@ class _Machine:
             self.broken(f"over {MAX_OPEN_MARKS} containers within each other")
         self.marks.append(len(self.stack))
 
-    def string(self, size_of_length: int, kind: str) -> None:
-        length = int.from_bytes(self.take(size_of_length), "little")
+    def string(self, size_of_length: int, encoding: str = "") -> None:
+        length = self.length(size_of_length)
         if length > self.end - self.position:
             self.broken(f"a string of {length:,} bytes, more than are left")
         if length > SHORT:
-            self.stack.append(Stored(self.position, length, kind == "text"))
+            self.push(Stored(self.position, length, encoding == "utf-8"))
             self.position += length
             return
         self.count_text(length)
         content = self.take(length)
-        if kind == "bytes":
-            self.stack.append(content)
-        elif kind == "string":
-            self.stack.append(content.decode("latin-1"))
-        else:
-            try:
-                self.stack.append(content.decode("utf-8"))
-            except UnicodeDecodeError:
-                self.broken("a text that is no UTF-8")
+        try:
+            self.push(content.decode(encoding) if encoding else content)
+        except UnicodeDecodeError:
+            self.broken("a text that is no UTF-8")
 
     def text_line(self) -> None:
         text = self.line()
         if "\\" in text:
             self.broken("a text with escapes, as no writer of tensors makes")
-        self.stack.append(text)
+        self.push(text)
 
     def quoted_line(self) -> None:
         text = self.line()
         if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"" or "\\" in text:
             self.broken("a string with escapes or without quotes, as no writer of tensors makes")
-        self.stack.append(text[1:-1])
+        self.push(text[1:-1])
 
     def integer_line(self) -> None:
         text = self.line()
-        self.stack.append(text == "01" if text in ("00", "01") else self.number(text))
+        self.push(text == "01" if text in ("00", "01") else self.number(text))
 
     def long_line(self) -> None:
-        self.stack.append(self.number(self.line().removesuffix("L")))
+        self.push(self.number(self.line().removesuffix("L")))
 
     def long(self, size_of_length: int) -> None:
-        length = int.from_bytes(self.take(size_of_length), "little")
+        length = self.length(size_of_length)
         if length > MAX_INTEGER_BYTES:
             self.broken(f"an integer of {length:,} bytes")
-        self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
+        self.push(int.from_bytes(self.take(length), "little", signed=True))
 
     def float_line(self) -> None:
         text = self.line()
         try:
-            self.stack.append(float(text))
+            self.push(float(text))
         except ValueError:
             self.broken(f"{quoted(text)} is no number")
 
-    def float_bytes(self) -> None:
-        self.stack.append(struct.unpack(">d", self.take(8))[0])
+    def fixed(self, layout: str) -> None:
+        self.push(struct.unpack(layout, self.take(struct.calcsize(layout)))[0])
 
-    def put(self, place: int) -> None:
+    def put(self, size: int | None) -> None:
+        """Keep a value: the number of its place is of `size` bytes, a line of text (0), or the next (None)."""
+        place = len(self.memo) if size is None else self.length(size) if size else self.number(self.line())
         if place in self.memo or not 0 <= place < MAX_OPCODES:
             self.broken(f"it writes place {quoted(place)} of its memo, which is taken or absurd")
         self.memo[place] = self.top()
 
-    def get(self, place: int) -> None:
+    def get(self, size: int) -> None:
+        place = self.length(size) if size else self.number(self.line())
         if place not in self.memo:
             self.broken(f"it reads place {quoted(place)} of its memo, where nothing is")
-        self.stack.append(self.memo[place])
+        self.push(self.memo[place])
 
-    def append(self, values: list[Any]) -> None:
+    def collect(self, kind: type[list[Any]] | type[tuple[Any, ...]], count: int | None = None) -> None:
+        self.push(kind(self.pop(count)))
+
+    def append(self, count: int | None = None) -> None:
+        values = self.pop(count)
         target = self.top()
         if not isinstance(target, list):
             self.broken("it appends to what is no list")
         target.extend(values)
 
-    def set_items(self, values: list[Any]) -> None:
-        entries = as_dict(self.top())
+    def make_dict(self, count: int | None = None) -> None:
+        self.set_items({}, self.pop(count))
+
+    def update(self, count: int | None = None) -> None:
+        values = self.pop(count)
+        self.set_items(self.pop(1)[0], values)
+
+    def set_items(self, target: Any, values: list[Any]) -> None:
+        self.push(target)
+        entries = as_dict(target)
         if entries is None or len(values) % 2:
             self.broken("it sets entries of what is no dict, or half an entry")
         for key, value in zip(values[::2], values[1::2]):
@@ -411,66 +388,57 @@ class _Machine:
                 self.broken(f"the name {quoted(key)} occurs twice in a dict")
             entries[key] = value
 
-    def make_dict(self, values: list[Any]) -> None:
-        self.stack.append({})
-        self.set_items(values)
-
-    def name(self, module: Any, name: Any) -> None:
+    def name(self, lines: bool) -> None:
+        module, name = (self.line(), self.line()) if lines else self.pop(2)
         if type(module) is not str or type(name) is not str:
             self.unsafe("a name made of other things than texts")
         value = Global(module, name)
         if value not in self.allowed:
             self.unsafe(f"it asks for {quoted(str(value))}, which no tensor needs", str(value))
-        self.stack.append(value)
+        self.push(value)
 
     def call(self) -> None:
-        function, arguments = self.pop_many(2)
+        function, arguments = self.pop(2)
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             self.unsafe("it calls something that is no name, or with no proper arguments")
-        self.stack.append(Call(function, arguments))
+        self.push(Call(function, arguments))
 
     def build(self) -> None:
-        target, state = self.pop_many(2)
+        target, state = self.pop(2)
         if not isinstance(target, Call) or target.state is not None:
             self.unsafe("it sets the state of something that has none, or has it already")
         target.state = state
-        self.stack.append(target)
+        self.push(target)
 
     def refer(self) -> None:
         if not self.may_refer:
             self.unsafe("it refers to something outside itself")
-        self.references.append(Reference(self.pop()))
-        self.stack.append(self.references[-1])
+        self.references.append(Reference(*self.pop(1)))
+        self.push(self.references[-1])
 
 
-_HANDLERS: Mapping[int, Callable[[_Machine], None]] = {
-    0x80: _Machine.protocol,
-    0x95: _Machine.frame,
-    ord("("): _Machine.mark,
-    ord("V"): _Machine.text_line,
-    ord("S"): _Machine.quoted_line,
-    ord("I"): _Machine.integer_line,
-    ord("L"): _Machine.long_line,
-    0x8A: lambda machine: machine.long(1),
-    0x8B: lambda machine: machine.long(4),
-    ord("F"): _Machine.float_line,
-    ord("G"): _Machine.float_bytes,
-    0x94: lambda machine: machine.put(len(machine.memo)),
-    ord("]"): lambda machine: machine.stack.append([]),
-    ord("}"): lambda machine: machine.stack.append({}),
-    0x8F: lambda machine: machine.stack.append([]),  # a set
-    ord("l"): lambda machine: machine.stack.append(machine.pop_to_mark()),
-    ord("d"): lambda machine: machine.make_dict(machine.pop_to_mark()),
-    ord("t"): lambda machine: machine.stack.append(tuple(machine.pop_to_mark())),
-    0x91: lambda machine: machine.stack.append(machine.pop_to_mark()),  # a frozenset
-    ord("a"): lambda machine: machine.append(machine.pop_many(1)),
-    ord("e"): lambda machine: machine.append(machine.pop_to_mark()),
-    0x90: lambda machine: machine.append(machine.pop_to_mark()),  # to a set
-    ord("s"): lambda machine: machine.set_items(machine.pop_many(2)),
-    ord("u"): lambda machine: machine.set_items(machine.pop_to_mark()),
-    ord("c"): lambda machine: machine.name(machine.line(), machine.line()),
-    0x93: lambda machine: machine.name(*machine.pop_many(2)),
-    ord("R"): _Machine.call,
-    ord("b"): _Machine.build,
-    ord("Q"): _Machine.refer,
-}
+# Opcode -> the method that does it, and its arguments.
+_OPCODES: Mapping[bytes, tuple[Any, ...]] = {
+    b"\x80": (_Machine.protocol,), b"\x95": (_Machine.frame,), b"(": (_Machine.mark,),
+    b"N": (_Machine.push, None), b"\x88": (_Machine.push, True), b"\x89": (_Machine.push, False),
+    b"K": (_Machine.fixed, "<B"), b"M": (_Machine.fixed, "<H"), b"J": (_Machine.fixed, "<i"),
+    b"G": (_Machine.fixed, ">d"), b"\x8a": (_Machine.long, 1), b"\x8b": (_Machine.long, 4),
+    b"I": (_Machine.integer_line,), b"L": (_Machine.long_line,), b"F": (_Machine.float_line,),
+    b"V": (_Machine.text_line,), b"S": (_Machine.quoted_line,),
+    # bytes of the length, and what follows: text, bytes, or a string of Python 2, which is either
+    b"X": (_Machine.string, 4, "utf-8"), b"\x8c": (_Machine.string, 1, "utf-8"), b"\x8d": (_Machine.string, 8, "utf-8"),
+    b"B": (_Machine.string, 4), b"C": (_Machine.string, 1), b"\x8e": (_Machine.string, 8),
+    b"\x96": (_Machine.string, 8),  # a bytearray
+    b"T": (_Machine.string, 4, "latin-1"), b"U": (_Machine.string, 1, "latin-1"),
+    b"p": (_Machine.put, 0), b"q": (_Machine.put, 1), b"r": (_Machine.put, 4), b"\x94": (_Machine.put, None),
+    b"g": (_Machine.get, 0), b"h": (_Machine.get, 1), b"j": (_Machine.get, 4),
+    # how many values; none: those since the mark
+    b")": (_Machine.collect, tuple, 0), b"\x85": (_Machine.collect, tuple, 1), b"\x86": (_Machine.collect, tuple, 2),
+    b"\x87": (_Machine.collect, tuple, 3), b"t": (_Machine.collect, tuple),
+    b"]": (_Machine.collect, list, 0), b"l": (_Machine.collect, list),
+    b"a": (_Machine.append, 1), b"e": (_Machine.append,),
+    b"\x8f": (_Machine.collect, list, 0), b"\x91": (_Machine.collect, list), b"\x90": (_Machine.append,),  # sets
+    b"}": (_Machine.make_dict, 0), b"d": (_Machine.make_dict,), b"s": (_Machine.update, 2), b"u": (_Machine.update,),
+    b"c": (_Machine.name, True), b"\x93": (_Machine.name, False), b"R": (_Machine.call,), b"b": (_Machine.build,),
+    b"Q": (_Machine.refer,),
+}  # fmt: skip

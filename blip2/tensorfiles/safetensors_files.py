@@ -16,31 +16,15 @@ MAX_HEADER_BYTES = 4 << 20  # 1,247 tensors (the 6.7B model) take 0.2 MB
 
 # safetensors' names of dtypes.
 DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
 
 
 def open_safetensors(file: FileBytes) -> StoredTensors:
-    """Open a safetensors file.
-
-    Raises:
-        BrokenFileError, UnsupportedFileError: the header contradicts itself or the file, or is absurdly long.
-    """
+    """Open a file. Raises BrokenFileError or UnsupportedFileError where its header contradicts it or is too long."""
     length = int.from_bytes(file.read(0, 8, "the header"), "little")
     if length > MAX_HEADER_BYTES:
         raise file.unsupported(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from blip2.tensorfiles.errors import quoted
 from blip2.tensorfiles.filebytes import FileBytes, swap_bytes
 
 MAX_ELEMENTS = 2**48
+BLOCK_ELEMENTS = 8 << 20  # how much is read, converted and written at a time: 32 MB of fp32
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,30 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
 
-class TensorFile(Protocol):
-    """One open file of tensors, whatever its format."""
+class TensorFile:
+    """One open file of tensors, whatever its format ("safetensors", "torch", "paddle"): shapes and dtypes by name."""
 
-    @property
-    def format(self) -> str:
-        """ "safetensors", "torch" or "paddle"."""
-
-    @property
-    def info(self) -> Mapping[str, TensorInfo]:
-        """Shapes and dtypes by name."""
-
-    def mapped(self, name: str) -> Tensor:
-        """The tensor, mapped from the file where its format allows."""
+    format: str
+    info: Mapping[str, TensorInfo]
 
     def copied(self, name: str) -> Tensor:
         """The tensor in memory of its own."""
+        raise NotImplementedError
 
-    def place(self, name: str) -> tuple[FileBytes, int] | None:
-        """The file and the first byte of its values, where these are one after another as in this machine's memory."""
+    def mapped(self, name: str) -> Tensor:
+        """The tensor, mapped from the file where its format allows."""
+        return self.copied(name)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The values of a tensor in order, flat, in pieces; read piece by piece where its format allows."""
+        return blocks(self.copied(name))
+
+
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's values in order, flat, in pieces."""
+    flat = tensor.reshape(-1)
+    for start in range(0, len(flat), BLOCK_ELEMENTS):
+        yield flat[start : start + BLOCK_ELEMENTS]
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,14 @@ class StoredTensor:
         return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
-class StoredTensors:
-    """The tensors of one file: a `TensorFile` of any format."""
+class StoredTensors(TensorFile):
+    """The tensors that a file of any format holds."""
 
     def __init__(self, file: FileBytes, format: str, tensors: Mapping[str, StoredTensor]) -> None:
         self.format, self._file, self._tensors = format, file, tensors
-        self.info: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in tensors.items()}
+        self.info = {name: tensor.info for name, tensor in tensors.items()}
 
-    def mapped(self, name: str) -> Tensor:
-        """The tensor, mapped from the file where its values are aligned there."""
+    def mapped(self, name: str) -> Tensor:  # where its values are aligned
         tensor, dtype, row = self._tensors[name], self.info[name].dtype, None
         if tensor.start is not None and not tensor.big_endian:
             length = tensor.span * dtype.itemsize
@@ -92,7 +97,6 @@ class StoredTensors:
         return self.copied(name) if row is None else self._shaped(row, tensor)
 
     def copied(self, name: str) -> Tensor:
-        """The tensor in memory of its own."""
         tensor, dtype = self._tensors[name], self.info[name].dtype
         row = torch.empty(tensor.span * dtype.itemsize, dtype=torch.uint8)
         self._read(name, row.numpy().data)
@@ -101,13 +105,17 @@ class StoredTensors:
         values = self._shaped(row.view(dtype), tensor)
         return values if tensor.span == values.numel() else values.contiguous()
 
-    def place(self, name: str) -> tuple[FileBytes, int] | None:
-        """See `TensorFile`."""
-        tensor = self._tensors[name]
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        tensor, dtype = self._tensors[name], self.info[name].dtype
         in_order = tensor.strides in (None, torch.empty(tensor.info.shape, device="meta").stride())
-        return (
-            None if tensor.start is None or tensor.big_endian or not in_order else (self._file, tensor.start)
-        )
+        if tensor.start is None or tensor.big_endian or not in_order:
+            yield from super().blocks(name)
+            return
+        width = BLOCK_ELEMENTS * dtype.itemsize
+        for done in range(0, tensor.info.nbytes, width):
+            block = torch.empty(min(width, tensor.info.nbytes - done), dtype=torch.uint8)
+            self._file.read_into(tensor.start + done, block.numpy().data, f"tensor {quoted(name)}")
+            yield block.view(dtype)
 
     def _read(self, name: str, out: memoryview) -> None:
         """Fill `out` with the values as they are in the file."""
@@ -149,6 +157,11 @@ class Tensors(Mapping[str, Tensor]):
         return self._files[name].info[name]
 
     @property
+    def numel(self) -> int:
+        """How many values all tensors have."""
+        return sum(self.info(name).numel for name in self)
+
+    @property
     def nbytes(self) -> int:
         """Bytes the values of all tensors take."""
         return sum(self.info(name).nbytes for name in self)
@@ -158,16 +171,22 @@ class Tensors(Mapping[str, Tensor]):
         file's pages in the process."""
         return self._files[name].copied(name)
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The values of a tensor in order, flat, in pieces; read piece by piece where the file allows it."""
+        return self._files[name].blocks(name)
+
     def file(self, name: str) -> TensorFile:
-        """The open file that holds a tensor: its format, and where in it the values are."""
+        """The open file that holds a tensor."""
         return self._files[name]
 
 
 def checked_shape(sizes: Any) -> tuple[int, ...] | None:
     """A shape as a file gives it, or None where no tensor can have it."""
-    if not isinstance(sizes, (list, tuple)) or len(sizes) > 64:
-        return None
-    if any(type(n) is not int or n < 0 for n in sizes):
+    if (
+        not isinstance(sizes, list | tuple)
+        or len(sizes) > 64
+        or any(type(n) is not int or n < 0 for n in sizes)
+    ):
         return None
     # Zeros do not count: torch multiplies the other sizes into strides all the same.
     return tuple(sizes) if math.prod(max(n, 1) for n in sizes) <= MAX_ELEMENTS else None

@@ -15,7 +15,7 @@ import torch
 
 from blip2.tensorfiles.errors import quoted
 from blip2.tensorfiles.filebytes import FileBytes
-from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Reference, find_state_dict, read_pickle
+from blip2.tensorfiles.pickles import ORDERED_DICT, Call, Global, Reference, find_tensors, read_pickle
 from blip2.tensorfiles.tensors import StoredTensor, StoredTensors, TensorInfo, checked_shape
 from blip2.tensorfiles.zips import ZipRecord, read_records
 
@@ -25,36 +25,29 @@ _MAGIC_BYTES = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
 _MAGIC_LINE = f"L{_MAGIC}L\n.".encode()
 _PROTOCOL = 1001
 
-STORAGES: Mapping[Global, torch.dtype] = {
-    Global("torch", "FloatStorage"): torch.float32,
-    Global("torch", "DoubleStorage"): torch.float64,
-    Global("torch", "HalfStorage"): torch.float16,
-    Global("torch", "BFloat16Storage"): torch.bfloat16,
-    Global("torch", "LongStorage"): torch.int64,
-    Global("torch", "IntStorage"): torch.int32,
-    Global("torch", "ShortStorage"): torch.int16,
-    Global("torch", "CharStorage"): torch.int8,
-    Global("torch", "ByteStorage"): torch.uint8,
-    Global("torch", "BoolStorage"): torch.bool,
-    Global("torch", "ComplexFloatStorage"): torch.complex64,
-    Global("torch", "ComplexDoubleStorage"): torch.complex128,
-    Global("torch.storage", "UntypedStorage"): torch.uint8,
+STORAGES: Mapping[str, torch.dtype] = {  # torch's classes
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
+}  # fmt: skip
+_STORAGES = {Global("torch", name): dtype for name, dtype in STORAGES.items()} | {
+    Global("torch.storage", "UntypedStorage"): torch.uint8
 }
 # Newer dtypes have no storage class; their tensors name the dtype themselves.
 _DTYPES: Mapping[Global, torch.dtype] = {
-    Global("torch", "uint16"): torch.uint16,
-    Global("torch", "uint32"): torch.uint32,
-    Global("torch", "uint64"): torch.uint64,
-    Global("torch", "float8_e4m3fn"): torch.float8_e4m3fn,
-    Global("torch", "float8_e5m2"): torch.float8_e5m2,
+    Global("torch", str(dtype).removeprefix("torch.")): dtype
+    for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
 }
-_TENSOR = Global("torch._utils", "_rebuild_tensor")
-_TENSOR_2 = Global("torch._utils", "_rebuild_tensor_v2")
+# Functions that make a tensor -> how many arguments they have; the third names the dtype.
 _TENSOR_3 = Global("torch._utils", "_rebuild_tensor_v3")
-_PARAMETER = Global("torch._utils", "_rebuild_parameter")
-_PARAMETER_2 = Global("torch._utils", "_rebuild_parameter_with_state")
-_TENSORS = frozenset({_TENSOR, _TENSOR_2, _TENSOR_3, _PARAMETER, _PARAMETER_2})
-ALLOWED = _TENSORS | STORAGES.keys() | _DTYPES.keys() | {ORDERED_DICT}
+_TENSORS: Mapping[Global, tuple[int, ...]] = {
+    Global("torch._utils", "_rebuild_tensor"): (4,),
+    Global("torch._utils", "_rebuild_tensor_v2"): (6, 7),
+    _TENSOR_3: (7, 8),
+}
+_PARAMETERS = {Global("torch._utils", n) for n in ("_rebuild_parameter", "_rebuild_parameter_with_state")}
+ALLOWED = frozenset({*_STORAGES, *_DTYPES, *_TENSORS, *_PARAMETERS, ORDERED_DICT})
 
 
 def is_legacy(start: bytes) -> bool:
@@ -63,28 +56,22 @@ def is_legacy(start: bytes) -> bool:
 
 
 def open_archive(file: FileBytes) -> StoredTensors:
-    """Open a zip archive of torch.save (torch 1.6 and later).
-
-    Raises:
-        UnsafeFileError, BrokenFileError, UnsupportedFileError: see `pickles.read_pickle` and `zips.read_records`.
-    """
+    """Open a zip archive of torch.save (torch 1.6 and later); errors as `read_pickle`'s and `read_records`'s."""
     records = read_records(file)
-    roots = [name.removesuffix("/data.pkl") for name in records if name.count("/") == 1]
-    roots = [root for root in roots if f"{root}/data.pkl" in records]
+    mains = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    roots = [name.removesuffix("/data.pkl") for name in mains]
     if len(roots) != 1 or f"{roots[0]}/constants.pkl" in records:
         what = (
             "a TorchScript program" if roots else "a zip archive, but none of torch.save (it has no data.pkl)"
         )
         raise file.unsupported(f"{what}; give a file of torch.save(model.state_dict()) or safetensors")
-    root = roots[0]
-    main = records[f"{root}/data.pkl"]
+    root, main = roots[0], records[mains[0]]
     end = main.start + main.length
     pickle = read_pickle(file, main.start, end, ALLOWED, references=True)
     if pickle.end != end:
         raise file.broken("data.pkl goes on after its end")
     order = b"little"
-    if f"{root}/byteorder" in records:
-        place = records[f"{root}/byteorder"]
+    if place := records.get(f"{root}/byteorder"):
         order = file.read(place.start, min(place.length, 16), "the byte order")
         if order not in (b"little", b"big"):
             raise file.broken(f"the byte order is {quoted(order)}, not little or big")
@@ -101,11 +88,7 @@ def open_archive(file: FileBytes) -> StoredTensors:
 
 
 def open_legacy(file: FileBytes) -> StoredTensors:
-    """Open a file of torch.save from before torch 1.6, or written with `_use_new_zipfile_serialization=False`.
-
-    Raises:
-        UnsafeFileError, BrokenFileError, UnsupportedFileError: see `pickles.read_pickle`.
-    """
+    """Open a file of torch before 1.6, or of `_use_new_zipfile_serialization=False`; errors as `read_pickle`'s."""
     heads = []
     position = 0
     for _ in range(3):  # the magic number, the version, how the writing machine laid out numbers
@@ -157,19 +140,16 @@ def _announced(
         if (
             not isinstance(fields, tuple)
             or len(fields) != length
-            or type(fields[0]) is not str
+            or any(type(field) is not kind for field, kind in zip(fields, (str, Global, str)))
             or fields[0] != "storage"
-            or not isinstance(fields[1], Global)
-            or fields[1] not in STORAGES
-            or type(fields[2]) is not str
-            or type(fields[4]) is not int
-            or not 0 <= fields[4] < 2**48
+            or fields[1] not in _STORAGES
+            or not _all_sizes(fields[4])
             or fields[5:] not in ((), (None,))
         ):
             raise file.unsupported(
                 "it refers to something that is no storage of a tensor; save a plain state dict"
             )
-        announced = (STORAGES[fields[1]], fields[4])
+        announced = (_STORAGES[fields[1]], fields[4])
         if storages.setdefault(fields[2], announced) != announced:
             raise file.broken(f"storage {quoted(fields[2])} is announced in two ways")
     return storages
@@ -179,7 +159,7 @@ def _tensors(
     file: FileBytes, value: Any, storages: Mapping[str, ZipRecord], *, big_endian: bool = False
 ) -> StoredTensors:
     """The tensors that a pickle describes."""
-    calls = find_state_dict(value, _is_tensor, file)
+    calls = find_tensors(value, _is_tensor, file)
     tensors = {name: _read_call(file, name, call, storages, big_endian) for name, call in calls.items()}
     return StoredTensors(file, "torch", tensors)
 
@@ -187,19 +167,18 @@ def _tensors(
 def _read_call(
     file: FileBytes, name: str, call: Call, storages: Mapping[str, ZipRecord], big_endian: bool
 ) -> StoredTensor:
-    """The tensor that a call of a function in `_TENSORS` describes."""
+    """The tensor or parameter that a call describes."""
     what = f"tensor {quoted(name)}"
-    if call.function in (_PARAMETER, _PARAMETER_2):
+    if call.function in _PARAMETERS:
         inner = call.arguments[0] if call.arguments else None
-        if not isinstance(inner, Call) or inner.function not in (_TENSOR, _TENSOR_2, _TENSOR_3):
+        if not isinstance(inner, Call) or inner.function not in _TENSORS:
             raise file.unsupported(f"{what} is a parameter without values; save a plain state dict")
         call = inner
-    lengths = {_TENSOR: (4,), _TENSOR_2: (6, 7), _TENSOR_3: (7, 8)}[call.function]
-    if len(call.arguments) not in lengths or not isinstance(call.arguments[0], Reference):
+    if len(call.arguments) not in _TENSORS[call.function] or not isinstance(call.arguments[0], Reference):
         raise file.broken(f"{what} is described by {len(call.arguments)} values")
     storage, offset, sizes, strides = call.arguments[:4]
     _, kind, key, *_ = storage.id
-    dtype = STORAGES[kind]
+    dtype = _STORAGES[kind]
     if call.function == _TENSOR_3:
         name_of_dtype = call.arguments[6]
         if not isinstance(name_of_dtype, Global) or name_of_dtype not in _DTYPES:
@@ -208,13 +187,7 @@ def _read_call(
     shape = checked_shape(sizes)
     if shape is None:
         raise file.broken(f"{what} has no valid shape")
-    if (
-        not isinstance(strides, tuple)
-        or len(strides) != len(shape)
-        or any(type(n) is not int or not 0 <= n < 2**48 for n in strides)
-        or type(offset) is not int
-        or not 0 <= offset < 2**48
-    ):
+    if not isinstance(strides, tuple) or len(strides) != len(shape) or not _all_sizes(offset, *strides):
         raise file.broken(f"{what} has no valid place in its storage")
     start = storages[key].start + offset * dtype.itemsize
     tensor = StoredTensor(TensorInfo(shape, dtype), start, strides, big_endian)
@@ -228,4 +201,8 @@ def _read_call(
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Call) and value.function in _TENSORS
+    return isinstance(value, Call) and (value.function in _TENSORS or value.function in _PARAMETERS)
+
+
+def _all_sizes(*numbers: Any) -> bool:
+    return all(type(n) is int and 0 <= n < 2**48 for n in numbers)

@@ -1,18 +1,21 @@
 """Tensors written to an open file, a piece at a time: as safetensors, and as paddle.save and torch.save write them.
 
-The latter two are pickles, written here opcode by opcode: a list of arrays needs a handful of them.
+Paddle's is a pickle with the values within, written here opcode by opcode: a list of arrays needs a handful of them.
 Values go to the file as they come and are never in memory as a whole.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,15 +26,8 @@ from blip2.tensorfiles.safetensors_files import DTYPES
 from blip2.tensorfiles.tensors import TensorInfo
 
 Read = Callable[[str], Iterable[Tensor]]  # a tensor's values by its name: in order, flat, in pieces
+Writer = Callable[[BinaryIO, Mapping[str, TensorInfo], Read], None]  # writes tensors to an open file
 
-
-class Writer(Protocol):
-    """Writes tensors to an open file."""
-
-    def __call__(self, file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None: ...
-
-
-# --- safetensors ----------------------------------------------------------------------------------------------------
 
 _SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -45,12 +41,8 @@ def write_safetensors(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in names:
-        end = position + info[name].nbytes
-        header[name] = {
-            "dtype": _SAFETENSORS[info[name].dtype],
-            "shape": list(info[name].shape),
-            "data_offsets": [position, end],
-        }
+        dtype, shape, end = info[name].dtype, list(info[name].shape), position + info[name].nbytes
+        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -61,16 +53,24 @@ def write_safetensors(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read
         _write_values(file, read(name), info[name])
 
 
-# --- pickle, as much as is needed of it -----------------------------------------------------------------------------
-
 _NUMPY = {dtype: name for name, dtype in paddle_files.DTYPES.items()}
-_STORAGES = {
-    dtype: storage.name for storage, dtype in torch_files.STORAGES.items() if storage.module == "torch"
-}
+NAME_TABLE = "StructuredToParameterName@@"  # with it paddle.load makes tensors of the arrays
 
-_MARK, _STOP, _REDUCE, _BUILD, _SETITEMS, _PERSISTENT = b"(", b".", b"R", b"b", b"u", b"Q"
-_EMPTY_DICT, _EMPTY_TUPLE, _TUPLE, _NONE, _TRUE, _FALSE = b"}", b")", b"t", b"N", b"\x88", b"\x89"
-_PROTOCOL_2, _PROTOCOL_4 = b"\x80\x02", b"\x80\x04"
+
+def write_pdparams(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
+    """Write what paddle.save(state_dict, path, protocol=4) writes: a pickle of arrays, and a table of their names.
+
+    Raises CheckpointError for a dtype that Paddle's arrays do not have.
+    """
+    file.write(b"\x80\x04}(")  # protocol 4, a dict, its entries
+    for name, entry in info.items():
+        if entry.dtype not in _NUMPY:
+            raise CheckpointError(f"{name} is {entry.dtype}, which a .pdparams file cannot hold")
+        file.write(_text(name) + _array_start(entry))
+        _write_values(file, read(name), entry)
+        file.write(b"tb")  # the end of the array's state, and to the array with it
+    names = b"".join(_text(name) * 2 for name in info)
+    file.write(_text(NAME_TABLE) + b"}(" + names + b"uu.")
 
 
 def _text(value: str) -> bytes:
@@ -78,60 +78,20 @@ def _text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(encoded)) + encoded
 
 
-def _number(value: int) -> bytes:
-    if -(2**31) <= value < 2**31:
-        return b"J" + struct.pack("<i", value)
-    width = value.bit_length() // 8 + 1
-    return b"\x8a" + bytes([width]) + value.to_bytes(width, "little", signed=True)
-
-
-def _tuple(*items: bytes) -> bytes:
-    return _MARK + b"".join(items) + _TUPLE if items else _EMPTY_TUPLE
-
-
-def _global(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode("ascii")
-
-
-# --- paddle ---------------------------------------------------------------------------------------------------------
-
-NAME_TABLE = "StructuredToParameterName@@"  # with it paddle.load makes tensors of the arrays
-
-
-def write_pdparams(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
-    """Write what paddle.save(state_dict, path, protocol=4) writes: a pickle of arrays, and a table of their names.
-
-    Raises:
-        CheckpointError: a dtype that Paddle's arrays do not have.
-    """
-    file.write(_PROTOCOL_4 + _EMPTY_DICT + _MARK)
-    for name, entry in info.items():
-        if entry.dtype not in _NUMPY:
-            raise CheckpointError(f"{name} is {entry.dtype}, which a .pdparams file cannot hold")
-        file.write(_text(name) + _array_start(entry))
-        _write_values(file, read(name), entry)
-        file.write(_TUPLE + _BUILD)
-    names = b"".join(_text(name) + _text(name) for name in info)
-    file.write(_text(NAME_TABLE) + _EMPTY_DICT + _MARK + names + _SETITEMS)
-    file.write(_SETITEMS + _STOP)
-
-
 def _array_start(entry: TensorInfo) -> bytes:
-    """A numpy array up to its bytes: as numpy pickles one."""
-    empty = _tuple(_global("numpy", "ndarray"), _tuple(_number(0)), b"C\x01b")
-    code = _NUMPY[entry.dtype]
+    """A numpy array up to its bytes, as numpy pickles one: `_reconstruct(ndarray, (0,), b"b")`, and of its state
+    (1, shape, dtype, False, bytes) all but the end. Numbers and short texts are lines of text."""
+    shape = "".join(f"L{n}L\n" for n in entry.shape)
     order = "|" if entry.dtype.itemsize == 1 else "<"
-    dtype = _global("numpy", "dtype") + _tuple(_text(code), _FALSE, _TRUE) + _REDUCE
-    dtype += (
-        _tuple(_number(3), _text(order), _NONE, _NONE, _NONE, _number(-1), _number(-1), _number(0)) + _BUILD
+    opcodes = (
+        "cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntC\x01btR"
+        f"(I1\n({shape}tcnumpy\ndtype\n(V{_NUMPY[entry.dtype]}\nI00\nI01\ntR"
+        f"(I3\nV{order}\nNNNI-1\nI-1\nI0\ntbI00\n"
     )
-    shape = _tuple(*(_number(n) for n in entry.shape))
-    start = _global("numpy.core.multiarray", "_reconstruct") + empty + _REDUCE
-    return start + _MARK + _number(1) + shape + dtype + _FALSE + b"\x8e" + struct.pack("<Q", entry.nbytes)
+    return opcodes.encode("ascii") + b"\x8e" + struct.pack("<Q", entry.nbytes)
 
 
-# --- torch ----------------------------------------------------------------------------------------------------------
-
+_STORAGES = {dtype: name for name, dtype in torch_files.STORAGES.items()}
 _ROOT = "archive"
 _ALIGNMENT = 64  # of the values in the file, so that torch can map it
 
@@ -139,8 +99,7 @@ _ALIGNMENT = 64  # of the values in the file, so that torch can map it
 def write_torch(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> None:
     """Write what torch.save({"model": state_dict}, path) writes: LAVIS's checkpoints are such files.
 
-    Raises:
-        CheckpointError: a dtype that torch's storages do not have.
+    Raises CheckpointError for a dtype that torch's storages do not have.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _write_member(archive, "data.pkl", [_state_dict(info)])
@@ -150,36 +109,34 @@ def write_torch(file: BinaryIO, info: Mapping[str, TensorInfo], read: Read) -> N
         _write_member(archive, "version", [b"3\n"])
 
 
+class _StatePickler(pickle.Pickler):
+    """Pickles tensors as torch does: each a call that is given a storage of its own, which is outside the pickle."""
+
+    storages = 0
+
+    def persistent_id(self, value: Any) -> Any:
+        return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        key, kind = str(self.storages), getattr(torch, _STORAGES[value.dtype])
+        self.storages += 1
+        storage = ("storage", kind, key, "cpu", value.numel())
+        hooks: OrderedDict[str, Any] = OrderedDict()  # none
+        shape, strides = tuple(value.shape), value.stride()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, shape, strides, False, hooks)
+
+
 def _state_dict(info: Mapping[str, TensorInfo]) -> bytes:
-    """The pickle of {"model": {name: tensor}}, each tensor on a storage of its own."""
-    entries = []
-    for i, (name, entry) in enumerate(info.items()):
+    """The pickle of {"model": {name: tensor}}."""
+    for name, entry in info.items():
         if entry.dtype not in _STORAGES:
             raise CheckpointError(f"{name} is {entry.dtype}, which a torch file of this kind cannot hold")
-        count = 1
-        strides: list[int] = []
-        for n in reversed(entry.shape):
-            strides.insert(0, count)
-            count *= max(n, 1)
-        storage = _tuple(
-            _text("storage"),
-            _global("torch", _STORAGES[entry.dtype]),
-            _text(str(i)),
-            _text("cpu"),
-            _number(entry.nbytes // entry.dtype.itemsize),
-        )
-        hooks = _global("collections", "OrderedDict") + _EMPTY_TUPLE + _REDUCE
-        tensor = _tuple(
-            storage + _PERSISTENT,
-            _number(0),
-            _tuple(*map(_number, entry.shape)),
-            _tuple(*map(_number, strides)),
-            _FALSE,
-            hooks,
-        )
-        entries.append(_text(name) + _global("torch._utils", "_rebuild_tensor_v2") + tensor + _REDUCE)
-    model = _EMPTY_DICT + _MARK + b"".join(entries) + _SETITEMS
-    return _PROTOCOL_2 + _EMPTY_DICT + _MARK + _text("model") + model + _SETITEMS + _STOP
+    out = io.BytesIO()
+    tensors = {n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in info.items()}
+    _StatePickler(out, protocol=2).dump({"model": tensors})
+    return out.getvalue()
 
 
 def _write_member(
@@ -198,32 +155,17 @@ def _write_member(
             out.write(piece)
 
 
-# --- kinds of files ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FileKind:
-    """How a layout stores tensors: the writer, and the names of one file, of one of several, and of their index."""
+    """How a layout stores tensors: the writer, and the name of the file where it is one."""
 
     write: Writer
-    single: str
-    shard: str = ""
-    index: str = ""
+    file: str
 
 
-SAFETENSORS = FileKind(
-    write_safetensors, "model.safetensors", "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
-)
-PDPARAMS = FileKind(
-    write_pdparams,
-    "model_state.pdparams",
-    "model_state-{:05}-of-{:05}.pdparams",
-    "model_state.pdparams.index.json",
-)
+SAFETENSORS = FileKind(write_safetensors, "model.safetensors")
+PDPARAMS = FileKind(write_pdparams, "model_state.pdparams")
 TORCH = FileKind(write_torch, "model.pth")
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
 
 
 def _bytes(block: Tensor) -> memoryview:

@@ -18,7 +18,7 @@ MAX_DIRECTORY_BYTES = 8 << 20
 # The format is PKWARE's APPNOTE; these are its structures without their four-byte signatures.
 _END = struct.Struct("<4HIIH")
 _END_64 = struct.Struct("<QHHIIQQQQ")
-_LOCATOR_64 = struct.Struct("<IQI")
+_LOCATOR = struct.Struct("<IQI")
 _ENTRY = struct.Struct("<6H3I5H2I")
 _LOCAL = struct.Struct("<5H3I2H")
 _DESCRIPTOR_FOLLOWS, _UTF8 = 1 << 3, 1 << 11
@@ -73,11 +73,9 @@ def _find_directory(file: FileBytes) -> tuple[int, int, int]:
         raise file.broken("a zip archive that does not end as one; it is cut short")
     disk, first_disk, here, count, length, start, comment = _END.unpack(file.read(end + 4, _END.size, what))
     directory_end = end
-    locator = end - _LOCATOR_64.size - 4
+    locator = end - _LOCATOR.size - 4
     if locator >= 0 and file.read(locator, 4, what) == b"PK\x06\x07":
-        first_disk_64, directory_end, disks = _LOCATOR_64.unpack(
-            file.read(locator + 4, _LOCATOR_64.size, what)
-        )
+        first_disk_64, directory_end, disks = _LOCATOR.unpack(file.read(locator + 4, _LOCATOR.size, what))
         fields = file.read(directory_end, _END_64.size + 4, what)
         size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack(fields[4:])
         if fields[:4] != b"PK\x06\x06" or directory_end + 12 + size != locator or first_disk_64 or disks > 1:
@@ -96,7 +94,10 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
     name_end = position + len(fixed) + sizes[0]
     extra_end = name_end + sizes[1]
     raw_name = directory[position + len(fixed) : name_end]
-    name = _checked_name(raw_name, file)
+    name = raw_name.decode("utf-8", "replace")
+    # Nothing is ever written under these names; an archive that has others was not made by torch.
+    if name.encode() != raw_name or {"\\", "\0"} & set(name) or {"", ".", ".."} & set(name.split("/")):
+        raise file.broken(f"the archive has a record of the improper name {quoted(raw_name)}")
     what = f"record {quoted(name)} of the archive"
     if method or flags & ~(_DESCRIPTOR_FOLLOWS | _UTF8):
         raise file.unsupported(
@@ -108,19 +109,17 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
         raise file.broken(f"{what} has two lengths, {packed:,} and {length:,}")
 
     local = file.read(begin, 4 + _LOCAL.size, what)
-    _, local_flags, local_method, _, _, _, local_packed, local_length, name_size, extra_size = _LOCAL.unpack(
-        local[4:]
-    )
+    _, own_flags, own_method, *_, own_packed, own_length, name_size, extra_size = _LOCAL.unpack(local[4:])
     start = begin + len(local) + name_size + extra_size
-    other_lengths = {local_packed, local_length} - {length}
-    if local_flags & _DESCRIPTOR_FOLLOWS:
+    other_lengths = {own_packed, own_length} - {length}
+    if own_flags & _DESCRIPTOR_FOLLOWS:
         other_lengths.discard(0)
     if _IN_64 in other_lengths:
         extra = file.read(start - extra_size, extra_size, what)
-        other_lengths = {*_wide_fields(extra, [local_length, local_packed], what, file)} - {length}
+        other_lengths = {*_wide_fields(extra, [own_length, own_packed], what, file)} - {length}
     if (
         local[:4] != b"PK\x03\x04"
-        or (local_method, local_flags) != (method, flags)
+        or (own_method, own_flags) != (method, flags)
         or other_lengths
         or file.read(begin + len(local), name_size, what) != raw_name
     ):
@@ -128,17 +127,6 @@ def _read_entry(file: FileBytes, directory: bytes, position: int) -> tuple[str, 
     if start + length > file.size:
         raise file.broken(f"{what} ends beyond the end of the file")
     return name, ZipRecord(start, length), begin, extra_end + sizes[2]
-
-
-def _checked_name(raw: bytes, file: FileBytes) -> str:
-    try:
-        name = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        name = ""
-    # Nothing is ever written under these names; an archive that has others was not made by torch.
-    if not name or "\\" in name or "\0" in name or {"", ".", ".."} & set(name.split("/")):
-        raise file.broken(f"the archive has a record of the improper name {quoted(raw)}")
-    return name
 
 
 def _wide_fields(extra: bytes, narrow: list[int], what: str, file: FileBytes) -> list[int]:

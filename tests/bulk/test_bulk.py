@@ -39,11 +39,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes")
 
 @pytest.mark.parametrize("kills", [20, pytest.param(500, marks=pytest.mark.full)])
 def test_kills_change_nothing(kills: int, tmp_path: Path) -> None:
-    folder, straight, out = (
-        make_folder(tmp_path / "in", 120),
-        tmp_path / "straight.jsonl",
-        tmp_path / "out.jsonl",
-    )
+    straight, out = tmp_path / "straight.jsonl", tmp_path / "out.jsonl"
+    folder = make_folder(tmp_path / "in", 120)
     begin = time.perf_counter()
     rows = run(folder, straight)
     seconds = time.perf_counter() - begin
@@ -87,11 +84,8 @@ def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_full_disk(tmp_path: Path) -> None:
-    folder, out, straight = (
-        make_folder(tmp_path / "in", 40),
-        tmp_path / "out.jsonl",
-        tmp_path / "straight.jsonl",
-    )
+    straight, out = tmp_path / "straight.jsonl", tmp_path / "out.jsonl"
+    folder = make_folder(tmp_path / "in", 40)
     run(folder, straight)
     child = os.fork()
     if child == 0:
@@ -156,9 +150,8 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     def many() -> Iterator[ImageItem]:
         for i in range(3000):
             alive.append(i)
-            yield ImageItem(
-                f"{i}", "", content=content + str(i).encode()
-            )  # a PNG with something behind its end
+            # a PNG with something behind its end
+            yield ImageItem(f"{i}", "", content=content + str(i).encode())
 
     def check(images: Sequence[Image.Image]) -> list[list[Row]]:
         described.extend(images)

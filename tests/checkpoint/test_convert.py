@@ -76,9 +76,8 @@ def test_there_and_back(variant: str, to: Format, variants: dict[str, Path], tmp
     assert inspection.layout == ("PaddleMIX" if matcher and to == "paddle" else LAYOUT[to])
     assert inspection.variant.startswith("matcher" if matcher else "generator")
     assert inspection.tokenizer
-    heads = (
-        304 * 32 if to == "paddle" and variant in ("opt", "clip") else 0
-    )  # Paddle stores the tied head too
+    # Paddle stores the tied head too
+    heads = 304 * 32 if to == "paddle" and variant in ("opt", "clip") else 0
     assert inspection.parameters == inspect(source).parameters + heads
 
     ours, theirs = load_model(tmp_path / "there"), load_model(source)
@@ -275,9 +274,7 @@ def test_kills_leave_all_or_nothing(kills: int, variants: dict[str, Path], tmp_p
     duration = time.perf_counter() - begun
     expected = (tmp_path / "whole" / "model_state.pdparams").read_bytes()
     for i in range(kills):
-        target = (
-            tmp_path / f"{i // 5}"
-        )  # five times the same place: what was left behind is in the way of the next
+        target = tmp_path / f"{i // 5}"  # five times the same: what was left behind is in the next one's way
         process = os.fork()
         if process == 0:
             try:
@@ -377,9 +374,8 @@ def test_parts_from_elsewhere(variant: str, variants: dict[str, Path], tmp_path:
     for a, b in zip(outputs(ours), outputs(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     if variant == "opt":
-        assert (
-            ours.config.language.eos_token_id == theirs.config.language.eos_token_id
-        )  # the newline, not </s>
+        # the newline, not </s>
+        assert ours.config.language.eos_token_id == theirs.config.language.eos_token_id
     convert(tmp_path / "model.safetensors", tmp_path / "hf", to="hf", verify=True, **parts)
     assert_same_bytes(tmp_path / "hf", source)
     assert load_model(tmp_path / "hf").vision.post_layernorm.eps == 1e-5

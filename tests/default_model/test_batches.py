@@ -53,9 +53,8 @@ def test_every_answer_of_a_conversation_is_a_target(words: Tokenizers) -> None:
     assert decoded(words.language, labels) == " a bear\n on the left\n"
     differing = [(i, label) for i, label in zip(ids, labels, strict=True) if label not in (IGNORE_INDEX, i)]
     (stop,) = words.language.encode(".", frame=False)
-    assert differing == [
-        (stop, words.newline)
-    ]  # an answer's target ends in a newline, its input in a full stop
+    # an answer's target ends in a newline, its input in a full stop
+    assert differing == [(stop, words.newline)]
 
 
 def test_rows_are_padded_on_the_right() -> None:

@@ -16,9 +16,8 @@ def test_the_table_is_sound() -> None:
     rows = read_table()
     assert len(rows) == len({row.id for row in rows}) > 800
     grammar = {(row.noun, row.plural, row.article, row.category) for row in rows}
-    assert (
-        len(grammar) == len({row.noun for row in rows}) > 400
-    )  # a noun has one plural, article and category
+    # a noun has one plural, article and category
+    assert len(grammar) == len({row.noun for row in rows}) > 400
     forms: dict[str, str] = {}
     for noun, plural, article, category in grammar:
         assert noun == noun.strip().lower() and plural and category

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import blip2
-from blip2.generation.batching import BeamSequence, ContinuousBatch, SampledSequence
-from blip2.generation.decoding import Generated, generate
+from blip2.generation.batching import ContinuousBatch, SampledSequence
+from blip2.generation.decoding import BeamSequence, Generated, generate
 from blip2.generation.options import GenerationOptions
 
 OPTIONS: list[dict[str, Any]] = [

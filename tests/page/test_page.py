@@ -110,11 +110,8 @@ def test_asking_copying_and_again(watched: Watched) -> None:
     with page.expect_request("**/v1/chat/completions") as request:
         page.locator(".retry").click()
     messages = request.value.post_data_json["messages"]
-    assert [m["role"] for m in messages] == [
-        "user",
-        "assistant",
-        "user",
-    ]  # a question asked again is not sent twice
+    # a question asked again is not sent twice
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     assert messages[1]["content"] == answers[0]
     page.locator(".turn").nth(1).locator(".tools").wait_for()
     assert page.locator(".answer").all_inner_texts() == answers

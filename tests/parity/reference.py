@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration
@@ -15,6 +18,7 @@ from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config, read_config
 
 QUERIES, IMAGE_TOKEN, PAD, VOCABULARY = 4, 97, 1, 100
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
 VISION = {
     "hidden_size": 32,
@@ -61,7 +65,7 @@ T5_TEXT = {
 }
 
 
-def make_visible(module: nn.Module, seed: int, spread: float = 0.3) -> nn.Module:
+def make_visible(module: nn.Module, seed: int = 0, spread: float = 0.3) -> nn.Module:
     """Draw every parameter anew, none of them zero or one: a bias, norm or embedding left out must show."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -70,36 +74,30 @@ def make_visible(module: nn.Module, seed: int, spread: float = 0.3) -> nn.Module
     return module.eval()
 
 
-def their_blip2(seed: int = 0, **text: Any) -> Blip2ForConditionalGeneration:
-    """transformers' model, 32 px and 4 queries; `text` overrides the language model's config."""
-    config = TheirConfig(
+def their_config(text: dict[str, Any]) -> TheirConfig:
+    return TheirConfig(
         vision_config=VISION,
         qformer_config=QFORMER,
-        text_config=TEXT | text,
+        text_config=text,
         num_query_tokens=QUERIES,
         image_token_index=IMAGE_TOKEN,
     )
-    model = make_visible(Blip2ForConditionalGeneration(config), seed)
+
+
+def their_blip2(seed: int = 0, **text: Any) -> Blip2ForConditionalGeneration:
+    """transformers' model, 32 px and 4 queries; `text` overrides the language model's config."""
+    model = make_visible(Blip2ForConditionalGeneration(their_config(TEXT | text)), seed)
     assert isinstance(model, Blip2ForConditionalGeneration)
     return model
 
 
 def their_t5(seed: int = 0, *, head: bool = True, **text: Any) -> Blip2ForConditionalGeneration:
     """The same with T5; `head`: one of its own, not the word embeddings' weight."""
-    config = TheirConfig(
-        vision_config=VISION,
-        qformer_config=QFORMER,
-        text_config=T5_TEXT | text,
-        num_query_tokens=QUERIES,
-        image_token_index=IMAGE_TOKEN,
-    )
-    model = Blip2ForConditionalGeneration(config)
+    model = Blip2ForConditionalGeneration(their_config(T5_TEXT | text))
     if head:
         language = model.language_model
         language.lm_head.weight = nn.Parameter(torch.empty_like(language.shared.weight))
-    model = make_visible(
-        model, seed, spread=0.2
-    )  # its scores are not scaled: wider ones would magnify rounding
+    model = make_visible(model, seed, spread=0.2)  # its scores are not scaled: wider ones magnify rounding
     assert isinstance(model, Blip2ForConditionalGeneration)
     return model
 
@@ -108,9 +106,8 @@ def ours_from(theirs: Blip2ForConditionalGeneration) -> Blip2:
     """Our model with their weights, every one of them."""
     config = read_config(theirs.config.to_dict())
     assert isinstance(config, Blip2Config)
-    tied = (
-        theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-    )  # as loading finds out
+    # as loading finds out
+    tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     ours = Blip2(replace(config, language=replace(config.language, tie_word_embeddings=tied))).eval()
     ours.load_state_dict({from_hugging_face(name): tensor for name, tensor in theirs.state_dict().items()})
     return ours
@@ -128,6 +125,14 @@ class Prompts:
         """Prompt i alone, without its padding."""
         kept = self.mask[i].bool()
         return Prompts(self.pixels[i : i + 1], self.ids[i : i + 1, kept], self.mask[i : i + 1, kept])
+
+    def padded_right(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask with the padding after the text."""
+        ids, mask = torch.full_like(self.ids, PAD), torch.zeros_like(self.mask)
+        for i, kept in enumerate(self.mask.bool()):
+            length = int(kept.sum())
+            ids[i, :length], mask[i, :length] = self.ids[i, kept], 1
+        return ids, mask
 
     def theirs(self) -> dict[str, Tensor]:
         """pixel_values, input_ids and attention_mask for transformers: padding, image tokens, text."""
@@ -154,3 +159,45 @@ def prompts(lengths: tuple[int, ...] = (2, 5, 3), seed: int = 0) -> Prompts:
         ids[i, -length] = 2
         mask[i, -length:] = 1
     return Prompts(pixels, ids, mask)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def their_logits(theirs: Blip2ForConditionalGeneration, **inputs: Tensor) -> Tensor:
+    logits: Tensor = theirs(**prompts((4, 4)).theirs(), **inputs).logits
+    return logits
+
+
+@torch.inference_mode()
+def our_logits(ours: Any, *inputs: Tensor) -> Tensor:
+    assert isinstance(ours, Blip2)
+    batch = prompts((4, 4))
+    return ours(batch.pixels, batch.ids, batch.mask, *inputs)
+
+
+def reopened(folder: Path, kind: Any = Blip2ForConditionalGeneration) -> Any:
+    """transformers' model from our folder, with nothing missing and nothing left over."""
+    model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def rewrite(folder: Path, **changes: Tensor | None) -> None:
+    """Change, add or (None) remove tensors of a saved model."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_image_token(folder: Path) -> dict[str, Any]:
+    """Remove the image token from a folder's config.json; returns the config, to be changed further."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    del config["image_token_index"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return config

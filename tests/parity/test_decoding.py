@@ -64,6 +64,9 @@ BEAMS: dict[str, dict[str, Any]] = {
         "min_new_tokens": 3,
     },
 }
+OPTIONS = [pytest.param(o, id=f"greedy {name}") for name, o in GREEDY.items()] + [
+    pytest.param(o, id=f"beams {name}") for name, o in BEAMS.items()
+]
 
 
 @cache
@@ -78,28 +81,47 @@ def run_ours(model: Blip2, batch: Prompts, options: GenerationOptions) -> Genera
 
 
 def run_theirs(
-    model: Blip2ForConditionalGeneration, batch: Prompts, ends: tuple[int, ...], options: dict[str, Any]
+    model: Blip2ForConditionalGeneration,
+    batch: Prompts,
+    ends: tuple[int, ...],
+    options: dict[str, Any],
+    start: int | None = None,
 ) -> tuple[list[list[int]], list[float] | None]:
-    """New ids up to the first end token, and with beams the scores."""
+    """New ids up to the first end token, and with beams the scores; `start`: what T5's decoder begins with."""
     out = model.generate(
         **batch.theirs(),
         eos_token_id=list(ends),
-        pad_token_id=1,
+        pad_token_id=PAD if start is None else start,
         **{"do_sample": False, "num_beams": 1, "max_new_tokens": 12, **options},
         output_scores=True,
         return_dict_in_generate=True,
     )
+    assert start is None or bool((out.sequences[:, 0] == start).all())
     rows = []
-    for new in out.sequences[:, QUERIES + batch.ids.shape[1] :].tolist():
+    for new in out.sequences[:, QUERIES + batch.ids.shape[1] if start is None else 1 :].tolist():
         first_end = min((new.index(end) for end in ends if end in new), default=len(new))
         rows.append(new[: first_end + 1])
     scores = out.get("sequences_scores")
     return rows, None if scores is None else scores.tolist()
 
 
+def draw_theirs(
+    model: Blip2ForConditionalGeneration, batch: Prompts, end: int, pad: int, options: dict[str, Any]
+) -> Any:
+    torch.manual_seed(0)
+    return model.generate(
+        **batch.theirs(),
+        eos_token_id=end,
+        pad_token_id=pad,
+        max_new_tokens=10,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **{"do_sample": True, "top_k": 0, **options},
+    )
+
+
 def as_ours(options: dict[str, Any], ends: tuple[int, ...]) -> GenerationOptions:
-    renamed = {"num_beams" if name == "num_beams" else name: value for name, value in options.items()}
-    return GenerationOptions(**{"max_new_tokens": 12, "eos_token_id": ends, **renamed})
+    return GenerationOptions(**{"max_new_tokens": 12, "eos_token_id": ends, **options})
 
 
 def common_ids(model: Blip2, batch: Prompts) -> tuple[int, int]:
@@ -110,12 +132,19 @@ def common_ids(model: Blip2, batch: Prompts) -> tuple[int, int]:
     return first, next(i for i in order if i != first)
 
 
+def check_batch(ours: Blip2, options: dict[str, Any]) -> tuple[Prompts, GenerationOptions, Generated]:
+    """Prompts in a batch get what they get alone; returns the batch, the options and what it got."""
+    batch = prompts((2, 6, 3, 1, 4))
+    chosen = GenerationOptions(max_new_tokens=10, eos_token_id=common_ids(ours, batch), **options)
+    together = run_ours(ours, batch, chosen)
+    alone = [run_ours(ours, batch.row(i), chosen) for i in range(5)]
+    assert together.ids == [ids for one in alone for ids in one.ids]
+    assert together.scores == pytest.approx([score for one in alone for score in one.scores], abs=1e-5)
+    return batch, chosen, together
+
+
 @pytest.mark.parametrize("several_ends", [False, True], ids=["one end", "several ends"])
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param(o, id=f"greedy {name}") for name, o in GREEDY.items()]
-    + [pytest.param(o, id=f"beams {name}") for name, o in BEAMS.items()],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_same_ids_and_scores(options: dict[str, Any], several_ends: bool) -> None:
     lengths: set[int] = set()
     for seed in SEEDS:
@@ -154,10 +183,7 @@ def test_same_as_their_padded_batch(options: dict[str, Any]) -> None:
 def test_padding_stands_on_either_side(options: dict[str, Any]) -> None:
     _, ours = models(SEEDS[0])
     batch = prompts((2, 5, 3))
-    right = [torch.full_like(batch.ids, PAD), torch.zeros_like(batch.mask)]
-    for i, kept in enumerate(batch.mask.bool()):
-        length = int(kept.sum())
-        right[0][i, :length], right[1][i, :length] = batch.ids[i, kept], 1
+    right = batch.padded_right()
     chosen = GenerationOptions(max_new_tokens=8, **options)
     with torch.no_grad():
         prefix = ours.embed_image(batch.pixels)
@@ -223,16 +249,7 @@ def test_same_sampling_distribution(options: dict[str, Any]) -> None:
     theirs, ours = models(SEEDS[2])
     batch = prompts((3, 3))  # no padding: their n-gram rule would see it
     end = 7  # seldom drawn
-    torch.manual_seed(0)
-    out = theirs.generate(
-        **batch.theirs(),
-        eos_token_id=end,
-        pad_token_id=1,
-        max_new_tokens=10,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **{"do_sample": True, "top_k": 0, **options},
-    )
+    out = draw_theirs(theirs, batch, end, PAD, options)
     new = out.sequences[:, QUERIES + 3 :]
     assert new.shape[1] > 3
     seen = prompt_history(ours.config.image_token_id, QUERIES, batch.ids, batch.mask)
@@ -280,9 +297,4 @@ def test_stream_and_context_give_the_same() -> None:
 )
 def test_a_batch_changes_nothing(options: dict[str, Any]) -> None:
     _, ours = models(SEEDS[1])
-    batch = prompts((2, 6, 3, 1, 4))
-    chosen = GenerationOptions(max_new_tokens=10, eos_token_id=common_ids(ours, batch), **options)
-    together = run_ours(ours, batch, chosen)
-    alone = [run_ours(ours, batch.row(i), chosen) for i in range(5)]
-    assert together.ids == [ids for one in alone for ids in one.ids]
-    assert together.scores == pytest.approx([score for one in alone for score in one.scores], abs=1e-5)
+    check_batch(ours, options)

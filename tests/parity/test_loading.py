@@ -13,8 +13,20 @@ from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("transformers")
-from reference import QFORMER, QUERIES, TEXT, VISION, make_visible, prompts, their_blip2
-from safetensors.torch import load_file, save_file
+from reference import (
+    CLOSE,
+    QFORMER,
+    QUERIES,
+    TEXT,
+    VISION,
+    make_visible,
+    our_logits,
+    reopened,
+    rewrite,
+    their_blip2,
+    their_logits,
+    without_image_token,
+)
 from transformers import Blip2Config as TheirConfig
 from transformers import (
     Blip2ForConditionalGeneration,
@@ -27,22 +39,8 @@ from blip2.checkpoint import load_model, load_processors, open_tensors, save_mod
 from blip2.images import ImageProcessor, to_pixels
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 
-CLOSE = {"rtol": 0.0, "atol": 1e-4}
 HEAD, WORDS = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@torch.inference_mode()
-def their_logits(theirs: Blip2ForConditionalGeneration) -> Tensor:
-    logits: Tensor = theirs(**prompts((4, 4)).theirs()).logits
-    return logits
-
-
-@torch.inference_mode()
-def our_logits(ours: Blip2 | Blip2Matcher) -> Tensor:
-    assert isinstance(ours, Blip2)
-    batch = prompts((4, 4))
-    return ours(batch.pixels, batch.ids, batch.mask)
 
 
 def their_matcher(seed: int = 0) -> Blip2ForImageTextRetrieval:
@@ -131,17 +129,6 @@ def test_a_wider_qformer(tmp_path: Path) -> None:
     torch.testing.assert_close(our_logits(load_model(tmp_path, dtype="fp32")), expected, **CLOSE)
 
 
-def rewrite(folder: Path, **changes: Tensor | None) -> None:
-    """Change, add or (None) remove tensors of a saved model."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    for name, tensor in changes.items():
-        if tensor is None:
-            del tensors[name]
-        else:
-            tensors[name] = tensor.clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("announced", [True, False])
 def test_heads_absent_equal_and_different(announced: bool, tmp_path: Path) -> None:
     """What is stored counts, whatever config.json says of tying."""
@@ -172,13 +159,11 @@ def test_configs_of_older_and_newer_files(tmp_path: Path) -> None:
     """No image token and the bare vocabulary, then the image token and a padded one: the same logits for its words."""
     theirs = their_blip2(vocab_size=100)
     theirs.save_pretrained(tmp_path / "old")
-    raw = json.loads((tmp_path / "old" / "config.json").read_text())
-    del raw["image_token_index"]
+    raw = without_image_token(tmp_path / "old")
     raw["torch_dtype"] = raw.pop("dtype", "float32")
     (tmp_path / "old" / "config.json").write_text(json.dumps(raw))
-    rewrite(
-        tmp_path / "old", **{"embeddings.position_ids": torch.arange(20)[None]}
-    )  # a buffer of older files
+    position_ids = torch.arange(20)[None]
+    rewrite(tmp_path / "old", **{"embeddings.position_ids": position_ids})  # a buffer of older files
     old = load_model(tmp_path / "old")
     assert old.config.image_token_id is None
 
@@ -208,7 +193,7 @@ def test_no_end_token(tmp_path: Path) -> None:
     assert isinstance(ours, Blip2)
     assert ours.config.language.eos_token_id == ()
     save_model(ours, tmp_path / "ours")
-    assert reopened(Blip2ForConditionalGeneration, tmp_path / "ours").generation_config.eos_token_id is None
+    assert reopened(tmp_path / "ours").generation_config.eos_token_id is None
     assert load_model(tmp_path / "ours").config == ours.config
 
 
@@ -223,13 +208,6 @@ def test_their_matcher(tmp_path: Path) -> None:
 # --- ours -> theirs --------------------------------------------------------------------------------------------
 
 
-def reopened(kind: Any, folder: Path) -> Any:
-    """transformers' model from our folder, with nothing missing and nothing left over."""
-    model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    assert not any(report.values()), report
-    return model.eval()
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
 def test_our_folder(tied: bool, shard_bytes: int, tmp_path: Path) -> None:
@@ -242,7 +220,7 @@ def test_our_folder(tied: bool, shard_bytes: int, tmp_path: Path) -> None:
         assert (HEAD in tensors) != tied
         sizes = [file.stat().st_size for file in (tmp_path / "ours").glob("*.safetensors")]
         assert max(sizes) <= max(shard_bytes, max(tensors.info(name).nbytes for name in tensors)) + 5_000
-    theirs = reopened(Blip2ForConditionalGeneration, tmp_path / "ours")
+    theirs = reopened(tmp_path / "ours")
     torch.testing.assert_close(their_logits(theirs), our_logits(ours), **CLOSE)
     assert theirs.generation_config.eos_token_id == 7
     again = load_model(tmp_path / "ours")
@@ -264,7 +242,7 @@ def test_our_matcher(tmp_path: Path) -> None:
     their_matcher().save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     save_model(ours, tmp_path / "ours", shard_bytes=40_000)
-    theirs = reopened(Blip2ForImageTextRetrieval, tmp_path / "ours")
+    theirs = reopened(tmp_path / "ours", Blip2ForImageTextRetrieval)
     for mine, expected in zip(our_scores(load_model(tmp_path / "ours")), their_scores(theirs), strict=True):
         torch.testing.assert_close(mine, expected, **CLOSE)
 
@@ -282,14 +260,12 @@ def test_our_folder_has_a_processor(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
 
     their_blip2(vocab_size=280).save_pretrained(tmp_path / "theirs")
-    raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    del raw["image_token_index"]  # found from the tokenizer when saving
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(raw))
+    without_image_token(tmp_path / "theirs")  # found from the tokenizer when saving
     ours = load_model(tmp_path / "theirs")
     image_processor = ImageProcessor(32, mean=(0.4, 0.5, 0.6))
     save_model(ours, tmp_path / "ours", tokenizer=tmp_path / "tokenizer", image_processor=image_processor)
 
-    theirs = reopened(Blip2ForConditionalGeneration, tmp_path / "ours")
+    theirs = reopened(tmp_path / "ours")
     processor = Blip2Processor.from_pretrained(tmp_path / "ours")
     image = Image.linear_gradient("L").convert("RGB")
     inputs = processor(images=image, text="a photo of", return_tensors="pt")

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("transformers")
+import reference
+from reference import CLOSE, make_visible
 from transformers import Blip2Config as TheirConfig
 from transformers import (
     Blip2ForConditionalGeneration,
@@ -27,44 +29,10 @@ from blip2.modeling.layers import ACTIVATION
 from blip2.modeling.vision import ImageEncoder
 
 QUERIES, IMAGE_TOKEN = 5, 99
-CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-    "layer_norm_eps": 1e-5,
-}
-QFORMER = {
-    "hidden_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "vocab_size": 60,
-    "max_position_embeddings": 20,
-}
-TEXT = {
-    "model_type": "opt",
-    "hidden_size": 40,
-    "word_embed_proj_dim": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "ffn_dim": 72,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-}
-
-
-def make_visible(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew so that none is zero or one: a forgotten bias or norm must show."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        middle = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
-        parameter.data = middle + 0.3 * torch.randn(parameter.shape, generator=generator)
-    return module.eval()
+VISION = reference.VISION | {"num_hidden_layers": 3, "layer_norm_eps": 1e-5}
+QFORMER = reference.QFORMER | {"num_hidden_layers": 4}
+TEXT = reference.TEXT | {"hidden_size": 40, "word_embed_proj_dim": 40, "num_hidden_layers": 3, "ffn_dim": 72}
 
 
 def renamed(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,9 +14,21 @@ from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("transformers")
-from reference import IMAGE_TOKEN, PAD, QUERIES, T5_TEXT, Prompts, ours_from, prompts, their_t5
-from safetensors.torch import load_file, save_file
-from test_decoding import BEAMS, GREEDY, as_ours, common_ids, run_ours
+import reference
+from reference import (
+    CLOSE,
+    IMAGE_TOKEN,
+    QUERIES,
+    T5_TEXT,
+    ours_from,
+    prompts,
+    reopened,
+    rewrite,
+    their_t5,
+    without_image_token,
+)
+from safetensors.torch import load_file
+from test_decoding import OPTIONS, as_ours, check_batch, common_ids, draw_theirs, run_ours, run_theirs
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, T5TokenizerFast
 from transformers import T5Config as TheirT5Config
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -31,7 +43,6 @@ from blip2.modeling.config import T5Config, read_config
 from blip2.modeling.t5 import position_buckets
 from blip2.text import Tokenizer
 
-CLOSE = {"rtol": 0.0, "atol": 1e-4}
 SEEDS = (3, 5)
 SHARED, HEAD = "language_model.shared.weight", "language_model.lm_head.weight"
 # The kinds of T5 there are: FlanT5 as BLIP-2 has it, as published, and the first T5; and each part of it alone.
@@ -170,32 +181,6 @@ def test_one_reading_serves_every_row() -> None:
 # --- decoding --------------------------------------------------------------------------------------------------
 
 
-def run_theirs(
-    model: Blip2ForConditionalGeneration, batch: Prompts, ends: tuple[int, ...], options: dict[str, Any]
-) -> tuple[list[list[int]], list[float] | None]:
-    """New ids up to the first end token, and with beams the scores."""
-    out = model.generate(
-        **batch.theirs(),
-        eos_token_id=list(ends),
-        pad_token_id=0,
-        **{"do_sample": False, "num_beams": 1, "max_new_tokens": 12, **options},
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    assert (out.sequences[:, 0] == 0).all()
-    rows = []
-    for new in out.sequences[:, 1:].tolist():
-        first_end = min((new.index(end) for end in ends if end in new), default=len(new))
-        rows.append(new[: first_end + 1])
-    scores = out.get("sequences_scores")
-    return rows, None if scores is None else scores.tolist()
-
-
-OPTIONS = [pytest.param(o, id=f"greedy {name}") for name, o in GREEDY.items()] + [
-    pytest.param(o, id=f"beams {name}") for name, o in BEAMS.items()
-]
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 def test_same_ids_and_scores(options: dict[str, Any]) -> None:
     """One end token and several; theirs in a padded batch, T5 having no rule that sees the prompt."""
@@ -204,7 +189,7 @@ def test_same_ids_and_scores(options: dict[str, Any]) -> None:
         batch = prompts((2, 5, 3), seed)
         ends = common_ids(ours, batch)[:count]
         got = run_ours(ours, batch, as_ours(options, ends))
-        ids, scores = run_theirs(theirs, batch, ends, options)
+        ids, scores = run_theirs(theirs, batch, ends, options, start=0)
         assert got.ids == ids
         if scores is not None:
             assert got.scores == pytest.approx(scores, rel=1e-5, abs=1e-5)
@@ -217,15 +202,10 @@ def test_the_rules_see_the_start_token() -> None:
     free.language_model.lm_head.weight.data[start] *= 40  # now it likes to write the start token
     ours = ours_from(free)
     batch = prompts((2, 5, 3))
-    options: dict[str, Any]
-    for options in (
-        {},
-        {"repetition_penalty": 3.0},
-        {"no_repeat_ngram_size": 1},
-        {"no_repeat_ngram_size": 2},
-    ):
+    cases = [{}, {"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}]
+    for options in cases:
         got = run_ours(ours, batch, as_ours(options, (7,))).ids
-        assert got == run_theirs(free, batch, (7,), options)[0]
+        assert got == run_theirs(free, batch, (7,), options, start)[0]
         if options.get("no_repeat_ngram_size") == 1:
             assert all(start not in row for row in got)
         if not options:
@@ -235,22 +215,13 @@ def test_the_rules_see_the_start_token() -> None:
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}, {"num_beams": 3}], ids=str)
 def test_a_batch_changes_nothing(options: dict[str, Any]) -> None:
     _, ours = models(SEEDS[1])
-    batch = prompts((2, 6, 3, 1, 4))
-    chosen = GenerationOptions(max_new_tokens=10, eos_token_id=common_ids(ours, batch), **options)
-    together = run_ours(ours, batch, chosen)
-    alone = [run_ours(ours, batch.row(i), chosen) for i in range(5)]
-    assert together.ids == [ids for one in alone for ids in one.ids]
-    assert together.scores == pytest.approx([score for one in alone for score in one.scores], abs=1e-5)
+    batch, chosen, together = check_batch(ours, options)
     if not options:
         with torch.no_grad():
             prefix = ours.embed_image(batch.pixels)
         steps = list(stream(ours, prefix, batch.ids, batch.mask, chosen))
         assert [[i for i in row if i is not None] for row in zip(*steps)] == together.ids
-        right = [torch.full_like(batch.ids, PAD), torch.zeros_like(batch.mask)]
-        for i, kept in enumerate(batch.mask.bool()):
-            length = int(kept.sum())
-            right[0][i, :length], right[1][i, :length] = batch.ids[i, kept], 1
-        assert generate(ours, prefix, *right, chosen).ids == together.ids
+        assert generate(ours, prefix, *batch.padded_right(), chosen).ids == together.ids
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "num_beams"])
@@ -279,16 +250,7 @@ def test_log_probabilities_are_the_models(options: dict[str, Any]) -> None:
 def test_same_sampling_distribution(options: dict[str, Any]) -> None:
     theirs, ours = models(SEEDS[0])
     batch, end = prompts((3, 5)), 7
-    torch.manual_seed(0)
-    out = theirs.generate(
-        **batch.theirs(),
-        eos_token_id=end,
-        pad_token_id=0,
-        max_new_tokens=10,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **{"do_sample": True, "top_k": 0, **options},
-    )
+    out = draw_theirs(theirs, batch, end, 0, options)
     new = out.sequences[:, 1:]
     assert new.shape[1] > 3
     mine = GenerationOptions(do_sample=True, **options)
@@ -304,25 +266,12 @@ def test_same_sampling_distribution(options: dict[str, Any]) -> None:
 # --- folders ---------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def their_logits(theirs: Blip2ForConditionalGeneration) -> Tensor:
-    logits: Tensor = theirs(**prompts((4, 4)).theirs(), decoder_input_ids=written(2)).logits
-    return logits
+    return reference.their_logits(theirs, decoder_input_ids=written(2))
 
 
-@torch.inference_mode()
 def our_logits(ours: Any) -> Tensor:
-    batch = prompts((4, 4))
-    logits: Tensor = ours(batch.pixels, batch.ids, batch.mask, written(2))
-    return logits
-
-
-def reopened(folder: Path) -> Any:
-    """transformers' model from our folder, with nothing missing and nothing left over."""
-    kind = Blip2ForConditionalGeneration
-    model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    assert not any(report.values()), report
-    return model.eval()
+    return reference.our_logits(ours, written(2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,17 +292,6 @@ def test_their_folder_and_back(kind: str, tmp_path: Path) -> None:
     again = load_model(tmp_path / "ours")
     assert again.config == ours.config
     assert torch.equal(our_logits(again), our_logits(ours))
-
-
-def rewrite(folder: Path, **changes: Tensor | None) -> None:
-    """Change, add or (None) remove tensors of a saved model."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    for name, tensor in changes.items():
-        if tensor is None:
-            del tensors[name]
-        else:
-            tensors[name] = tensor.clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -420,8 +358,7 @@ def test_configs_of_older_and_newer_files(tmp_path: Path) -> None:
     """No image token and the bare vocabulary, then the image token and a padded one: the same logits for its words."""
     theirs = their_t5()
     theirs.save_pretrained(tmp_path / "old")
-    raw = json.loads((tmp_path / "old" / "config.json").read_text())
-    del raw["image_token_index"]
+    raw = without_image_token(tmp_path / "old")
     raw["text_config"]["tie_word_embeddings"] = False
     del raw["text_config"]["scale_decoder_outputs"]
     (tmp_path / "old" / "config.json").write_text(json.dumps(raw))
@@ -494,9 +431,7 @@ def test_our_folder_has_a_processor(tmp_path: Path) -> None:
     tokenizer = their_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     their_t5(vocab_size=len(tokenizer) + 20).save_pretrained(tmp_path / "theirs")
-    raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    del raw["image_token_index"]  # found from the tokenizer when saving
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(raw))
+    without_image_token(tmp_path / "theirs")  # found from the tokenizer when saving
     save_model(
         load_model(tmp_path / "theirs"),
         tmp_path / "ours",

@@ -57,11 +57,7 @@ def running_server(
     bounds = limits or Limits()
     engine = Engine(lambda: predictor, bounds)
     app = build_app(
-        engine,
-        model="default",
-        keys=Keys(keys),
-        fetch_urls=fetch_urls,
-        log_contents=log_contents,
+        engine, model="default", keys=Keys(keys), fetch_urls=fetch_urls, log_contents=log_contents
     )
     server = uvicorn_server(app, host="127.0.0.1", port=0, limits=bounds)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)

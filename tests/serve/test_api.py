@@ -39,9 +39,8 @@ def test_caption_and_ask_as_form_and_as_json(
     question = "what is it?"
     answer = predictor.ask(images[1], question)
     with server.client() as client:
-        client.post(
-            "/caption", files={"image": images[0]}
-        )  # read apart from its prompt from now on: to the last bit
+        # read apart from its prompt from now on: to the last bit
+        client.post("/caption", files={"image": images[0]})
         form = client.post(
             "/caption", files={"image": images[0]}, data={k: str(v) for k, v in options.items()}
         )
@@ -431,19 +430,14 @@ def test_openai_completions_of_several_prompts(
 
     sampled: Any = {"n": 2, "temperature": 0.9, "seed": 4, "max_tokens": 9, "extra_body": image}
     drawn = client.completions.create(model="default", prompt=prompts, **sampled)
-    expected = [
-        text
-        for prompt in prompts
-        for text in predictor.caption(
-            images[0],
-            prompt=prompt,
-            do_sample=True,
-            num_return_sequences=2,
-            temperature=0.9,
-            seed=4,
-            max_new_tokens=9,
-        )
-    ]
+    same: Any = {
+        "do_sample": True,
+        "num_return_sequences": 2,
+        "temperature": 0.9,
+        "seed": 4,
+        "max_new_tokens": 9,
+    }
+    expected = [text for prompt in prompts for text in predictor.caption(images[0], prompt=prompt, **same)]
     assert [(choice.index, choice.text) for choice in drawn.choices] == list(enumerate(expected))
     streamed = [""] * 6
     for chunk in client.completions.create(model="default", prompt=prompts, stream=True, **sampled):

@@ -36,11 +36,16 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+def started(predictor: blip2.Predictor, limits: Limits) -> Engine:
+    engine = Engine(lambda: predictor, limits)
+    engine.start()
+    assert engine.loaded.wait(60)
+    return engine
+
+
 @pytest.fixture
 def engine(predictor: blip2.Predictor) -> Iterator[Engine]:
-    made = Engine(lambda: predictor, Limits(queue=100))
-    made.start()
-    assert made.loaded.wait(60)
+    made = started(predictor, Limits(queue=100))
     yield made
     made.close()
 
@@ -127,9 +132,7 @@ class Gate:
 
 def held_up(predictor: blip2.Predictor, queue: int) -> tuple[Engine, Gate, Job]:
     """An engine at work on a call that goes on when the gate is opened."""
-    engine = Engine(lambda: predictor, Limits(queue=queue))
-    engine.start()
-    assert engine.loaded.wait(60)
+    engine = started(predictor, Limits(queue=queue))
     gate = Gate()
     first = engine.submit(gate)
     assert gate.entered.wait(60)
@@ -263,9 +266,7 @@ def test_beam_searches_join_between_steps(
 
 
 def test_a_wide_search_is_not_passed_over(predictor: blip2.Predictor, images: list[bytes]) -> None:
-    engine = Engine(lambda: predictor, Limits(rows=4))
-    engine.start()
-    assert engine.loaded.wait(60)
+    engine = started(predictor, Limits(rows=4))
     order: list[str] = []
     long = engine.submit(greedy(engine, images[0], max_new_tokens=40, min_new_tokens=40))
     while engine.running == 0:
@@ -374,10 +375,8 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(
     predictor: blip2.Predictor, images: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = threading.Event()
-    engine = Engine(lambda: predictor, Limits())
+    engine = started(predictor, Limits())
     engine.on_failure = failed.set
-    engine.start()
-    assert engine.loaded.wait(60)
     gate = Gate()
     engine.submit(gate)
     assert gate.entered.wait(60)
@@ -410,9 +409,7 @@ def test_closing_does_not_wait_for_a_model_that_is_still_loaded(predictor: blip2
 
 
 def test_closing_leaves_nobody_waiting(predictor: blip2.Predictor, images: list[bytes]) -> None:
-    engine = Engine(lambda: predictor, Limits())
-    engine.start()
-    assert engine.loaded.wait(60)
+    engine = started(predictor, Limits())
     jobs = [
         engine.submit(greedy(engine, images[0], max_new_tokens=200, min_new_tokens=200)) for _ in range(3)
     ]

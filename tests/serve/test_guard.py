@@ -188,9 +188,8 @@ def test_hostile_text_stays_text(
         assert answer.status_code < 500, answer.text
         assert answer.headers["content-type"] == "application/json"
         assert "set-cookie" not in answer.headers and "x-evil" not in answer.headers
-    assert (
-        "alert" not in caplog.text and "DROP" not in caplog.text
-    )  # no content in the log unless that is switched on
+    # no content in the log unless that is switched on
+    assert "alert" not in caplog.text and "DROP" not in caplog.text
 
 
 def test_errors_reveal_nothing_of_the_inside(

@@ -404,9 +404,9 @@ class Server:
     def end(self) -> int:
         """SIGTERM; the exit status."""
         os.kill(self._pid, signal.SIGTERM)
-        status = (
-            self._process.wait(60) if self._pid == self._process.pid else int(self._process.stdout.readline())
-        )  # type: ignore[union-attr]
+        output = self._process.stdout
+        assert output
+        status = self._process.wait(60) if self._pid == self._process.pid else int(output.readline())
         self._reading.join(60)
         return status
 
@@ -415,13 +415,7 @@ def spawn(*command: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, *command],
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        env=environment,
-        cwd=ROOT,
+        [sys.executable, *command], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT
     )
 
 

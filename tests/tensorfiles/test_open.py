@@ -23,9 +23,9 @@ from blip2.checkpoint import (
     UnsupportedFileError,
     open_tensors,
 )
-from blip2.checkpoint.remap import blocks
 from blip2.tensorfiles.open import FOLDER_FILES
 from blip2.tensorfiles.safetensors_files import DTYPES
+from blip2.tensorfiles.tensors import blocks
 from blip2.tensorfiles.writers import write_safetensors
 
 INDEX = "model.safetensors.index.json"

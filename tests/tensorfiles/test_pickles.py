@@ -48,12 +48,8 @@ def test_what_python_writes(protocol: int, tmp_path: Path) -> None:
         "ordered": OrderedDict([("z", 1), ("a", 2)]),
     }
     if protocol == 0:
-        theirs["texts"] = [
-            "",
-            "a",
-            "é",
-            "word",
-        ]  # other characters are written with escapes, which are refused
+        # other characters are written with escapes, which are refused
+        theirs["texts"] = ["", "a", "é", "word"]
     content = pickle.dumps(theirs, protocol)
     ours = read(content, tmp_path, ORDERED_DICT)
     assert ours.end == len(content)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.checkpoint import CheckpointError, TensorInfo, open_tensors, remap
-from blip2.checkpoint.remap import blocks
+from blip2.checkpoint import CheckpointError, TensorInfo, open_tensors
+from blip2.tensorfiles import tensors as tensors_module
+from blip2.tensorfiles.tensors import blocks
 from blip2.tensorfiles.writers import NAME_TABLE, Writer, write_pdparams, write_safetensors, write_torch
 
 TENSORS = {
@@ -32,7 +33,7 @@ INFO = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in 
 
 
 def write(writer: Writer, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remap, "BLOCK_ELEMENTS", 64)  # several pieces a tensor
+    monkeypatch.setattr(tensors_module, "BLOCK_ELEMENTS", 64)  # several pieces a tensor
     with path.open("wb") as file:
         writer(file, INFO, lambda name: blocks(TENSORS[name]))
 
@@ -80,9 +81,7 @@ def test_our_readers_open_it(writer: Writer, tmp_path: Path, monkeypatch: pytest
     with open_tensors(tmp_path / "file") as tensors:
         assert_equal({name: tensors.copy(name) for name in tensors})
         assert_equal({name: tensors[name] for name in tensors})
-        pieces = {
-            name: torch.cat([*remap.read_blocks(tensors, name), torch.empty(0)]) for name in ("single",)
-        }
+        pieces = {name: torch.cat([*tensors.blocks(name), torch.empty(0)]) for name in ("single",)}
         assert torch.equal(pieces["single"], TENSORS["single"].reshape(-1))
 
 

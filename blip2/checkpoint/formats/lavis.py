@@ -20,11 +20,12 @@ from blip2.tensorfiles.tensors import Tensors
 
 # --- names of tensors -------------------------------------------------------------------------------------------------
 
-_LAYER = "vision_model.encoder.layers.*"
+_LAYER, _QFORMER = "vision_model.encoder.layers.*", "qformer.encoder.layer"
+_EMBEDDINGS = "vision_model.embeddings"
 EVA: Rules = (
-    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
-    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
-    ("vision_model.embeddings.patch_embedding.", "visual_encoder.patch_embed.proj."),
+    (f"{_EMBEDDINGS}.class_embedding", "visual_encoder.cls_token"),
+    (f"{_EMBEDDINGS}.position_embedding", "visual_encoder.pos_embed"),
+    (f"{_EMBEDDINGS}.patch_embedding.", "visual_encoder.patch_embed.proj."),
     (f"{_LAYER}.layer_norm1.", "visual_encoder.blocks.*.norm1."),
     (f"{_LAYER}.layer_norm2.", "visual_encoder.blocks.*.norm2."),
     (f"{_LAYER}.self_attn.qkv.", "visual_encoder.blocks.*.attn.qkv."),
@@ -32,9 +33,9 @@ EVA: Rules = (
     (f"{_LAYER}.mlp.", "visual_encoder.blocks.*.mlp."),
 )
 _CLIP: Rules = (
-    ("vision_model.embeddings.class_embedding", "visual_encoder.class_embedding"),  # [W] for [1, 1, W]
-    ("vision_model.embeddings.position_embedding", "visual_encoder.positional_embedding"),  # [N, W]
-    ("vision_model.embeddings.patch_embedding.", "visual_encoder.conv1."),
+    (f"{_EMBEDDINGS}.class_embedding", "visual_encoder.class_embedding"),  # [W] for [1, 1, W]
+    (f"{_EMBEDDINGS}.position_embedding", "visual_encoder.positional_embedding"),  # [N, W]
+    (f"{_EMBEDDINGS}.patch_embedding.", "visual_encoder.conv1."),
     ("vision_model.pre_layernorm.", "visual_encoder.ln_pre."),
     (f"{_LAYER}.layer_norm1.", "visual_encoder.transformer.resblocks.*.ln_1."),
     (f"{_LAYER}.layer_norm2.", "visual_encoder.transformer.resblocks.*.ln_2."),
@@ -48,12 +49,9 @@ BERT: Rules = (
     ("qformer.layernorm.", "Qformer.bert.embeddings.LayerNorm."),
     ("embeddings.word_embeddings.", "Qformer.bert.embeddings.word_embeddings."),
     ("embeddings.position_embeddings.", "Qformer.bert.embeddings.position_embeddings."),
-    ("qformer.encoder.layer.*.attention.attention.", "Qformer.bert.encoder.layer.*.attention.self."),
-    (
-        "qformer.encoder.layer.*.crossattention.attention.",
-        "Qformer.bert.encoder.layer.*.crossattention.self.",
-    ),
-    ("qformer.encoder.layer.", "Qformer.bert.encoder.layer."),
+    (f"{_QFORMER}.*.attention.attention.", "Qformer.bert.encoder.layer.*.attention.self."),
+    (f"{_QFORMER}.*.crossattention.attention.", "Qformer.bert.encoder.layer.*.crossattention.self."),
+    (f"{_QFORMER}.", "Qformer.bert.encoder.layer."),
     ("itg_head.dense.", "Qformer.cls.predictions.transform.dense."),
     ("itg_head.LayerNorm.", "Qformer.cls.predictions.transform.LayerNorm."),
     ("itg_head.bias", "Qformer.cls.predictions.bias"),
@@ -64,13 +62,11 @@ BERT_DROPPED = (
     "Qformer.cls.predictions.decoder.",  # the word embeddings and `predictions.bias` once more
 )
 _LAVIS: Rules = (
-    ("query_tokens", "query_tokens"),
+    *((name, name) for name in ("query_tokens", "itm_head.", "temp")),
     ("vision_model.post_layernorm.", "ln_vision."),
     *BERT,
     ("vision_projection.", "vision_proj."),
     ("text_projection.", "text_proj."),
-    ("itm_head.", "itm_head."),
-    ("temp", "temp"),
 )
 _LAVIS_OPT: Rules = (("language_projection.", "opt_proj."), ("language_model.", "opt_model."))
 _LAVIS_T5: Rules = (("language_projection.", "t5_proj."), ("language_model.", "t5_model."))
@@ -85,10 +81,7 @@ LAVIS = Layout(
     marks=("Qformer.", "visual_encoder.", "ln_vision.", "opt_model.", "opt_proj.", "t5_model.", "t5_proj."),
     dropped=(*BERT_DROPPED, "opt_model.model.decoder.version"),
     split_qkv_bias=True,
-    leading_ones={
-        "vision_model.embeddings.class_embedding": 2,
-        "vision_model.embeddings.position_embedding": 1,
-    },
+    leading_ones={f"{_EMBEDDINGS}.class_embedding": 2, f"{_EMBEDDINGS}.position_embedding": 1},
 )
 
 # --- config: read -----------------------------------------------------------------------------------------------------
@@ -161,9 +154,9 @@ def _heads(width: int, head_width: int, part: str) -> int:
 
 def _vision(tensors: Tensors) -> dict[str, Any]:
     clip = "vision_model.pre_layernorm.weight" in tensors
-    width = _size(tensors, "vision_model.embeddings.patch_embedding.weight", 0)
-    patch = _size(tensors, "vision_model.embeddings.patch_embedding.weight", 2)
-    positions = _size(tensors, "vision_model.embeddings.position_embedding", 1)
+    width = _size(tensors, f"{_EMBEDDINGS}.patch_embedding.weight", 0)
+    patch = _size(tensors, f"{_EMBEDDINGS}.patch_embedding.weight", 2)
+    positions = _size(tensors, f"{_EMBEDDINGS}.position_embedding", 1)
     return {
         "hidden_size": width,
         "intermediate_size": _size(tensors, "vision_model.encoder.layers.0.mlp.fc1.weight", 0),
@@ -182,22 +175,16 @@ def _vision(tensors: Tensors) -> dict[str, Any]:
 def _qformer(tensors: Tensors) -> dict[str, Any]:
     width = _size(tensors, "query_tokens", 2)
     layers = _layers(tensors, r"qformer\.encoder\.layer\.(\d+)\.")
-    crossing = [
-        i
-        for i in range(layers)
-        if f"qformer.encoder.layer.{i}.crossattention.attention.key.weight" in tensors
-    ]
-    text = "qformer.encoder.layer.0.intermediate.dense.weight" in tensors
+    crossing = [i for i in range(layers) if f"{_QFORMER}.{i}.crossattention.attention.key.weight" in tensors]
+    text = f"{_QFORMER}.0.intermediate.dense.weight" in tensors
     embeddings = "embeddings.word_embeddings.weight"
     section: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": _heads(width, _HEAD_WIDTH, "the Q-Former"),
-        "intermediate_size": _size(tensors, "qformer.encoder.layer.0.intermediate_query.dense.weight", 0),
+        "intermediate_size": _size(tensors, f"{_QFORMER}.0.intermediate_query.dense.weight", 0),
         "cross_attention_frequency": crossing[1] if len(crossing) > 1 else max(layers, 1),
-        "encoder_hidden_size": _size(
-            tensors, "qformer.encoder.layer.0.crossattention.attention.key.weight", 1
-        ),
+        "encoder_hidden_size": _size(tensors, f"{_QFORMER}.0.crossattention.attention.key.weight", 1),
         "use_qformer_text_input": text,
     }
     if embeddings in tensors:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2.checkpoint.formats.lavis import BERT, BERT_DROPPED, EVA
-from blip2.checkpoint.key_mapping import Rules
+from blip2.checkpoint.key_mapping import HF_HEAD, Rules
 from blip2.checkpoint.layouts import Layout
 from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, to_hf
 from blip2.tensorfiles.errors import CheckpointError, quoted
@@ -30,12 +30,9 @@ _PADDLE_OPT: Rules = (
     (f"{_DECODER}.layers.*.fc2.", f"{_PADDLE_DECODER}.layers.*.linear2."),
     (f"{_DECODER}.layers.*.final_layer_norm.", f"{_PADDLE_DECODER}.layers.*.norm2."),
     (f"{_DECODER}.final_layer_norm.", f"{_PADDLE_DECODER}.final_layer_norm."),
-    ("language_model.lm_head.weight", "language_model.lm_head.decoder_weight"),
+    (HF_HEAD, "language_model.lm_head.decoder_weight"),
 )
-_PADDLE_T5: Rules = (
-    ("language_model.lm_head.weight", "language_model.lm_head.weight"),
-    ("language_model.", "language_model.t5."),
-)
+_PADDLE_T5: Rules = ((HF_HEAD, HF_HEAD), ("language_model.", "language_model.t5."))
 _SAME_IN_PADDLENLP: Rules = tuple(
     (name, name)
     for name in (
@@ -78,25 +75,15 @@ PADDLEMIX = Layout(
 
 # Hugging Face's name of a setting of OPT -> PaddleNLP's, and what PaddleNLP takes where config.json is silent.
 _OPT_SETTINGS = {
-    "ffn_dim": "intermediate_size",
-    "activation_function": "hidden_act",
-    "do_layer_norm_before": "normalize_before",
-}
-_OPT_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "ffn_dim": 8192,
-    "num_attention_heads": 32,
-}
+    "ffn_dim": "intermediate_size", "activation_function": "hidden_act", "do_layer_norm_before": "normalize_before",
+}  # fmt: skip
+_OPT_DEFAULTS = {"hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192, "num_attention_heads": 32}
 _PADDLENLP_VISION_EPS = 1e-5
 # The same for PaddleMIX's image encoder.
 _VISION_SETTINGS = {
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "image_size": "img_size",
-    "layer_norm_eps": "epsilon",
-}
+    "hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+    "image_size": "img_size", "layer_norm_eps": "epsilon",
+}  # fmt: skip
 
 
 def read_paddle_config(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,9 +93,8 @@ def read_paddle_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         width, ratio = vision["hidden_size"], vision["mlp_ratio"]
         sizes = type(width) is int and 0 < width <= MAX_SIZE and type(ratio) in (int, float)
         if not sizes or not 0 < ratio <= MAX_SIZE:
-            raise CheckpointError(
-                f"config.json: an image encoder {quoted(width)} wide, mlp_ratio {quoted(ratio)}"
-            )
+            problem = f"an image encoder {quoted(width)} wide, mlp_ratio {quoted(ratio)}"
+            raise CheckpointError(f"config.json: {problem}")
         vision["intermediate_size"] = int(width * ratio)
     vision = {"layer_norm_eps": _PADDLENLP_VISION_EPS} | vision
     text = _section(raw, "text_config")
@@ -133,11 +119,8 @@ def to_paddle_config(config: Blip2Config | MatcherConfig, dtype: str) -> dict[st
     if isinstance(config, MatcherConfig):
         vision = raw["vision_config"]
         vision |= {paddle: vision[hf] for hf, paddle in _VISION_SETTINGS.items()}
-        vision |= {
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
-            "in_chans": 3,
-            "class_num": 1000,
-        }
+        ratio = vision["intermediate_size"] / vision["hidden_size"]
+        vision |= {"mlp_ratio": ratio, "in_chans": 3, "class_num": 1000}
         qformer = raw["qformer_config"]
         qformer |= {"num_query_tokens": config.num_query_tokens, "embed_dim": config.image_text_hidden_size}
         return raw | {"train_mode": "stage1", "freeze_vit": True, "max_txt_len": 32}
@@ -169,9 +152,8 @@ def tokenizer_changes(folder: Path, *, paddle: bool) -> dict[str, str]:
     name = settings.get("tokenizer_class")
     names = _TOKENIZERS if paddle else {"GPTTokenizer": "GPT2Tokenizer"}
     if isinstance(name, str) and name in names:
-        changes["tokenizer_config.json"] = (
-            json.dumps(settings | {"tokenizer_class": names[name]}, indent=2) + "\n"
-        )
+        settings["tokenizer_class"] = names[name]
+        changes["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
     model = read_json(folder / "tokenizer.json", optional=True).get("model")
     has_pairs = (folder / "merges.txt").is_file()
     if paddle and isinstance(model, dict) and model.get("type") == "BPE" and not has_pairs:
@@ -179,9 +161,8 @@ def tokenizer_changes(folder: Path, *, paddle: bool) -> dict[str, str]:
         try:
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs or ()]
         except TypeError as error:
-            raise CheckpointError(
-                f"{folder / 'tokenizer.json'}: its merges are no pairs of tokens"
-            ) from error
+            file = folder / "tokenizer.json"
+            raise CheckpointError(f"{file}: its merges are no pairs of tokens") from error
         changes["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
         changes["merges.txt"] = "".join(f"{line}\n" for line in ("#version: 0.2", *merges))
     return changes
