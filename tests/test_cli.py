@@ -276,6 +276,7 @@ def test_chat_reads_lines_from_a_pipe(
             assert out == [one_line(answer) for answer in expected]
     assert run("chat", "absent.jpg")[0] == 1
     assert run("chat", "-")[0] == 2
+    assert "leave out --json and --num-beams" in run("chat", pictures[0], "--stream", "--beams", 2)[2][0]
 
 
 def test_a_question_that_fails_does_not_end_the_conversation(

@@ -1,7 +1,7 @@
 """Talk about an image: one question a line, from the keyboard or a pipe.
 
 blip2 chat photo.jpg
-printf 'what is it?\\nwhat colour is it?\\n' | blip2 chat photo.jpg
+printf 'what is it?\\nwhat color is it?\\n' | blip2 chat photo.jpg
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer questions until they end."""
-    if args.stream and args.json:
-        raise ValueError("--stream prints words as they come: leave out --json")
+    if args.stream and (args.json or args.num_beams not in (None, 1)):
+        raise ValueError("--stream prints words as they come: leave out --json and --num-beams")
     options = arguments.decoding_keywords(args, arguments.decoding_options(args, "answer"))
     if args.image == "-":
         raise ValueError("chat reads questions from standard input; give the image as a path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from blip2.images import ImageError
+from blip2.serve import schemas
 from blip2.serve.batching_engine import BusyError, EngineError, TooLateError
 from blip2.serve.fetch import FetchError
 
@@ -88,8 +90,10 @@ def _invalid_body(error: ValidationError) -> ApiError:
     for part in map(str, fault["loc"]):
         if part not in _KINDS and "[" not in part and part not in path[-1:]:  # a kind's name may come twice
             path.append(part)
-    message = "there is no such field here" if fault["type"] == "extra_forbidden" else fault["msg"]
-    field = ".".join(path) or None
+    message, field = fault["msg"], ".".join(path) or None
+    if fault["type"] == "extra_forbidden":
+        meant = get_close_matches(f"{field}", vars(schemas)[error.title].model_fields, n=1)
+        message = f"there is no such field here{f'; did you mean {meant[0]}?' if meant else ''}"
     return ApiError(400, f"{field}: {message}" if field else message, param=field, code="invalid_value")
 
 

@@ -473,6 +473,7 @@ def test_openai_errors(server: Running, images: list[bytes]) -> None:
     refused(openai.BadRequestError, "temperature", n=2, temperature=0)
     refused(openai.BadRequestError, "tools", tools=[{"type": "function", "function": {"name": "f"}}])
     refused(openai.BadRequestError, "effort: there is no such field", reasoning_effort="low")
+    refused(openai.BadRequestError, "here; did you mean max_tokens?", extra_body={"max_token": 3})
     refused(openai.BadRequestError, "response_format.type", response_format={"type": "json_object"})
     refused(openai.BadRequestError, "stop: List", stop=list("abcde"))
     for part, refusal in (
