@@ -46,7 +46,10 @@ class GenerationOptions:
     max_new_tokens: int = _option(30, "longest text, in tokens", ge=1)
     min_new_tokens: int = _option(0, "shortest text, in tokens", ge=0)
     length_penalty: float = _option(
-        1.0, "scores are divided by length ** length_penalty: above 0 favors long texts, below 0 short ones"
+        1.0,
+        "scores are divided by length ** length_penalty: above 0 favors long texts, below 0 short ones",
+        ge=-50,
+        le=50,  # a length to a higher power is no float
     )
     early_stopping: EarlyStopping = _option(  # noqa: RUF009 (it makes a field)
         False,

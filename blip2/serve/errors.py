@@ -83,18 +83,34 @@ def logged_api_error(request: Request, error: BaseException) -> ApiError:
 
 
 def _invalid_body(error: ValidationError) -> ApiError:
-    """The most telling fault of a body: for a field that takes several kinds of value, not that it is no string."""
+    """The most telling fault of a body: rather than of which kind a value should be, what is wrong with it."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
-    fault = min(faults, key=lambda fault: (fault["type"] == "string_type", -len(fault["loc"])))
+    ranks = [
+        (
+            fault["type"].endswith(("_type", "_parsing")) or fault["type"] == "literal_error",
+            -len(fault["loc"]),
+        )
+        for fault in faults
+    ]
+    fields = [_field(fault["loc"]) for fault in faults]
+    chosen = ranks.index(min(ranks))
+    field, rank = fields[chosen], ranks[chosen]
+    same = [faults[i]["msg"] for i in range(len(faults)) if (fields[i], ranks[i]) == (field, rank)]
+    message = ", or ".join(dict.fromkeys(same))  # a field may take several kinds of value
+    if faults[chosen]["type"] == "extra_forbidden":
+        meant = get_close_matches(field, vars(schemas)[error.title].model_fields, n=1)
+        message = f"there is no such field here{f'; did you mean {meant[0]}?' if meant else ''}"
+    return ApiError(
+        400, f"{field}: {message}" if field else message, param=field or None, code="invalid_value"
+    )
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
     path: list[str] = []
-    for part in map(str, fault["loc"]):
+    for part in map(str, loc):
         if part not in _KINDS and "[" not in part and part not in path[-1:]:  # a kind's name may come twice
             path.append(part)
-    message, field = fault["msg"], ".".join(path) or None
-    if fault["type"] == "extra_forbidden":
-        meant = get_close_matches(f"{field}", vars(schemas)[error.title].model_fields, n=1)
-        message = f"there is no such field here{f'; did you mean {meant[0]}?' if meant else ''}"
-    return ApiError(400, f"{field}: {message}" if field else message, param=field, code="invalid_value")
+    return ".".join(path)
 
 
 async def error_response(request: Request, error: Exception) -> Response:

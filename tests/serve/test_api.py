@@ -224,6 +224,13 @@ def test_tokens_add_up_to_their_text(folder: str, request: pytest.FixtureRequest
         ({"image": "data:image/png;base64,QUJD"}, "no image"),
         ({"prompt": "x" * 8001}, "8,001"),
         ({"prompt": "word " * 600}, "room"),
+        ({"beams": 3}, "did you mean num_beams?"),
+        (
+            {"early_stopping": "no"},
+            "early_stopping: Input should be a valid boolean, or Input should be 'never'",
+        ),
+        ({"eos_token_id": [*range(65)]}, "eos_token_id: List should have at most 64"),
+        ({"length_penalty": 1e308}, "less than or equal to 50"),
     ],
     ids=str,
 )
