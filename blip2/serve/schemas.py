@@ -51,7 +51,8 @@ def with_options(schema: type[AnyRequest]) -> type[AnyRequest]:
         elif name == "eos_token_id":  # JSON has no tuples
             token_id: Any = Annotated[int, Field(**bounds)]  # type: ignore[call-overload]
             kind, bounds = token_id | Annotated[list[token_id], Field(max_length=MAX_END_TOKENS)], {}
-        extra: Any = {"json_schema_extra": {"default": getattr(defaults, name)}, **bounds}
+        default = None if name == "do_sample" else getattr(defaults, name)  # false would forbid a temperature
+        extra: Any = {"json_schema_extra": {"default": default}, **bounds}
         added[name] = kind | None, Field(None, description=about, **extra)
     return create_model(schema.__name__, __base__=schema, __module__=schema.__module__, **added)
 
