@@ -141,7 +141,7 @@ class Predictor:
 
     @property
     def model(self) -> Blip2:
-        """The generating model itself. In bf16 on a CPU its linear layers' weights are parameters after `.train()`."""
+        """The generating model itself; packed for the CPU in bf16: `quantization.apply.unpack` it before training."""
         model = self.generator.model
         assert isinstance(model, Blip2)
         return model
