@@ -146,7 +146,9 @@ def _tokens(model: Blip2, tokenizer: Tokenizer, text: str) -> list[int]:
     """A text's ids as the language model writes them, without the end token."""
     language = model.config.language
     if isinstance(text, GeneratedText) and text.tokens:
-        return [token for token in text.tokens if token not in language.eos_token_ids]
+        ids = [token for token in text.tokens if token not in language.eos_token_ids]
+        # nor is an end token that the caller chose a part of the text
+        return ids if tokenizer.decode(ids).strip() == text.strip() else ids[:-1]
     # a text that continues the prompt begins with a space; an encoder-decoder writes a text of its own
     stripped = text.strip() if language.is_encoder_decoder else " " + text.strip()
     return tokenizer.encode(stripped, frame=False) if text.strip() else []

@@ -104,7 +104,7 @@ def load(
 class Predictor:
     """A model ready for use, as `blip2.load` gives it.
 
-    `caption`, `ask` and `Chat.send` take the same keywords:
+    `caption` and `ask` take the same keywords, `Chat.send` the options and `stream`:
         **options: how the text is decoded, by the names of `blip2.GenerationOptions` (its help lists them). Beam search
             follows five beams unless `temperature`, `top_k`, `top_p` or `do_sample` asks for sampling, at
             temperature 0 and while streaming.
@@ -141,7 +141,7 @@ class Predictor:
 
     @property
     def model(self) -> Blip2:
-        """The generating model itself. In bf16 on a CPU its linear layers' weights are parameters after `.train()`."""
+        """The generating model itself; packed for the CPU in bf16: `quantization.apply.unpack` it before training."""
         model = self.generator.model
         assert isinstance(model, Blip2)
         return model
@@ -381,7 +381,7 @@ class Predictor:
             return Explanation(explained.text, explained.words, explained.attention, picture)
 
     def explain_in_slices(self, pixels: Tensor, prompt: str, text: str) -> Generator[None, None, Explained]:
-        """Why `text` follows `prompt` for pixels [1, 3, S, S]: stops wherever the model may do something else."""
+        """Why `text` follows `prompt` for pixels [1, 3, S, S]: yields between passes."""
         if self.generator.precision in MODES:
             raise ValueError(
                 "there is no gradient through quantized weights; load the model without quantize="
@@ -552,6 +552,8 @@ class Chat:
             An `Answer`; with `stream` an iterator over its pieces, and the turn counts once the last one was taken.
         """
         chosen = make_options("answer", stream=stream, **options)
+        if chosen.num_return_sequences > 1:
+            raise ValueError("a conversation goes on with one answer: leave out num_return_sequences")
         prompt = self._predictor.chat_prompt(self._turns, text, chosen.max_new_tokens)
         if stream:
             return self._record(text, self._predictor._stream(self.image, [prompt], chosen))

@@ -38,6 +38,14 @@ def test_words_make_up_the_text_and_each_has_a_map(model: blip2.Predictor, pictu
     assert explanation.attention.min() >= 0 and (explanation.attention.sum((-1, -2)) < 1).all()
 
 
+def test_an_end_token_of_ones_own_is_no_word(model: blip2.Predictor, pictures: list[Path]) -> None:
+    tokens = model.caption(pictures[0], num_beams=1, max_new_tokens=8).tokens
+    for end in dict.fromkeys(tokens):
+        text = model.caption(pictures[0], num_beams=1, max_new_tokens=8, eos_token_id=end)
+        if text:
+            assert model.explain(pictures[0], text=text).text == text
+
+
 def test_its_own_caption_and_answer_have_their_own_probability(
     model: blip2.Predictor, pictures: list[Path]
 ) -> None:

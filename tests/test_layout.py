@@ -169,7 +169,7 @@ def test_every_module_imports_with_the_core_dependencies_alone() -> None:
     blocked = sorted(
         name
         for name, distributions in metadata.packages_distributions().items()
-        if not core & {_name(each) for each in distributions} and name != "blip2"
+        if not core & {_name(package) for package in distributions} and name != "blip2"
     )
     assert {"transformers", "pytest"} <= set(blocked)
     program = f"""

@@ -371,6 +371,13 @@ def test_a_long_conversation_forgets_its_beginning(model: Predictor, pictures: l
     assert len(chat.turns) == 12
 
 
+def test_a_conversation_goes_on_with_one_answer(model: Predictor, pictures: list[Path]) -> None:
+    chat = model.chat(pictures[0])
+    with pytest.raises(ValueError, match="one answer"):
+        chat.send("what is it?", num_return_sequences=2)  # type: ignore[call-overload]
+    assert not chat.turns
+
+
 def test_a_question_that_cannot_fit_is_an_error(model: Predictor, pictures: list[Path]) -> None:
     with pytest.raises(ValueError, match="positions"):
         model.chat(pictures[0]).send("what is it? " * 40)

@@ -45,7 +45,7 @@ def quantize_checkpoint(
     Args:
         source: what `load_model` takes.
         target: a new folder.
-        mode: "int8" or "int4", see `blip2.quantize`.
+        mode: "int8" or "int4", see `blip2.quantization.apply`.
         vision, language: the parts that LAVIS's checkpoints leave out, as `load_model` takes them.
 
     Raises:

@@ -6,8 +6,8 @@ This file needs nothing but the standard library, so that a command's help does 
 from __future__ import annotations
 
 import difflib
-import math
 import operator
+import sys
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -16,7 +16,7 @@ DEFAULT_NUM_BEAMS = 5  # what the published results were made with
 LENGTH_PENALTY = {"caption": 1.0, "answer": -1.0}
 
 # By pydantic's names, which are also those of the operators; the words for messages.
-_BOUNDS = {"ge": ", {:g} or more", "gt": " above {:g}", "le": ", at most {:g}", "lt": " below {:g}"}
+_BOUNDS = {"ge": ", {:g} or more", "gt": " above {:g}", "le": ", at most {:g}", "lt": ", below {:g}"}
 
 TextKind = Literal["caption", "answer"]
 EarlyStopping = bool | Literal["never"]
@@ -203,7 +203,7 @@ def _check_number(name: str, value: Any, kind: type, bounds: dict[str, float]) -
     good = isinstance(value, (int, kind)) and not isinstance(value, bool)
     if (
         good
-        and math.isfinite(value)
+        and abs(value) <= sys.float_info.max  # false for NaN, and whole numbers can be larger
         and all(getattr(operator, bound)(value, limit) for bound, limit in bounds.items())
     ):
         return

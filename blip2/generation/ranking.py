@@ -27,12 +27,12 @@ def answer_logprobs(
     prompt_cache: PromptCache | None = None,
     rows: int = ROWS,
 ) -> Tensor:
-    """The log-probability that the model writes each answer and then ends: float32 [B, N].
+    """The log-probability that the model writes each answer and then ends (where it has an end token): float32 [B, N].
 
     Args:
         prefix: [B, Q, W]; input_ids, attention_mask: [B, T], the prompts; prompt_cache: as for `Blip2.prefill`.
         answers: the ids of each answer, without the end token; the same answers for every prompt.
-        rows: answers read together for all prompts together; memory, never the result.
+        rows: answers read at a time, over all prompts; memory, never the result.
 
     Raises:
         ValueError: an answer without tokens, or one longer than the model's positions leave room for.
@@ -47,7 +47,8 @@ def answer_logprobs(
     decoding = model.prefill(
         prefix, input_ids, attention_mask, rows=width, max_new_tokens=limit, prompt_cache=prompt_cache
     )
-    end_ids = torch.tensor(model.config.language.eos_token_ids, device=device)
+    ends = [i for i in model.config.language.eos_token_ids if i >= 0]  # -1: none
+    end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
     first = decoding.logits.log_softmax(-1)  # [B, V]
     totals = torch.zeros(prompts, len(answers), device=device)
     for start in range(0, len(answers), width):
@@ -58,7 +59,7 @@ def answer_logprobs(
         for t in range(len(answers[batch[0]]) + 1):
             longer = sum(len(answers[i]) > t for i in batch)
             ended = [n for n in range(len(batch)) if t and len(answers[batch[n]]) == t]
-            if ended:
+            if ended and ends:
                 columns = torch.tensor([batch[n] for n in ended], device=device)
                 totals[:, columns] += logprobs[:, ended][..., end_ids].logsumexp(-1)
             if not longer:

@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
 
     For inference on a CPU with bf16 instructions: at few rows torch reads a plain weight at half of what the memory
     gives. Gradients pass to the input; the weight itself is no parameter and stays bf16 on the CPU, whatever the model
-    is moved to. `state_dict` gives it plainly, and copies and pickles hold it.
+    is moved to. `state_dict` gives it plainly, `load_state_dict` takes it so, and copies and pickles hold it.
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
@@ -88,6 +88,26 @@ class PackedLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        weight = state_dict.pop(name := f"{prefix}weight", None)  # of load_state_dict's own copy
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if weight is None:
+            missing.append(name)
+        elif weight.shape != (shape := (self.out_features, self.in_features)):
+            errors.append(f"size mismatch for {name}: {tuple(weight.shape)} instead of {shape}")
+        else:
+            plain = weight.detach().to("cpu", torch.bfloat16)
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(plain, _PACKED_ROWS)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, packed bf16"

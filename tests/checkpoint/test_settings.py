@@ -91,7 +91,7 @@ def test_tensors_that_lie_about_sizes(
     (tmp_path / "lavis" / "config.json").unlink()
     file = tmp_path / "lavis" / "model.pth"
     with open_tensors(file) as tensors:
-        state = {each: tensors.copy(each) for each in tensors}
+        state = {stored: tensors.copy(stored) for stored in tensors}
     torch.save({"model": state | {name: torch.zeros(shape)}}, file)
     with pytest.raises((CheckpointError, ConfigError), match=message):
         load_model(file, language=variants["opt"])

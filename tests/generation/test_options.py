@@ -38,6 +38,13 @@ def test_bounds_are_those_that_are_checked() -> None:
                 GenerationOptions(**{option.name: beyond})
 
 
+@pytest.mark.parametrize("name", ["length_penalty", "temperature", "seed"])
+@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan")], ids=["huge", "inf", "nan"])
+def test_a_number_beyond_all_bounds_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        GenerationOptions(**{name: value})  # type: ignore[arg-type]
+
+
 def test_importing_the_options_needs_no_torch() -> None:
     program = "import sys, blip2.generation.options, blip2.generation\nassert not {'torch', 'numpy'} & {*sys.modules}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

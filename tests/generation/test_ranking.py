@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,23 @@ def test_rows_at_a_time_change_nothing(generator_folder: Path, pictures: list[Pa
     for rows in (1, 3):
         parts = answer_logprobs(model.model, encoded.prefix, ids, mask, answers, rows=rows)
         assert torch.allclose(parts, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("none", [None, -1])
+def test_a_model_without_an_end_token_ranks_by_the_answer(
+    none: int | None, generator_folder: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(generator_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = none
+    (folder / "config.json").write_text(json.dumps(config))
+    ranked = blip2.load(folder).rank(pictures[0], "what is it?", ANSWERS)
+    ended = {
+        answer.answer: answer
+        for answer in blip2.load(generator_folder).rank(pictures[0], "what is it?", ANSWERS)
+    }
+    assert all(answer.logprob > ended[answer.answer].logprob for answer in ranked)
+    assert sum(answer.probability for answer in ranked) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_ends_of_one_image_and_bad_answers(generator_folder: Path, pictures: list[Path]) -> None:

@@ -95,11 +95,23 @@ def test_what_a_packed_weight_cannot_do_is_an_error() -> None:
     layer, plain = packed(64, 48)
     with pytest.raises(ValueError, match=r"prepack=False.*apply\.unpack\(model\)"):
         layer.train()
-    with pytest.raises(RuntimeError, match="weight"):
-        layer.load_state_dict(plain.state_dict())
     with pytest.raises(KeyError, match="weight"):
         layer.weight = nn.Parameter(torch.zeros(48, 64))  # type: ignore[misc]
     assert torch.equal(layer.weight, plain.weight)
+
+
+def test_a_packed_weight_is_loaded_strictly() -> None:
+    layer, plain = packed(64, 48)
+    before = layer.weight
+    for state, message in [
+        ({"bias": plain.bias}, "Missing key.*weight"),
+        ({"bias": plain.bias, "weight": plain.weight[1:]}, "size mismatch for weight"),
+        (plain.state_dict() | {"spare": plain.bias}, "Unexpected key.*spare"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state)
+    layer.load_state_dict({"bias": plain.bias, "weight": 2 * before.float()})
+    assert torch.equal(layer.weight, 2 * before)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
@@ -122,6 +134,10 @@ def test_a_model_is_packed_for_inference_alone(generator_folder: Path, tmp_path:
     state = quick.state_dict()
     assert state.keys() == plain.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+    other = {name: value + 1 for name, value in state.items()}
+    copied = copy.deepcopy(quick)
+    copied.load_state_dict(other)
+    assert all(torch.equal(copied.state_dict()[name], value) for name, value in other.items())
     again = load_model(save_model(quick, tmp_path / "saved", tokenizer=generator_folder))
     assert all(torch.equal(again.state_dict()[name], value) for name, value in state.items())
     wide = load_model(generator_folder, dtype="fp32", prepack=True)
