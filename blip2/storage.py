@@ -135,7 +135,7 @@ def write_file(path: Path, content: Content) -> None:
 
 def encode_text(text: str, encoding: str = "utf-8", mark: str = "", newline: str = "\n") -> bytes:
     """Text with "\\n" line ends as the bytes of a file."""
-    return (mark + text.replace("\n", newline)).encode(encoding)
+    return (mark + text.replace("\n", newline)).encode(encoding, "backslashreplace")
 
 
 def read_text_and_form(path: str | Path) -> tuple[str, tuple[str, str, str]]:

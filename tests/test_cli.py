@@ -264,7 +264,7 @@ def test_chat_reads_lines_from_a_pipe(
         monkeypatch.setattr(
             sys,
             "stdin",
-            SimpleNamespace(buffer=io.BytesIO(b"what is it?\n\n  why?  \n"), isatty=lambda: False),
+            io.TextIOWrapper(io.BytesIO(b"what is it?\n\n  why?  \n")),
         )
         status, out, err = run("chat", pictures[0], *SHORT, *flags)
         assert (status, err) == (0, [])
@@ -280,9 +280,7 @@ def test_chat_reads_lines_from_a_pipe(
 def test_a_question_that_fails_does_not_end_the_conversation(
     run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"why? " * 50 + b"\nwhy?\n"), isatty=lambda: False)
-    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"why? " * 50 + b"\nwhy?\n")))
     status, out, err = run("chat", pictures[0], *SHORT)
     assert (status, len(out), len(err)) == (1, 1, 1)
     assert "positions" in err[0]

@@ -169,7 +169,8 @@ def _file(source: str) -> Iterator[ImageItem]:
                 yield from parquet_items(source)
             else:
                 status = os.stat(source)
-                _check_rows(source, suffix, status.st_size, status.st_mtime_ns)
+                if suffix != ".json":
+                    _check_rows(source, suffix, status.st_size, status.st_mtime_ns)
                 yield from _rows(source, suffix)
         except (OSError, TextFileError, tarfile.TarError) as error:
             raise BulkError(
@@ -196,7 +197,7 @@ def _fits(path: str, patterns: Sequence[str]) -> bool:
 @functools.lru_cache(maxsize=64)
 def _check_rows(source: str, suffix: str, size: int, modified_ns: int) -> None:
     """Read a list or table once to its end, so that what is wrong in it is reported before the first result."""
-    for _ in read_text_lines(source) if suffix in LISTS else _rows(source, suffix):
+    for _ in read_text_lines(source) if suffix in LISTS else read_rows(source):
         pass
 
 
