@@ -156,19 +156,19 @@ def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 def stream_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     """As `read_text_lines`, of an open file, which may be a pipe: a line is given as soon as it has come."""
-    number, line = 1, (part := file.readline(MAX_LINE_BYTES))
-    encoding = text_encoding(line)
+    number, line = 1, bytearray(part := file.readline(MAX_LINE_BYTES))
+    encoding = text_encoding(part)
     end = "\n".encode(encoding)
     while part:
         line += file.read(-len(line) % len(end))  # "\n" is the first byte of a wider character
         if line.endswith(end):
-            yield number, decode_text(line, name, encoding, number)[:-1].removesuffix("\r")
-            number, line = number + 1, b""
+            yield number, decode_text(bytes(line), name, encoding, number)[:-1].removesuffix("\r")
+            number, line = number + 1, bytearray()
         elif len(line) >= MAX_LINE_BYTES:
             raise TextFileError(f"{name}, line {number}: over {MAX_LINE_BYTES >> 20} MiB; is it a text file?")
         line += (part := file.readline(MAX_LINE_BYTES))
     if line:
-        yield number, decode_text(line, name, encoding, number).removesuffix("\r")
+        yield number, decode_text(bytes(line), name, encoding, number).removesuffix("\r")
 
 
 def read_json_text(text: str, where: str) -> Any:
