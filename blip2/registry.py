@@ -173,7 +173,7 @@ def folder_model(folder: Path, *more: Path, name: str, use: str = "") -> KnownMo
     Raises ValueError where the folder holds no model that this package can build.
     """
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = json.loads((folder / "config.json").read_bytes())
         weights = [file for directory in (folder, *more) for file in directory.glob("*.safetensors")]
         parameters = sum(_stored_parameters(file) for file in weights)
         disk_bytes = sum(file.stat().st_size for file in weights)

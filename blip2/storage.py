@@ -1,18 +1,28 @@
-"""Files and folders that appear complete or not at all, and locks. All of it lasts over a power cut once it is done."""
+"""Files and folders that appear complete or not at all, lasting over a power cut; locks; users' text files.
+
+Text, CSV, TSV and JSON of users are read here alone: UTF-8, with or without a byte order mark, or UTF-16 with one. LF
+and CRLF end a line, nothing else does. What is no such text is an error that names file and line.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, Literal
 
 from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.texts import TextFileError as TextFileError
+from blip2.tensorfiles.texts import decode_text, text_encoding
+from blip2.tensorfiles.texts import read_text as read_text
 
+MAX_LINE_BYTES = 64 << 20
 UNFINISHED = ".unfinished"  # the suffix of a file that `replace_file` has not renamed yet
 _LOCK = ".lock"
 Content = dict[str, Any] | str | Path  # of a file: JSON, text, or a file to copy
@@ -121,3 +131,79 @@ def write_file(path: Path, content: Content) -> None:
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         path.write_bytes(text.encode())
     sync(path)
+
+
+def encode_text(text: str, encoding: str = "utf-8", mark: str = "", newline: str = "\n") -> bytes:
+    """Text with "\\n" line ends as the bytes of a file."""
+    return (mark + text.replace("\n", newline)).encode(encoding, "backslashreplace")
+
+
+def read_text_and_form(path: str | Path) -> tuple[str, tuple[str, str, str]]:
+    """As `read_text`, and what `encode_text` takes to write the same. TextFileError: also where line ends are mixed."""
+    text, content = read_text(path), Path(path).read_bytes()
+    for mark, newline in itertools.product(("", "\ufeff"), ("\n", "\r\n")):
+        form = (text_encoding(content), mark, newline)
+        if encode_text(text, *form) == content:
+            return text, form
+    raise TextFileError(f"{path}: some lines end with CRLF and some with LF; give the file one kind")
+
+
+def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file of any size with their numbers, from 1, without their ends. Raises TextFileError, OSError."""
+    with open(path, "rb") as file:
+        yield from stream_lines(file, str(path))
+
+
+def stream_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """As `read_text_lines`, of an open file, which may be a pipe: a line is given as soon as it has come."""
+    number, line = 1, bytearray(part := file.readline(MAX_LINE_BYTES))
+    encoding = text_encoding(part)
+    end = "\n".encode(encoding)
+    while part:
+        line += file.read(-len(line) % len(end))  # "\n" is the first byte of a wider character
+        if line.endswith(end):
+            yield number, decode_text(bytes(line), name, encoding, number)[:-1].removesuffix("\r")
+            number, line = number + 1, bytearray()
+        elif len(line) >= MAX_LINE_BYTES:
+            raise TextFileError(f"{name}, line {number}: over {MAX_LINE_BYTES >> 20} MiB; is it a text file?")
+        line += (part := file.readline(MAX_LINE_BYTES))
+    if line:
+        yield number, decode_text(bytes(line), name, encoding, number).removesuffix("\r")
+
+
+def read_json_text(text: str, where: str) -> Any:
+    """The value in a JSON text. Raises TextFileError, which names `where`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TextFileError(f"{where}: no valid JSON ({error})") from error
+
+
+def read_rows(path: str | Path) -> Iterator[Any]:
+    """The rows of a CSV or TSV file with a header as dictionaries, or the values in JSONL; empty lines are none.
+
+    Strict: a row has as many fields as the header, and a quote that is opened is closed. TSV whose header has no quote
+    character is read without quotes, as Conceptual Captions is written.
+
+    Raises TextFileError, which names row or line, from 1, and OSError.
+    """
+    lines, suffix, row = read_text_lines(path), Path(path).suffix.lower(), 1
+    if suffix == ".jsonl":
+        yield from (read_json_text(line, f"{path}, line {i}") for i, line in lines if line.strip())
+        return
+    first = next(lines, (1, ""))[1]
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if suffix == ".tsv" and '"' not in first else csv.QUOTE_MINIMAL
+    ends = itertools.chain([f"{first}\n"], (f"{line}\n" for _, line in lines))
+    reader = csv.reader(ends, delimiter="\t" if suffix == ".tsv" else ",", quoting=quoting, strict=True)
+    try:
+        header = next(reader)
+        if len(set(header)) < max(1, len(header)):
+            raise TextFileError(f"{path}: expected a header that names each column once, not {header}")
+        for fields in filter(None, reader):
+            if len(fields) != len(header):
+                raise csv.Error(f"{len(fields)} fields where the header has {len(header)}")
+            yield dict(zip(header, fields, strict=True))
+            row += 1
+    except csv.Error as error:
+        where = f"{path}, row {row} (to line {reader.line_num})"
+        raise TextFileError(f"{where}: {error}; are double quotes missing?") from None

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.strict_json import read_json
+from blip2.tensorfiles.texts import read_text
 
 CAPTION_PROMPT = "a photo of"
 QUESTION_PROMPT = "Question: {} Answer:"
@@ -73,7 +74,7 @@ class Tokenizer:
         tokens = {name: _added_token(named[name]) for name in _SPECIAL_NAMES if named.get(name)}
         try:
             if (folder / "tokenizer.json").is_file():
-                backend = Backend.from_file(str(folder / "tokenizer.json"))
+                backend = Backend.from_str(read_text(folder / "tokenizer.json"))
                 backend.no_padding()
                 backend.no_truncation()
                 usual = _USUAL.get(type(backend.model), _OPT_SPECIAL)
@@ -141,6 +142,8 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TextError(f"expected text, got {type(text).__name__}")
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):  # a lone surrogate
+            raise TextError("the text holds bytes that are no Unicode characters; is it typed as UTF-8?")
         encoding = self._backend.encode(text, add_special_tokens=False)
         if max_length is not None:
             room = max_length - (self._backend.num_special_tokens_to_add(False) if frame else 0)
@@ -178,8 +181,9 @@ class Tokenizer:
 
 def _read_bpe(folder: Path, config: Mapping[str, Any]) -> Backend:
     """GPT-2's byte-level BPE, as OPT uses it."""
-    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    backend = Backend(models.BPE(vocab, merges, fuse_unk=False))
+    lines = filter(None, read_text(folder / "merges.txt").split("\n"))
+    merges: Any = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    backend = Backend(models.BPE(_read_json(folder / "vocab.json"), merges, fuse_unk=False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=bool(config.get("add_prefix_space", False))
     )
@@ -189,7 +193,7 @@ def _read_bpe(folder: Path, config: Mapping[str, Any]) -> Backend:
 
 def _read_wordpiece(folder: Path, config: Mapping[str, Any], unknown: str) -> Backend:
     """BERT's WordPiece, which the stage-1 model reads."""
-    lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    lines = read_text(folder / "vocab.txt").split("\n")
     vocab = {line: i for i, line in enumerate(lines) if line or i < len(lines) - 1}
     backend = Backend(models.WordPiece(vocab, unk_token=unknown))
     backend.normalizer = normalizers.BertNormalizer(

@@ -266,7 +266,11 @@ def test_chat_reads_lines_from_a_pipe(
     expected = [chat.send(question, max_new_tokens=6) for question in ("what is it?", "why?")]
 
     for flags in ([], ["--json"], ["--stream", "--seed", "1"]):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("what is it?\n\n  why?  \n"))
+        monkeypatch.setattr(
+            sys,
+            "stdin",
+            io.TextIOWrapper(io.BytesIO(b"what is it?\n\n  why?  \n")),
+        )
         status, out, err = run("chat", pictures[0], *SHORT, *flags)
         assert (status, err) == (0, [])
         if "--json" in flags:
@@ -282,7 +286,7 @@ def test_chat_reads_lines_from_a_pipe(
 def test_a_question_that_fails_does_not_end_the_conversation(
     run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("why? " * 50 + "\nwhy?\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"why? " * 50 + b"\nwhy?\n")))
     status, out, err = run("chat", pictures[0], *SHORT)
     assert (status, len(out), len(err)) == (1, 1, 1)
     assert "positions" in err[0]

@@ -20,7 +20,7 @@ from PIL import Image
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
 from blip2.bulk.sources import IN_TABLE, NO_PYARROW, ImageItem, parquet_items
 from blip2.images import SUFFIXES, ImageError
-from blip2.storage import replace_file
+from blip2.storage import encode_text, replace_file
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 ERRORS = "errors.jsonl"  # beside the journal
@@ -218,7 +218,7 @@ def write_done(journal: Journal, rows: Sequence[Row], out: Path, kind: str) -> N
                 content = row.get("before", "") + _lines_of(row) + row.get("after", "") + "\n"
                 path = out / row["sidecar"]
                 with _writing(path, sync_name=False) as beside:  # there may be millions of them
-                    beside.write_bytes(content.encode("utf-8", "surrogateescape"))
+                    beside.write_bytes(encode_text(content, *row.get("form", ())))
     elif kind == "webdataset":
         earlier = journal.succeeded - sum("error" not in row for row in rows)
         for number in range(earlier // journal.SHARD_SIZE, journal.succeeded // journal.SHARD_SIZE):

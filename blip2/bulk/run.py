@@ -25,6 +25,7 @@ from blip2.bulk.journal import Journal, Row
 from blip2.bulk.outputs import sidecar, state_folder, write_done, write_rest
 from blip2.bulk.sources import ImageItem
 from blip2.images import ImageError, load_image
+from blip2.storage import TextFileError, read_text_and_form
 
 # For each image its texts, as rows of the output.
 Describe = Callable[[Sequence[Image.Image]], list[list[Row]]]
@@ -214,7 +215,7 @@ def decode(item: ImageItem, settings: RunSettings, prepare: Prepare) -> Decoded:
         if settings.kind == "webdataset":
             row["at"] = [item.path, item.start, item.size]
         return Decoded(row, prepare(load_image(content)))
-    except (ImageError, OSError) as error:
+    except (ImageError, OSError, TextFileError) as error:
         message = re.sub(r"^an image of [0-9,]+ bytes", lambda _: item.name, str(error))
         row.pop("hash", None)
         return Decoded(row | {"error": message if item.name in message else f"{item.name}: {message}"}, None)
@@ -229,8 +230,9 @@ def _is_finished(item: ImageItem, row: Row, settings: RunSettings) -> bool:
     if item.problem or settings.existing == "overwrite" or not text.exists():
         return False
     if settings.existing != "skip":
-        old = text.read_text(encoding="utf-8", errors="surrogateescape").strip()
-        row |= {"before": f"{old} "} if settings.existing == "append" else {"after": f" {old}"}
+        old, row["form"] = read_text_and_form(text)
+        if old := old.strip():
+            row |= {"before": f"{old} "} if settings.existing == "append" else {"after": f" {old}"}
     return settings.existing == "skip"
 
 

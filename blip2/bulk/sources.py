@@ -5,11 +5,10 @@ An `ImageItem` says where an image is; its bytes are read when it is its turn, s
 
 from __future__ import annotations
 
-import csv
 import fnmatch
+import functools
 import glob
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 from blip2.bulk.journal import BulkError
 from blip2.images import SUFFIXES, ImageError
+from blip2.storage import TextFileError, read_json_text, read_rows, read_text, read_text_lines
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
@@ -168,8 +168,16 @@ def _file(source: str) -> Iterator[ImageItem]:
         yield ImageItem(source, source, root=os.path.dirname(source))
     else:
         try:
-            yield from _inside(source, suffix)
-        except (OSError, UnicodeDecodeError, tarfile.TarError, csv.Error) as error:
+            if suffix == ".tar":
+                yield from _tar(source)
+            elif suffix == ".parquet":
+                yield from parquet_items(source)
+            else:
+                status = os.stat(source)
+                if suffix != ".json":
+                    _check_rows(source, suffix, status.st_size, status.st_mtime_ns)
+                yield from _rows(source, suffix)
+        except (OSError, TextFileError, tarfile.TarError) as error:
             raise BulkError(
                 f"{source}: cannot be read to its end ({error}); repair or leave it out"
             ) from error
@@ -191,41 +199,28 @@ def _fits(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
 
 
-def _inside(source: str, suffix: str) -> Iterator[ImageItem]:
+@functools.lru_cache(maxsize=64)
+def _check_rows(source: str, suffix: str, size: int, modified_ns: int) -> None:
+    """Read a list or table once to its end, so that what is wrong in it is reported before the first result."""
+    for _ in read_text_lines(source) if suffix in LISTS else read_rows(source):
+        pass
+
+
+def _rows(source: str, suffix: str) -> Iterator[ImageItem]:
     root = os.path.dirname(source)
     if suffix in LISTS:
-        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-            for line in file:
-                if line := line.rstrip("\r\n"):
-                    path = os.path.join(root, line)
-                    yield ImageItem(path, path, root=root)
-    elif suffix == ".tar":
-        yield from _tar(source)
-    elif suffix == ".parquet":
-        yield from parquet_items(source)
-    elif suffix in (".csv", ".tsv"):
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            rows: Any = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
-            _column(source, rows.fieldnames or (), PATH_COLUMNS)
-            yield from (_row(row, source, i) for i, row in enumerate(rows, 1))
-    elif suffix == ".jsonl":
-        with open(source, encoding="utf-8") as file:
-            for i, line in enumerate(file, 1):
-                if line.strip():
-                    yield _row(_json(line, f"{source}, line {i}"), source, i)
+        for _, line in read_text_lines(source):
+            if line:
+                path = os.path.join(root, line)
+                yield ImageItem(path, path, root=root)
+    elif suffix != ".json":
+        yield from (_row(row, source, i) for i, row in enumerate(read_rows(source), 1))
     else:
-        content = _json(Path(source).read_text(encoding="utf-8"), source)
+        content = read_json_text(read_text(source), source)
         rows = content.get("images") if isinstance(content, dict) else content
         if not isinstance(rows, list):
             raise BulkError(f"{source}: expected COCO's object with `images`, or a list of rows")
         yield from (_row(row, source, i) for i, row in enumerate(rows, 1))
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BulkError(f"{where}: no valid JSON ({error})") from error
 
 
 def _row(row: Any, source: str, place: int) -> ImageItem:

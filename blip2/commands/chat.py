@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import blip2
 from blip2.commands import arguments, terminal
+from blip2.storage import stream_lines
 
 if TYPE_CHECKING:
     from blip2.predict import Chat
@@ -65,7 +66,8 @@ def _answer(args: argparse.Namespace, chat: Chat, question: str, options: dict[s
 def _questions() -> Iterator[str]:
     """Lines from the keyboard, with a prompt and the line editor, or from a pipe."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        lines = stream_lines(sys.stdin.buffer, "standard input")
+        yield from (line.strip() for _, line in lines if line.strip())
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blip2
+from blip2.storage import TextFileError, read_text_lines
 
 if TYPE_CHECKING:
     from blip2.predict import Predictor
@@ -52,10 +53,9 @@ def report_error(args: argparse.Namespace, name: str, message: str) -> None:
 def read_lines(option: str, name: str) -> list[str]:
     """The lines of an option's file. Raises ValueError where there are none."""
     try:
-        with open(name, encoding="utf-8-sig") as file:
-            lines = [line for line in map(str.strip, file) if line]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no UTF-8"
+        lines = [line.strip() for _, line in read_text_lines(name) if line.strip()]
+    except (OSError, TextFileError) as error:
+        reason = getattr(error, "strerror", error)
         raise ValueError(f"{option} {name}: cannot be read ({reason})") from error
     if not lines:
         raise ValueError(f"{option} {name}: the file holds none; write one a line")

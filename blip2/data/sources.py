@@ -6,12 +6,15 @@ images with a text file beside each.
 
 from __future__ import annotations
 
-import csv
-import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from blip2.storage import TextFileError, read_json_text, read_rows, read_text
+
+log = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -54,12 +57,8 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
     elif not path.is_file():
         raise DataError(f"{path}: no such file or folder")
     elif path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    elif path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    elif path.suffix == ".json":
+        rows = [{key: value for key, value in row.items() if value} for row in read_annotations(path)]
+    elif path.suffix in (".json", ".jsonl"):
         rows = _json_rows(read_annotations(path), path)
     else:
         raise DataError(f"{path}: expected .json, .jsonl, .csv or a folder of images with .txt files")
@@ -70,18 +69,15 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
 
 
 def read_annotations(path: Path) -> Any:
-    """The content of a JSON file. DataError: it cannot be read, or is no JSON."""
+    """The content of a JSON file, or the rows of CSV or JSONL. DataError: it cannot be read."""
     try:
-        return _parse(path.read_bytes(), str(path))
+        if path.suffix in (".csv", ".jsonl"):
+            return list(read_rows(path))
+        return read_json_text(read_text(path), str(path))
+    except TextFileError as error:
+        raise DataError(str(error)) from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-
-
-def _parse(text: str | bytes, source: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{source}: no valid JSON ({error})") from error
 
 
 def _folder_rows(path: Path) -> list[dict[str, Any]]:
@@ -91,7 +87,11 @@ def _folder_rows(path: Path) -> list[dict[str, Any]]:
     for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES):
         text = image.with_suffix(".txt")
         if text.is_file():
-            lines = map(str.strip, text.read_text(encoding="utf-8").splitlines())
+            try:
+                lines = map(str.strip, read_text(text).split("\n"))
+            except TextFileError as error:  # as a damaged image is
+                log.warning("left out: %s: %s", image, error)
+                continue
             rows.append({"image": str(image.relative_to(path)), "captions": list(filter(None, lines))})
     return rows
 

@@ -8,6 +8,8 @@ import hashlib
 import hmac
 from pathlib import Path
 
+from blip2.storage import TextFileError, read_text
+
 SHORTEST = 16  # characters: what is shorter can be guessed
 
 
@@ -24,9 +26,9 @@ class Keys:
         Raises ValueError where there is no such file, no key in it, or one too short.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ValueError(f"the key file {path} cannot be read; it holds one API key a line") from error
+            lines = read_text(path).split("\n")
+        except (OSError, TextFileError) as error:
+            raise ValueError(f"the key file cannot be read ({error}); it holds one API key a line") from error
         keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
         if not keys:
             raise ValueError(f"the key file {path} holds no key; put one on each line")

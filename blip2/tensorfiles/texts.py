@@ -1,0 +1,35 @@
+"""Bytes of text files as text: UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one; nothing else."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+_MARKED = {  # in this order: UTF-32's mark begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+}  # fmt: skip
+
+
+class TextFileError(ValueError):
+    """A text file that cannot be understood; the message names file and line."""
+
+
+def text_encoding(head: bytes) -> str:
+    """The encoding of a text file that begins with these bytes, four of them or all."""
+    return next((name for mark, name in _MARKED.items() if head.startswith(mark)), "utf-8")
+
+
+def decode_text(content: bytes, name: str, encoding: str = "", line: int = 1) -> str:
+    """The content of file `name`, or what follows from a line on, without byte order mark. Raises TextFileError."""
+    try:
+        text = content.decode(encoding or text_encoding(content))
+    except UnicodeDecodeError as error:
+        line += content[: error.start].decode(error.encoding, "replace").count("\n")
+        byte = f"byte 0x{content[error.start]:02x}"
+        raise TextFileError(f"{name}, line {line}: {byte} is no {error.encoding}; save it as UTF-8") from None
+    return text.removeprefix("\ufeff") if line == 1 else text
+
+
+def read_text(path: str | Path) -> str:
+    """The whole text of a file, line ends as "\\n". Raises TextFileError, OSError."""
+    return decode_text(Path(path).read_bytes(), str(path)).replace("\r\n", "\n")
