@@ -119,14 +119,14 @@ def test_folders_and_patterns(run: Run, pictures: list[Path], tmp_path: Path) ->
     assert paths(tmp_path / "a" / "*.*g", tmp_path / "a" / "b") == ["a/1.png", "a/b/3.png"]
     assert paths(tmp_path / "**" / "*.png") == ["a/1.png", "a/b/3.png"]
     (tmp_path / "list.txt").touch()
-    (tmp_path / "x.csv").write_text("a,b\n")
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     sources = [tmp_path / name for name in ("empty", "*.gif", "list.txt", "x.csv")]
     status, out, err = run("caption", *sources)
     assert (status, out) == (1, [])
     assert "the folder holds no images" in err[0]
     assert "no file matches" in err[1]
     assert err[2] == f"blip2: {sources[2]}: it lists no images"
-    assert err[3].startswith(f"blip2: {sources[3]} has the columns a, b")
+    assert err[3].startswith(f"blip2: {sources[3]}, row 1 names no image; expected one of ")
 
 
 def test_standard_input(run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
