@@ -6,8 +6,10 @@ transformers, grey images of 16 bits are scaled to 8 instead of being clipped, a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +22,19 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from blip2.imagefiles import bare_file, check_file
 from blip2.modeling.config import MAX_IMAGE_PX
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.strict_json import read_json
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # AVIF last: an older Pillow has none
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
 # Files that are taken for images when a folder is given; what they really are is read from their content.
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
-)
+_ENDINGS = "jpg jpeg jpe jif jfif jfi mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm avif avifs"
+SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+MAX_BYTES = 512 * 2**20  # of one image file
 MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
+# What Windows, macOS and network storage put beside pictures; whatever begins with a dot is theirs too.
+_SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -51,6 +56,17 @@ _TURNS = {
 
 class ImageError(ValueError):
     """An image that cannot be read, or settings for images that cannot be followed."""
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file is one of the user's pictures, by its path within a folder or an archive."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES and not is_hidden(path)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file or folder, by its path within a folder or an archive, is hidden or the system's own."""
+    parts = set(path.replace(os.sep, "/").split("/")) - {".", ".."}
+    return any(part.startswith(".") or part.lower() in _SYSTEM_FOLDERS for part in parts)
 
 
 # --- any source -> RGB ---------------------------------------------------------------------------------------------
@@ -77,7 +93,7 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
     if isinstance(source, Image.Image):
         return _decode(source, f"the {source.mode} image", exif, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _open(io.BytesIO(source), f"an image of {len(source):,} bytes", exif, max_pixels)
+        return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
     if isinstance(source, str | Path):
         return _open_path(Path(source), exif, max_pixels)
     if hasattr(source, "read"):
@@ -88,7 +104,7 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
                 f"an image file must be open for reading bytes (mode 'rb'); it gives {type(content).__name__}"
             )
         shown = name if isinstance(name, str) else "the open file"
-        return _open(io.BytesIO(content), shown, exif, max_pixels)
+        return _open(content, shown, exif, max_pixels)
     raise ImageError(
         f"cannot read an image from a {type(source).__name__}; "
         "pass a path, bytes, an open file, a PIL image or a uint8 array [H, W, 3]"
@@ -100,8 +116,8 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
         # A pipe or a device would make reading wait, or never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ImageError(f"{path} is no regular file; pass the path of an image file")
-        with path.open("rb") as file:
-            return _open(file, str(path), exif, max_pixels)
+        check_size(path.stat().st_size, str(path))
+        return _open(path.read_bytes(), str(path), exif, max_pixels)
     except ImageError:
         raise
     except FileNotFoundError:
@@ -116,13 +132,33 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
         raise ImageError(f"{str(path)!r} is no valid path") from error
 
 
-def _open(file: BinaryIO, name: str, exif: bool, max_pixels: int) -> Image.Image:
-    start = file.read(8)
-    if not start:
+def check_size(size: int, name: str) -> None:
+    """Raises ImageError where an image file is too large to be read."""
+    if size > MAX_BYTES:
+        raise ImageError(f"{name}: the file is larger than {MAX_BYTES >> 20} MiB")
+
+
+def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image:
+    if not content:
         raise ImageError(f"{name}: the file is empty")
-    file.seek(0)
+    check_size(len(content), name)
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        check_file(content)
+    except ValueError as error:
+        raise ImageError(f"{name}: {error} is not decoded; save the image anew") from error
+    try:
+        return _open_content(content, name, exif, max_pixels)
+    except ImageError:
+        # Sound pixels are read whatever is stored beside them.
+        if len(bare := bare_file(content)) < len(content):
+            with contextlib.suppress(ImageError):
+                return _open_content(bare, name, exif, max_pixels)
+        raise
+
+
+def _open_content(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return _decode(image, name, exif, max_pixels)
     except ImageError:
         raise
@@ -132,7 +168,8 @@ def _open(file: BinaryIO, name: str, exif: bool, max_pixels: int) -> Image.Image
         ) from error
     except (UnidentifiedImageError, KeyError) as error:
         raise ImageError(
-            f"{name}: no image this package can read (it begins with {start!r}); supported are {', '.join(FORMATS)}"
+            f"{name}: no image this package can read (it begins with {content[:8]!r}); "
+            f"supported are {', '.join(FORMATS)}"
         ) from error
     except Exception as error:  # decoders raise whatever a broken header leads them to
         raise ImageError(f"{name}: the image is damaged; its header cannot be read") from error
@@ -158,8 +195,9 @@ def _decode(image: Image.Image, name: str, exif: bool, max_pixels: int) -> Image
         rgb.info = {}  # with its EXIF the image would be turned again when it is read again
         return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:
+        reason = f" ({error})" if image.mode in ("F", "I") else ""
         raise ImageError(
-            f"{name}: pixels of mode {image.mode!r} are not supported; save it as RGB, 8 bit"
+            f"{name}: pixels of mode {image.mode!r} are not supported; save it as RGB, 8 bit{reason}"
         ) from error
 
 
@@ -176,7 +214,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # The high byte, as Pillow takes it for colour images of 16 bits. It reads "I" from files of 16 bits too.
-        values = np.asarray(image).astype(np.int64).clip(0, 0xFFFF)
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 0xFFFF:
+            raise ValueError(f"integers from {low} to {high} have no agreed range; 16 bits have")
         grey = (values >> 8).astype(np.uint8)
         if isinstance(transparent, int):
             grey[values == transparent] = 255

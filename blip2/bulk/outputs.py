@@ -202,6 +202,8 @@ def _ending(name: str, content: bytes) -> str:
     ending = os.path.splitext(name)[1].lower()
     if ending in SUFFIXES:
         return ending
+    if content.startswith(b"\x89PNG"):  # Pillow alone may refuse it for what is beside the pixels
+        return ".png"
     with Image.open(io.BytesIO(content)) as image:  # it was decoded before
         return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())
 

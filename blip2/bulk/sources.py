@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip2.bulk.journal import BulkError
-from blip2.images import SUFFIXES, ImageError
+from blip2.images import SUFFIXES, ImageError, check_size, is_hidden, is_image_name
 from blip2.storage import TextFileError, read_json_text, read_rows, read_text, read_text_lines
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
@@ -27,7 +27,6 @@ PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
 BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "png")
 NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
 IN_TABLE = -2
-MAX_BYTES = 512 * 2**20  # of one image file
 
 
 class ImageItem(NamedTuple):
@@ -63,8 +62,7 @@ class ImageItem(NamedTuple):
                 device = path.exists() and not path.is_dir()
                 what = "no regular file" if device else "no such file" + " (a folder?)" * path.is_dir()
                 raise ImageError(f"{self.name}: {what}")
-            if (path.stat().st_size if self.size < 0 else self.size) > MAX_BYTES:
-                raise ImageError(f"{self.name}: the file is larger than {MAX_BYTES >> 20} MiB")
+            check_size(path.stat().st_size if self.size < 0 else self.size, self.name)
             with path.open("rb") as file:
                 file.seek(self.start)
                 return file.read(self.size)
@@ -184,13 +182,23 @@ def _file(source: str) -> Iterator[ImageItem]:
 
 
 def _folder(folder: str, root: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[ImageItem]:
-    for place, names, files in os.walk(folder):
-        names.sort()
+    top = os.path.realpath(folder)
+    visited: set[str] = set()
+    for place, names, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        own = os.path.normpath(os.path.join(top, os.path.relpath(place, folder)))
+        inside = real.startswith(os.path.join(top, "")) and not is_hidden(os.path.relpath(real, top))
+        # A folder within this one is listed under its own name, whatever links lead to it.
+        if real in visited or (inside and real != own):
+            names.clear()
+            continue
+        visited.add(real)
+        names[:] = sorted(name for name in names if not is_hidden(name))
         for name in sorted(files):
             path = os.path.join(place, name)
             inner = os.path.relpath(path, folder)
-            wanted = _fits(inner, include) if include else os.path.splitext(name)[1].lower() in SUFFIXES
-            if wanted and not _fits(inner, exclude):
+            wanted = _fits(inner, include) if include else is_image_name(name)
+            if wanted and not is_hidden(name) and not _fits(inner, exclude):
                 yield ImageItem(path, path, root=root)
 
 
@@ -248,7 +256,7 @@ def _tar(source: str) -> Iterator[ImageItem]:
     with tarfile.open(source, "r:") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
-            if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+            if member.isreg() and is_image_name(member.name):
                 name, root = f"{source}/{member.name}", os.path.dirname(source)
                 yield ImageItem(name, source, member.offset_data, member.size, root=root)
 

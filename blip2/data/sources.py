@@ -81,10 +81,10 @@ def read_annotations(path: Path) -> Any:
 
 
 def _folder_rows(path: Path) -> list[dict[str, Any]]:
-    from blip2.images import SUFFIXES  # here, as it imports torch
+    from blip2.images import is_image_name  # here, as it imports torch
 
     rows = []
-    for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES):
+    for image in sorted(p for p in path.rglob("*") if is_image_name(str(p.relative_to(path)))):
         text = image.with_suffix(".txt")
         if text.is_file():
             try:
