@@ -8,6 +8,8 @@ from pathlib import Path
 _MARKED = {  # in this order: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
 }  # fmt: skip
+for _encoding in _MARKED.values():  # codecs are imported now, so that reading a file imports nothing
+    codecs.lookup(_encoding)
 
 
 class TextFileError(ValueError):
