@@ -140,7 +140,8 @@ def encode_text(text: str, encoding: str = "utf-8", mark: str = "", newline: str
 
 def read_text_and_form(path: str | Path) -> tuple[str, tuple[str, str, str]]:
     """As `read_text`, and what `encode_text` takes to write the same. TextFileError: also where line ends are mixed."""
-    text, content = read_text(path), Path(path).read_bytes()
+    content = Path(path).read_bytes()
+    text = decode_text(content, str(path)).replace("\r\n", "\n")
     for mark, newline in itertools.product(("", "\ufeff"), ("\n", "\r\n")):
         form = (text_encoding(content), mark, newline)
         if encode_text(text, *form) == content:

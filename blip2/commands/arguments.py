@@ -121,9 +121,9 @@ def decoding_options(args: argparse.Namespace, kind: TextKind) -> GenerationOpti
         ValueError: options out of bounds, or that contradict each other.
     """
     names = [field.name for field in fields(GenerationOptions)]
-    given: dict[str, Any] = {name: getattr(args, name, None) for name in names}
-    given["early_stopping"] = {"false": False, "true": True}.get(args.early_stopping, args.early_stopping)
-    return make_options(kind, stream=args.stream, **given)
+    chosen: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    chosen["early_stopping"] = {"false": False, "true": True}.get(args.early_stopping, args.early_stopping)
+    return make_options(kind, stream=args.stream, **chosen)
 
 
 def decoding_keywords(args: argparse.Namespace, options: GenerationOptions) -> dict[str, Any]:
