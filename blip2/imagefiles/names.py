@@ -1,0 +1,22 @@
+"""Which files are the user's pictures, by their names."""
+
+from __future__ import annotations
+
+import os
+
+# Files that are taken for images when a folder is given; what they really are is read from their content.
+_ENDINGS = "jpg jpeg jpe jif jfif jfi mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm avif avifs"
+SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+# What Windows, macOS and network storage put beside pictures; whatever begins with a dot is theirs too.
+_SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin")
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file is one of the user's pictures, by its path within a folder or an archive."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES and not is_hidden(path)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file or folder, by its path within a folder or an archive, is hidden or the system's own."""
+    parts = set(path.replace(os.sep, "/").split("/")) - {".", ".."}
+    return any(part.startswith(".") or part.lower() in _SYSTEM_FOLDERS for part in parts)
