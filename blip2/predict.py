@@ -93,12 +93,16 @@ def load(
     load_matcher = None
     if matcher is not None:
         if isinstance(loaded.model, Blip2Matcher):
-            raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
+            raise ValueError(f"{name} is a matcher itself; give matcher= with a model that writes")
         load_matcher = partial(load_components, matcher, torch_device, dtype, None, quantize=quantize)
     return Predictor(shown, loaded, load_matcher, torch_device)
 
 
 # --- the predictor -------------------------------------------------------------------------------------------------
+
+
+class NoMatcherError(ValueError):
+    """A model that writes was loaded without one that matches."""
 
 
 class Predictor:
@@ -152,7 +156,7 @@ class Predictor:
         loaded = self._loaded
         if isinstance(loaded.model, Blip2):
             if self._load_matcher is None:
-                raise ValueError(
+                raise NoMatcherError(
                     "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
                 )
             loaded = self._load_matcher()

@@ -24,6 +24,7 @@ from blip2.bulk.index import Index, key_of
 from blip2.bulk.journal import Journal, Row
 from blip2.bulk.outputs import sidecar, state_folder, write_done, write_rest
 from blip2.bulk.sources import ImageItem
+from blip2.imagefiles.warned import naming
 from blip2.images import ImageError, load_image
 from blip2.storage import TextFileError, read_text_and_form
 
@@ -214,7 +215,8 @@ def decode(item: ImageItem, settings: RunSettings, prepare: Prepare) -> Decoded:
             row["hash"] = hashlib.sha256(content).hexdigest()
         if settings.kind == "webdataset":
             row["at"] = [item.path, item.start, item.size]
-        return Decoded(row, prepare(load_image(content)))
+        with naming(item.name):
+            return Decoded(row, prepare(load_image(content)))
     except (ImageError, OSError, TextFileError) as error:
         message = re.sub(r"^an image of [0-9,]+ bytes", lambda _: item.name, str(error))
         row.pop("hash", None)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip2.bulk.journal import BulkError
+from blip2.imagefiles.names import is_url
 from blip2.images import SUFFIXES, ImageError, check_size, is_hidden, is_image_name
 from blip2.storage import TextFileError, read_json_text, read_rows, read_text, read_text_lines
 
@@ -135,8 +136,8 @@ class Inputs:
 
 
 def _check_exists(source: str) -> None:
-    if source.startswith(("http:", "https:")):
-        raise BulkError(f"{source}: no such file; URLs are not fetched here, download it first")
+    if is_url(source):
+        raise BulkError(f"{source}: URLs are not fetched here; download the image, and give its file")
     if source == "-":
         raise BulkError("-: a run that can be continued needs a file; save the image, or leave out --out")
     if not os.path.exists(source) and not glob.has_magic(source):

@@ -12,6 +12,7 @@ import argparse
 
 from blip2.commands.arguments import add_decoding, add_images, add_model, add_output
 from blip2.commands.captioning import add_texts, write_texts
+from blip2.commands.terminal import check_words
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,4 +26,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer the question about each image."""
+    check_words(args.question, "QUESTION", "it comes last, in quotes, after the images")
     return write_texts(args, "answer", [args.question])

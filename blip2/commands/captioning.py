@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
 from blip2.commands.images import countable, inputs_of, print_rows
-from blip2.commands.terminal import DONE, SOME_FAILED, complain, load_named, print_line, report_error
+from blip2.commands.streams import complain, put, unsteered, visible
+from blip2.commands.terminal import DONE, SOME_FAILED, load_named, matcher_of, print_line, report_error
 from blip2.generation.options import GenerationOptions, TextKind
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _stream(args: argparse.Namespace, options: GenerationOptions, questions: lis
         return SOME_FAILED
     write: Any = model.ask if questions else model.caption
     for piece in write(decoded.image, *questions, stream=True, **decoding_keywords(args, options)):
-        print(piece, end="", flush=True)
+        put(unsteered(piece), end="")
     print_line("")
     return DONE
 
@@ -120,7 +121,10 @@ def _captioner(
 
     processors = [model.generator.image_processor]
     if args.match or args.keep_best:
-        processors.append(model.matcher.image_processor)  # an error now where there is no matcher
+        advice = (
+            "leave out --match and --keep-best, or compare afterwards: blip2 match IMAGE TEXT --model itm"
+        )
+        processors.append(matcher_of(model, advice).image_processor)  # an error now where there is none
     settings = {name: getattr(args, name) for name in OF_TEXTS}
     describe = make_captioner(load, decoding_keywords(args, options), questions=questions, **settings)
     return describe, make_resizer(*processors)
@@ -186,7 +190,10 @@ def _write_files(
     if not args.quiet:
         errors = f": {state_folder(out, kind) / ERRORS}" if done.failed else ""
         total = done.done + done.before
-        print(f"{out}: {total:,} inputs, {done.failed:,} of them failed{errors}", file=sys.stderr)
+        print(
+            f"{visible(str(out))}: {total:,} inputs, {done.failed:,} of them failed{visible(errors)}",
+            file=sys.stderr,
+        )
     return SOME_FAILED if done.failed else DONE
 
 

@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import blip2
 from blip2.commands import arguments, terminal
-from blip2.storage import stream_lines
+from blip2.commands.streams import complain, put, unsteered
+from blip2.storage import TextFileError, stream_lines
 
 if TYPE_CHECKING:
     from blip2.predict import Chat
+
+HELP = """\
+Ask about the image, one question a line. At this prompt, with or without the slash:
+  /help        this text
+  /exit        end; so do /quit, /bye and Ctrl-D
+  Ctrl-C       clear the line, or stop an answer"""
+_ENDS, _HELP = ("exit", "quit", "bye"), "help"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,40 +48,68 @@ def run(args: argparse.Namespace) -> int:
     except blip2.ImageError as error:
         terminal.report_error(args, args.image, str(error))
         return terminal.SOME_FAILED
-    status = terminal.DONE
-    for question in _questions():
-        try:
-            _answer(args, chat, question, options)
-        except ValueError as error:  # this question cannot be answered; the next one may
-            terminal.report_error(args, args.image, str(error))
-            status = terminal.SOME_FAILED
-    return status
+    if sys.stdin.isatty():
+        for question in _typed():
+            try:
+                _answer(args, chat, question, options)
+            except KeyboardInterrupt:
+                print("\n(stopped)", file=sys.stderr)
+        return terminal.DONE
+    try:
+        return min(terminal.SOME_FAILED, sum(not _answer(args, chat, line, options) for line in _piped()))
+    except TextFileError as error:  # no text, from here on; the answers before it count
+        complain(str(error))
+        return terminal.SOME_FAILED
 
 
-def _answer(args: argparse.Namespace, chat: Chat, question: str, options: dict[str, Any]) -> None:
-    answer: Any = chat.send(question, stream=args.stream, **options)
+def _answer(args: argparse.Namespace, chat: Chat, question: str, options: dict[str, Any]) -> bool:
+    """Print the answer, or why there is none: the next question may have one. False: there is none."""
+    try:
+        answer: Any = chat.send(question, stream=args.stream, **options)
+    except ValueError as error:
+        terminal.report_error(args, args.image, str(error))
+        return False
     if args.stream:
         for piece in answer:
-            print(piece, end="", flush=True)
-        terminal.print_line("")
+            put(unsteered(piece), end="")
+        put("")
     elif args.json:
         record = {"image": args.image, "question": question, "answer": answer, "score": answer.score}
         terminal.print_json(record)
     else:
         terminal.print_line(terminal.one_line(answer))
+    return True
 
 
-def _questions() -> Iterator[str]:
-    """Lines from the keyboard, with a prompt and the line editor, or from a pipe."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        lines = stream_lines(sys.stdin.buffer, "standard input")
-        yield from (line.strip() for _, line in lines if line.strip())
-        return
+def _piped() -> Iterator[str]:
+    """The questions in a pipe or file: each line, but empty ones. Raises TextFileError."""
+    lines = stream_lines(sys.stdin.buffer, "standard input")
+    return (line.strip() for _, line in lines if line.strip())
+
+
+def _typed() -> Iterator[str]:
+    """The questions typed at a prompt, with the line editor; words that are commands are followed here."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editor)
-    print("Ask about the image; an empty line or Ctrl-D ends.", file=sys.stderr)
-    try:
-        while line := input("> ").strip():
+    print("Ask about the image; /help tells more, Ctrl-D ends.", file=sys.stderr)
+    shown = sys.stdout.isatty()  # else what `input` prints would be among the answers
+    while True:
+        try:
+            if not shown:
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> " if shown else "").strip()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        word = line.lower().removeprefix("/")
+        if word in _ENDS:
+            return
+        if word == _HELP:
+            print(HELP, file=sys.stderr)
+        elif line.startswith("/") and " " not in line:
+            complain(f"there is no command {line}; /help lists them")
+        elif line:
             yield line
-    except EOFError:
-        print(file=sys.stderr)

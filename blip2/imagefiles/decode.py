@@ -17,6 +17,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from blip2.imagefiles.checks import bare_file, check_file
+from blip2.imagefiles.names import is_url
+from blip2.imagefiles.warned import naming
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
 MAX_BYTES = 512 * 2**20  # of one image file
@@ -63,6 +65,8 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
     if isinstance(source, bytes | bytearray | memoryview):
         return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
     if isinstance(source, str | Path):
+        if is_url(str(source)):
+            raise ImageError(f"{source}: URLs are not fetched here; download the image, and give its file")
         return _open_path(Path(source), exif, max_pixels)
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
@@ -89,9 +93,7 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except FileNotFoundError:
-        url = str(path).startswith(("http:", "https:"))
-        hint = "; URLs are not fetched here, download it first" if url else ""
-        raise ImageError(f"{path}: no such file{hint}") from None
+        raise ImageError(f"{path}: no such file") from None
     except PermissionError:
         raise ImageError(f"{path}: no permission to read it") from None
     except OSError as error:
@@ -114,14 +116,15 @@ def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image
         check_file(content)
     except ValueError as error:
         raise ImageError(f"{name}: {error} is not decoded; save the image anew") from error
-    try:
-        return _open_content(content, name, exif, max_pixels)
-    except ImageError:
-        # Sound pixels are read whatever is stored beside them.
-        if len(bare := bare_file(content)) < len(content):
-            with contextlib.suppress(ImageError):
-                return _open_content(bare, name, exif, max_pixels)
-        raise
+    with naming(name):
+        try:
+            return _open_content(content, name, exif, max_pixels)
+        except ImageError:
+            # Sound pixels are read whatever is stored beside them.
+            if len(bare := bare_file(content)) < len(content):
+                with contextlib.suppress(ImageError):
+                    return _open_content(bare, name, exif, max_pixels)
+            raise
 
 
 def _open_content(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image:
