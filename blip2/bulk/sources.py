@@ -26,6 +26,7 @@ PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 LISTS, TABLES = (".txt", ".lst"), (".csv", ".tsv", ".parquet")
 PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
 BYTES_COLUMNS = ("bytes", "image_bytes", "jpg", "png")
+NOT_FETCHED = "URLs are not fetched here; download the image, and give its file"
 NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
 IN_TABLE = -2
 
@@ -62,6 +63,7 @@ class ImageItem(NamedTuple):
             if not path.is_file():  # a pipe or a device would make reading wait
                 device = path.exists() and not path.is_dir()
                 what = "no regular file" if device else "no such file" + " (a folder?)" * path.is_dir()
+                what = NOT_FETCHED if "://" in self.path and not device else what
                 raise ImageError(f"{self.name}: {what}")
             check_size(path.stat().st_size if self.size < 0 else self.size, self.name)
             with path.open("rb") as file:
@@ -137,7 +139,7 @@ class Inputs:
 
 def _check_exists(source: str) -> None:
     if is_url(source):
-        raise BulkError(f"{source}: URLs are not fetched here; download the image, and give its file")
+        raise BulkError(f"{source}: {NOT_FETCHED}")
     if source == "-":
         raise BulkError("-: a run that can be continued needs a file; save the image, or leave out --out")
     if not os.path.exists(source) and not glob.has_magic(source):

@@ -75,7 +75,7 @@ def check_words(text: str, what: str, advice: str) -> None:
     if os.path.lexists(text):
         kind = "folder" if os.path.isdir(text) else "file"
         meant = "if it is meant as text, put a space after it"
-        raise ValueError(f"{what} {text!r} is the name of a {kind} here: {advice}; {meant}")
+        raise ValueError(f'{what} "{text}" is the name of a {kind} here: {advice}; {meant}')
 
 
 @contextlib.contextmanager
