@@ -49,12 +49,7 @@ def run(args: argparse.Namespace) -> int:
         terminal.report_error(args, args.image, str(error))
         return terminal.SOME_FAILED
     if sys.stdin.isatty():
-        for question in _typed():
-            try:
-                _answer(args, chat, question, options)
-            except KeyboardInterrupt:
-                print("\n(stopped)", file=sys.stderr)
-        return terminal.DONE
+        return _converse(args, chat, options)
     try:
         return min(terminal.SOME_FAILED, sum(not _answer(args, chat, line, options) for line in _piped()))
     except TextFileError as error:  # no text, from here on; the answers before it count
@@ -87,29 +82,37 @@ def _piped() -> Iterator[str]:
     return (line.strip() for _, line in lines if line.strip())
 
 
-def _typed() -> Iterator[str]:
-    """The questions typed at a prompt, with the line editor; words that are commands are followed here."""
+def _converse(args: argparse.Namespace, chat: Chat, options: dict[str, Any]) -> int:
+    """Answer what is typed at a prompt, until it is enough. Ctrl-C stops what is going on, not the conversation."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its line editor)
     print("Ask about the image; /help tells more, Ctrl-D ends.", file=sys.stderr)
-    shown = sys.stdout.isatty()  # else what `input` prints would be among the answers
     while True:
         try:
-            if not shown:
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = input("> " if shown else "").strip()
+            if (question := _typed()) is None:
+                return terminal.DONE
+            _answer(args, chat, question, options)
         except KeyboardInterrupt:
             print(file=sys.stderr)
-            continue
+
+
+def _typed() -> str | None:
+    """The next question typed at the prompt; None: none will come. What is a command is followed here."""
+    while True:
+        shown = sys.stdout.isatty()  # else the prompt would be among the answers
+        if not shown:
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = input("> " if shown else "").strip()
         except EOFError:
             print(file=sys.stderr)
-            return
+            return None
         word = line.lower().removeprefix("/")
         if word in _ENDS:
-            return
+            return None
         if word == _HELP:
             print(HELP, file=sys.stderr)
         elif line.startswith("/") and " " not in line:
             complain(f"there is no command {line}; /help lists them")
         elif line:
-            yield line
+            return line
