@@ -145,6 +145,7 @@ def test_in_a_real_terminal(generator_folder: Path, pictures: list[Path]) -> Non
             (b"no question\x03", b"\r\n> "),
             (b"\x03", b"\r\n> "),
         ):
+            time.sleep(0.3)  # the line editor begins to read after it has shown the prompt
             os.write(terminal, typed)
             until(expected)
         os.write(terminal, b"what?\r")
