@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from blip2.text import check_text
 
     for text in args.text:
-        check_text(text, "--text")
+        check_text(text, "text")
     inputs, model = inputs_of(args), load_matcher(args)
     if args.text:
         for text, vector in zip(args.text, model.embed_text(args.text).tolist(), strict=True):
