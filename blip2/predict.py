@@ -370,10 +370,7 @@ class Predictor:
             )
         picture = open_image(image, 0)
         if question is None:
-            prompt, written = (
-                CAPTION_PROMPT,
-                (self.caption(picture) if text is None else check_text(text, "caption")),
-            )
+            prompt, written = CAPTION_PROMPT, self.caption(picture) if text is None else text
         else:
             prompt = self.asking_prompt(question, turns, answer)
             if answer is None:

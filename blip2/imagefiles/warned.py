@@ -45,3 +45,4 @@ def report_warnings(report: Callable[[str], None]) -> None:
     warnings.showwarning = show
     if not sys.warnoptions:
         warnings.filterwarnings("always", module=r"PIL\b")  # else only for the first image of all
+        warnings.filterwarnings("ignore", "Image size", module=r"PIL\b")  # our own limit counts
