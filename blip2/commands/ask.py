@@ -1,6 +1,7 @@
 """Answer a question about images.
 
-blip2 ask photo.jpg "how many dogs are there?"
+blip2 ask two-rabbits.jpg "how many rabbits are there?"      # -> 2
+blip2 ask mermaid-and-cat.jpg "what is to the right of the mermaid?"      # -> cat
 blip2 ask photos/ "is it day or night?" --json
 blip2 ask photo.jpg "what is the man doing?" --model opt-2.7b --max-new-tokens 20
 blip2 ask photos/ "is there a person?" --out answers.csv

@@ -1,7 +1,7 @@
 """Talk about an image: one question a line, from the keyboard or a pipe.
 
 blip2 chat photo.jpg
-printf 'what is it?\\nwhat color is it?\\n' | blip2 chat photo.jpg
+printf 'what is it?\\nwhat color is it?\\n' | blip2 chat rose.jpg      # -> rose; red
 """
 
 from __future__ import annotations

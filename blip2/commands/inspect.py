@@ -1,7 +1,7 @@
 """Tell what a checkpoint is and what looks wrong with it; no value is read.
 
 blip2 inspect ./my-model
-blip2 inspect model_state.pdparams --json
+blip2 inspect ./blip2-opt-6.7b-coco-paddle/model_state.pdparams --json
 blip2 inspect blip2_pretrained_opt2.7b.pth --vision eva_vit_g.pth --language ./opt-2.7b
 """
 

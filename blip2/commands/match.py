@@ -1,6 +1,6 @@
 """Tell how well texts fit an image, each as a probability.
 
-blip2 match photo.jpg "a dog" "a cat"
+blip2 match rose.jpg "a rose" "a cat"     # -> 0.98 a rose; 0.00 a cat
 blip2 match photos/ "a red car" --json
 blip2 match photo.jpg "a dog on a beach" --model itm
 """

@@ -21,8 +21,8 @@ COMMANDS = (
     "bench", "models", "doctor", "completion",
 )  # fmt: skip
 EXAMPLES = """\
-  blip2 caption photo.jpg
-  blip2 ask photo.jpg "how many dogs are there?"
+  blip2 caption two-rabbits.jpg             # -> two rabbits
+  blip2 ask rose.jpg "what color is it?"    # -> red
   blip2 chat photo.jpg
 """
 EPILOG = """\
@@ -30,6 +30,7 @@ Results go to standard output, progress and errors to standard error.
 Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.
 BLIP2_DEBUG=1 shows where an error comes from. BLIP2_MODEL=NAME is another default of --model
 for caption, ask, chat, explain and serve.
+After # -> is what the model that ships answers; those images are in the folder examples of the source.
 """
 
 
