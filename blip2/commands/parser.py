@@ -27,7 +27,7 @@ EXAMPLES = """\
 """
 EPILOG = """\
 Results go to standard output, progress and errors to standard error.
-Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.
+Exit status: 0 all went well, 1 some images failed, 2 wrong usage, no model, or no room for the output.
 BLIP2_DEBUG=1 shows where an error comes from. BLIP2_MODEL=NAME is another default of --model
 for caption, ask, chat, explain and serve.
 After # -> is what the model that ships answers; those images are in the folder examples of the source.
