@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from blip2.commands.options import as_typed
 from blip2.commands.parser import parse
-from blip2.commands.streams import OutputError, complain, discard_output, one_line, standard_streams
+from blip2.commands.streams import StreamError, complain, discard_output, one_line, standard_streams
 from blip2.commands.terminal import DONE, NOTHING_DONE
 
 
@@ -35,7 +35,7 @@ def _run(argv: Sequence[str] | None) -> int:
         discard_output()
         return DONE
     except Exception as error:
-        if isinstance(error, OutputError):
+        if isinstance(error, StreamError):
             discard_output()
         if os.environ.get("BLIP2_DEBUG"):
             raise

@@ -22,7 +22,7 @@ _JOINERS = "\u200c\u200d"  # of letters and emoji: they belong to how a name is 
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
-class OutputError(OSError):
+class StreamError(OSError):
     """Standard output cannot be written, for another reason than that its reader has left."""
 
 
@@ -77,14 +77,14 @@ def put(text: str, end: str = "\n") -> None:
 
     Raises:
         BrokenPipeError: nobody reads it any more.
-        OutputError: it cannot be written.
+        StreamError: it cannot be written.
     """
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"standard output cannot be written ({error.strerror or error})") from error
+        raise StreamError(f"standard output cannot be written ({error.strerror or error})") from error
 
 
 def complain(message: str) -> None:
