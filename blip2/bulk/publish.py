@@ -7,6 +7,7 @@ file is left alone, everything else stops the run, and only if it would have to 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -182,10 +183,8 @@ class Table(Output):
 
     def start_over(self) -> None:
         there = file_hash(self.settings.out)
-        if there is not None and self.old is not None and self.count_replaced(there):
-            self.keep_backup(self.settings.out)
-            with self.database.transaction():
-                self.database.publish(self.name, self.old._replace(sha256=there))
+        if there is not None and self.old is not None:
+            self.replace_edits(there)
         super().start_over()
         self.old = self.database.published(self.name)
 
@@ -225,18 +224,22 @@ class Table(Output):
                 f"{out} was changed since it was written and cannot be read any more ({error}). Repair it. {remedy}"
             ) from error
 
-    def count_replaced(self, there: bytes) -> bool:
-        """Count the edits that are to be replaced; whether there are any."""
+    def replace_edits(self, there: bytes) -> None:
+        """Count the edits in the file, which has this hash, keep a copy of it and forget them."""
         assert self.old is not None
-        unreadable = False
-        if there != self.old.sha256:
-            try:
+        changed = unreadable = there != self.old.sha256
+        if changed:
+            with contextlib.suppress(BulkError):
                 self.take_over(there)
-            except BulkError:
-                unreadable = True
+                unreadable = False
         edits = sum(count_edits(self.database).values()) + unreadable
         self.counts["replaced"] += edits
-        return edits > 0
+        if edits or changed:
+            self.keep_backup(self.settings.out)
+        self.old = self.old._replace(sha256=there, form=None)
+        with self.database.transaction():
+            self.database.execute("DELETE FROM edits")
+            self.database.publish(self.name, self.old)
 
     def finish(self) -> None:
         if self.stale():
@@ -260,10 +263,8 @@ class Table(Output):
             self.counts["foreign"] = 1
         elif not self.overwrite:
             self.take_over(there)
-        elif self.count_replaced(there):
-            self.keep_backup(self.settings.out)
-            with self.database.transaction():
-                self.database.execute("DELETE FROM edits")
+        else:
+            self.replace_edits(there)
         return True
 
     def write(self, beside: Path) -> None:
@@ -342,7 +343,7 @@ class Shards(Output):
             return True
 
         def write(beside: Path) -> None:
-            outputs.write_shard(rows, first, beside, style)
+            outputs.write_shard(rows, beside, path, style)
             digest = file_hash(beside) or b""
             with self.database.transaction():
                 self.database.publish(path.name, Published(digest, None, style, count), pending=True)
