@@ -70,7 +70,7 @@ def check_output(out: Path, kind: str) -> None:
 def stamp_of(path: Path | str) -> Stamp | None:
     """Size and time of a file; None where there is none."""
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns

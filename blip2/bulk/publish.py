@@ -111,7 +111,9 @@ class Output:
         with self.database.transaction():
             self.database.execute("DELETE FROM published WHERE path = ?", to_blob(name))
             if now is not None:
-                self.database.publish(name, now)
+                self.database.publish(
+                    name, now._replace(stamp=stamp_of(path) if there == now.sha256 else None)
+                )
         return now
 
     def keep_backup(self, path: Path) -> None:
@@ -312,14 +314,17 @@ class Shards(Output):
         full, others = divmod(self.database.completed, SHARD_SIZE)
         for number in range(max(1, full + bool(others))):
             path, count = self.path(number), SHARD_SIZE if number < full else others
-            old = self.database.published(path.name)
-            there = old.sha256 if old and old.stamp == stamp_of(path) else file_hash(path)
+            old, stamp = self.database.published(path.name), stamp_of(path)
+            there = old.sha256 if old and old.stamp == stamp else file_hash(path)
             as_before = old is not None and (old.style, old.upto) == (self.settings.style, count)
             if there is None or number in changed or not as_before:
                 self.counts["again"] += as_before and there is None
                 self.publish(number)
             elif old is not None and there != old.sha256:
                 self.counts["edited"] += 1
+            elif old is not None and stamp != old.stamp:  # it was copied or touched
+                with self.database.transaction():
+                    self.database.publish(path.name, old._replace(stamp=stamp))
         with self.database.transaction():
             self.database.execute("DELETE FROM changed")
         super().finish()
@@ -359,8 +364,8 @@ class TextFiles(Output):
     """A text file for each image, written with its batch."""
 
     def begin(self) -> None:
-        super().begin()
         self.write_pending()
+        super().begin()
 
     def record(self, row: Row) -> bool:
         changed = super().record(row)
