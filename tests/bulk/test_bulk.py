@@ -322,3 +322,74 @@ def test_match_and_keep_best(tmp_path: Path) -> None:
     fits = blip2.load().match(image, captions)
     assert [row["match"] for row in rows] == pytest.approx([fit.probability for fit in fits], abs=1e-4)
     assert rows_of["--keep-best"] == [max(rows, key=lambda row: float(row["match"]))]
+
+
+def test_the_last_line_says_what_was_done_and_what_was_left_alone(
+    generator_folder: Path, pictures: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    common = ["--model", str(generator_folder), "--max-new-tokens", "3", "--num-beams", "1"]
+    folder, out = tmp_path / "in", tmp_path / "c.jsonl"
+    folder.mkdir()
+    for i, path in enumerate(pictures[:3]):
+        (folder / f"{i}{path.suffix}").write_bytes(path.read_bytes())
+
+    def go(*more: str) -> tuple[int, str]:
+        status = main(["caption", str(folder), "--out", str(out), *common, *more])
+        return status, capsys.readouterr().err.splitlines()[-1].removeprefix(f"{out}: ")
+
+    assert go() == (0, "3 captioned, 0 failed, 0 left alone")
+    lines = out.read_text().splitlines()
+    out.write_text("\n".join([lines[0], lines[1].replace('"caption": "', '"caption": "my '), lines[0]]))
+    (folder / "4.png").write_bytes(b"no image")
+    errors = f"; errors: {tmp_path}/.c.jsonl.blip2/errors.jsonl"
+    left = "3 left alone (1 edited, 1 added, 1 removed)"
+    assert go() == (1, f"0 captioned, 1 failed, {left}; 3 inputs were known before{errors}")
+    (folder / "4.png").unlink()
+    assert go("--suffix", "!") == (0, f"0 captioned, 0 failed, {left}; 4 inputs were known before")
+    captions = [json.loads(line).get("caption", "") for line in out.read_text().splitlines()]
+    assert [caption.endswith("!") for caption in captions] == [True, False, False, False]
+    out.unlink()
+    assert "; 1 written again" in go("--suffix", "!")[1]
+    replaced = "3 captioned, 0 failed, 0 left alone; 3 edits replaced and kept in .bak"
+    assert go("--existing", "overwrite") == (0, replaced)
+    out = folder
+    (folder / "0.txt").write_text("mine")
+    assert go() == (0, "2 captioned, 0 failed, 1 left alone (1 existing)")
+    (folder / "1.txt").write_text("mine")
+    (folder / "2.txt").write_text("")
+    assert go() == (
+        0,
+        "0 captioned, 0 failed, 2 left alone (1 edited, 1 existing); 3 inputs were known before; 1 written again",
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--json"], ["--prefix", "a ", "--suffix", "!"], ["--questions", "q.txt"]]
+)
+def test_a_dash_is_standard_output(
+    arguments: list[str],
+    generator_folder: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("q.txt").write_text("what?\nwhy?\n")
+    command = [
+        "caption",
+        *map(str, pictures),
+        "--model",
+        str(generator_folder),
+        "--max-new-tokens",
+        "3",
+        *arguments,
+    ]
+    printed = []
+    for out in ([], ["--out", "-"]):
+        assert main([*command, *out]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and len(printed[0].splitlines()) == 5 * (1 + ("--questions" in arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["q.txt"]
+    assert main([*command, "--out", "-", "--format", "csv"]) == 2
+    assert main([*command, "--out", "/dev/null/x.jsonl"]) == 2
