@@ -8,13 +8,12 @@ blip2 explain photo.jpg --question "how many dogs are there?" -o out.png
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import blip2
 from blip2.commands import arguments, terminal
-from blip2.storage import replace_file
+from blip2.storage import output_file, replace_file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the picture, and print the text."""
-    from PIL import Image
-
     target = Path(args.out)
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"-o {args.out}: the name must end with .png, .jpg or .webp")
     if not target.parent.is_dir():
         raise ValueError(f"-o {args.out}: there is no folder {target.parent}")
-    if os.path.lexists(target) and not target.is_file():
-        raise ValueError(f"-o {args.out}: there is something else than a file of this name; give another")
+    output_file(target)  # an error now where it can be no file
     image = sys.stdin.buffer.read() if args.image == "-" else args.image
     model = terminal.load_named(args)
     try:
@@ -45,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
     except blip2.ImageError as error:
         terminal.report_error(args, args.image, str(error))
         return terminal.SOME_FAILED
-    with replace_file(Path(os.path.realpath(target))) as beside:  # a link stays one
-        explanation.image().save(beside, Image.registered_extensions()[target.suffix.lower()])
+    with replace_file(target) as beside:
+        explanation.image().save(
+            beside, "JPEG" if "jp" in target.suffix.lower() else target.suffix[1:].upper()
+        )
     if args.json:
         words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
         record = {"image": args.image, "text": explanation.text, "words": words, "output": str(target)}

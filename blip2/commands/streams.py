@@ -59,7 +59,7 @@ def one_line(text: str) -> str:
     return " ".join(unsteered(text).split())
 
 
-def json_line(record: dict[str, Any]) -> str:
+def visible_json(record: dict[str, Any]) -> str:
     """An object as one line of JSON that holds every text exactly, file names that are no Unicode too."""
     line = json.dumps(record, ensure_ascii=False)
     return line if line.isprintable() else "".join(map(_json_escape, line))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import blip2
 from blip2.commands.options import as_typed
-from blip2.commands.streams import complain, json_line, put, visible
+from blip2.commands.streams import complain, put, visible, visible_json
 from blip2.commands.streams import one_line as one_line
 from blip2.storage import TextFileError, read_text_lines
 
@@ -30,7 +30,7 @@ def print_line(line: str) -> None:
 
 def print_json(record: dict[str, Any]) -> None:
     """Print an object on a line of its own."""
-    put(json_line(record))
+    put(visible_json(record))
 
 
 def report_error(args: argparse.Namespace, name: str, message: str) -> None:

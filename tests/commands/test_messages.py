@@ -181,4 +181,4 @@ def test_an_explanation_takes_the_place_of_files_alone(
     os.mkfifo("pipe.png")
     for name in ("d.png", "gone.webp", "pipe.png"):
         done = run(*command, name)
-        assert done.status == 2 and f"-o {name}: there is something else" in done.err
+        assert done.status == 2 and f"{name} is " in done.err

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from running import Run
 
-from blip2.commands.streams import json_line, one_line, steers, visible
+from blip2.commands.streams import one_line, steers, visible, visible_json
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--beams", "1", "--max-new-tokens", "4")
@@ -46,13 +46,15 @@ PLAIN = [
 @pytest.mark.parametrize(("name", "shown"), STEERING.items())
 def test_names_are_shown_and_do_not_steer(name: str, shown: str) -> None:
     assert visible(name) == shown
-    assert not any(map(steers, json_line({"x": name}))) and json.loads(json_line({"x": name})) == {"x": name}
+    assert not any(map(steers, visible_json({"x": name}))) and json.loads(visible_json({"x": name})) == {
+        "x": name
+    }
     assert not any(map(steers, one_line(name)))
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_names_of_any_language_are_shown_as_they_are(name: str) -> None:
-    assert visible(name) == name and name in json_line({"x": name})
+    assert visible(name) == name and name in visible_json({"x": name})
 
 
 @pytest.fixture
