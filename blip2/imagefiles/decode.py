@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import stat
+import traceback
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,10 +18,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from blip2.imagefiles.checks import bare_file, check_file
+from blip2.imagefiles.cost import MAX_PIXELS as MAX_PIXELS
 from blip2.imagefiles.cost import Cost
 from blip2.imagefiles.errors import ImageError as ImageError
-from blip2.imagefiles.jpeg import lacks_only_its_end
-from blip2.imagefiles.pixels import MAX_PIXELS, TooLargeError, decode_image, read_content
+from blip2.imagefiles.pixels import TooLargeError, decode_image, read_content
 from blip2.imagefiles.quiet import without_warnings
 
 MAX_BYTES = 512 * 2**20  # of one image file
@@ -109,38 +110,42 @@ def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image
     check_size(len(content), name)
     try:
         cost = check_file(content)
-        bare, orientation = bare_file(content, max_pixels) if cost.rewrite else (content, None)
+        bare, orientation = bare_file(content) if cost.rewrite else (content, None)
     except ValueError as error:
         raise ImageError(f"{name}: {error} is not decoded; save the image anew") from error
     try:
+        if not cost.ends:
+            return _read_endless(bare, name, exif, max_pixels, cost, orientation)
         return read_content(bare, name, exif, max_pixels, cost.memory, orientation)
     except TooLargeError:
         raise
-    except ImageError:
-        image = _mended(content, name, exif, max_pixels, cost)
-        if image is None:
+    except ImageError as error:
+        for failed in (error, error.__cause__):
+            if failed is not None:
+                traceback.clear_frames(failed.__traceback__)  # they hold the image
+        if cost.rewrite:
             raise
-        return image
+        # Sound pixels are read whatever is stored beside them.
+        with contextlib.suppress(ValueError):
+            bare, orientation = bare_file(content)
+            if bare != content:
+                return read_content(bare, name, exif, max_pixels, cost.memory, orientation)
+        raise
 
 
-def _mended(content: bytes, name: str, exif: bool, max_pixels: int, cost: Cost) -> Image.Image | None:
-    """What a refused file shows if its pixels are sound, whatever is stored beside them; None where they are not."""
-    with contextlib.suppress(ValueError):
-        bare, orientation = bare_file(content, max_pixels)
-
-        def read(ending: bytes = b"") -> Image.Image:
-            return read_content(bare + ending, name, exif, max_pixels, cost.memory, orientation)
-
-        if not content.startswith(b"\xff\xd8\xff"):
-            return read() if bare != content else None
-        bare = bare.rstrip(b"\xff")  # half of an end marker
-        if not lacks_only_its_end(bare):
-            return read()
-        # Were pixels missing, they would be made of what follows.
-        digest = _digest(read(b"\xff\xd9"))
-        image = read(b"\x55" * 1024 + b"\xff\xd9")
-        return image if _digest(image) == digest else None
-    return None
+def _read_endless(
+    content: bytes, name: str, exif: bool, max_pixels: int, cost: Cost, orientation: int | None
+) -> Image.Image:
+    """A JPEG that lacks its end marker. Raises ImageError where it lacks pixels too, since those were made up here."""
+    digests = set[bytes]()
+    for data in (b"", b"\x55" * 1024):  # that missing pixels would be made of
+        ended = content.rstrip(b"\xff") + data + b"\xff\xd9"
+        image = read_content(ended, name, exif, max_pixels, cost.memory, orientation)
+        digests.add(_digest(image))
+        if len(digests) == 1 and data:
+            return image
+        del image
+    raise ImageError(f"{name}: the image is truncated")
 
 
 def _digest(image: Image.Image) -> bytes:

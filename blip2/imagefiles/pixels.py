@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from blip2.imagefiles.cost import MAX_PIXELS
 from blip2.imagefiles.errors import ImageError
 from blip2.imagefiles.names import HAS_HEIF
 from blip2.imagefiles.quiet import without_warnings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
 MAX_MEMORY = 480 * 2**20  # bytes for the pixels while they are decoded, for as many as MAX_PIXELS
-MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
 MAX_JPEG_PIXELS = 2**28  # of a JPEG that is decoded at reduced scale
 
 _EXIF_ORIENTATION = 0x0112
@@ -31,7 +31,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # of a pixel; else 4
-_DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "HEIF": 8}  # of a pixel, beside the image itself
+_DECODER_BYTES = {"WEBP": 12, "HEIF": 8}  # of a pixel, beside the image itself
 _STRIP = 2**20  # pixels that are converted at a time
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 
@@ -148,7 +148,7 @@ class _Limit:
         shown = f"{self.name}: {width}x{height} px is {pixels:,} pixels"
         if pixels > self.max_pixels:
             raise TooLargeError(f"{shown}, the limit is {self.max_pixels:,}; make it smaller")
-        if (needed := _needed(image.mode, pixels, memory, turned)) > self.memory:
+        if (needed := _needed(image, pixels, memory, turned)) > self.memory:
             takes = f"decoded in {needed >> 20:,} MiB of memory, the limit is {self.memory >> 20:,}"
             raise TooLargeError(f"{shown}, {takes}; make it smaller")
 
@@ -157,16 +157,17 @@ class _Limit:
         width, height = image.size
         for scale in (1, 2, 4, 8) if width * height <= MAX_JPEG_PIXELS else ():
             pixels = -(-width // scale) * -(-height // scale)
-            if pixels <= self.max_pixels and _needed(image.mode, pixels, memory, turned) <= self.memory:
+            if pixels <= self.max_pixels and _needed(image, pixels, memory, turned) <= self.memory:
                 return scale
         self.check(image, memory, turned)  # raises
         return 1
 
 
-def _needed(mode: str, pixels: int, memory: int, turned: bool) -> int:
+def _needed(image: Image.Image, pixels: int, memory: int, turned: bool) -> int:
     """The most bytes that are held at a time while an image is loaded, turned and converted."""
-    own = _BYTES.get(mode, 4)
-    return max(own * pixels + memory, own * (1 + turned) * pixels, (own + 4 * (mode != "RGB")) * pixels)
+    own = _BYTES.get(image.mode, 4)
+    converted = image.mode != "RGB" or "transparency" in image.info
+    return max(own * pixels + memory, own * (1 + turned) * pixels, (own + 4 * converted) * pixels)
 
 
 # --- orientation and colors ----------------------------------------------------------------------------------------

@@ -16,17 +16,20 @@ _SPACE = b" \t\n\v\f\r"
 _BREAK = re.compile(rb"[ \t\n\v\f\r]")
 _GAP = rb"(?:[ \t\n\v\f\r]++|#[^\r\n]*+[\r\n])++"
 _SIZE = re.compile(rb"P([1-6])%b([0-9]{1,10})%b([0-9]{1,10})" % (_GAP, _GAP))
+_OTHER = re.compile(rb"P(?:f|0CMYK|yP|yRGBA|yCMYK)[ \t\n\v\f\r#]")
 _MAXIMUM = re.compile(rb"%b([0-9]{1,10})" % _GAP)
 _COMMENT = re.compile(rb"#[^\r\n]*+")
 
 
 def check_pnm(content: bytes) -> Cost:
-    """What decoding a PNM takes."""
+    """What decoding a PNM takes. Raises ValueError for Pillow's own kinds, and for floating-point pixels."""
+    if _OTHER.match(content):
+        raise ValueError("a PNM of a kind other than P1 to P6")
     return Cost(rewrite=content[1:2] in (b"1", b"2", b"3", b"4", b"5", b"6"))
 
 
-def bare_pnm(content: bytes, max_pixels: int) -> tuple[bytes, int]:
-    """A PBM, PGM or PPM as a binary one with values up to 255 or 65,535; what is damaged or too large as it is.
+def bare_pnm(content: bytes) -> tuple[bytes, int]:
+    """A PBM, PGM or PPM as a binary one with values up to 255 or 65,535; what is damaged as it is.
 
     Raises:
         ValueError: what a text of numbers must not hold.
