@@ -41,12 +41,8 @@ def bare_pnm(content: bytes) -> tuple[bytes, int]:
     maximum = None if kind in (1, 4) else _MAXIMUM.match(content, size.end(), _MAX_HEADER)
     start = (maximum or size).end()
     top = int(maximum[1]) if maximum else 1
-    if (
-        not 0 < width * height <= max_pixels
-        or not 0 < top < 2**16
-        or (maximum is None and kind not in (1, 4))
-    ):
-        return content[: start + 1], 1
+    if not 0 < top < 2**16 or (maximum is None and kind not in (1, 4)):
+        return content[:_MAX_HEADER], 1
     if kind == 4 or (kind > 3 and top in ((255, 65_535) if kind == 5 else (255,))):
         return content, 1  # read at once as it is
 
