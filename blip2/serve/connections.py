@@ -6,6 +6,7 @@ uvicorn's HTTP/1.1 with what it lacks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import json
@@ -33,6 +34,7 @@ FEWEST_CONNECTIONS = 4
 CUTTING_SECONDS = 1.5  # after a request's deadline, until its connection is cut
 
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _HEAD = re.compile(rb"(.*?\n)\r?\n", re.DOTALL)
 
 
@@ -75,43 +77,44 @@ def listen(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
     except (OSError, UnicodeError):
         raise ValueError(f"--host {host}: there is no such address or host name") from None
     addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-    if loopback_only and not all(is_loopback(address) for _, address in addresses):
-        raise ValueError(
-            f"--host {host} lets other machines in: give --api-key-file, or stay on 127.0.0.1 behind a proxy"
-        )
-    sockets: list[socket.socket] = []
-    for family, address in addresses:
+    sockets: list[_Listener] = []
+    with contextlib.ExitStack() as failing:
+        for family, address in addresses:
+            sock = failing.enter_context(_Listener(family, socket.SOCK_STREAM))
+            try:
+                _bind(sock, address, port)
+            except OSError as error:
+                if error.errno in _ABSENT:  # a name may have addresses of a protocol that this machine lacks
+                    continue
+                raise _not_free(host, port, error) from None
+            port = int(sock.getsockname()[1])  # the same for all, where any will do
+            sockets.append(sock)
+        if not sockets:
+            raise ValueError(f"--host {host}: this machine does not have that address")
+        if loopback_only and not all(is_loopback(sock.getsockname()[0]) for sock in sockets):
+            remedy = "give --api-key-file, or stay on 127.0.0.1 behind a proxy"
+            raise ValueError(f"--host {host} lets other machines in: {remedy}")
         try:
-            sockets.append(_bound(family, address, port))
+            for sock in sockets:
+                sock.listen()
         except OSError as error:
-            absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            if absent and (sockets or address != addresses[-1][1]):
-                continue  # a name of both protocols on a machine that has one
-            for open_socket in sockets:
-                open_socket.close()
-            if absent:
-                raise ValueError(f"--host {host}: this machine does not have that address") from None
-            if error.errno == errno.EADDRINUSE:
-                message = f"port {port} is taken by another program; choose another with --port"
-                raise OSError(message) from None
-            raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-        port = int(sockets[-1].getsockname()[1])  # the same for all where any will do
-    return sockets
+            raise _not_free(host, port, error) from None
+        failing.pop_all()
+    return [*sockets]
 
 
-def _bound(family: int, address: str, port: int) -> _Listener:
-    sock = _Listener(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":  # elsewhere it would share the port with another program
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((address, port))
-        sock.listen()
-    except OSError:
-        sock.close()
-        raise
-    return sock
+def _bind(sock: socket.socket, address: str, port: int) -> None:
+    if os.name == "posix":  # elsewhere it would share the port with another program
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind((address, port))
+
+
+def _not_free(host: str, port: int, error: OSError) -> OSError:
+    if error.errno == errno.EADDRINUSE:
+        return OSError(f"port {port} is taken by another program; choose another with --port")
+    return OSError(f"cannot listen on {host} port {port}: {error.strerror}")
 
 
 def is_loopback(host: str) -> bool:

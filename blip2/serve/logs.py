@@ -97,6 +97,8 @@ class _TerminalLines(logging.Formatter):
         match entry.pop("event"):
             case "message":
                 text = str(entry["message"])
+            case "listening":
+                text = f"listening on {entry['url']}; Ctrl-C ends it"
             case "request":
                 text = "{method} {route} {status}, {ms} ms, {client}".format_map(entry)
             case event:
