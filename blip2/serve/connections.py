@@ -206,127 +206,130 @@ def _fault(request: h11.Request, head: bytes) -> str | None:
 # --- deadlines ------------------------------------------------------------------------------------------------------
 
 
-def http_protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 within the limits of connections and of time: for a request's headers, for a client that does
-    not read, and for the whole request, should the application not keep to it."""
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 within limits of connections and of time: for a request's headers, for a client that does not
+    read, and for the whole request, should the application not keep to it."""
 
-    waiting: dict[Connection, None] = {}  # connections on which no request is at work, in the order of time
+    limits: Limits
+    waiting: dict[Connection, None]  # the server's connections with no request at work, in the order of time
+    _timers: dict[str, asyncio.TimerHandle]
+    _idle = False  # all requests so far are answered, of which there are some, and no other has begun
 
-    class Connection(H11Protocol):
-        _timers: dict[str, asyncio.TimerHandle]
-        _idle = False  # all requests so far are answered, of which there are some, and no other has begun
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn = self._requests = _SoundRequests(h11.SERVER)
+        self._timers = {}
 
-        def __init__(
-            self,
-            config: Config,
-            server_state: ServerState,
-            app_state: dict[str, object],
-            _loop: asyncio.AbstractEventLoop | None = None,
-        ) -> None:
-            super().__init__(config, server_state, app_state, _loop)
-            self.conn = self._requests = _SoundRequests(h11.SERVER)
-            self._timers = {}
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport.set_write_buffer_limits(high=0)  # writing pauses where anything is left unread
+        super().connection_made(transport)
+        self._begin_request()
+        self._note_phase()
+        if len(self.connections) > self.limits.connections:
+            oldest = next(iter(self.waiting))
+            if oldest is self:
+                message = "too many connections; try again soon"
+                self._answer(ApiError(503, message, code="overloaded", headers={"retry-after": "1"}))
+            else:
+                del self.waiting[oldest]
+                oldest.transport.close()
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            transport.set_write_buffer_limits(high=0)  # writing pauses where anything is left unread
-            super().connection_made(transport)
+    def data_received(self, data: bytes) -> None:
+        if self._idle:
             self._begin_request()
-            self._note_phase()
-            if len(self.connections) > limits.connections:
-                oldest = next(iter(waiting))
-                if oldest is self:
-                    self._answer(ApiError(503, "too many connections; try again soon", code="overloaded"))
-                else:
-                    del waiting[oldest]
-                    oldest.transport.close()
+        super().data_received(data)
+        self._note_phase()
 
-        def data_received(self, data: bytes) -> None:
-            if self._idle:
-                self._begin_request()
-            super().data_received(data)
-            self._note_phase()
+    def on_response_complete(self) -> None:
+        self._begin_request()
+        super().on_response_complete()  # which may begin the next request
+        self._unset_keepalive_if_required()  # there is a deadline of ours
+        self._note_phase()
 
-        def on_response_complete(self) -> None:
-            self._begin_request()
-            super().on_response_complete()  # which may begin the next request
-            self._unset_keepalive_if_required()  # there is a deadline of ours
-            self._note_phase()
+    def connection_lost(self, exc: Exception | None) -> None:
+        for name in list(self._timers):
+            self._stop_timer(name)
+        self.waiting.pop(self, None)
+        super().connection_lost(exc)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            for name in list(self._timers):
-                self._stop_timer(name)
-            waiting.pop(self, None)
-            super().connection_lost(exc)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_timer("write", min(self.limits.write_seconds, self._time_left()), self.transport.abort)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._start_timer("write", min(limits.write_seconds, self._time_left()), self.transport.abort)
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_timer("write")
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._stop_timer("write")
+    def send_400_response(self, msg: str) -> None:
+        """The answer to what is no HTTP; `msg` is the same for all."""
+        self._answer(ApiError(400, self._requests.fault))
 
-        def send_400_response(self, msg: str) -> None:
-            """The answer to what is no HTTP; `msg` is the same for all."""
-            self._answer(ApiError(400, self._requests.fault))
+    def _answer(self, error: ApiError) -> None:
+        """Answer in the application's place, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body()).encode()
+            headers = {"content-type": "application/json", "content-length": f"{len(body)}"}
+            headers |= {"connection": "close"} | error.headers
+            events = (
+                h11.Response(status_code=error.status, headers=list(headers.items())),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            )
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
 
-        def _answer(self, error: ApiError) -> None:
-            """Answer in the application's place, and close."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                body = json.dumps(error.body()).encode()
-                headers = {"content-type": "application/json", "content-length": f"{len(body)}"}
-                headers |= {"connection": "close"} | error.headers
-                events = (
-                    h11.Response(status_code=error.status, headers=list(headers.items())),
-                    h11.Data(data=body),
-                    h11.EndOfMessage(),
-                )
-                for event in events:
-                    self.transport.write(self.conn.send(event) or b"")
-            if self.cycle is not None and not self.cycle.response_complete:
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            self.transport.close()
+    def _begin_request(self) -> None:
+        """A request's time counts from now; it finds this in its state."""
+        self._idle = False
+        self.app_state = self.app_state | {"began": time.monotonic()}
+        self._stop_timer("request")
+        self._start_timer("request", self._time_left(), self._cut)
 
-        def _begin_request(self) -> None:
-            """A request's time counts from now; it finds this in its state."""
-            self._idle = False
-            self.app_state = self.app_state | {"began": time.monotonic()}
-            self._stop_timer("request")
-            self._start_timer("request", self._time_left(), self._cut)
+    def _time_left(self) -> float:
+        began: float = self.app_state["began"]
+        return began + self.limits.request_seconds + CUTTING_SECONDS - time.monotonic()
 
-        def _time_left(self) -> float:
-            began: float = self.app_state["began"]
-            return began + limits.request_seconds + CUTTING_SECONDS - time.monotonic()
+    def _cut(self) -> None:
+        if not self._idle:
+            self.transport.abort()
 
-        def _cut(self) -> None:
-            if not self._idle:
-                self.transport.abort()
+    def _note_phase(self) -> None:
+        """While a request is at work its own deadlines count, and its connection is not closed for another's."""
+        at_work = self.cycle is not None and not self.cycle.response_complete
+        begun = self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
+        self._idle = not at_work and self.cycle is not None and not begun
+        if at_work or self.transport.is_closing():
+            self.waiting.pop(self, None)
+        else:
+            self.waiting.setdefault(self)
+        if at_work or self._idle:
+            self._stop_timer("header")
+        else:
+            self._start_timer("header", self.limits.header_seconds, self.transport.close)
+        if self._idle:
+            self._start_timer("idle", self.limits.idle_seconds, self.transport.close)
+        else:
+            self._stop_timer("idle")
 
-        def _note_phase(self) -> None:
-            """While a request is at work its own deadlines count, and its connection is not closed for another's."""
-            at_work = self.cycle is not None and not self.cycle.response_complete
-            begun = self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
-            self._idle = not at_work and self.cycle is not None and not begun
-            if at_work or self.transport.is_closing():
-                waiting.pop(self, None)
-            else:
-                waiting.setdefault(self)
-            if at_work or self._idle:
-                self._stop_timer("header")
-            else:
-                self._start_timer("header", limits.header_seconds, self.transport.close)
-            if self._idle:
-                self._start_timer("idle", limits.idle_seconds, self.transport.close)
-            else:
-                self._stop_timer("idle")
+    def _start_timer(self, name: str, seconds: float, end: Callable[[], None]) -> None:
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(max(seconds, 0), end)
 
-        def _start_timer(self, name: str, seconds: float, end: Callable[[], None]) -> None:
-            if name not in self._timers:
-                self._timers[name] = self.loop.call_later(max(seconds, 0), end)
+    def _stop_timer(self, name: str) -> None:
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
 
-        def _stop_timer(self, name: str) -> None:
-            if timer := self._timers.pop(name, None):
-                timer.cancel()
 
-    return Connection
+def http_protocol(limits: Limits) -> type[Connection]:
+    """The protocol of one server's connections."""
+    return type("Connection", (Connection,), {"limits": limits, "waiting": {}})
