@@ -28,14 +28,16 @@ from blip2.serve.limits import Limits
 
 log = logging.getLogger("blip2.serve")
 
-ACCEPTED_AT_ONCE = 8  # connections taken from the queue before any of them is looked at
-OTHER_FILES = 16  # that the process may need to open at a time: images, weights, pipes
+ACCEPTED_AT_ONCE = 4  # connections taken from the queue in a turn of the event loop
+ACCEPTED_TOO_MANY = 4 * ACCEPTED_AT_ONCE  # turns until one is closed again for which there is no room
+OTHER_FILES = 20  # that the process may need to open at a time: images, weights, pipes
 FEWEST_CONNECTIONS = 4
+HEAD_BYTES = 16_384  # of a request line and its headers
 CUTTING_SECONDS = 1.5  # after a request's deadline, until its connection is cut
 
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-_HEAD = re.compile(rb"(.*?\n)\r?\n", re.DOTALL)
+_HEAD = re.compile(rb".*?\n\r?\n", re.DOTALL)
 
 
 # --- where it listens -----------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def fit_open_files(limits: Limits, *, fetch_urls: bool) -> Limits:
         return limits
     if allowed == resource.RLIM_INFINITY:
         return limits
-    room = allowed - in_use - OTHER_FILES - ACCEPTED_AT_ONCE
+    room = allowed - in_use - OTHER_FILES - ACCEPTED_TOO_MANY
     connections = room // 2 if fetch_urls else room
     if connections < FEWEST_CONNECTIONS:
         raise ValueError(f"this process may open {allowed} files, too few for a server; raise `ulimit -n`")
@@ -169,37 +171,41 @@ def fit_open_files(limits: Limits, *, fetch_urls: bool) -> Limits:
 class _SoundRequests(h11.Connection):
     """Refuses requests whose end another program on the way may see elsewhere (request smuggling)."""
 
-    fault = "this is no HTTP/1.1 request"
+    fault = ""  # of the last request
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         received = self.trailing_data[0] if self.their_state is h11.IDLE else b""
-        event = super().next_event()
-        if isinstance(event, h11.Request):
+        try:
+            event = super().next_event()
             head = _HEAD.match(received)
-            fault = _fault(event, head[1] if head else received)
-            if fault is not None:
-                self.fault = fault
+            if isinstance(event, h11.Request) and head and (fault := _fault(event, head[0])):
                 raise h11.RemoteProtocolError(fault)
+        except h11.RemoteProtocolError as error:
+            reason = str(error).partition(": bytearray")[0]  # not what was sent
+            self.fault = f"the request is no sound HTTP: {reason}"
+            raise
         return event
 
 
 def _fault(request: h11.Request, head: bytes) -> str | None:
     """What is ambiguous in a request's head, which h11 has read leniently."""
     if request.http_version not in (b"1.0", b"1.1"):
-        return "this server speaks HTTP/1.1"
+        return "its version is neither 1.0 nor 1.1"
+    if len(head) > HEAD_BYTES:
+        return f"its head is larger than {HEAD_BYTES:,} bytes"
     lines = head.split(b"\r\n")
     if b"\n" in b"".join(lines):
-        return "a line of the request's head ends in LF alone, not in CR LF"
+        return "a line of its head ends in LF alone, not in CR LF"
     if any(line.startswith((b" ", b"\t")) for line in lines):
         return "a header is folded over several lines"
     names = [line.partition(b":")[0].lower() for line in lines[1:]]
     lengths = names.count(b"content-length")
     if b"transfer-encoding" in names and lengths:
-        return "the request has both Transfer-Encoding and Content-Length"
+        return "it has both Transfer-Encoding and Content-Length"
     if b"transfer-encoding" in names and request.http_version == b"1.0":
-        return "HTTP/1.0 has no Transfer-Encoding"
+        return "1.0 has no Transfer-Encoding"
     if lengths > 1 or (lengths and b"," in lines[1 + names.index(b"content-length")]):
-        return "the request has several values of Content-Length"
+        return "it has several values of Content-Length"
     return None
 
 
@@ -223,7 +229,7 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = self._requests = _SoundRequests(h11.SERVER)
+        self.conn = self._requests = _SoundRequests(h11.SERVER, HEAD_BYTES)
         self._timers = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
