@@ -151,7 +151,13 @@ HOSTILE: tuple[Callable[[Running, bytes, random.Random], None], ...] = (
 
 def honest_beside_hostile(predictor: blip2.Predictor, images: list[bytes], count: int, clients: int) -> None:
     ways: list[dict[str, Any]] = [{"num_beams": 1}, {}, {"num_beams": 3, "max_new_tokens": 12}]
-    questions = ["what is it?", "how many are there?"]
+    cases: list[tuple[tuple[str, dict[str, Any]], str, str]] = []
+    for image in images:
+        for way in ways:
+            body, question = {"image": data_url(image)} | way, "what is it?"
+            cases.append((("/caption", body), "captions", predictor.caption(image, **way)))
+            body = body | {"question": question}
+            cases.append((("/ask", body), "answers", predictor.ask(image, question, **way)))
     with (
         running_server(predictor, Limits(body_seconds=2, header_seconds=2)) as running,
         running.client() as client,
@@ -169,14 +175,8 @@ def honest_beside_hostile(predictor: blip2.Predictor, images: list[bytes], count
                     continue
 
         def ask(i: int) -> str | None:
-            image, way = images[i % len(images)], ways[i % len(ways)]
-            if i % 2:
-                question = questions[i // 2 % len(questions)]
-                answer = client.post("/ask", json={"image": data_url(image), "question": question} | way)
-                expected, key = predictor.ask(image, question, **way), "answers"
-            else:
-                answer = client.post("/caption", json={"image": data_url(image)} | way)
-                expected, key = predictor.caption(image, **way), "captions"
+            (path, body), key, expected = cases[i % len(cases)]
+            answer = client.post(path, json=body)
             if answer.status_code == 200 and answer.json()[key][0]["text"] == expected:
                 return None
             return f"{answer.status_code} {answer.text[:300]}, expected {expected}"
