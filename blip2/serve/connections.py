@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import h11
@@ -65,11 +65,11 @@ class _Listener(socket.socket):
             raise
 
 
-def listen(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
-    """Sockets that listen at all addresses of a host; "": at all of this machine's.
+def bound_sockets(host: str, port: int) -> list[socket.socket]:
+    """Sockets for all addresses of a host that this machine has, which are to be listened on; "": for all it has.
 
     Raises:
-        ValueError: a port or host that cannot be; an address that others reach, where those are not let in.
+        ValueError: a port or host that cannot be.
         OSError: the port is taken, or may not be taken.
     """
     if not 0 <= port <= 65535:
@@ -79,7 +79,7 @@ def listen(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
     except (OSError, UnicodeError):
         raise ValueError(f"--host {host}: there is no such address or host name") from None
     addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-    sockets: list[_Listener] = []
+    sockets: list[socket.socket] = []
     with contextlib.ExitStack() as failing:
         for family, address in addresses:
             sock = failing.enter_context(_Listener(family, socket.SOCK_STREAM))
@@ -88,21 +88,22 @@ def listen(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
             except OSError as error:
                 if error.errno in _ABSENT:  # a name may have addresses of a protocol that this machine lacks
                     continue
-                raise _not_free(host, port, error) from None
+                raise _not_free(port, error) from None
             port = int(sock.getsockname()[1])  # the same for all, where any will do
             sockets.append(sock)
         if not sockets:
             raise ValueError(f"--host {host}: this machine does not have that address")
-        if loopback_only and not all(is_loopback(sock.getsockname()[0]) for sock in sockets):
-            remedy = "give --api-key-file, or stay on 127.0.0.1 behind a proxy"
-            raise ValueError(f"--host {host} lets other machines in: {remedy}")
-        try:
-            for sock in sockets:
-                sock.listen()
-        except OSError as error:
-            raise _not_free(host, port, error) from None
         failing.pop_all()
-    return [*sockets]
+    return sockets
+
+
+def listen(sockets: Sequence[socket.socket]) -> None:
+    """Begin to listen. Raises OSError where another program was faster."""
+    for sock in sockets:
+        try:
+            sock.listen()
+        except OSError as error:
+            raise _not_free(sock.getsockname()[1], error) from None
 
 
 def _bind(sock: socket.socket, address: str, port: int) -> None:
@@ -113,10 +114,10 @@ def _bind(sock: socket.socket, address: str, port: int) -> None:
     sock.bind((address, port))
 
 
-def _not_free(host: str, port: int, error: OSError) -> OSError:
+def _not_free(port: int, error: OSError) -> OSError:
     if error.errno == errno.EADDRINUSE:
         return OSError(f"port {port} is taken by another program; choose another with --port")
-    return OSError(f"cannot listen on {host} port {port}: {error.strerror}")
+    return OSError(f"cannot listen on port {port}: {error.strerror}")
 
 
 def is_loopback(host: str) -> bool:

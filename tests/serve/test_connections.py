@@ -320,7 +320,7 @@ def test_addresses_to_open() -> None:
         ("127.0.0.1", r"http://127\.0\.0\.1:\d+"),
         ("", r"http://(127\.0\.0\.1|\[::1\]):\d+"),
     ):
-        sockets = connections.listen(host, 0, loopback_only=bool(host))
+        sockets = connections.bound_sockets(host, 0)
         assert re.fullmatch(shown, connections.address_to_open(sockets[0]))
         assert len({sock.getsockname()[1] for sock in sockets}) == 1
         for sock in sockets:
