@@ -33,6 +33,7 @@ ACCEPTED_TOO_MANY = 4 * ACCEPTED_AT_ONCE  # turns until one is closed again for 
 OTHER_FILES = 20  # that the process may need to open at a time: images, weights, pipes
 FEWEST_CONNECTIONS = 4
 HEAD_BYTES = 16_384  # of a request line and its headers
+PIPELINED_BYTES = 65_536  # of further requests, read before the one at work is answered
 CUTTING_SECONDS = 1.5  # after a request's deadline, until its connection is cut
 
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -251,6 +252,8 @@ class Connection(H11Protocol):
         if self._idle:
             self._begin_request()
         super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < PIPELINED_BYTES:
+            self.flow.resume_reading()  # so that it is noticed when the client leaves
         self._note_phase()
 
     def on_response_complete(self) -> None:
