@@ -171,7 +171,7 @@ def test_every_module_imports_with_the_core_dependencies_alone() -> None:
         for name, distributions in metadata.packages_distributions().items()
         if not core & {_name(package) for package in distributions} and name != "blip2"
     )
-    assert {"transformers", "pytest"} <= set(blocked)
+    assert "pytest" in blocked
     program = f"""
 import importlib, sys
 
