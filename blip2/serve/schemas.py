@@ -11,7 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
+    WithJsonSchema,
     create_model,
     field_validator,
 )
@@ -35,7 +35,7 @@ def _only_null(value: object) -> None:
         raise PydanticCustomError("unsupported", "there is no such field here; leave it out, or send null")
 
 
-NonEmptyText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_not_blank)]
+NonEmptyText = Annotated[str, AfterValidator(_not_blank), WithJsonSchema({"type": "string", "minLength": 1})]
 Unsupported = Annotated[
     None, BeforeValidator(_only_null)
 ]  # of OpenAI's API; null, which clients send too, is let pass
