@@ -124,14 +124,6 @@ def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image
         raise
 
 
-def _shown(start: bytes) -> str:
-    """The bytes that a file begins with, for a message: as text where they are such."""
-    text = start.strip().decode("latin-1")
-    if text.isascii() and text.isprintable() and text:
-        return f'the text "{text}"'
-    return f"the bytes {start.hex(' ')}"
-
-
 def _open_content(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -144,7 +136,7 @@ def _open_content(content: bytes, name: str, exif: bool, max_pixels: int) -> Ima
         ) from error
     except (UnidentifiedImageError, KeyError) as error:
         raise ImageError(
-            f"{name}: no image this package can read (it begins with {_shown(content[:8])}); "
+            f"{name}: no image this package can read (it begins with {content[:8]!r}); "
             f"supported are {', '.join(FORMATS)}"
         ) from error
     except Exception as error:  # decoders raise whatever a broken header leads them to
