@@ -286,7 +286,7 @@ def test_a_corrupt_picture_is_reported_in_words_and_the_next_one_works(watched: 
     give(page, "drop", b"no picture at all", "notes.png", "image/png")
     page.wait_for_selector("#unshown:not([hidden])")
     until(page, "document.getElementById('trouble-text').textContent.includes('no image')")
-    assert 'it begins with the text "no pictu"' in page.inner_text("#trouble-text")
+    assert "b'" not in page.inner_text("#trouble-text")
     watched.expect("status of 400")
     give(page, "drop", EXAMPLE.read_bytes())
     assert "triangle" in caption(page) and page.is_hidden("#trouble") and page.is_hidden("#unshown")
