@@ -128,7 +128,7 @@ class Token(BaseModel):
 class GeneratedTextSchema(BaseModel):
     text: str
     score: float = Field(
-        description="by which texts are compared: logprob divided by length ** length_penalty"
+        description="by which texts are compared; see length_penalty"
     )
     logprob: float = Field(
         description="the natural logarithm of the probability of the whole text, its end included"
