@@ -85,7 +85,7 @@ async def _read_form(request: Request, schema: type[Schema], images: str) -> tup
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(400, f"a form is read as UTF-8, not as {excerpt(charset[1])}")
     parser = MultiPartParser(
-        # texts as bytes, as which this charset reads them: of others the parser guesses what is no UTF-8
+        # which keeps every byte: what is no UTF-8 would be guessed
         Headers({"content-type": f"{_CHARSET.sub('', content_type)}; charset=latin-1"}),
         once(),
         max_files=limits.images,
@@ -168,9 +168,7 @@ def _decode_base64(text: str) -> bytes:
         odd = _OUTSIDE_BASE64.search(plain)
         reason = "it was cut, or its padding is wrong"
         if odd is not None:
-            reason = (
-                f"character {odd.start() + 1} is {excerpt(odd[0])}, but it has only A-Z, a-z, 0-9, + and /"
-            )
+            reason = f"character {odd.start() + 1} is {excerpt(odd[0])}, but base64 has only A-Z, a-z, 0-9, + and /"
         raise ApiError(400, f"the image's base64 is damaged: {reason}", param="image") from None
 
 

@@ -68,9 +68,9 @@ async def _generate(
                 {"text": token_text(context.decode, token.id, token.before), "logprob": token.logprob}
                 for token in GrowingText.from_output(output, context.decode).tokens
             ]
-            logprob = finite_logprob(sum(output.text.token_logprobs))
-            score = finite_logprob(output.text.score)
-            texts.append({"text": str(output.text), "score": score, "logprob": logprob, "tokens": tokens})
+            logprob = sum(map(finite_logprob, output.text.token_logprobs))
+            scores = {"score": output.text.score, "logprob": logprob}
+            texts.append({"text": str(output.text), **scores, "tokens": tokens})
         count = sum(len(output.text.tokens) for output in outputs)
         return {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
 

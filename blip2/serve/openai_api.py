@@ -226,7 +226,8 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
                 raise ApiError(400, f"{reason}; write some words", param=f"messages.{i}")
             if images:  # an unanswered question before the image is about it
                 image, turns = images[0], []
-            question = f"{question or ''} {text or ''}".strip()
+            text = text or ""
+            question = text if question is None else f"{question} {text}".strip()
         elif message.role == "assistant":
             if images:
                 raise ApiError(400, "only a user's message brings an image", param=f"messages.{i}")
@@ -239,9 +240,9 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
     if question is None:
         raise ApiError(400, "the last message must be the user's", param="messages")
     context.check_texts(question, *(text for turn in turns for text in turn))
-    if not question:
+    if not question.strip():
         return image, CAPTION_PROMPT
-    turns = [turn for turn in turns if turn[0]]
+    turns = [turn for turn in turns if turn[0].strip()]
     return image, context.engine.predictor.chat_prompt(turns, question, new_tokens)
 
 

@@ -127,9 +127,7 @@ class Token(BaseModel):
 
 class GeneratedTextSchema(BaseModel):
     text: str
-    score: float = Field(
-        description="by which texts are compared; see length_penalty"
-    )
+    score: float = Field(description="by which texts are compared; see length_penalty")
     logprob: float = Field(
         description="the natural logarithm of the probability of the whole text, its end included"
     )
