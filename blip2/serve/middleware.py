@@ -251,8 +251,8 @@ class _Exchange:
         if self._ended:
             raise ClientDisconnect
         if message["type"] == "http.response.start":
-            content_type = Headers(raw=message["headers"]).get("content-type", "")  # a 304 has none
-            self.is_event_stream = content_type.startswith("text/event-stream")
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self.is_event_stream = kind.startswith("text/event-stream")
         await self._send(message)
 
     def end(self) -> None:
