@@ -20,6 +20,7 @@ from PIL import Image, features
 
 from blip2.bulk.sources import Inputs
 from blip2.data.sources import read_samples
+from blip2.imagefiles.names import HAS_HEIF
 from blip2.images import SUFFIXES, ImageError, load_image
 
 EXIF = Image.Exif()
@@ -79,6 +80,20 @@ def bmp_runs(width: int, height: int, runs: bytes, bits: int = 8) -> bytes:
     return b"BM" + struct.pack("<LLL", 0, 0, 54 + len(palette)) + header + palette + runs
 
 
+def box(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">L", 8 + len(data)) + kind + data
+
+
+def avif_items(count: int, properties: int = 0) -> bytes:
+    """An AVIF's file type and metadata: so many items, of which libavif compares each with all others."""
+    items = b"".join(
+        box(b"infe", b"\3\0\0\0" + struct.pack(">L6s2s", i, b"\0\0av01", b"")) for i in range(count)
+    )
+    parts = box(b"iinf", b"\1\0\0\0" + struct.pack(">L", count) + items)
+    parts += box(b"iprp", box(b"ipco", box(b"free", b"") * properties))
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4) + parts)
+
+
 def jpeg_segment(kind: int, data: bytes) -> bytes:
     return bytes((0xFF, kind)) + struct.pack(">H", len(data) + 2) + data
 
@@ -111,12 +126,14 @@ TABLES = jpeg_segment(0xDB, (b"\0" + b"\1" * 64) * 1_000)
         "words": (b"P2\n9 9\n255\n" + b"one " * 81, "PNM with something else than numbers"),
         "too bright": (b"P2\n9 9\n25\n" + b"26 " * 81, "PNM whose pixels are not from 0 to 25"),
         "own kinds": (b"PyRGBA\n900 900\n3\n" + bytes(3_240_000), "PNM of a kind other than P1 to P6"),
+        "items": (avif_items(9_000), "AVIF of more items than pictures have"),
+        "properties": (avif_items(0, 150_000), "AVIF of more items than pictures have"),
         "chunks of WebP": (b"RIFF\0\0\0\0WEBP" + b"ICCP\0\0\0\0" * 150_000, "WebP of more than 100,000 chunks"),
     }.values(),
 )  # fmt: skip
 def test_costly_files_are_refused(content: bytes, message: str) -> None:
     begun = time.process_time()
-    with pytest.raises(ImageError, match=rf"bytes: a {message}.* is not decoded; save the image anew"):
+    with pytest.raises(ImageError, match=rf"bytes: an? {message}.* is not decoded; save the image anew"):
         load_image(content)
     assert time.process_time() - begun < 2
 
@@ -321,6 +338,7 @@ def flat(mode: str, kind: str, width: int, height: int, **options: object) -> by
         ("P", "GIF", {"transparency": 0, "disposal": 2}, "(9000, 9000)"),
         ("RGBA", "PNG", {}, "617 MiB of memory, the limit is 480"),
         ("RGB", "TIFF", {"compression": "tiff_lzw"}, "(9000, 9000)"),
+        ("1", "TIFF", {"compression": "group4"}, "(9000, 9000)"),
         ("RGB", "WEBP", {"lossless": True, "method": 0}, "1,235 MiB of memory, the limit is 480"),
     ],
 )
@@ -330,6 +348,14 @@ def test_memory_is_bounded(
     mb, result = peak_mb(flat(mode, kind, 9_000, 9_000, **options), tmp_path)
     assert expected in result
     assert mb < 512
+
+
+def test_a_row_of_a_fax_needs_memory() -> None:
+    content = grey_tiff(bytes(999), t256=88_000_000, t257=1, t258=1, t259=4, t278=1)
+    with pytest.raises(
+        ImageError, match=r"88000000x1 px is .* decoded in 1,510 MiB of memory, the limit is 480"
+    ):
+        load_image(content)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -364,6 +390,31 @@ def test_jpegs_of_phones() -> None:
 def test_limits_of_pixels_that_are_none(value: object) -> None:
     with pytest.raises(ImageError, match=r"max_pixels is .*, expected a whole number from 1 to 178,956,970"):
         load_image(PNG, max_pixels=value)  # type: ignore[arg-type]
+
+
+def test_heic_is_read_where_its_plug_in_is_installed() -> None:
+    """Without it the error says what the file is."""
+    if not HAS_HEIF:
+        assert ".heic" not in SUFFIXES
+        with pytest.raises(ImageError, match=r"this is HEIC, which is read where pillow-heif is installed"):
+            load_image(box(b"ftyp", b"heic\0\0\0\0mif1heic") + bytes(100))
+        return
+    plugin = pytest.importorskip("pillow_heif.as_plugin")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    picture = picture.resize((120, 80), Image.Resampling.BICUBIC)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.encoderinfo = {"quality": 95, "exif": exif.tobytes()}  # type: ignore[attr-defined]
+        plugin._save_heif(picture, file := io.BytesIO(), "")
+        picture.save(other := io.BytesIO(), "PNG", exif=exif)
+        loaded, expected = load_image(file.getvalue()), load_image(other.getvalue())
+        assert loaded.size == expected.size
+        assert np.abs(np.asarray(loaded).astype(int) - np.asarray(expected)).mean() < 4
+        with pytest.raises(ImageError, match="is 9,600 pixels, the limit is 9,599"):
+            load_image(file.getvalue(), max_pixels=9_599)
+    assert "HEIF" not in Image.OPEN
+    assert {".heic", ".heif", ".hif"} < SUFFIXES
 
 
 def test_mutated_files_of_odd_kinds_are_read_or_refused() -> None:
