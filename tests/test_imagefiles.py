@@ -126,7 +126,7 @@ TABLES = jpeg_segment(0xDB, (b"\0" + b"\1" * 64) * 1_000)
         "words": (b"P2\n9 9\n255\n" + b"one " * 81, "PNM with something else than numbers"),
         "too bright": (b"P2\n9 9\n25\n" + b"26 " * 81, "PNM whose pixels are not from 0 to 25"),
         "own kinds": (b"PyRGBA\n900 900\n3\n" + bytes(3_240_000), "PNM of a kind other than P1 to P6"),
-        "items": (avif_items(9_000), "AVIF of more items than pictures have"),
+        "items": (avif_items(12_000), "AVIF of more items than pictures have"),
         "properties": (avif_items(0, 150_000), "AVIF of more items than pictures have"),
         "chunks of WebP": (b"RIFF\0\0\0\0WEBP" + b"ICCP\0\0\0\0" * 150_000, "WebP of more than 100,000 chunks"),
     }.values(),

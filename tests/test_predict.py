@@ -462,9 +462,9 @@ def test_a_limit_of_pixels(generator_folder: Path, matcher_folder: Path, picture
         model.embed,
         lambda image: model.match(image, "a"),
     ):
-        with pytest.raises(blip2.ImageError, match=r"40x30 px is 1,200 pixels, the limit is 1,000"):
+        with pytest.raises(blip2.ImageError, match=r"30x40 px is 1,200 pixels, the limit is 1,000"):
             use(pictures[0])
-    assert model.encode(pictures[1]).size == (15, 25)  # a JPEG of 30x50 px, at half its scale
+    assert model.encode(pictures[1]).size == (25, 15)  # a JPEG of 50x30 px, at half its scale
     for value in (0, 10**9, "many", 1.5):
         with pytest.raises(blip2.ImageError, match=r"max_pixels is .*, expected a whole number from 1 to"):
             blip2.load(max_pixels=value)  # type: ignore[arg-type]
