@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, lasting over a power cut; locks; users' text files.
+"""Files and folders that appear complete or not at all, lasting over a power cut; locks; users' text files and tables.
 
 Text, CSV, TSV and JSON of users are read here alone: UTF-8, with or without a byte order mark, or UTF-16 with one. LF
 and CRLF end a line, nothing else does. What is no such text is an error that names file and line.
@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
@@ -22,6 +22,7 @@ from blip2.tensorfiles.texts import TextFileError as TextFileError
 from blip2.tensorfiles.texts import decode_text, text_encoding
 from blip2.tensorfiles.texts import read_text as read_text
 
+NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
 MAX_LINE_BYTES = 64 << 20
 UNFINISHED = ".unfinished"  # the suffix of a file that `replace_file` has not renamed yet
 _LOCK = ".lock"
@@ -208,3 +209,57 @@ def read_rows(path: str | Path) -> Iterator[Any]:
     except csv.Error as error:
         where = f"{path}, row {row} (to line {reader.line_num})"
         raise TextFileError(f"{where}: {error}; are double quotes missing?") from None
+
+
+def parquet_columns(path: str | Path) -> list[str]:
+    """The names of a parquet table's columns. Raises TextFileError, OSError."""
+    with _parquet(path) as file:
+        names: list[str] = file.schema_arrow.names
+        return names
+
+
+def read_parquet(path: str | Path, columns: Sequence[str], start: int = 1) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet table from row `start`, counted from 1, on; of the columns those that it has.
+
+    In place of what Python cannot hold, such as text that is no UTF-8, a value is the error. Raises TextFileError,
+    OSError.
+    """
+    with _parquet(path) as file:
+        group = place = 0
+        while group < file.num_row_groups and place + file.metadata.row_group(group).num_rows < start:
+            place += file.metadata.row_group(group).num_rows
+            group += 1
+        groups = list(range(group, file.num_row_groups))
+        names = [name for name in file.schema_arrow.names if name in columns]
+        batches = file.iter_batches(batch_size=64, row_groups=groups, columns=names)
+        rows = itertools.chain.from_iterable(map(_parquet_values, batches))
+        yield from itertools.islice(rows, start - 1 - place, None)
+
+
+@contextmanager
+def _parquet(path: str | Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TextFileError(f"{path}: {NO_PYARROW}") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except pyarrow.ArrowException as error:
+        raise TextFileError(f"{path}: no parquet file that can be read ({error})") from error
+
+
+def _parquet_values(batch: Any) -> list[dict[str, Any]]:
+    unreadable = (ValueError, OverflowError, NotImplementedError)
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except unreadable:
+        rows = [{} for _ in range(batch.num_rows)]
+        for name in batch.schema.names:
+            for row, scalar in zip(rows, batch.column(name), strict=True):
+                try:
+                    row[name] = scalar.as_py()
+                except unreadable as error:
+                    row[name] = error
+    return rows

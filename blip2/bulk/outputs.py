@@ -18,9 +18,9 @@ from typing import Any, TextIO
 from PIL import Image
 
 from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
-from blip2.bulk.sources import IN_TABLE, NO_PYARROW, ImageItem, parquet_items
+from blip2.bulk.sources import IN_TABLE, ImageItem, parquet_items
 from blip2.images import SUFFIXES, ImageError
-from blip2.storage import encode_text, replace_file
+from blip2.storage import NO_PYARROW, encode_text, replace_file
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 ERRORS = "errors.jsonl"  # beside the journal

@@ -174,7 +174,7 @@ def new_items(
             if old or names.get(key) is not None:  # a second time within these
                 continue
             names.set(key, 0)
-            if settings.kind == "txt":
+            if settings.kind == "txt" and not item.problem:
                 text = sidecar(item, settings.out)
                 if files.get(key_of(text)) is not None:
                     problem = f"{text} is the text file of another image; rename one of them"

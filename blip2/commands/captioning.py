@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
-from blip2.commands.images import countable, inputs_of, print_rows
+from blip2.commands.images import countable, inputs_of, print_rows, report_left_out
 from blip2.commands.terminal import DONE, SOME_FAILED, complain, load_named, print_line, report_error
 from blip2.generation.options import GenerationOptions, TextKind
 
@@ -133,6 +133,7 @@ def _print_estimate(
 
     to_begin = time.perf_counter() - begun
     work = estimate(inputs, settings, describe, prepare=prepare)
+    report_left_out(inputs)
     already = f", {work.done:,} of them done already" if work.done else ""
     seconds = to_begin + work.seconds
     minutes = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
@@ -183,6 +184,7 @@ def _write_files(
     except KeyboardInterrupt:
         complain("stopped" if args.dry_run else f"stopped; what was done is kept, {GO_ON}")
         return 130
+    report_left_out(inputs)
     if not args.quiet:
         errors = f": {state_folder(out, kind) / ERRORS}" if done.failed else ""
         total = done.done + done.before

@@ -10,19 +10,29 @@ import contextlib
 import io
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from blip2.imagefiles.advice import missing_hint, unreadable_kind
 from blip2.imagefiles.checks import bare_file, check_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
 MAX_BYTES = 512 * 2**20  # of one image file
 MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
 
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
+
+class ImageReader(Protocol):
+    """An image file that is open for reading bytes, or opened when it is read."""
+
+    def read(self) -> bytes:
+        """The bytes of the file."""
+        ...
+
+
+ImageSource = str | Path | bytes | ImageReader | Image.Image | npt.NDArray[np.uint8]
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -89,9 +99,7 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except FileNotFoundError:
-        url = str(path).startswith(("http:", "https:"))
-        hint = "; URLs are not fetched here, download it first" if url else ""
-        raise ImageError(f"{path}: no such file{hint}") from None
+        raise ImageError(f"{path}: no such file{missing_hint(str(path))}") from None
     except PermissionError:
         raise ImageError(f"{path}: no permission to read it") from None
     except OSError as error:
@@ -135,10 +143,9 @@ def _open_content(content: bytes, name: str, exif: bool, max_pixels: int) -> Ima
             f"{name}: too many pixels to decode (the limit is {max_pixels:,}); make it smaller"
         ) from error
     except (UnidentifiedImageError, KeyError) as error:
-        raise ImageError(
-            f"{name}: no image this package can read (it begins with {content[:8]!r}); "
-            f"supported are {', '.join(FORMATS)}"
-        ) from error
+        unknown = f"no image this package can read (it begins with {content[:8]!r})"
+        kinds = f"{unknown}; supported are {', '.join(FORMATS)}"
+        raise ImageError(f"{name}: {unreadable_kind(content) or kinds}") from error
     except Exception as error:  # decoders raise whatever a broken header leads them to
         raise ImageError(f"{name}: the image is damaged; its header cannot be read") from error
 

@@ -79,12 +79,12 @@ def test_folder(tmp_path: Path) -> None:
         ("a.json", {"rows": []}, "expected a list of rows"),
         ("a.json", [], "holds no samples"),
         ("a.json", ["a.jpg"], "row 1 is a str"),
-        ("a.json", [{"image": "a.jpg", "caption": "x"}, {"caption": "a dog"}], "row 2 names no image"),
+        ("a.json", [{"caption": "a dog"}], "row 1 names no image"),
         ("a.json", [{"image": "a.jpg"}], "neither a caption nor a question"),
         ("a.json", [{"image": "a.jpg", "caption": 3}], "expected a text, got 3"),
         ("a.json", {"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}, "belongs to image 5"),
         ("a.jsonl", '{"image": "a.jpg", "caption": "x"}\n{', "line 2"),
-        ("a.xml", "", "expected .json, .jsonl, .csv or a folder"),
+        ("a.xml", "", "expected .json, .jsonl, .csv, .tsv, .parquet, or a folder"),
     ],
 )
 def test_errors_name_what_is_wrong(tmp_path: Path, name: str, content: Any, message: str) -> None:
