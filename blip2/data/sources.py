@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,6 +54,11 @@ class Sample:
     captions: tuple[str, ...] = ()
     question: str | None = None
     answers: tuple[str, ...] = ()
+
+    @property
+    def image_name(self) -> str:
+        """What the image is called in messages."""
+        return self.image.name if isinstance(self.image, ImageItem) else str(self.image)
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,7 @@ def _sample(row: Any, root: Path, source: str) -> Sample:
     question = row.get("question")
     if question is not None and not isinstance(question, str):
         raise DataError(f"{source}: the question is a {type(question).__name__}, expected text")
+    question = next(iter(_texts(question, source)), None)
     if not captions and question is None:
         raise DataError(
             f"{source} ({name}) has neither a caption nor a question; got {sorted(map(str, row))}"
@@ -259,6 +266,8 @@ def _texts(value: Any, source: str) -> tuple[str, ...]:
         text = item.get("answer") if isinstance(item, Mapping) else item
         if not isinstance(text, str):
             raise DataError(f"{source}: expected a text, got {text!r}")
+        if not text.isprintable() and re.search("[\ud800-\udfff]", text):
+            raise DataError(f"{source}: a text holds surrogates, which are no Unicode characters: {text!r}")
         if text and not text.isspace():
             texts.append(text)
     return tuple(texts)
