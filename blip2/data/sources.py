@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,18 +76,14 @@ class SampleSet:
 
     def notes(self) -> list[str]:
         """What was passed over, in lines; none where there is nothing."""
-        lines = [summary("cannot be used", self.problems), left_out_text(self.left_out)]
-        return [line for line in lines if line]
+        lines = [summary("rows and images that cannot be used are left out", self.problems)]
+        return [line for line in (*lines, left_out_text(self.left_out)) if line]
 
 
-def summary(what: str, problems: list[str]) -> str:
-    """A line about things that were passed over: how many and the first; empty where there is none."""
-    if not problems:
-        return ""
+def summary(what: str, problems: Sequence[str]) -> str:
+    """A line about things that were passed over: how many, and the first; empty where there is none."""
     more = f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-    return f"{len(problems):,} {what} and {'is' if len(problems) == 1 else 'are'} left out: " + (
-        "; ".join(problems[:SHOWN]) + more
-    )
+    return f"{len(problems):,} {what}: {'; '.join(problems[:SHOWN])}{more}" if problems else ""
 
 
 def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sample]:
