@@ -229,11 +229,14 @@ def read_parquet(path: str | Path, columns: Sequence[str], start: int = 1) -> It
         while group < file.num_row_groups and place + file.metadata.row_group(group).num_rows < start:
             place += file.metadata.row_group(group).num_rows
             group += 1
-        groups = list(range(group, file.num_row_groups))
         names = [name for name in file.schema_arrow.names if name in columns]
-        batches = file.iter_batches(batch_size=64, row_groups=groups, columns=names)
-        rows = itertools.chain.from_iterable(map(_parquet_values, batches))
-        yield from itertools.islice(rows, start - 1 - place, None)
+        for number in range(
+            group, file.num_row_groups
+        ):  # one by one: all rows before a damaged one are given
+            for batch in file.iter_batches(batch_size=64, row_groups=[number], columns=names):
+                rows = _parquet_values(batch)
+                yield from rows[max(0, start - 1 - place) :]
+                place += len(rows)
 
 
 @contextmanager

@@ -76,14 +76,14 @@ class SampleSet:
 
     def notes(self) -> list[str]:
         """What was passed over, in lines; none where there is nothing."""
-        lines = [summary("rows and images that cannot be used are left out", self.problems)]
+        lines = [summary("rows and images that cannot be used", self.problems)]
         return [line for line in (*lines, left_out_text(self.left_out)) if line]
 
 
 def summary(what: str, problems: Sequence[str]) -> str:
-    """A line about things that were passed over: how many, and the first; empty where there is none."""
+    """A line about what was passed over: how many and the first; empty where there is none."""
     more = f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-    return f"{len(problems):,} {what}: {'; '.join(problems[:SHOWN])}{more}" if problems else ""
+    return f"{what}: {len(problems):,} ({'; '.join(problems[:SHOWN])}{more})" if problems else ""
 
 
 def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sample]:

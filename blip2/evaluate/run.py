@@ -25,7 +25,7 @@ from blip2.matching import Matcher
 from blip2.predict import Predictor
 from blip2.results import Ranked
 
-_DAMAGED = "images cannot be read and are left out of the scores"
+_DAMAGED = "images that cannot be read, left out of the scores"
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _damaged(items: Sequence[EvalItem], settings: EvalSettings) -> dict[ImageFil
                 damaged[file] = reason
             settings.progress("checking images", done, len(files))
     if items and not sound_items(items, damaged):
-        raise DataError(summary("images cannot be read, and there are no others", list(damaged.values())))
+        raise DataError(summary("images that cannot be read, and no others", list(damaged.values())))
     if damaged:
         log.warning("%s", summary(_DAMAGED, list(damaged.values())))
     return damaged
@@ -165,7 +165,7 @@ def _report(
     else:
         report = task_report(model, task.without(damaged), settings, model_name=model_name)
         left_out = task.left_out
-        notes += [summary("rows cannot be used and are left out of the scores", left_out), *task.notes]
+        notes += [summary("rows that cannot be used, left out of the scores", left_out), *task.notes]
     notes = [*report.notes, *filter(None, notes)]
     return replace(report, notes=notes, damaged=list(damaged.values()), left_out=left_out)
 

@@ -56,7 +56,7 @@ def missing_hint(path: str, root: str = "") -> str:
 
     root: the folder of the list or table that holds the path.
     """
-    if re.search(r"(?:^|[/\\])file:/", path):
+    if re.search(r"(?:^|[/\\])file:/", path, re.IGNORECASE):
         return "; write the path alone, without file://"
     if re.search(r"(?:^|[/\\])[a-zA-Z][a-zA-Z0-9+.-]+:/", path):
         return "; URLs are not fetched here, download it first"
