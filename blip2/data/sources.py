@@ -216,15 +216,15 @@ def _annotation_rows(content: Any, path: Path) -> Iterable[Any]:
 
 def _coco_rows(annotations: list[Any], images: Any, path: Path) -> Iterator[Any]:
     listed = [image for image in images if isinstance(image, Mapping)] if isinstance(images, list) else []
-    names = {str(image.get("id")): image.get("file_name") for image in listed}
+    names = {str(image["id"]): image.get("file_name") for image in listed if "id" in image}
     for row in annotations:
         number = row.get("image_id") if isinstance(row, Mapping) else None
-        if not isinstance(row, Mapping):
-            yield row
-        elif names.get(str(number)) is None:
-            yield DataError(f"{path}: an annotation belongs to image {number}, which is not listed")
+        if number is not None and names.get(str(number)) is None:
+            yield DataError(
+                f"{path}: an annotation belongs to image {number}, which is not listed with its file"
+            )
         else:
-            yield {"image": names[str(number)], **row, "id": number}
+            yield row if number is None else {"image": names[str(number)], **row, "id": number}
 
 
 def _sample(row: Any, root: Path, source: str) -> Sample:
