@@ -233,7 +233,7 @@ def _sample(row: Any, root: Path, source: str) -> Sample:
     if not isinstance(row, Mapping):
         raise DataError(f"{source} is a {type(row).__name__}, expected an object with `image` and `caption`")
     image = _first(row, *PATH_COLUMNS)
-    if not isinstance(image, str | ImageItem):
+    if not isinstance(image, str | ImageItem) or not image:
         raise DataError(f"{source} names no image; expected `image`, got {sorted(map(str, row))}")
     name = image.name if isinstance(image, ImageItem) else image
     captions, answers = (_texts(_first(row, *names), source) for names in (_CAPTIONS, _ANSWERS))
