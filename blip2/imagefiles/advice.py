@@ -11,7 +11,8 @@ FAILED_ROWS = "rows that hold an error"  # of the run that wrote the file
 _CONVERT = "convert them to JPEG or PNG"
 _DRAWN, _RAW = "export them as PNG", "export them as JPEG, or use the JPEG beside each"
 _KINDS = {
-    "heic heif hif heics heifs jxl jp2 j2k j2c jpc jpf jpx jpm jxr wdp hdp psd psb xcf kra": _CONVERT,
+    "heic heif hif heics heifs": "pip install 'blip2[heif]', or convert them to JPEG",
+    "jxl jp2 j2k j2c jpc jpf jpx jpm jxr wdp hdp psd psb xcf kra": _CONVERT,
     "ico icns cur tga exr hdr dds pcx xbm xpm sgi qoi dcm fits": _CONVERT,
     "svg svgz eps ai wmf emf cdr": _DRAWN,
     "cr2 cr3 crw nef nrw arw srf sr2 dng orf rw2 rwl raf pef srw raw 3fr iiq x3f kdc dcr erf mef mos mrw": _RAW,
@@ -19,23 +20,27 @@ _KINDS = {
 # Suffixes of what a user would call an image and is not read here -> what helps.
 UNREADABLE = {f".{ending}": advice for endings, advice in _KINDS.items() for ending in endings.split()}
 _BEGINNINGS = (
-    (rb".{4}ftyp(?:hei|hev|mif1|msf1)", "HEIC", "convert it to JPEG"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", "convert it to JPEG"),
     (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000", "convert it to JPEG"),
-    (rb"(?:\xef\xbb\xbf)?\s*<(?:svg|\?xml|!doctype svg)|%!PS", "a drawing (SVG, EPS)", "export it as PNG"),
-    (rb"\s*<(?:!doctype )?html", "a web page", "download the image itself"),
+    (rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype )?html", "a web page", "download the image itself"),
+    (
+        rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:svg|\?xml|!doctype svg)|%!PS",
+        "a drawing (SVG, EPS)",
+        "export it as PNG",
+    ),
     (rb"%PDF", "PDF", "export its pages as PNG"),
-    (rb"8BPS|gimp xcf", "layers of Photoshop or GIMP", "export it as PNG"),
+    (rb"8BPS|gimp xcf", "a file of Photoshop or GIMP", "export it as PNG"),
     (rb"v/1\x01|#\?RADIANCE", "an image of high dynamic range", "convert it to PNG"),
-    (rb"FUJIFILMCCD-RAW|.{4}ftypcrx|IIRO|\0MRM", "a camera's raw file", "export it as JPEG"),
-)  # fmt: skip
+    (rb"(?s)FUJIFILMCCD-RAW|.{4}ftypcrx|IIRO|\0MRM", "a camera's raw file", "export it as JPEG"),
+)
 
 
 def unreadable_kind(content: bytes) -> str:
-    """What a file is that no decoder here reads, and what helps; empty where that is not known."""
-    found = (f"this is {kind}, which is not read here; {advice}" for start, kind, advice in _BEGINNINGS
-             if re.match(start, content[:64], re.DOTALL | re.IGNORECASE))  # fmt: skip
-    return next(found, "")
+    """What a file is that no decoder here reads, and what helps, to be put after the message; empty where not known."""
+    kinds = (
+        f"; this is {kind}: {advice}" for start, kind, advice in _BEGINNINGS if re.match(start, content[:64])
+    )
+    return next(kinds, "")
 
 
 def left_out_text(left_out: Mapping[str, int]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip2.imagefiles.advice import UNREADABLE, missing_hint
+from blip2.imagefiles.errors import ImageError
 from blip2.imagefiles.names import is_hidden, is_image_name
 
 PATH_COLUMNS = ("image", "path", "file_name", "image_path", "filepath")
@@ -41,7 +42,7 @@ class ImageItem(NamedTuple):
 
     def read(self) -> bytes:
         """The bytes of the image file. Raises ImageError where they cannot be read."""
-        from blip2.imagefiles.decode import ImageError, check_size  # here, as it imports Pillow
+        from blip2.imagefiles.decode import check_size  # here, as it imports Pillow
 
         if self.problem:
             named = self.problem.startswith(self.name)

@@ -127,7 +127,7 @@ def test_a_folder_and_a_shard_are_evaluated_alike(
     for i, text in enumerate(("a rose\na red rose\n", "a cat", "  \n", "a vase")):
         (folder / f"{i}.txt").write_text(text)
     (folder / "3.txt").write_bytes(b"caf\xe9")
-    (folder / "d.HEIC").touch()
+    (folder / "d.JXL").touch()
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
         archive.add(folder, ".")
     reports = [run("captions", data, generator_folder) for data in (folder, tmp_path / "shard.tar")]
@@ -137,7 +137,7 @@ def test_a_folder_and_a_shard_are_evaluated_alike(
             ("a cat",),
         ]
         assert len(report.left_out) == 2 and "3.txt" in report.left_out[1]
-        assert "left out: 1 .heic (convert them to JPEG or PNG)" in report.notes
+        assert "left out: 1 .jxl (convert them to JPEG or PNG)" in report.notes
     assert [o.text for o in reports[0].outcomes] == [o.text for o in reports[1].outcomes]
     results, _, page = write(reports[1], tmp_path / "out")
     assert "shard.tar/./0.png" in results.read_text() and page.read_text().count("data:image/jpeg") == 2

@@ -46,7 +46,7 @@ def problem(item: ImageItem) -> str:
 
 
 def test_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
-    assert not SUFFIXES & UNREADABLE.keys()
+    assert not SUFFIXES & {suffix for suffix in UNREADABLE if not suffix.startswith((".hei", ".hif"))}
     for name in ("a.jpg", "b.png"):
         picture(tmp_path / "top" / name)
     others = [
@@ -75,10 +75,16 @@ def test_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
         inputs.check(), list(inputs)  # listed again and in part, nothing is counted twice
         assert {**inputs.left_out, ".psd": 0} == {**expected, ".psd": 0}
     text = left_out_text(listed(tmp_path / "top", exclude=["old/*"])[1].left_out)
-    assert text.startswith("left out: 2 .heic, 1 .heif, 1 .jxl (convert them to JPEG or PNG); ")
-    assert "1 .svg (export them as PNG)" in text and "1 .cr2 (export them as JPEG" in text
+    assert text.startswith(
+        "left out: 2 .heic, 1 .heif (pip install 'blip2[heif]', or convert them to JPEG); "
+    )
+    assert (
+        "1 .jxl (convert them to JPEG or PNG)" in text
+        and "1 .svg (export them as PNG)" in text
+        and "1 .cr2 (export them as JPEG" in text
+    )
     assert listed(tmp_path / "top", include=["*.jpg"])[1].left_out == {} and left_out_text({}) == ""
-    with pytest.raises(BulkError, match=r"no images found; left out: 1 \.heic, 1 \.heif \(convert"):
+    with pytest.raises(BulkError, match=r"no images found; left out: 1 \.heic, 1 \.heif \(pip"):
         listed(tmp_path / "top" / "deep", limit=5)[1].check()
 
 
@@ -86,16 +92,15 @@ def test_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "this is HEIC"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0", "this is HEIC"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "this is JPEG XL"),
         (b"\xff\x0a\xfa\x1f", "this is JPEG XL"),
         (b"\0\0\0\x0cjP  \r\n\x87\n", "this is JPEG 2000"),
         (b"<?xml version='1.0'?><svg xmlns=", "a drawing .*export it as PNG"),
         (b"  <SVG width='3'>", "a drawing"),
-        (b"<!DOCTYPE html><html>", "a web page, .*download the image itself"),
+        (b"<!DOCTYPE html><html>", "a web page: download the image itself"),
         (b"%PDF-1.7\n", "this is PDF"),
         (b"8BPS\0\1", "Photoshop"),
-        (b"hello there", "no image this package can read .*supported are JPEG"),
+        (b"hello there", "no image this package can read; supported are JPEG"),
     ],
 )
 def test_a_named_file_of_another_kind_says_which(tmp_path: Path, content: bytes, message: str) -> None:
