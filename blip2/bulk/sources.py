@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blip2.bulk.journal import BulkError
+from blip2.bulk.database import BulkError
 from blip2.imagefiles.advice import FAILED_ROWS, left_out_text, missing_hint
 from blip2.imagefiles.listing import PATH_COLUMNS, is_failed_row, path_in, tar_images, walk_images
 from blip2.imagefiles.listing import ImageItem as ImageItem
