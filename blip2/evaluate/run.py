@@ -118,6 +118,9 @@ def evaluate(
             raise DataError(
                 f"{len(missing):,} of {len(task.items):,} images are missing, such as {missing[0]}"
             )
+        if not task.items:
+            reasons = summary("; left out", task.left_out) if isinstance(task, EvalTask) else ""
+            raise DataError(f"eval {name}: the data hold nothing to score{reasons}")
     damaged = [_damaged(task.items, settings) for task in tasks]  # reported now, not after hours
     model = load()
     return [
@@ -142,7 +145,7 @@ def _damaged(items: Sequence[EvalItem], settings: EvalSettings) -> dict[ImageFil
             if reason:
                 damaged[file] = reason
             settings.progress("checking images", done, len(files))
-    if items and not sound_items(items, damaged):
+    if not sound_items(items, damaged):
         raise DataError(summary("images that cannot be read, and no others", list(damaged.values())))
     if damaged:
         log.warning("%s", summary(_DAMAGED, list(damaged.values())))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from blip2.data.sources import DataError, read_annotations, read_sample_set
+from blip2.data.sources import DataError, read_annotations, read_sample_set, summary
 from blip2.imagefiles.advice import left_out_text
 from blip2.imagefiles.listing import ImageItem
 
@@ -173,7 +173,7 @@ def _with_references(
             usable.append(item)
         else:
             left_out.append(
-                f"{item.id} has {len(texts)} {what}" + (f" of {least} or more" if least > 1 else "")
+                f"{item.id} has {len(texts)} {what}" + (f", fewer than {least}" if least > 1 else "")
             )
     return usable
 
@@ -286,7 +286,8 @@ def _common_form(name: str, data: Path, images: Path | None, annotations: Path |
     kind: Kind = "captions" if name == "captions" else "questions"
     usable = _with_references(items, kind, left_out)
     if not usable:
-        raise DataError(f"{data} holds no {'captions' if kind == 'captions' else 'questions with answers'}")
+        what = "captions" if kind == "captions" else "questions with answers"
+        raise DataError(f"{data} holds no {what}{summary('; left out', left_out)}")
     rule: Literal["vqa", "normalised"] = (
         "vqa" if all(len(item.answers) >= 10 for item in usable) else "normalised"
     )

@@ -16,6 +16,7 @@ from PIL import Image
 
 from blip2.bulk import BulkError, Inputs, RunSettings, caption_all
 from blip2.bulk.sources import ImageItem
+from blip2.cli import main
 from blip2.data.sources import read_sample_set
 from blip2.imagefiles.advice import UNREADABLE, left_out_text
 from blip2.images import SUFFIXES, ImageError, load_image
@@ -304,3 +305,30 @@ def test_problem_rows_take_no_text_file_of_an_image(tmp_path: Path) -> None:
         describe,
     )
     assert done.failed == 2 and (tmp_path / "rows.txt").read_text(encoding="utf-8") == "a rose\u2028or two\n"
+
+
+def test_every_command_says_what_was_left_out(
+    tmp_path: Path, generator_folder: Path, matcher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = tmp_path / "top"
+    picture(top / "a.png")
+    for name in ("b.psd", "c.PSD", "d.svg"):
+        (top / name).touch()
+    out, model = ["--out", str(tmp_path / "o.jsonl")], ["--model", str(generator_folder), "--quiet"]
+    for command in (
+        ["caption", str(top), *model],
+        ["caption", str(top), *model, *out, "--dry-run"],
+        ["caption", str(top), *model, *out],
+        ["ask", str(top), "what?", *model],
+        ["embed", str(top), "--model", str(matcher_folder), "--quiet"],
+    ):
+        assert main(command) == 0
+        assert (
+            "left out: 2 .psd (convert them to JPEG or PNG); 1 .svg (export them as PNG)"
+            in capsys.readouterr().err
+        )
+    (top / "a.png").unlink()
+    assert main(["caption", str(top), *model]) == 1
+    assert "left out: 2 .psd" in capsys.readouterr().err
+    assert main(["caption", str(top), *model, *out, "--existing", "overwrite"]) == 2
+    assert "no images found; left out: 2 .psd" in capsys.readouterr().err

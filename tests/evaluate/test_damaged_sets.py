@@ -101,6 +101,22 @@ def test_nothing_left_is_an_error_before_the_model_is_loaded(folder: Path) -> No
     data = rows(folder, "captions", [])
     for path in folder.glob("*.png"):
         path.write_bytes(b"none")
+    odd = rows(folder, "questions", [])
+    with pytest.raises(DataError, match=r"holds no captions$"):
+        evaluate(lambda: pytest.fail("loaded"), "captions", odd, EvalSettings(), model_name="x")
+    questions = {"questions": [{"question_id": i, "image": "0.png", "question": "what?"} for i in range(3)]}
+    annotations = {"annotations": [{"question_id": 1, "answers": [{"answer": "cat"}] * 3}]}
+    for name, content in (
+        ("OpenEnded_mscoco_val2014_questions.json", questions),
+        ("mscoco_val2014_annotations.json", annotations),
+    ):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "val2014").mkdir()
+    with pytest.raises(
+        DataError, match=r"nothing to score; left out: 3 \(.* no answers to question 0; 1 has 3 answers"
+    ):
+        evaluate(lambda: pytest.fail("loaded"), "okvqa", folder, EvalSettings(), model_name="x")
+    data = rows(folder, "captions", [])
     with pytest.raises(DataError, match=r"images that cannot be read, and no others: 4 .*0\.png"):
         evaluate(lambda: pytest.fail("loaded"), "captions", data, EvalSettings(), model_name="x")
 
