@@ -166,15 +166,16 @@ def _with_references(
     """The items of a kind that can be scored; those without texts, or with less than `least` answers, are noted."""
     usable = []
     for item in items:
-        if (kind == "questions") != bool(item.question):
-            continue
+        if bool(item.question) != (kind == "questions") and (item.question or item.captions):
+            continue  # of a set with both kinds
         texts, what = (item.answers, "answers") if kind == "questions" else (item.captions, "captions")
-        if len(texts) >= (least if kind == "questions" else 1):
-            usable.append(item)
+        if kind == "questions" and not item.question:
+            left_out.append(f"{item.id} has no question")
+        elif len(texts) < (least if kind == "questions" else 1):
+            fewer = f", fewer than {least}" if least > 1 else ""
+            left_out.append(f"{item.id} has {len(texts)} {what}{fewer}")
         else:
-            left_out.append(
-                f"{item.id} has {len(texts)} {what}" + (f", fewer than {least}" if least > 1 else "")
-            )
+            usable.append(item)
     return usable
 
 

@@ -7,6 +7,8 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+from blip2.imagefiles.names import SUFFIXES
+
 FAILED_ROWS = "rows that hold an error"  # of the run that wrote the file
 _CONVERT = "convert them to JPEG or PNG"
 _DRAWN, _RAW = "export them as PNG", "export them as JPEG, or use the JPEG beside each"
@@ -18,7 +20,12 @@ _KINDS = {
     "cr2 cr3 crw nef nrw arw srf sr2 dng orf rw2 rwl raf pef srw raw 3fr iiq x3f kdc dcr erf mef mos mrw": _RAW,
 }
 # Suffixes of what a user would call an image and is not read here -> what helps.
-UNREADABLE = {f".{ending}": advice for endings, advice in _KINDS.items() for ending in endings.split()}
+UNREADABLE = {
+    f".{ending}": advice
+    for endings, advice in _KINDS.items()
+    for ending in endings.split()
+    if f".{ending}" not in SUFFIXES
+}
 _BEGINNINGS = (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", "convert it to JPEG"),
     (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000", "convert it to JPEG"),
@@ -41,6 +48,13 @@ def unreadable_kind(content: bytes) -> str:
         f"; this is {kind}: {advice}" for start, kind, advice in _BEGINNINGS if re.match(start, content[:64])
     )
     return next(kinds, "")
+
+
+def unreadable_suffix(name: str, message: str) -> str:
+    """What helps where a file's name says a kind that is not read, to be put after an error's message; else empty."""
+    suffix = os.path.splitext(name)[1].lower()
+    known = suffix not in UNREADABLE or "this is " in message  # the content told
+    return "" if known else f"; {suffix} files are not read here: {UNREADABLE[suffix]}"
 
 
 def left_out_text(left_out: Mapping[str, int]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from blip2.imagefiles.advice import missing_hint
+from blip2.imagefiles.advice import missing_hint, unreadable_suffix
 from blip2.imagefiles.checks import bare_file, check_file
 from blip2.imagefiles.cost import Cost
 from blip2.imagefiles.errors import ImageError as ImageError
@@ -87,7 +87,9 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
             raise ImageError(f"{path} is no regular file; pass the path of an image file")
         check_size(path.stat().st_size, str(path))
         return _open(path.read_bytes(), str(path), exif, max_pixels)
-    except ImageError:
+    except ImageError as error:
+        if advice := unreadable_suffix(path.name, str(error)):
+            raise ImageError(f"{error}{advice}") from error
         raise
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file{missing_hint(str(path))}") from None

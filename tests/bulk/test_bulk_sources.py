@@ -111,6 +111,25 @@ def test_a_named_file_of_another_kind_says_which(tmp_path: Path, content: bytes,
             load_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.NEF", "b.psd", "c.heic", "d.jxl", "e.svgz", "f.ico", "g.exr"])
+def test_a_named_file_of_a_kind_that_is_not_read_says_what_helps(
+    tmp_path: Path, name: str, generator_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suffix = name[1:].lower()
+    path = tmp_path / name
+    for content in (b"", b"II*\0\x08\0\0\0junk", b"anything"):
+        path.write_bytes(content)
+        assert main(["caption", str(path), "--model", str(generator_folder), "--quiet"]) == 1
+        with pytest.raises(ImageError) as caught:
+            load_image(path)
+        for message in (capsys.readouterr().err, str(caught.value)):
+            if suffix in SUFFIXES:
+                assert "not read here" not in message
+            else:
+                assert f"{suffix} files are not read here: {UNREADABLE[suffix]}" in message
+    assert problem(ImageItem(str(picture(path)), str(path))) == ""  # what it is, its content tells
+
+
 def test_a_list_says_what_to_do_about_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = tmp_path / "sets"
     for name in ("a.jpg", "sub/b b.png", "no suffix", "c.data", unicodedata.normalize("NFD", "é.png")):
