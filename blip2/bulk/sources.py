@@ -197,7 +197,8 @@ def _check_rows(rows: Iterable[Any], source: str) -> None:
         count += 1
         usable += isinstance(_path_of(row), str) or is_failed_row(row)
     if count and not usable:
-        raise BulkError(f"{source}: no row names an image; expected one of {', '.join(PATH_COLUMNS)}")
+        expected = f"expected one of {', '.join(PATH_COLUMNS)}"
+        raise BulkError(f"{source}, row 1 names no image; {expected}; neither does any other row")
 
 
 def _list(source: str) -> Iterator[ImageItem]:

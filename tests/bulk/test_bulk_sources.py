@@ -186,10 +186,12 @@ def test_rows_without_an_image_are_errors_of_their_own(tmp_path: Path) -> None:
         ("no.json", '[{"x": "a.png"}]'),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(BulkError, match="no row names an image; expected one of image, path"):
+        with pytest.raises(
+            BulkError, match=r"row 1 names no image; expected one of image, path.*; neither does any"
+        ):
             listed(tmp_path / name)
         (item,) = listed(tmp_path / name, strict=False)[0]
-        assert "no row names an image" in problem(item)
+        assert "row 1 names no image" in problem(item)
 
 
 def parquet(path: Path, **columns: Any) -> Path:
