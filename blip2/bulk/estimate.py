@@ -57,7 +57,8 @@ def estimate(
         stream = new()
         ends = [(0, 0.0)]  # of each batch: how many inputs were done, and when
         begin = time.perf_counter()
-        recorded = lambda digest: texts.get(digest) or database.texts(digest)  # noqa: E731
+        files = settings.kind != "stdout"  # else the content has no digest, and no texts are recorded
+        recorded = lambda key: texts.get(key) or (database.texts(key) if files else None)  # noqa: E731
         for rows in caption_tasks(stream, settings, describe, decode_image, recorded):
             texts |= {row["hash"]: row["texts"] for row in rows if "hash" in row}
             ends.append((ends[-1][0] + len(rows), time.perf_counter() - begin))
