@@ -27,7 +27,7 @@ from blip2.modeling.config import MODES, Mode
 from blip2.modeling.kv_cache import PromptCache, concat_prompt_caches
 from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, default_model
 from blip2.results import Answer, Caption, EncodedImage, Match, Ranked, detokenize_stream
-from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
+from blip2.text import CAPTION_PROMPT, chat_prompt, check_text, is_blank, question_prompt
 
 Image = ImageSource | EncodedImage
 Texts = str | Many[str]
@@ -97,12 +97,16 @@ def load(
     load_matcher = None
     if matcher is not None:
         if isinstance(loaded.model, Blip2Matcher):
-            raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
+            raise ValueError(f"{name} is a matcher itself; give matcher= with a model that writes")
         load_matcher = partial(load_components, matcher, torch_device, dtype, None, quantize=quantize)
     return Predictor(shown, loaded, load_matcher, torch_device, max_pixels=max_pixels)
 
 
 # --- the predictor -------------------------------------------------------------------------------------------------
+
+
+class NoMatcherError(ValueError):
+    """A model that writes was loaded without one that matches."""
 
 
 class Predictor:
@@ -158,7 +162,7 @@ class Predictor:
         loaded = self._loaded
         if isinstance(loaded.model, Blip2):
             if self._load_matcher is None:
-                raise ValueError(
+                raise NoMatcherError(
                     "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
                 )
             loaded = self._load_matcher()
@@ -280,7 +284,7 @@ class Predictor:
             One image: an `Answer`. A list: a list of them, in order. See `num_return_sequences` and `stream`.
 
         Raises:
-            ValueError: not as many questions as images.
+            ValueError: not as many questions as images, or an empty one.
         """
         chosen = make_options("answer", stream=stream, num_return_sequences=num_return_sequences, **options)
         listed = as_list(images)
@@ -319,10 +323,10 @@ class Predictor:
             One image: a list of `Ranked`, the likeliest first. A list: a list of such lists.
 
         Raises:
-            ValueError: no answers or an empty one, or not as many questions as images.
+            ValueError: no answers, an empty answer or question, or not as many questions as images.
         """
         offered = list(dict.fromkeys(answer.strip() for answer in answers))
-        if not offered or "" in offered:
+        if not offered or any(map(is_blank, offered)):
             raise ValueError("answers to rank: give one or more, none of them empty")
         ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
         listed = as_list(images)
@@ -474,8 +478,8 @@ class Predictor:
         return [self.question_prompt(text) for text in questions]
 
     def question_prompt(self, question: str) -> str:
-        """The prompt that `ask` gives this model for a question."""
-        return question_prompt(question, short=self.model.config.language.is_encoder_decoder)
+        """The prompt that `ask` gives this model for a question. Raises TextError where it is empty."""
+        return question_prompt(check_text(question), short=self.model.config.language.is_encoder_decoder)
 
     def asking_prompt(
         self, question: str, turns: Sequence[tuple[str, str]] | None, answer: str | None = None
@@ -485,7 +489,11 @@ class Predictor:
         return self.question_prompt(question) if turns is None else self.chat_prompt(turns, question, new)
 
     def chat_prompt(self, turns: Sequence[tuple[str, str]], question: str, max_new_tokens: int) -> str:
-        """The prompt of a conversation's next answer: of the (question, answer) turns so far the latest that fit."""
+        """The prompt of a conversation's next answer: of the (question, answer) turns so far the latest that fit.
+
+        Raises TextError where the question is empty.
+        """
+        check_text(question)
         room = self.model.prompt_room(max_new_tokens)
         while turns and len(self.generator.tokenizer.encode(chat_prompt(turns, question))) > room:
             turns = turns[1:]
@@ -511,7 +519,7 @@ class Predictor:
         Returns:
             One image and one text: a `Match`. One of them a list: a list. Both: for each image a list over the texts.
         """
-        table = self.matcher.match(as_list(images), as_list(texts), batch_size=batch_size)
+        table = self.matcher.match(as_list(images), _texts(texts), batch_size=batch_size)
         return unnest(table, is_many(images), is_many(texts))
 
     def embed(self, images: ImageSource | Many[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -524,8 +532,13 @@ class Predictor:
 
     def embed_text(self, texts: Texts) -> Tensor:
         """Text embeddings for search, float32, of length 1: [E] for one text, [B, E] for a list."""
-        embeddings = self.matcher.embed_text(as_list(texts))
+        embeddings = self.matcher.embed_text(_texts(texts))
         return embeddings if is_many(texts) else embeddings[0]
+
+
+def _texts(texts: Texts) -> list[str]:
+    """One or many -> a list of texts, none of them empty. Raises TextError."""
+    return [check_text(text, "text") for text in as_list(texts)]
 
 
 class Chat:

@@ -7,6 +7,7 @@ is encoded as the characters it is made of and never becomes a special token, wh
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -281,6 +282,33 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # --- prompts -------------------------------------------------------------------------------------------------------
+
+
+_SHOWS_NOTHING = (
+    "Cc",
+    "Cf",
+    "Zs",
+    "Zl",
+    "Zp",
+    "Mn",
+    "Me",
+)  # categories: control, format, space, and marks on a letter
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters by category, drawn as space
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is to be seen: it is empty, or white space, control and zero-width characters alone."""
+    return all(char in _BLANK_LETTERS or unicodedata.category(char) in _SHOWS_NOTHING for char in text)
+
+
+def check_text(text: str, what: str = "question") -> str:
+    """The text. Raises TextError where it is blank, or no text at all. what: its kind, for the message."""
+    if not isinstance(text, str):
+        raise TextError(f"expected a {what}, got {type(text).__name__}")
+    if is_blank(text):
+        held = f"holds only {text[:20]!a}" if text else "is empty"
+        raise TextError(f"the {what} {held}; write some words")
+    return text
 
 
 def question_prompt(question: str, *, short: bool = False) -> str:

@@ -8,7 +8,7 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -436,6 +436,30 @@ def test_match_takes_one_or_many_of_each(model: Predictor, pictures: list[Path])
         near = pytest.approx((expected.probability, expected.similarity), abs=1e-5)
         assert (cell.probability, cell.similarity) == near
     assert all(0 <= cell.probability <= 1 and -1 <= cell.similarity <= 1 for row in table for cell in row)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b\x1b"])
+def test_an_empty_text_is_refused_by_every_method(model: Predictor, text: str, pictures: list[Path]) -> None:
+    image, chat = pictures[0], model.chat(pictures[0])
+    calls: list[Callable[[], object]] = [
+        lambda: model.ask(image, text),
+        lambda: model.ask([image, image], ["what?", text]),
+        lambda: model.ask(image, text, stream=True),
+        lambda: model.rank(image, text, ["yes"]),
+        lambda: model.rank(image, "what?", ["yes", text]),
+        lambda: model.explain(image, question=text),
+        lambda: model.explain(image, text=text),
+        lambda: model.match(image, text),
+        lambda: model.match([image], ["a cat", text]),
+        lambda: model.embed_text(text),
+        lambda: model.embed_text(["a cat", text]),
+        lambda: chat.send(text),
+        lambda: chat.send(text, stream=True),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"empty|holds only"):
+            call()
+    assert chat.turns == ()
 
 
 def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures: list[Path]) -> None:

@@ -60,7 +60,8 @@ def make_captioner(
 
     def rows(model: Predictor, image: Image.Image, texts: list[tuple[str, Any]]) -> list[Row]:
         result: list[Row] = []
-        fits = model.match(image, [str(text) for _, text in texts]) if match or keep_best else []
+        written = [str(text) for _, text in texts]  # by the model: an empty one is compared too
+        fits = model.matcher.match([image], written)[0] if match or keep_best else []
         for i, (question, text) in enumerate(texts):
             row: Row = {"question": question} if question else {}
             row |= {"answer" if questions else "caption": str(text), "score": text.score}

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blip2.bulk.database import BulkError
-from blip2.imagefiles.advice import FAILED_ROWS, left_out_text, missing_hint
+from blip2.imagefiles.advice import FAILED_ROWS, NOT_FETCHED, left_out_text, missing_hint
 from blip2.imagefiles.listing import PATH_COLUMNS, is_failed_row, path_in, tar_images, walk_images
 from blip2.imagefiles.listing import ImageItem as ImageItem
-from blip2.imagefiles.names import SUFFIXES
+from blip2.imagefiles.names import SUFFIXES, is_url
 from blip2.storage import (
     TextFileError,
     parquet_columns,
@@ -124,8 +124,8 @@ class Inputs:
 
 
 def _check_exists(source: str) -> None:
-    if source.startswith(("http:", "https:")):
-        raise BulkError(f"{source}: no such file; URLs are not fetched here, download it first")
+    if is_url(source):
+        raise BulkError(f"{source}: {NOT_FETCHED}")
     if source == "-":
         raise BulkError("-: a run that can be continued needs a file; save the image, or leave out --out")
     if not os.path.exists(source) and not glob.has_magic(source):

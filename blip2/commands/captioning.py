@@ -13,15 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
 from blip2.commands.images import countable, inputs_of, print_rows, report_left_out
-from blip2.commands.terminal import (
-    DONE,
-    SOME_FAILED,
-    complain,
-    load_named,
-    one_line,
-    print_line,
-    report_error,
-)
+from blip2.commands.streams import complain, put, unsteered, visible
+from blip2.commands.terminal import DONE, SOME_FAILED, load_named, matcher_of, print_line, report_error
 from blip2.generation.options import GenerationOptions, TextKind
 
 if TYPE_CHECKING:
@@ -130,7 +123,7 @@ def _stream(args: argparse.Namespace, options: GenerationOptions, questions: lis
         return SOME_FAILED
     write: Any = model.ask if questions else model.caption
     for piece in write(decoded.image, *questions, stream=True, **decoding_keywords(args, options)):
-        print(piece, end="", flush=True)
+        put(unsteered(piece), end="")
     print_line("")
     return DONE
 
@@ -147,7 +140,10 @@ def _captioner(
 
     processors = [model.generator.image_processor]
     if args.match or args.keep_best:
-        processors.append(model.matcher.image_processor)  # an error now where there is no matcher
+        advice = (
+            "leave out --match and --keep-best, or compare afterwards: blip2 match IMAGE TEXT --model itm"
+        )
+        processors.append(matcher_of(model, advice).image_processor)  # an error now where there is none
     settings = {name: getattr(args, name) for name in OF_TEXTS}
     describe = make_captioner(load, decoding_keywords(args, options), questions=questions, **settings)
     return describe, make_decoder(*processors)
@@ -225,7 +221,7 @@ def _write_files(
         return 130
     report_left_out(inputs)
     if not args.quiet:
-        print(one_line(_summary(out, kind, done)), file=sys.stderr)
+        print(visible(_summary(out, kind, done)), file=sys.stderr)
     return SOME_FAILED if done.failed else DONE
 
 

@@ -29,6 +29,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.images and not args.text:
         raise ValueError("nothing to embed: give images, or --text")
+    from blip2.text import check_text
+
+    for text in args.text:
+        check_text(text, "text")
     inputs, model = inputs_of(args), load_matcher(args)
     if args.text:
         for text, vector in zip(args.text, model.embed_text(args.text).tolist(), strict=True):

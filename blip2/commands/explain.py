@@ -1,6 +1,6 @@
 """Show where in an image each word of a caption or an answer comes from, as a picture.
 
-blip2 explain photo.jpg -o out.png
+blip2 explain mermaid-and-cat.jpg -o out.png      # -> a mermaid and a cat
 blip2 explain photo.jpg --text "a dog on a beach" -o out.png
 blip2 explain photo.jpg --question "how many dogs are there?" -o out.png
 """

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, print_line, report_error
+from blip2.commands.streams import one_line, visible
+from blip2.commands.terminal import DONE, SOME_FAILED, print_json, print_line, report_error
 
 if TYPE_CHECKING:
     from blip2.bulk import Inputs
@@ -94,7 +95,7 @@ def print_rows(
                     else:
                         values = [row[name] for name in columns if name in row]
                         cells = [one_line(v) if isinstance(v, str) else f"{v:.4f}" for v in values]
-                        print_line("\t".join(cells if single else [row["image"], *cells]))
+                        print_line("\t".join(cells if single else [visible(row["image"]), *cells]))
             done, failed = done + len(rows), failed + sum("error" in row for row in rows)
             show(Progress(done, 0, failed))
     report_left_out(inputs)

@@ -101,7 +101,10 @@ TASK_FILES: dict[str, tuple[tuple[str, str], ...]] = {
         ("easy_vqa/data/test/images/", "its images, 0.png and on"),
     ),
     "scenes": (
-        ("scenes/scenes.json", "composed scenes with captions and questions: `make eval-data` writes them"),
+        (
+            "scenes/scenes.json",
+            "composed scenes with captions and questions, which default_model/make_scenes.py of the source writes",
+        ),
         ("scenes/images/", "their images"),
     ),
 }

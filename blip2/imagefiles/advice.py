@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from blip2.imagefiles.names import SUFFIXES
 
+NOT_FETCHED = "URLs are not fetched here; download the image, and give its file"
 FAILED_ROWS = "rows that hold an error"  # of the run that wrote the file
 _CONVERT = "convert them to JPEG or PNG"
 _DRAWN, _RAW = "export them as PNG", "export them as JPEG, or use the JPEG beside each"
@@ -78,7 +79,7 @@ def missing_hint(path: str, root: str = "") -> str:
     if re.search(r"(?:^|[/\\])file:/", path, re.IGNORECASE):
         return "; write the path alone, without file://"
     if re.search(r"(?:^|[/\\])[a-zA-Z][a-zA-Z0-9+.-]+:/", path):
-        return "; URLs are not fetched here, download it first"
+        return f"; {NOT_FETCHED}"
     home = re.search(r"(?:^|/)(~[^/]*/.*)", path)
     if home and (full := os.path.expanduser(home[1])) != home[1]:
         return f"; ~ means the home folder to shells alone, write {full}"
