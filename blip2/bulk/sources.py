@@ -205,8 +205,19 @@ def _list(source: str) -> Iterator[ImageItem]:
     root = os.path.dirname(source)
     for _, line in read_text_lines(source):
         if line and not line.isspace():
-            path = path_in(root, line)
-            yield ImageItem(path, path, root=root)
+            yield _at_path(root, line)
+
+
+def _at_path(root: str, name: str, number: int | str | None = None) -> ImageItem:
+    """The image that a list or table names by a path."""
+    path = path_in(root, name)
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    return ImageItem(
+        path, path, id=number, root=root, problem="" if possible else "no file can have this name"
+    )
 
 
 def _json_rows(source: str) -> list[Any]:
@@ -232,8 +243,7 @@ def _row(row: Any, source: str, place: int) -> ImageItem:
     number = row.get("id", row.get("image_id")) if isinstance(row, dict) else None
     if isinstance(number, str) and number.isdecimal():  # in CSV everything is text; COCO's ids are numbers
         number = int(number)
-    path = path_in(root, value)
-    return ImageItem(path, path, id=number if isinstance(number, int | str) else None, root=root)
+    return _at_path(root, value, number if isinstance(number, int | str) else None)
 
 
 _WORDS = {
@@ -275,8 +285,7 @@ def _table_item(value: Any, source: str, place: int) -> ImageItem:
     if isinstance(value, dict):
         content = value.get("bytes") or value.get("path") or value
     if isinstance(content, str) and content:
-        path = path_in(root, content)
-        return ImageItem(path, path, root=root)
+        return _at_path(root, content)
     item = ImageItem(f"{source}#{place}", source, place, IN_TABLE, root=root)
     if isinstance(content, bytes) and content:
         return item._replace(content=content)

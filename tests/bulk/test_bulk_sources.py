@@ -328,6 +328,26 @@ def test_problem_rows_take_no_text_file_of_an_image(tmp_path: Path) -> None:
     assert done.failed == 2 and (tmp_path / "rows.txt").read_text(encoding="utf-8") == "a rose\u2028or two\n"
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "webdataset"])
+def test_names_that_no_file_can_have_end_no_run(tmp_path: Path, kind: str) -> None:
+    picture(tmp_path / "a.png")
+    names = [
+        "\0",
+        "a.png\0",
+        "x\0y.png",
+        "\ud800.png",
+        "\udfff\udc00.png",
+        "x" * 300 + ".png",
+        "y/" * 3000,
+        "a.png/b.png",
+    ]
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out" / ("" if kind == "txt" else f"o.{kind}")
+    source.write_text("".join(json.dumps({"image": name}) + "\n" for name in [*names, "a.png"]))
+    (tmp_path / "out").mkdir()
+    done = caption_all(Inputs(sources=[str(source)]), RunSettings(out=out, kind=kind), describe)
+    assert done.failed == len(names) and done.done == len(names) + 1
+
+
 def test_every_command_says_what_was_left_out(
     tmp_path: Path, generator_folder: Path, matcher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
