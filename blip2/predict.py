@@ -97,12 +97,16 @@ def load(
     load_matcher = None
     if matcher is not None:
         if isinstance(loaded.model, Blip2Matcher):
-            raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
+            raise ValueError(f"{name} is a matcher itself; give matcher= with a model that writes")
         load_matcher = partial(load_components, matcher, torch_device, dtype, None, quantize=quantize)
     return Predictor(shown, loaded, load_matcher, torch_device, max_pixels=max_pixels)
 
 
 # --- the predictor -------------------------------------------------------------------------------------------------
+
+
+class NoMatcherError(ValueError):
+    """A model that writes was loaded without one that matches."""
 
 
 class Predictor:
@@ -158,7 +162,7 @@ class Predictor:
         loaded = self._loaded
         if isinstance(loaded.model, Blip2):
             if self._load_matcher is None:
-                raise ValueError(
+                raise NoMatcherError(
                     "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
                 )
             loaded = self._load_matcher()
@@ -373,10 +377,7 @@ class Predictor:
             )
         picture = open_image(image, 0, self.max_pixels)
         if question is None:
-            prompt, written = (
-                CAPTION_PROMPT,
-                (self.caption(picture) if text is None else check_text(text, "caption")),
-            )
+            prompt, written = CAPTION_PROMPT, self.caption(picture) if text is None else text
         else:
             prompt = self.asking_prompt(question, turns, answer)
             if answer is None:

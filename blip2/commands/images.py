@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, print_line, report_error
+from blip2.commands.streams import one_line, visible
+from blip2.commands.terminal import DONE, SOME_FAILED, print_json, print_line, report_error
 
 if TYPE_CHECKING:
     from blip2.bulk import Inputs
-    from blip2.bulk.run import Describe, Prepare
+    from blip2.bulk.run import DecodeImage, Describe
     from blip2.predict import Predictor
 
 
@@ -34,6 +35,14 @@ def inputs_of(args: argparse.Namespace, *, strict: bool = False) -> Inputs:
     )
 
 
+def report_left_out(inputs: Inputs) -> None:
+    """Print what listing the images passed over, and what would help."""
+    from blip2.imagefiles.advice import left_out_text
+
+    if text := left_out_text(inputs.left_out):
+        print(text, file=sys.stderr)
+
+
 def countable(inputs: Inputs) -> Inputs | None:
     """The inputs where they can be counted at once: to count the rows of parquet files is to read their images."""
     return None if any(source.lower().endswith(".parquet") for source in inputs.sources) else inputs
@@ -45,7 +54,7 @@ def print_rows(
     describe: Describe,
     columns: Sequence[str],
     *,
-    prepare: Prepare,
+    decode_image: DecodeImage,
     parallel: Predictor | None = None,
 ) -> int:
     """Print what `describe` gives for each image as it comes; one that cannot be read is an error line of its own.
@@ -74,7 +83,9 @@ def print_rows(
     done = failed = 0
     with bar as show, parallel_batches(model) as count:
         settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
-        for rows in caption_rows(itertools.chain(first, items), settings, describe, prepare=prepare):
+        for rows in caption_rows(
+            itertools.chain(first, items), settings, describe, decode_image=decode_image
+        ):
             with tqdm.external_write_mode():
                 for row in flat(rows):
                     if "error" in row:
@@ -84,7 +95,8 @@ def print_rows(
                     else:
                         values = [row[name] for name in columns if name in row]
                         cells = [one_line(v) if isinstance(v, str) else f"{v:.4f}" for v in values]
-                        print_line("\t".join(cells if single else [row["image"], *cells]))
+                        print_line("\t".join(cells if single else [visible(row["image"]), *cells]))
             done, failed = done + len(rows), failed + sum("error" in row for row in rows)
             show(Progress(done, 0, failed))
+    report_left_out(inputs)
     return SOME_FAILED if failed else DONE

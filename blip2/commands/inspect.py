@@ -1,15 +1,17 @@
 """Tell what a checkpoint is and what looks wrong with it; no value is read.
 
 blip2 inspect ./my-model
-blip2 inspect model_state.pdparams --json
+blip2 inspect ./blip2-opt-6.7b-coco-paddle/model_state.pdparams --json
 blip2 inspect blip2_pretrained_opt2.7b.pth --vision eva_vit_g.pth --language ./opt-2.7b
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from blip2.commands.arguments import add_output, add_parts
+from blip2.commands.options import as_typed
 from blip2.commands.terminal import DONE, SOME_FAILED, named_checkpoint, one_line, print_json, print_line
 
 
@@ -25,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from blip2.registry import readable
 
     checkpoint = inspect(named_checkpoint(args.path), vision=args.vision, language=args.language)
+    problems = tuple(as_typed(problem, args.flags) for problem in checkpoint.problems)
+    checkpoint = replace(checkpoint, problems=problems)
     status = SOME_FAILED if checkpoint.problems else DONE
     if args.json:
         print_json(checkpoint.as_json())

@@ -12,6 +12,7 @@ from textwrap import dedent, indent
 from typing import Any, NoReturn
 
 import blip2
+from blip2.commands.streams import put, visible
 
 # Each has a file in this folder: what it does and examples (the docstring), its arguments (`configure`), and `run`,
 # from the arguments to an exit status.
@@ -20,15 +21,16 @@ COMMANDS = (
     "bench", "models", "doctor", "completion",
 )  # fmt: skip
 EXAMPLES = """\
-  blip2 caption photo.jpg
-  blip2 ask photo.jpg "how many dogs are there?"
+  blip2 caption two-rabbits.jpg             # -> two rabbits
+  blip2 ask rose.jpg "what color is it?"    # -> red
   blip2 chat photo.jpg
 """
 EPILOG = """\
 Results go to standard output, progress and errors to standard error.
-Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.
+Exit status: 0 all went well, 1 some images failed, 2 wrong usage, no model, or no room for the output.
 BLIP2_DEBUG=1 shows where an error comes from. BLIP2_MODEL=NAME is another default of --model
 for caption, ask, chat, explain and serve.
+After # -> is what the model that ships answers; those images are in the folder examples of the source.
 """
 
 
@@ -47,7 +49,12 @@ class CommandParser(argparse.ArgumentParser):
         elif option := re.search(r"unrecognized arguments:(?: .*?)? (--?\w[\w-]*)", message):
             word, words = option[1], [text for action in self._actions for text in action.option_strings]
         close = difflib.get_close_matches(word, words, n=1)
-        super().error(message + (f"; did you mean {close[0]}?" if close else ""))
+        super().error(visible(message + (f"; did you mean {close[0]}?" if close else "")))
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program, with an error where the help that was printed cannot be written."""
+        put("", end="")
+        super().exit(status, message)
 
 
 def build_parser() -> CommandParser:
@@ -68,9 +75,15 @@ def build_parser() -> CommandParser:
             description=about,
             epilog=f"examples:\n{indent(dedent(examples), '  ')}\n\n{EPILOG}",
         )
-        command.set_defaults(run=module.run)
         module.configure(command)
+        command.set_defaults(run=module.run, flags=flags_of(command))
     return parser
+
+
+def flags_of(command: argparse.ArgumentParser) -> dict[str, str]:
+    """How each option of a command is typed: {"num_beams": "--num-beams", ...}."""
+    options = (action for action in command._actions if action.option_strings)
+    return {action.dest: max(action.option_strings, key=len) for action in options}
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

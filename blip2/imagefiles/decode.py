@@ -12,22 +12,34 @@ import traceback
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from blip2.imagefiles.advice import missing_hint, unreadable_suffix
 from blip2.imagefiles.checks import bare_file, check_file
 from blip2.imagefiles.cost import MAX_PIXELS as MAX_PIXELS
 from blip2.imagefiles.errors import FinalImageError
 from blip2.imagefiles.errors import ImageError as ImageError
+from blip2.imagefiles.names import is_url
 from blip2.imagefiles.pixels import decode_image, read_content
+from blip2.imagefiles.warned import naming
 
 MAX_BYTES = 512 * 2**20  # of one image file
 MOST_PIXELS = 178_956_970  # that the limit can be raised to: Pillow itself decodes no more
 
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
+
+class ImageReader(Protocol):
+    """An image file that is open for reading bytes, or opened when it is read."""
+
+    def read(self) -> bytes:
+        """The bytes of the file."""
+        ...
+
+
+ImageSource = str | Path | bytes | ImageReader | Image.Image | npt.NDArray[np.uint8]
 
 
 def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -51,10 +63,13 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         called = f"the {source.mode} image"
-        return decode_image(source, name=called, exif=exif, max_pixels=max_pixels, keep=True)
+        with naming(called):
+            return decode_image(source, name=called, exif=exif, max_pixels=max_pixels, keep=True)
     if isinstance(source, bytes | bytearray | memoryview):
         return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
     if isinstance(source, str | Path):
+        if is_url(str(source)):
+            raise ImageError(f"{source}: URLs are not fetched here; download the image, and give its file")
         return _open_path(Path(source), exif, max_pixels)
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
@@ -78,12 +93,12 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
             raise ImageError(f"{path} is no regular file; pass the path of an image file")
         check_size(path.stat().st_size, str(path))
         return _open(path.read_bytes(), str(path), exif, max_pixels)
-    except ImageError:
+    except ImageError as error:
+        if advice := unreadable_suffix(path.name, str(error)):
+            raise ImageError(f"{error}{advice}") from error
         raise
     except FileNotFoundError:
-        url = str(path).startswith(("http:", "https:"))
-        hint = "; URLs are not fetched here, download it first" if url else ""
-        raise ImageError(f"{path}: no such file{hint}") from None
+        raise ImageError(f"{path}: no such file{missing_hint(str(path))}") from None
     except PermissionError:
         raise ImageError(f"{path}: no permission to read it") from None
     except OSError as error:
@@ -116,20 +131,21 @@ def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image
         raise ImageError(f"{name}: {error} is not decoded; save the image anew") from error
     way = read_content if cost.ends else _read_endless
     read = partial(way, name=name, exif=exif, max_pixels=max_pixels, memory=cost.memory)
-    try:
-        return read(bare, orientation)
-    except FinalImageError:
-        raise
-    except ImageError as error:
-        for failed in (error, error.__cause__):
-            if failed is not None:
-                traceback.clear_frames(failed.__traceback__)  # they hold the image
-        # Sound pixels are read whatever is stored beside them.
-        with contextlib.suppress(ValueError):
-            bare, orientation = bare_file(content)
-            if bare != content and not cost.rewrite:
-                return read(bare, orientation)
-        raise
+    with naming(name):
+        try:
+            return read(bare, orientation)
+        except FinalImageError:
+            raise
+        except ImageError as error:
+            for failed in (error, error.__cause__):
+                if failed is not None:
+                    traceback.clear_frames(failed.__traceback__)  # they hold the image
+            # Sound pixels are read whatever is stored beside them.
+            with contextlib.suppress(ValueError):
+                bare, orientation = bare_file(content)
+                if bare != content and not cost.rewrite:
+                    return read(bare, orientation)
+            raise
 
 
 def _read_endless(

@@ -217,7 +217,7 @@ def read_quantized(
     if isinstance(file, QuantizedFile):
         if file.kind(name) is not kind:
             raise CheckpointError(
-                f"{name} is stored quantized in another way; leave quantize out to load it as it is"
+                f"{name} is stored quantized in another way; leave out quantize= to load it as it is"
             )
         return file.quantized(name, mapped=mapped)
     return kind.of(tensors.copy(name))
