@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, lasting over a power cut; locks; users' text files.
+"""Files and folders that appear complete or not at all, lasting over a power cut; locks; users' text files and tables.
 
 Text, CSV, TSV and JSON of users are read here alone: UTF-8, with or without a byte order mark, or UTF-16 with one. LF
 and CRLF end a line, nothing else does. What is no such text is an error that names file and line.
@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
@@ -24,6 +24,7 @@ from blip2.tensorfiles.texts import TextFileError as TextFileError
 from blip2.tensorfiles.texts import decode_text, text_encoding
 from blip2.tensorfiles.texts import read_text as read_text
 
+NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
 MAX_LINE_BYTES = 64 << 20
 UNFINISHED = ".unfinished"  # the suffix of a file that `replace_file` has not renamed yet
 _LOCK = ".lock"
@@ -208,9 +209,12 @@ def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 def stream_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     """As `read_text_lines`, of an open file, which may be a pipe: a line is given as soon as it has come."""
-    number, line = 1, bytearray(part := file.readline(MAX_LINE_BYTES))
+    number, part = 1, file.readline(MAX_LINE_BYTES)
     encoding = text_encoding(part)
-    end = "\n".encode(encoding)
+    while encoding == "utf-8" and part.endswith(b"\n"):  # what follows can do it too, in twice the time
+        yield number, decode_text(part, name, encoding, number)[:-1].removesuffix("\r")
+        number, part = number + 1, file.readline(MAX_LINE_BYTES)
+    line, end = bytearray(part), "\n".encode(encoding)
     while part:
         line += file.read(-len(line) % len(end))  # "\n" is the first byte of a wider character
         if line.endswith(end):
@@ -259,3 +263,60 @@ def read_rows(path: str | Path, suffix: str = "") -> Iterator[Any]:
     except csv.Error as error:
         where = f"{path}, row {row} (to line {reader.line_num})"
         raise TextFileError(f"{where}: {error}; are double quotes missing?") from None
+
+
+def parquet_columns(path: str | Path) -> list[str]:
+    """The names of a parquet table's columns. Raises TextFileError, OSError."""
+    with _parquet(path) as file:
+        names: list[str] = file.schema_arrow.names
+        return names
+
+
+def read_parquet(path: str | Path, columns: Sequence[str], start: int = 1) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet table from row `start`, counted from 1, on; of the columns those that it has.
+
+    In place of what Python cannot hold, such as text that is no UTF-8, a value is the error. Raises TextFileError,
+    OSError.
+    """
+    with _parquet(path) as file:
+        group = place = 0
+        while group < file.num_row_groups and place + file.metadata.row_group(group).num_rows < start:
+            place += file.metadata.row_group(group).num_rows
+            group += 1
+        names = [name for name in file.schema_arrow.names if name in columns]
+        for number in range(
+            group, file.num_row_groups
+        ):  # one by one: all rows before a damaged one are given
+            for batch in file.iter_batches(batch_size=64, row_groups=[number], columns=names):
+                rows = _parquet_values(batch)
+                yield from rows[max(0, start - 1 - place) :]
+                place += len(rows)
+
+
+@contextmanager
+def _parquet(path: str | Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TextFileError(f"{path}: {NO_PYARROW}") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except pyarrow.ArrowException as error:
+        raise TextFileError(f"{path}: no parquet file that can be read ({error})") from error
+
+
+def _parquet_values(batch: Any) -> list[dict[str, Any]]:
+    unreadable = (ValueError, OverflowError, NotImplementedError)
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except unreadable:
+        rows = [{} for _ in range(batch.num_rows)]
+        for name in batch.schema.names:
+            for row, scalar in zip(rows, batch.column(name), strict=True):
+                try:
+                    row[name] = scalar.as_py()
+                except unreadable as error:
+                    row[name] = error
+    return rows

@@ -231,7 +231,10 @@ def test_errors_name_the_source(tmp_path: Path) -> None:
         (text, r"text.jpg: no image this package can read"),
         (folder, "folder is no regular file"),
         (tmp_path / "missing.png", "missing.png: no such file"),
-        ("https://example.org/cat.jpg", "https://example.org/cat.jpg: URLs are not fetched here"),
+        (
+            "https://example.org/cat.jpg",
+            "https://example.org/cat.jpg: no such file; URLs are not fetched here",
+        ),
         ("a\0b.png", "is no valid path"),
         (b"", "an image of 0 bytes: the file is empty"),
         (io.StringIO("text"), "must be open for reading bytes"),

@@ -70,12 +70,18 @@ class Known(NamedTuple):
 
     name: bytes
     id: int
-    stamp: Stamp
+    size: int | None
+    mtime_ns: int | None
     content: int | None
     failed: bool
     file: bytes | None
     sha256: bytes | None
     style: str | None
+
+    @property
+    def stamp(self) -> tuple[int | None, int | None]:
+        """Size and time of the file that holds it, as it was read."""
+        return self.size, self.mtime_ns
 
 
 class Published(NamedTuple):
@@ -269,12 +275,12 @@ class Database:
             f"FROM inputs i LEFT JOIN published p ON p.path = i.file AND p.pending = 0 WHERE {where}",
             *values,
         )
-        return [Known(name, i, (size, mtime), *others) for name, i, size, mtime, *others in rows]
+        return list(map(Known._make, rows))
 
-    def recorded(self, names: Sequence[str], before: int) -> list[str]:
-        """Those of the names that were first recorded after there were `before` inputs."""
-        sql = f"SELECT name FROM inputs WHERE id > ? AND name IN ({', '.join('?' * len(names))})"
-        return [from_blob(name) for (name,) in self.query(sql, before, *map(to_blob, names))]
+    def having(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that it has."""
+        sql = f"SELECT name FROM inputs WHERE name IN ({', '.join('?' * len(names))})"
+        return [from_blob(name) for (name,) in self.query(sql, *map(to_blob, names))]
 
     def owner(self, file: str) -> str | None:
         """The name of the input whose text file this is."""

@@ -28,7 +28,7 @@ class WorkItem(NamedTuple):
     file: str = ""
     ours: bool = False
     digest: str = ""
-    stamp: Stamp | None = None
+    stamp: tuple[int | None, int | None] | None = None
     kept: str = ""
 
 
@@ -40,7 +40,7 @@ def work_items(
     before: how many inputs the database had when the run began. A name counts once; one whose text file is another
     image's is given with that as its problem.
     """
-    stream, claims = iter(items), _Claims(database, before)
+    stream, claims = iter(items), _Claims(database)
     path, stamp = "", None
     while some := list(itertools.islice(stream, CHUNK)):
         for item, known in zip(some, database.find([item.name for item in some]), strict=True):
@@ -87,8 +87,8 @@ def _task(
 class _Claims:
     """Names and text files of tasks that were given out, until the database has them."""
 
-    def __init__(self, database: Database, before: int) -> None:
-        self._database, self._before = database, before
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._files: dict[str, str] = {}  # of each name
         self._names: dict[str, str] = {}  # of each file
 
@@ -98,7 +98,7 @@ class _Claims:
     def add(self, task: WorkItem, settings: RunSettings) -> WorkItem:
         """Claim the name of a task, and its text file unless that is another image's."""
         name = task.item.name
-        if settings.kind == "txt" and not task.file:
+        if settings.kind == "txt" and not task.file and not task.item.problem:
             file = sidecar(task.item, settings.out)
             if (self._names.get(file) or self._database.owner(file) or name) == name:
                 task = task._replace(file=file)
@@ -113,8 +113,8 @@ class _Claims:
         return task
 
     def _forget(self) -> None:
-        """Let go of what the database has."""
-        names = list(self._files)
+        """Let go of what the database has, of the older half: those are no longer on their way."""
+        names = list(self._files)[: _CLAIMED // 2]
         for start in range(0, len(names), CHUNK):
-            for name in self._database.recorded(names[start : start + CHUNK], self._before):
+            for name in self._database.having(names[start : start + CHUNK]):
                 self._names.pop(self._files.pop(name), None)

@@ -25,6 +25,7 @@ from blip2.bulk.outputs import check_output, file_hash, stamp_of, state_folder
 from blip2.bulk.publish import open_output
 from blip2.bulk.settings import RunSettings
 from blip2.bulk.sources import ImageItem
+from blip2.imagefiles.advice import unreadable_suffix
 from blip2.imagefiles.warned import naming
 from blip2.images import ImageError, load_image
 from blip2.storage import OutputError, TextFileError, read_text_and_form
@@ -217,6 +218,7 @@ def decode(task: WorkItem, settings: RunSettings, decode_image: DecodeImage = lo
             return Decoded(row, decode_image(content))
     except (ImageError, OSError, TextFileError, OutputError) as error:
         message = re.sub(r"^an image of [0-9,]+ bytes", lambda _: item.name, str(error))
+        message += unreadable_suffix(item.name, message)
         row.pop("hash", None)
         return Decoded(row | {"error": message if item.name in message else f"{item.name}: {message}"}, None)
 

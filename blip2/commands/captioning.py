@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
-from blip2.commands.images import countable, inputs_of, print_rows
+from blip2.commands.images import countable, inputs_of, print_rows, report_left_out
 from blip2.commands.streams import complain, put, unsteered, visible
 from blip2.commands.terminal import DONE, SOME_FAILED, load_named, matcher_of, print_line, report_error
 from blip2.generation.options import GenerationOptions, TextKind
@@ -163,6 +163,7 @@ def _print_estimate(
 
     to_begin = time.perf_counter() - begun
     work = estimate(inputs, settings, describe, decode_image=decode_image)
+    report_left_out(inputs)
     already = f", {work.done:,} of them done already" if work.done else ""
     seconds = to_begin + work.seconds
     minutes = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
@@ -218,6 +219,7 @@ def _write_files(
     except KeyboardInterrupt:
         complain("stopped" if args.dry_run else f"stopped; what was done is kept, {GO_ON}")
         return 130
+    report_left_out(inputs)
     if not args.quiet:
         print(visible(_summary(out, kind, done)), file=sys.stderr)
     return SOME_FAILED if done.failed else DONE

@@ -75,4 +75,8 @@ def run(args: argparse.Namespace) -> int:
                 print(visible(str(path)), file=sys.stderr)
         if args.json:
             terminal.print_json(report_summary(report))
-    return terminal.DONE
+    return (
+        terminal.SOME_FAILED
+        if any(report.damaged or report.left_out for report in reports)
+        else terminal.DONE
+    )

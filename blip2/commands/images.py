@@ -35,6 +35,14 @@ def inputs_of(args: argparse.Namespace, *, strict: bool = False) -> Inputs:
     )
 
 
+def report_left_out(inputs: Inputs) -> None:
+    """Print what listing the images passed over, and what would help."""
+    from blip2.imagefiles.advice import left_out_text
+
+    if text := left_out_text(inputs.left_out):
+        print(text, file=sys.stderr)
+
+
 def countable(inputs: Inputs) -> Inputs | None:
     """The inputs where they can be counted at once: to count the rows of parquet files is to read their images."""
     return None if any(source.lower().endswith(".parquet") for source in inputs.sources) else inputs
@@ -90,4 +98,5 @@ def print_rows(
                         print_line("\t".join(cells if single else [visible(row["image"]), *cells]))
             done, failed = done + len(rows), failed + sum("error" in row for row in rows)
             show(Progress(done, 0, failed))
+    report_left_out(inputs)
     return SOME_FAILED if failed else DONE

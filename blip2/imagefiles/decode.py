@@ -12,12 +12,13 @@ import traceback
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from blip2.imagefiles.advice import missing_hint, unreadable_suffix
 from blip2.imagefiles.checks import bare_file, check_file
 from blip2.imagefiles.cost import MAX_PIXELS as MAX_PIXELS
 from blip2.imagefiles.errors import FinalImageError
@@ -29,7 +30,16 @@ from blip2.imagefiles.warned import naming
 MAX_BYTES = 512 * 2**20  # of one image file
 MOST_PIXELS = 178_956_970  # that the limit can be raised to: Pillow itself decodes no more
 
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
+
+class ImageReader(Protocol):
+    """An image file that is open for reading bytes, or opened when it is read."""
+
+    def read(self) -> bytes:
+        """The bytes of the file."""
+        ...
+
+
+ImageSource = str | Path | bytes | ImageReader | Image.Image | npt.NDArray[np.uint8]
 
 
 def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -59,7 +69,7 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
         return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
     if isinstance(source, str | Path):
         if is_url(str(source)):
-            raise ImageError(f"{source}: URLs are not fetched here; download the image, and give its file")
+            raise ImageError(f"{source}: no such file{missing_hint(str(source))}")
         return _open_path(Path(source), exif, max_pixels)
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
@@ -83,10 +93,12 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
             raise ImageError(f"{path} is no regular file; pass the path of an image file")
         check_size(path.stat().st_size, str(path))
         return _open(path.read_bytes(), str(path), exif, max_pixels)
-    except ImageError:
+    except ImageError as error:
+        if advice := unreadable_suffix(path.name, str(error)):
+            raise ImageError(f"{error}{advice}") from error
         raise
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
+        raise ImageError(f"{path}: no such file{missing_hint(str(path))}") from None
     except PermissionError:
         raise ImageError(f"{path}: no permission to read it") from None
     except OSError as error:
@@ -95,10 +107,11 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
         raise ImageError(f"{str(path)!r} is no valid path") from error
 
 
-def check_max_pixels(max_pixels: int) -> None:
-    """Raises ImageError where this is no limit of pixels."""
+def check_max_pixels(max_pixels: int) -> int:
+    """The same. Raises ImageError where this is no limit of pixels."""
     if type(max_pixels) is not int or not 1 <= max_pixels <= MOST_PIXELS:
         raise ImageError(f"max_pixels is {max_pixels!r}, expected a whole number from 1 to {MOST_PIXELS:,}")
+    return max_pixels
 
 
 def check_size(size: int, name: str) -> None:

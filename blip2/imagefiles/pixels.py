@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from blip2.imagefiles.advice import unreadable_kind
 from blip2.imagefiles.cost import MAX_PIXELS
 from blip2.imagefiles.errors import FinalImageError, ImageError
 from blip2.imagefiles.names import HAS_HEIF
@@ -63,9 +64,8 @@ def read_content(
             f"{name}: too many pixels to decode (the limit is {max_pixels:,}); make it smaller"
         ) from error
     except (UnidentifiedImageError, KeyError) as error:
-        raise ImageError(
-            f"{name}: no image this package can read; supported are {', '.join(FORMATS)}"
-        ) from error
+        supported = f"supported are {', '.join(FORMATS)}{unreadable_kind(content)}"
+        raise ImageError(f"{name}: no image this package can read; {supported}") from error
     except Exception as error:  # decoders raise whatever a broken header leads them to
         raise ImageError(f"{name}: the image is damaged; its header cannot be read") from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from blip2.images import MOST_PIXELS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -27,7 +29,7 @@ class Limits:
     header_seconds: float = 5  # from the connection, or a request's first byte, until its headers are there
     body_seconds: float = 10  # likewise, until its body is there
     write_seconds: float = 10  # for which a client may leave its answer unread
-    idle_seconds: float = 5  # between two requests on a connection
+    idle_seconds: float = 8  # between two requests on a connection; some clients keep one for 5
     request_seconds: float = 60  # from a request's arrival to its answer's end
     drain_seconds: float = 60  # to finish what was accepted after SIGTERM
     cache_bytes: int = 256_000_000  # of encoded images
@@ -40,6 +42,9 @@ class Limits:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number and least <= value < float("inf")):
                 raise ValueError(f"the limit {name} must be a number, {least} or more; got {value!r}")
+
+        if self.pixels > MOST_PIXELS:
+            raise ValueError(f"the limit pixels must be {MOST_PIXELS:,} at most; got {self.pixels!r}")
 
     def changed(self, settings: Iterable[str]) -> Limits:
         """These limits with some set, each written as NAME=NUMBER. Raises ValueError: no such limit, or no number."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from blip2.serve.bodies import read_form_or_json
 from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError
 from blip2.serve.openapi import documented
-from blip2.serve.streaming import GrowingText, event_stream
+from blip2.serve.streaming import GrowingText, event_stream, finite_logprob, json_response
 from blip2.text import CAPTION_PROMPT
 
 SLICE = 4  # texts matched or embedded between two decoding steps of other requests
@@ -68,12 +68,14 @@ async def _generate(
                 {"text": token_text(context.decode, token.id, token.before), "logprob": token.logprob}
                 for token in GrowingText.from_output(output, context.decode).tokens
             ]
-            texts.append({"text": str(output.text), "score": output.text.score, "tokens": tokens})
+            logprob = sum(map(finite_logprob, output.text.token_logprobs))
+            scores = {"score": output.text.score, "logprob": logprob}
+            texts.append({"text": str(output.text), **scores, "tokens": tokens})
         count = sum(len(output.text.tokens) for output in outputs)
         return {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
 
     if not body.stream:
-        return JSONResponse(result(await context.result(request, work)))
+        return json_response(result(await context.result(request, work)))
     job, pieces = context.follow(request, work, [GrowingText(StreamDetokenizer(context.decode))])
 
     async def bodies() -> AsyncGenerator[dict[str, Any], None]:
@@ -113,7 +115,7 @@ async def post_match(request: Request) -> Response:
 
     fits = await context.result(request, compute)
     matches = [{"text": text, **asdict(fit)} for text, fit in zip(body.texts, fits, strict=True)]
-    return JSONResponse({"model": context.model_name, "matches": matches})
+    return json_response({"model": context.model_name, "matches": matches})
 
 
 @routes.post("/embed", **documented(schemas.Embeddings, schemas.EmbedRequest, files="images"))
@@ -140,7 +142,7 @@ async def post_embed(request: Request) -> Response:
         return image_vectors, text_vectors
 
     image_vectors, text_vectors = await context.result(request, compute)
-    return JSONResponse({"model": context.model_name, "images": image_vectors, "texts": text_vectors})
+    return json_response({"model": context.model_name, "images": image_vectors, "texts": text_vectors})
 
 
 async def _matcher_pixels(context: ServerContext, image: bytes) -> Tensor:
@@ -180,7 +182,7 @@ async def post_explain(request: Request) -> Response:
             "attention": _attention_map(body, explanation.attention),
         }
 
-    return JSONResponse(await context.result(request, compute))
+    return json_response(await context.result(request, compute))
 
 
 def _checked_turns(context: ServerContext, body: schemas.ExplainRequest) -> list[tuple[str, str]] | None:

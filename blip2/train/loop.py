@@ -115,11 +115,13 @@ _FREE = ("device", "workers", "log_every", "save_every_s", "save_every_steps")
 
 @dataclass(frozen=True)
 class FitResult:
-    """step: optimizer steps done in all; finished: False if a signal ended the run early; losses: the latest means."""
+    """step: optimizer steps done in all; finished: False if a signal ended the run early; losses: the latest means;
+    damaged: the images that could not be read and were passed over, by their names."""
 
     step: int
     finished: bool
     losses: dict[str, float]
+    damaged: tuple[str, ...] = ()
 
 
 def learning_rate(step: int, options: FitOptions) -> float:
@@ -140,7 +142,8 @@ def fit(
 
     Args:
         task: its module is moved to the device and holds the trained weights afterwards.
-        dataset: batch i * accumulate + j is the j-th of step i. With workers it is copied to other processes.
+        dataset: batch i * accumulate + j is the j-th of step i. With workers it is copied to other processes. Under
+            "damaged" a batch may name images that could not be read: they are counted, and reported at the end.
         resume: False: refuse a folder that already holds checkpoints.
 
     Raises:
@@ -191,7 +194,8 @@ class _Run:
             self.save()
         training_log.end()
         plots.draw(training_log.path, self.folder / "loss.png")
-        return FitResult(self.step, self.step >= options.steps, dict(training_log.latest))
+        finished, damaged = self.step >= options.steps, tuple(sorted(training_log.damaged))
+        return FitResult(self.step, finished, dict(training_log.latest), damaged)
 
     @contextlib.contextmanager
     def _batches(self, dataset: Dataset) -> Iterator[Iterator[Batch]]:
@@ -222,7 +226,11 @@ class _Run:
         means: dict[str, Tensor] = {}
         rows = 0
         for _ in range(options.accumulate):
-            batch = _to_device(next(batches), self.device)
+            batch = next(batches)
+            if isinstance(batch, Mapping) and "damaged" in batch:
+                self.training_log.damaged |= set(batch["damaged"])
+                batch = {key: value for key, value in batch.items() if key != "damaged"}
+            batch = _to_device(batch, self.device)
             rows += _num_rows(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 losses = self.task.losses(batch, generator)

@@ -163,6 +163,7 @@ def test_urls_are_refused_whole(
     url: str, run: Run, generator_folder: Path, matcher_folder: Path, pictures: list[Path]
 ) -> None:
     Path("l.txt").write_text(f"{pictures[0]}\n{url}\n")
+    advice = "write the path alone" if url.startswith("file:") else "URLs are not fetched here; download"
     writes, matches = ["--model", generator_folder], ["--model", matcher_folder]
     for command in (
         ["caption", url, pictures[0], *writes],
@@ -178,7 +179,7 @@ def test_urls_are_refused_whole(
         done = run(*command)
         assert done.status == 1 + ("--out" in command)
         said = done.err or done.out.decode()
-        assert f"{url}: URLs are not fetched here; download" in said and said.count("\n") == 1
+        assert f"{url}: no such file; {advice}" in said and said.count("\n") == 1
         assert len(done.lines) == (pictures[0] in command or "l.txt" in command or "embed" in command)
 
 
