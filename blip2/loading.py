@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from blip2.checkpoint import count_parameters, load_model, load_processors, resolve_path
+from blip2.checkpoint import load_processors, resolve_path
+from blip2.checkpoint.load import load_checkpoint, parse_dtype
+from blip2.checkpoint.source import open_checkpoint
+from blip2.checkpoint.weights import model_digest
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Mode
@@ -18,11 +22,20 @@ from blip2.text import Tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded checkpoint: the model and how its images and texts are prepared."""
+    """A loaded checkpoint: the model and how its images and texts are prepared.
+
+    file_digest: the digest of its files' weights; empty where the model was made in memory.
+    """
 
     model: Blip2 | Blip2Matcher
     image_processor: ImageProcessor
     tokenizer: Tokenizer
+    file_digest: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the weights, as they were loaded, from all others: one value changed anywhere gives another."""
+        return self.file_digest or model_digest(self.model)
 
     @property
     def precision(self) -> str:
@@ -45,15 +58,14 @@ def load_components(
 ) -> LoadedModel:
     """Load what a name or a folder holds; arguments as for `predict.load`."""
     files = resolve_path(resolve_alias(name) if isinstance(name, str) else name, revision)
-    if dtype is None and quantize is None:
-        dtype = default_dtype(count_parameters(files, vision=vision, language=language))
-        if dtype == "bf16" and device.type == "cuda":
-            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    image_processor, tokenizer = load_processors(files, vision=vision, language=language)
-    model = load_model(
-        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, prepack=True
-    )
-    return LoadedModel(model, image_processor, tokenizer)
+    with open_checkpoint(files, vision=vision, language=language) as checkpoint:
+        if dtype is None and quantize is None:
+            dtype = default_dtype(checkpoint.tensors.numel)
+            if dtype == "bf16" and device.type == "cuda":
+                dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        image_processor, tokenizer = load_processors(files, vision=vision, language=language)
+        model, weights = load_checkpoint(checkpoint, parse_dtype(dtype), device, quantize, prepack=True)
+    return LoadedModel(model, image_processor, tokenizer, weights)
 
 
 def device_of(device: str | torch.device) -> torch.device:

@@ -21,10 +21,11 @@ from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP, to_paddle_conf
 from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
-from blip2.checkpoint.remap import from_hf_layout, rename_tensors
+from blip2.checkpoint.remap import from_hf_layout, rename_tensors, same_bits
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
-from blip2.checkpoint.verify import compare_logits, compare_tensors, same_bits
+from blip2.checkpoint.verify import compare_logits, compare_tensors
+from blip2.checkpoint.weights import check_weights
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
@@ -96,6 +97,8 @@ def convert(
     report = progress or (lambda what, done, total: None)
     with open_checkpoint(source, vision=vision, language=language) as checkpoint:
         original = normalize(checkpoint)
+        if verify:  # outputs of weights that are not finite cannot be compared
+            check_weights(checkpoint.tensors)
         layout = {"hf": HUGGING_FACE, "paddle": PADDLENLP, "lavis": LAVIS}[to]
         if to == "paddle" and isinstance(original.config, MatcherConfig):
             layout = PADDLEMIX

@@ -68,6 +68,10 @@ class RemappedTensors(TensorFile):
         zeros = torch.zeros(length, dtype=recipe.info.dtype)
         return torch.cat([zeros if part is None else part for part in parts])
 
+    def sources(self, name: str) -> Iterator[tuple[TensorFile, str]]:
+        for part in filter(None, self.recipes[name].stored):
+            yield from self.tensors.file(part).sources(part)
+
     def blocks(self, name: str) -> Iterator[Tensor]:
         """A transposed tensor is never in memory twice."""
         recipe = self.recipes[name]
@@ -83,8 +87,14 @@ class RemappedTensors(TensorFile):
 
 
 def equal_values(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """Whether two streams of values are equal, in pieces of whatever lengths. NaN equals nothing."""
-    return all(torch.equal(a, b) for a, b in aligned_blocks(one, other))
+    """Whether two streams of values of one dtype are equal, in pieces of whatever lengths; NaN equals itself."""
+    return all(torch.equal(a, b) or same_bits(a, b) for a, b in aligned_blocks(one, other))
+
+
+def same_bits(expected: Tensor, actual: Tensor) -> bool:
+    """Whether values are equal bit by bit; one that was stored in fewer bits is widened first."""
+    widened = actual.to(expected.dtype)
+    return torch.equal(expected.contiguous().view(torch.uint8), widened.contiguous().view(torch.uint8))
 
 
 def aligned_blocks(one: Iterable[Tensor], other: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

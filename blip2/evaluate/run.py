@@ -41,7 +41,10 @@ Scored = tuple[dict[str, float], list[Outcome], list[str]]  # the parts of a rep
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of a task (0..1; CIDEr 0..10), the published ones, and the outcome of every item."""
+    """The figures of a task (0..1; CIDEr 0..10), the published ones, and the outcome of every item.
+
+    weights: what tells the weights of `model` from all others.
+    """
 
     task: str
     about: str
@@ -51,6 +54,7 @@ class Report:
     protocol: Protocol
     outcomes: list[Outcome]
     notes: list[str]
+    weights: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +143,8 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
     if settings.limit is not None:
         notes.append(f"the first {len(task.items)} of the set alone")
     figures = published(task.name, model_name) if settings.protocol == "paper" else {}
-    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes)
+    weights = model.digest(matcher=task.kind == "retrieval")
+    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes, weights)
 
 
 # --- captions ---
@@ -307,7 +312,8 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     if settings.limit is not None:
         notes.append(f"the first {settings.limit} of each set alone")
     protocol, outcomes = protocols["captions"], singles + multi + answers
-    return Report("scenes", "composed scenes", model_name, metrics, {}, protocol, outcomes, notes)
+    about = "composed scenes"
+    return Report("scenes", about, model_name, metrics, {}, protocol, outcomes, notes, model.digest())
 
 
 def _batches(items: Sequence[T], settings: EvalSettings, label: str) -> Iterator[Sequence[T]]:

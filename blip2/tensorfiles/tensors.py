@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,10 @@ class TensorFile:
         """The values of a tensor in order, flat, in pieces; read piece by piece where its format allows."""
         return blocks(self.copied(name))
 
+    def sources(self, name: str) -> Iterator[tuple[TensorFile, str]]:
+        """The stored tensors that a tensor is made of, each with its file."""
+        yield self, name
+
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor's values in order, flat, in pieces."""
@@ -87,7 +92,12 @@ class StoredTensors(TensorFile):
 
     def __init__(self, file: FileBytes, format: str, tensors: Mapping[str, StoredTensor]) -> None:
         self.format, self._file, self._tensors = format, file, tensors
+        self.path = file.path
         self.info = {name: tensor.info for name, tensor in tensors.items()}
+
+    def status(self) -> os.stat_result:
+        """The open file's size, times and inode."""
+        return self._file.status()
 
     def mapped(self, name: str) -> Tensor:  # where its values are aligned
         tensor, dtype, row = self._tensors[name], self.info[name].dtype, None
