@@ -109,4 +109,5 @@ def parallel_batches(model: Predictor | None) -> Iterator[int]:
 
 def fingerprint(model: Predictor, *, matcher: bool = False) -> str:
     """What tells a model's weights from all others, as they were loaded; with `matcher`, those of its matcher too."""
-    return " ".join([model.digest(), *([model.digest(matcher=True)] if matcher else [])])
+    digests = [model.digest(), *([model.digest(matcher=True)] if matcher else [])]
+    return " ".join(digest[:16] for digest in digests)
