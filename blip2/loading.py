@@ -14,9 +14,10 @@ from blip2.checkpoint.source import open_checkpoint
 from blip2.checkpoint.weights import model_digest
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Mode
+from blip2.modeling.config import Blip2Config, Mode
 from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.registry import default_dtype, resolve_alias
+from blip2.tensorfiles.errors import CheckpointError
 from blip2.text import Tokenizer
 
 
@@ -65,7 +66,19 @@ def load_components(
                 dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         image_processor, tokenizer = load_processors(files, vision=vision, language=language)
         model, weights = load_checkpoint(checkpoint, parse_dtype(dtype), device, quantize, prepack=True)
+    _check_words(model, tokenizer)
     return LoadedModel(model, image_processor, tokenizer, weights)
+
+
+def _check_words(model: Blip2 | Blip2Matcher, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that gives ids for which the model has no word embedding."""
+    config = model.config
+    words = config.language.vocab_size if isinstance(config, Blip2Config) else config.qformer.vocab_size
+    if (largest := tokenizer.largest_id()) >= words:
+        raise CheckpointError(
+            f"the tokenizer gives ids up to {largest:,}, but the model knows {words:,} words: they do not belong "
+            "together; get the tokenizer of this model"
+        )
 
 
 def device_of(device: str | torch.device) -> torch.device:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.strict_json import MAX_JSON_BYTES, read_json, read_small_file
 from blip2.tensorfiles.texts import decode_text
 from blip2.tokenizerfiles import (
@@ -284,7 +284,7 @@ def _add_tokens(backend: Backend, folder: Path, listed: Any, tokens: Mapping[str
     for i, token in added.items():
         if (index := backend.token_to_id(token.content)) != i:
             raise TextError(
-                f"the added token {token.content!r} should have id {i} but gets {index}: "
+                f"the added token {quoted(token.content)} should have id {i} but gets {index}: "
                 "vocabulary and added tokens do not belong together"
             )
 
@@ -298,7 +298,7 @@ def _added_token(value: Any) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True, normalized=False)
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
-        raise TextError(f"a special token in the tokenizer's files is {value!r}, expected text")
+        raise TextError(f"a special token in the tokenizer's files is {quoted(value)}, expected text")
     flags = {
         name: bool(value[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value
     }
@@ -327,7 +327,7 @@ def _library_errors(problem: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise TextError(f"{problem}: {error}") from error
+            raise TextError(f"{problem}: {str(error)[:500]}") from error
         raise
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from blip2.tensorfiles.errors import UnsupportedFileError, quoted
 
-MAX_TOKENIZER_BYTES = 8 << 20  # of one file; T5's has 2.4 million, OPT's 3.6 with all its line breaks
+MAX_TOKENIZER_BYTES = 6 << 20  # of one file; T5's has 2.4 million, OPT's up to 4.3 with all its line breaks
 MAX_PIECES = 1 << 18  # T5 has 32,100, OPT 50,265
 MAX_ID = 1 << 24
 _MAX_PIECE = 1024  # characters; OPT's longest is 128
