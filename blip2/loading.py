@@ -14,7 +14,7 @@ from blip2.checkpoint.source import open_checkpoint
 from blip2.checkpoint.weights import model_digest
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Blip2Config, Mode
+from blip2.modeling.config import Blip2Config, MatcherConfig, Mode
 from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.registry import default_dtype, resolve_alias
 from blip2.tensorfiles.errors import CheckpointError
@@ -66,19 +66,26 @@ def load_components(
                 dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         image_processor, tokenizer = load_processors(files, vision=vision, language=language)
         model, weights = load_checkpoint(checkpoint, parse_dtype(dtype), device, quantize, prepack=True)
-    _check_words(model, tokenizer)
+        _check_fit(model.config, image_processor, tokenizer)
     return LoadedModel(model, image_processor, tokenizer, weights)
 
 
-def _check_words(model: Blip2 | Blip2Matcher, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that gives ids for which the model has no word embedding."""
-    config = model.config
-    words = config.language.vocab_size if isinstance(config, Blip2Config) else config.qformer.vocab_size
-    if (largest := tokenizer.largest_id()) >= words:
-        raise CheckpointError(
-            f"the tokenizer gives ids up to {largest:,}, but the model knows {words:,} words: they do not belong "
-            "together; get the tokenizer of this model"
-        )
+def _check_fit(
+    config: Blip2Config | MatcherConfig, image_processor: ImageProcessor, tokenizer: Tokenizer
+) -> None:
+    """Refuse images of a size, and ids of words, that the model does not take."""
+    size, words = config.vision.image_size, _vocabulary(config)
+    problem = ""
+    if image_processor.size != size:
+        problem = f"images are made {image_processor.size} px, but the image encoder takes {size}"
+    elif (largest := tokenizer.largest_id()) >= words:
+        problem = f"the tokenizer gives ids up to {largest:,}, but the model knows {words:,} words"
+    if problem:
+        raise CheckpointError(f"{problem}: they do not belong together; get all files of one model")
+
+
+def _vocabulary(config: Blip2Config | MatcherConfig) -> int:
+    return (config.language if isinstance(config, Blip2Config) else config.qformer).vocab_size
 
 
 def device_of(device: str | torch.device) -> torch.device:

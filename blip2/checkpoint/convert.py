@@ -31,6 +31,7 @@ from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
 from blip2.storage import Content
 from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.strict_json import read_json
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 from blip2.tensorfiles.writers import PDPARAMS, SAFETENSORS, TORCH, FileKind, Read
 
@@ -215,6 +216,7 @@ def new_checkpoint(
     if to != "hf":
         files = {name: hf_files[name] for name in ("config.json", "preprocessor_config.json")}
     elif checkpoint.layout is HUGGING_FACE and generation.is_file():
+        read_json(generation)  # copied as it is, but nothing that is none
         files[generation.name] = generation
     if to == "paddle":
         files["config.json"] = to_paddle_config(config, hf_files["config.json"]["torch_dtype"])

@@ -250,6 +250,12 @@ def match_state_dict(
     tied = isinstance(config, Blip2Config) and _share_head(tensors, names, embeddings_weight(config))
     model = empty_model(config, tensors, names, tied=tied)
     _check(model.state_dict(), tensors, names)
+    if isinstance(model, Blip2):
+        start, words = model.config.language.decoder_start_token_id, model.config.language.vocab_size
+        if start is not None and not 0 <= start < words:
+            raise CheckpointError(
+                f"config.json says decoder_start_token_id {start}, but the model knows {words:,} words"
+            )
     return model, names, tied
 
 
