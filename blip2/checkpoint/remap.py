@@ -72,15 +72,17 @@ class RemappedTensors(TensorFile):
         for part in filter(None, self.recipes[name].stored):
             yield from self.tensors.file(part).sources(part)
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str, size: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
         """A transposed tensor is never in memory twice."""
         recipe = self.recipes[name]
         if not recipe.transposed:
-            yield from super().blocks(name) if recipe.plain is None else self.tensors.blocks(recipe.plain)
+            yield from (
+                super().blocks(name, size) if recipe.plain is None else self.tensors.blocks(recipe.plain)
+            )
             return
         assert recipe.stored[0] is not None
         stored = self.tensors.copy(recipe.stored[0])  # [in, out] for [out, in], or the other way round
-        rows = max(1, BLOCK_ELEMENTS // max(1, stored.shape[0]))
+        rows = max(1, size // max(1, stored.shape[0]))
         for start in range(0, stored.shape[1], rows):
             # copied before they are transposed: torch transposes a whole matrix fast, a part of one slowly
             yield stored[:, start : start + rows].contiguous().t().contiguous().view(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch import Tensor
 from blip2.tensorfiles.tensors import TensorFile, TensorInfo
 
 _FP16_MAX = 65504.0
-_THREADS = min(4, os.cpu_count() or 1)  # hashing takes longer than reading: 2 GB/s a core
+_MOST_THREADS = 4  # hashing takes longer than reading: 2 GB/s a core
+_BLOCK = 1 << 18  # values read at a time: they are still in the processor's cache when they are looked at
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def scan_file(file: TensorFile) -> Scan:
     """Read all values of a file, a block of a few tensors at a time."""
 
     def scan(name: str) -> tuple[bytes, float]:
-        return _scan_tensor(name, file.info[name], file.blocks(name))
+        return _scan_tensor(name, file.info[name], file.blocks(name, _BLOCK))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(min(_MOST_THREADS, torch.get_num_threads())) as pool:
         results = dict(zip(file.info, pool.map(scan, file.info), strict=True))
     large = {name: largest for name, (_, largest) in results.items() if largest > _FP16_MAX}
     return Scan(join_digests(digest for digest, _ in results.values()), large)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import blip2
+from blip2.bulk.describe import fingerprint
 from blip2.checkpoint import (
     CheckpointError,
     convert,
@@ -25,6 +26,7 @@ from blip2.checkpoint import (
     save_model,
     weights,
 )
+from blip2.cli import main
 from blip2.tensorfiles.scan import Scan, digest_tensors, scan_file
 from blip2.tensorfiles.tensors import TensorFile, TensorInfo, blocks
 from blip2.tensorfiles.writers import write_pdparams
@@ -248,6 +250,41 @@ def test_models_in_memory(variants: dict[str, Path]) -> None:
     assert before != weights.model_digest(model)
     assert digest_tensors([("a", torch.ones(2))]) != digest_tensors([("b", torch.ones(2))])
     assert digest_tensors([("a", torch.ones(2))]) != digest_tensors([("a", torch.ones(1, 2))])
+
+
+def _change_one_bit(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    flat = state[sorted(state)[len(state) // 2]].view(-1)
+    flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0, dtype=flat.dtype))
+    save_file(state, folder / "model.safetensors")
+
+
+def test_a_run_of_other_weights_is_not_gone_on_with(
+    generator_folder: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = Path(shutil.copytree(generator_folder, tmp_path / "model")), tmp_path / "out.jsonl"
+    run = ["caption", *map(str, pictures[:2]), "--model", str(folder), "--max-new-tokens", "3"]
+    run += ["--quiet", "--out", str(out)]
+    assert main(run) == 0 and main(run) == 0
+    _change_one_bit(folder)
+    written = out.read_bytes()
+    capsys.readouterr()
+    assert main(run) != 0
+    assert "weights" in capsys.readouterr().err and out.read_bytes() == written
+
+
+def test_a_run_that_matches_knows_its_matcher(
+    generator_folder: Path, matcher_folder: Path, tmp_path: Path
+) -> None:
+    matcher = Path(shutil.copytree(matcher_folder, tmp_path / "matcher"))
+    before = blip2.load(generator_folder, matcher=matcher, device="cpu")
+    expected = [fingerprint(before), fingerprint(before, matcher=True)]
+    _change_one_bit(matcher)
+    after = blip2.load(generator_folder, matcher=matcher, device="cpu")
+    assert [fingerprint(after) == expected[0], fingerprint(after, matcher=True) == expected[1]] == [
+        True,
+        False,
+    ]
 
 
 # --- what is remembered ----------------------------------------------------------------------------------------------
