@@ -244,7 +244,8 @@ def _break_special_tokens(backend: Backend) -> None:
         return
     first = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special)
     apart = pre_tokenizers.Split(Regex(first), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, apart])
+    before = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*before, apart])
 
 
 def _ends(

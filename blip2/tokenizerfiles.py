@@ -19,9 +19,8 @@ MAX_TOKENIZER_BYTES = 6 << 20  # of one file; T5's has 2.4 million, OPT's up to 
 MAX_PIECES = 1 << 18  # T5 has 32,100, OPT 50,265
 MAX_ID = 1 << 24
 _MAX_PIECE = 1024  # characters; OPT's longest is 128
-_MAX_UNIGRAM = (
-    1 << 20
-)  # characters of all pieces, each of which the library keeps as a node; T5 has 0.2 million
+_MAX_UNIGRAM_PIECE = 128  # every length is tried at every place of a text; T5's longest is 16
+_MAX_UNIGRAM = 3 << 18  # bytes of all its pieces, each a node for the library; T5 has 0.2 million
 _MAX_ADDED, _MAX_ADDED_TEXT = 4096, 1 << 16  # T5 has 103 added tokens
 _MAX_WORD = 200  # of max_input_chars_per_word, whose square is work; BERT's is 100
 _MAX_STEPS = 6
@@ -101,7 +100,7 @@ def check_vocabulary(vocabulary: Any) -> None:
         if (
             not isinstance(entry, list)
             or [*map(type, entry)] not in ([str, float], [str, int])
-            or not 1 <= len(entry[0]) <= _MAX_PIECE
+            or not 1 <= len(entry[0]) <= _MAX_UNIGRAM_PIECE
             or not abs(entry[1]) <= 1e6  # of a logarithm: T5's are -2 to -14
         ):
             raise _refused(f"a piece {quoted(str(entry)[:80])}, expected its text and its score")
@@ -205,7 +204,7 @@ def _check_charsmap(step: Mapping[str, Any]) -> None:
     The library follows both without looking. In a unit: bits 10-30 the offset of its children, bit 9 whether that
     counts 256 times, bit 8 whether one of them is a leaf; a leaf has bit 31 and the place of its text.
     """
-    problem = "a precompiled_charsmap that is broken; get the file again"
+    problem = "a precompiled_charsmap that is broken"
     try:
         content = base64.b64decode(step.get("precompiled_charsmap") or "", validate=True)
         length = int.from_bytes(content[:4], "little")
@@ -244,4 +243,4 @@ def _whole(value: Any, most: int) -> bool:
 
 
 def _refused(what: str) -> UnsupportedFileError:
-    return UnsupportedFileError(f"it holds {what}")
+    return UnsupportedFileError(f"it holds {what}; get the files of the published model again")

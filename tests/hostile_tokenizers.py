@@ -147,6 +147,7 @@ def _tokenizers() -> Iterator[tuple[str, Any]]:
     yield from _charsmaps()
     yield from _steps()
     yield from _models()
+    yield from _extremes()
     yield from _lies()
     yield from _bombs()
 
@@ -295,6 +296,40 @@ def _models() -> Iterator[tuple[str, Any]]:
         t5(vocab=[["<unk>", 0.0], ["</s>", 0.0], *([f"{i:>09x}", -1.0] for i in range(100_000))], unk_id=0),
     )
     yield "a long piece", opt(vocab={"a": 0, "</s>": 1, "b" * 2_000_000: 2})
+
+
+def _extremes() -> Iterator[tuple[str, Any]]:
+    """The most that is let pass."""
+    names = ("<pad>", "</s>", "<unk>")
+    lists = {
+        "many": [f"<extra_{i}>" for i in range(4000)],
+        "short": [chr(0x4E00 + i) for i in range(4000)],
+        "long": ["a" * 1000 + str(i) for i in range(60)],
+    }
+    for name, more in lists.items():
+        yield f"{name} special tokens", t5() | {"added_tokens": _added(*names, *more)}
+    free = [
+        token | {"normalized": True, "special": False, "lstrip": True, "rstrip": True}
+        for token in _added(*lists["short"])
+    ]
+    yield "added tokens of every kind", opt() | {"added_tokens": free}
+    chain = {"</s>": 1, "<pad>": 0} | {"a" * i: i + 1 for i in range(1, 1000)}
+    merges = [["a" * i, "a"] for i in range(1, 998)]
+    yield "a chain of merges", opt(vocab=chain, merges=merges) | {"pre_tokenizer": None}
+    fixed = [[name, 0.0] for name in names]
+    nested = [["a" * i, -1.0] for i in range(1, 129)]
+    yield "a chain of pieces", t5(vocab=[*fixed, *nested]) | {"pre_tokenizer": None}
+    yield "apart", t5(vocab=[*fixed, *([chr(0x3000 + i) * 128, -1.0] for i in range(2000))])
+    words = {"[PAD]": 0, "[SEP]": 1, "[CLS]": 2, "[UNK]": 3} | {"a" * i: 3 + i for i in range(1, 900)}
+    yield (
+        "long words",
+        bert(vocab=words | {f"##{'a' * i}": 2000 + i for i in range(1, 900)}, max_input_chars_per_word=200),
+    )
+    raw = t5()
+    table = charsmap({chr(code): "é" * 32 for code in range(97, 123)})
+    raw["normalizer"]["normalizers"][0]["precompiled_charsmap"] = base64.b64encode(table).decode()
+    yield "32 characters for one", raw
+    yield "a suffix", opt(end_of_word_suffix="</w>", continuing_subword_prefix="##")
 
 
 def _lies() -> Iterator[tuple[str, Any]]:
