@@ -16,8 +16,8 @@ import numpy as np
 from blip2.tensorfiles.errors import UnsupportedFileError, quoted
 
 MAX_TOKENIZER_BYTES = 6 << 20  # of one file; T5's has 2.4 million, OPT's up to 4.3 with all its line breaks
-MAX_PIECES = 1 << 18  # T5 has 32,100, OPT 50,265
-MAX_ID = 1 << 24
+_MAX_PIECES = 1 << 18  # T5 has 32,100, OPT 50,265
+_MAX_ID = 1 << 24
 _MAX_PIECE = 1024  # characters; OPT's longest is 128
 _MAX_UNIGRAM_PIECE = 128  # every length is tried at every place of a text; T5's longest is 16
 _MAX_UNIGRAM = 3 << 18  # bytes of all its pieces, each a node for the library; T5 has 0.2 million
@@ -55,7 +55,7 @@ def check_tokenizer(raw: Mapping[str, Any]) -> None:
     known = {"version", "truncation", "padding", "added_tokens", "model", *_STEPS}
     if unknown := raw.keys() - known:
         raise _refused(f"an entry {quoted(min(unknown))} that tokenizers do not have")
-    check_model(raw.get("model"))
+    _check_model(raw.get("model"))
     check_added(raw.get("added_tokens") or [])
     for part in _STEPS:
         _check_steps(part, raw.get(part))
@@ -65,7 +65,7 @@ def check_tokenizer(raw: Mapping[str, Any]) -> None:
             raise _refused(f"no settings of {name}")
 
 
-def check_model(model: Any) -> None:
+def _check_model(model: Any) -> None:
     """Check a tokenizer's model: its vocabulary, and what else decides how much work encoding a text is."""
     if not isinstance(model, dict):
         raise _refused("no model")
@@ -75,7 +75,9 @@ def check_model(model: Any) -> None:
     check_merges(model.get("merges") or [])
     size = len(model["vocab"])
     for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        _check_text(name, model.get(name) or "", _MAX_PIECE)
+        text = model.get(name) or ""
+        if not isinstance(text, str) or len(text) > _MAX_PIECE:
+            raise _refused(f"{name} {quoted(text)}, expected a text of up to {_MAX_PIECE:,} characters")
     longest, unknown = model.get("max_input_chars_per_word", 1), model.get("unk_id")
     if not _whole(longest, _MAX_WORD):
         raise _refused(f"max_input_chars_per_word {quoted(longest)}, expected up to {_MAX_WORD}")
@@ -87,12 +89,12 @@ def check_model(model: Any) -> None:
 
 def check_vocabulary(vocabulary: Any) -> None:
     """Check pieces: {text: id}, or T5's list of [text, score]."""
-    if not isinstance(vocabulary, dict | list) or not 1 <= len(vocabulary) <= MAX_PIECES:
+    if not isinstance(vocabulary, dict | list) or not 1 <= len(vocabulary) <= _MAX_PIECES:
         count = len(vocabulary) if isinstance(vocabulary, dict | list) else "no"
-        raise _refused(f"{count} pieces, expected up to {MAX_PIECES:,}")
+        raise _refused(f"{count} pieces, expected up to {_MAX_PIECES:,}")
     if isinstance(vocabulary, dict):
         for piece, index in vocabulary.items():
-            if not _whole(index, MAX_ID) or len(piece) > _MAX_PIECE:
+            if not _whole(index, _MAX_ID) or len(piece) > _MAX_PIECE:
                 raise _refused(f"a piece {quoted(piece)} with id {quoted(index)}")
         return
     characters = 0
@@ -111,8 +113,8 @@ def check_vocabulary(vocabulary: Any) -> None:
 
 def check_merges(merges: Any) -> None:
     """Check the merges of a BPE model: "a b" or ["a", "b"]."""
-    if not isinstance(merges, list) or len(merges) > MAX_PIECES:
-        raise _refused(f"merges that are no list of up to {MAX_PIECES:,}")
+    if not isinstance(merges, list) or len(merges) > _MAX_PIECES:
+        raise _refused(f"merges that are no list of up to {_MAX_PIECES:,}")
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list | tuple) or [*map(type, pair)] != [str, str]:
@@ -129,7 +131,7 @@ def check_added(added: Any) -> None:
         if (
             not isinstance(text, str)
             or not 1 <= len(text) <= _MAX_PIECE
-            or not _whole(token.get("id"), MAX_ID)
+            or not _whole(token.get("id"), _MAX_ID)
         ):
             raise _refused(f"an added token {quoted(str(token)[:80])}, expected its content and its id")
         characters += len(text)
@@ -142,9 +144,9 @@ def _check_steps(part: str, value: Any) -> None:
     if value is None:
         return
     listed, kinds = _STEPS[part]
-    steps = [value]
+    steps: Any = [value]
     if isinstance(value, dict) and value.get("type") == "Sequence":
-        steps = value.get(listed)  # type: ignore[assignment]
+        steps = value.get(listed)
     if not isinstance(steps, list) or len(steps) > _MAX_STEPS:
         raise _refused(f"a {part} that is no sequence of up to {_MAX_STEPS} steps")
     seen: list[str] = []
@@ -187,14 +189,14 @@ def _check_template(step: Mapping[str, Any]) -> None:
         raise _refused(f"a template with more than {_MAX_TEMPLATE} special tokens")
     for name, token in tokens.items():
         ids = token.get("ids") if isinstance(token, dict) else None
-        if not isinstance(ids, list) or len(ids) > _MAX_TEMPLATE or not all(_whole(i, MAX_ID) for i in ids):
+        if not isinstance(ids, list) or len(ids) > _MAX_TEMPLATE or not all(_whole(i, _MAX_ID) for i in ids):
             raise _refused(f"a template whose token {quoted(name)} has no ids")
 
 
 def _check_ends(step: Mapping[str, Any]) -> None:
     for name in ("sep", "cls"):
         end = step.get(name)
-        if not isinstance(end, list) or [*map(type, end)] != [str, int] or not _whole(end[1], MAX_ID):
+        if not isinstance(end, list) or [*map(type, end)] != [str, int] or not _whole(end[1], _MAX_ID):
             raise _refused(f"no token and id of {name}")
 
 
@@ -231,11 +233,6 @@ _CHECKS = {
     "BertProcessing": _check_ends,
     "RobertaProcessing": _check_ends,
 }
-
-
-def _check_text(name: str, value: Any, most: int) -> None:
-    if not isinstance(value, str) or len(value) > most:
-        raise _refused(f"{name} {quoted(value)}, expected a text of up to {most:,} characters")
 
 
 def _whole(value: Any, most: int) -> bool:

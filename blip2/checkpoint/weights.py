@@ -24,9 +24,8 @@ from blip2.tensorfiles.scan import Scan, digest_tensors, join_digests, scan_file
 from blip2.tensorfiles.strict_json import read_json
 from blip2.tensorfiles.tensors import StoredTensors, Tensors
 
-_Identity = tuple[
-    str, int, int, int, int
-]  # the file's path, size, inode, time of its values and of its inode
+# Of a file: its path, size, inode, and the times of its values and of its inode.
+_Identity = tuple[str, int, int, int, int]
 _scans: dict[_Identity, Scan] = {}  # of this process
 
 
