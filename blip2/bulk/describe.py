@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from blip2.bulk.database import Row
 from blip2.bulk.run import DecodeImage, Describe
@@ -108,15 +106,7 @@ def parallel_batches(model: Predictor | None) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-@torch.inference_mode()
-def fingerprint(model: Predictor) -> str:
-    """Distinguishes models of the same name: a digest of every tensor's name, shape and first values."""
-    lines: dict[str, str] = {}
-    # One module at a time: of a packed weight this makes a copy.
-    for parent, module in model.model.named_modules():
-        own: dict[str, Tensor] = {}
-        module._save_to_state_dict(own, f"{parent}." if parent else "", keep_vars=False)
-        for name, tensor in own.items():
-            lines[name] = f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n"
-    text = "".join(lines[name] for name in sorted(lines))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint(model: Predictor, *, matcher: bool = False) -> str:
+    """What tells a model's weights from all others, as they were loaded; with `matcher`, those of its matcher too."""
+    digests = [model.digest(), *([model.digest(matcher=True)] if matcher else [])]
+    return " ".join(digest[:16] for digest in digests)

@@ -261,7 +261,7 @@ def _run_config(
         "eos_token_id": args.eos_token_id,  # a list, as JSON gives it back
         "prompt": getattr(args, "prompt", None),
         "questions": questions,
-        "weights": fingerprint(model),
+        "weights": fingerprint(model, matcher=args.match or args.keep_best),
         "format": kind,
         "existing": args.existing if args.existing in ("append", "prepend") else None,
     }
