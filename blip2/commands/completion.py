@@ -65,7 +65,7 @@ def _choices(words: Sequence[str]) -> dict[str, str]:
     if "=" in words[1:]:  # bash makes three words of --format=csv
         words = [*words, ""] if words[-1] == "=" else words
         words = [word for word in words if word != "="]
-    *before, current = words
+    *before, current = words or [""]
     if not before:
         return {name: command.description or "" for name, command in commands.items()} | _flags(parser)
     if before[0] not in commands:

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from blip2.commands.arguments import add_output, add_parts
 from blip2.commands.options import as_typed
-from blip2.commands.terminal import DONE, SOME_FAILED, named_checkpoint, one_line, print_json, print_line
+from blip2.commands.streams import visible
+from blip2.commands.terminal import DONE, SOME_FAILED, named_checkpoint, print_json, print_line
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(checkpoint.as_json())
         return status
-    print_line(f"{one_line(checkpoint.path)}: {checkpoint.layout} ({checkpoint.file_format})")
+    print_line(f"{visible(checkpoint.path)}: {checkpoint.layout} ({checkpoint.file_format})")
     print_line(f"  {checkpoint.variant}")
     for name, part in checkpoint.parts.items():
         dtypes = ", ".join(sorted(part.dtypes))
@@ -44,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
         print_line(f"  head: {checkpoint.head}")
     for kind, lines in (("WRONG", checkpoint.problems), ("note", checkpoint.notes)):
         for line in lines:
-            print_line(f"  {kind}: {one_line(line)}")
+            print_line(f"  {kind}: {line}")
     return status

@@ -34,6 +34,10 @@ After # -> is what the model that ships answers; those images are in the folder 
 """
 
 
+# Arguments that mean something where they are empty; texts, and the words of a command, which are checked themselves.
+MAY_BE_EMPTY = ("command", "prompt", "prefix", "suffix", "words", "question", "text", "texts")
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that suggests the word that was probably meant."""
 
@@ -51,6 +55,11 @@ class CommandParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(word, words, n=1)
         super().error(visible(message + (f"; did you mean {close[0]}?" if close else "")))
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if not arg_string and action.dest not in MAY_BE_EMPTY:  # "$out" of a script that never set it
+            raise argparse.ArgumentError(action, "it is empty")
+        return super()._get_value(action, arg_string)
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End the program, with an error where the help that was printed cannot be written."""
         put("", end="")
@@ -66,6 +75,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--version", action="version", version=f"blip2 {blip2.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    flags: dict[str, str] = {}  # how each option is typed: {"num_beams": "--num-beams", ...}
     for name in COMMANDS:
         module = import_module(f"blip2.commands.{name}")
         about, _, examples = cleandoc(module.__doc__ or name).partition("\n\n")
@@ -76,14 +86,10 @@ def build_parser() -> CommandParser:
             epilog=f"examples:\n{indent(dedent(examples), '  ')}\n\n{EPILOG}",
         )
         module.configure(command)
-        command.set_defaults(run=module.run, flags=flags_of(command))
+        options = (action for action in command._actions if action.option_strings)
+        flags |= {action.dest: max(action.option_strings, key=len) for action in options}
+        command.set_defaults(run=module.run, flags=flags)
     return parser
-
-
-def flags_of(command: argparse.ArgumentParser) -> dict[str, str]:
-    """How each option of a command is typed: {"num_beams": "--num-beams", ...}."""
-    options = (action for action in command._actions if action.option_strings)
-    return {action.dest: max(action.option_strings, key=len) for action in options}
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

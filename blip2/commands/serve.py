@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from blip2.commands.arguments import add_model, option, repeatable, switch
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
             f"serving needs {error.name}, which is not installed: pip install 'blip2[serve]'"
         ) from None
     args.quiet = args.quiet or not sys.stderr.isatty()  # progress is no entry of a log
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # a client's image is no reason to write to the log
     run_server(
         lambda: load_named(args),
         model=Path(args.model).name,

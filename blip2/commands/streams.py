@@ -99,14 +99,12 @@ def complain(message: str) -> None:
 def standard_streams() -> Iterator[None]:
     """The streams of a command, and Python's warnings and log messages as lines of its own."""
     _open_closed()
-    if (reconfigure := getattr(sys.stdin, "reconfigure", None)) is not None:
-        reconfigure(errors="surrogateescape")
-    if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
-        reconfigure(
-            **{"errors": "replace"}
-            if sys.stdout.isatty()
-            else {"encoding": "utf-8", "errors": "backslashreplace"}
-        )
+    _reconfigure(sys.stdin, errors="surrogateescape")
+    if sys.stdout.isatty():
+        _reconfigure(sys.stdout, errors="replace")
+    else:
+        _reconfigure(sys.stdout, encoding="utf-8", errors="backslashreplace")
+    _reconfigure(sys.stderr, errors="backslashreplace")
     stderr: Any = _Unfailing(sys.stderr)
     last_resort = logging.lastResort
     with contextlib.redirect_stderr(stderr), warnings.catch_warnings():
@@ -127,8 +125,6 @@ class _Unfailing:
     """Standard error: where it cannot be written, the work goes on without it."""
 
     def __init__(self, stream: Any) -> None:
-        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
-            reconfigure(errors="backslashreplace")
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -173,6 +169,11 @@ def _open_closed() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
+def _reconfigure(stream: Any, **settings: str) -> None:
+    if hasattr(stream, "reconfigure"):  # a notebook's has not
+        stream.reconfigure(**settings)
 
 
 def _to_nowhere(stream: Any) -> None:

@@ -35,7 +35,8 @@ def print_json(record: dict[str, Any]) -> None:
 
 def report_error(args: argparse.Namespace, name: str, message: str) -> None:
     """Print what is wrong with an image: with --json an object among the results, else an error line."""
-    message = as_typed(message, args.flags)
+    parts = message.split(name) if name else [message]
+    message = name.join(as_typed(part, args.flags) for part in parts)  # the name stays as it is
     if args.json:
         print_json({"image": name, "error": message})
     else:
@@ -137,7 +138,7 @@ def print_written(args: argparse.Namespace, result: Any, content: str, more: str
         print_json(asdict(result) | {"folder": str(result.folder)})
     else:
         sizes = f"{readable(result.read_bytes)} read, {readable(result.written_bytes)} written"
-        print_line(f"{one_line(str(result.folder))}: {content}, {sizes}{more}")
+        print_line(f"{visible(str(result.folder))}: {content}, {sizes}{more}")
 
 
 def named_checkpoint(name: str) -> str | Path:

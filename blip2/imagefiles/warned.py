@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TextIO
 
-# The image that this thread reads, and what was warned of it already.
-_image: ContextVar[tuple[str, set[str]] | None] = ContextVar("image", default=None)
+# The name of the image that this thread reads; none any more once it was warned of; None: no image is read.
+_image: ContextVar[list[str] | None] = ContextVar("image", default=None)
 
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
     """Warnings within the block are about this image; of blocks within each other the outermost counts."""
-    token = _image.set(_image.get() or (name, set()))
+    outer = _image.get()
+    token = _image.set([name] if outer is None else outer)
     try:
         yield
     finally:
@@ -24,7 +25,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def report_warnings(report: Callable[[str], None]) -> None:
-    """Give Python's warnings to `report` from now on, with the image's name and once for each image.
+    """Give Python's warnings to `report` from now on, of an image the first one alone, with its name.
 
     `warnings.catch_warnings()` around it limits this to a block. Called from whatever thread reads the image.
     """
@@ -37,10 +38,11 @@ def report_warnings(report: Callable[[str], None]) -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        name, seen = _image.get() or ("", set[str]())
-        if str(message) not in seen:
-            seen.add(str(message))
-            report(f"{name}: {message}" if name else str(message))
+        image = _image.get()
+        if image is None:
+            report(str(message))
+        elif image:
+            report(f"{image.pop()}: {message}")
 
     warnings.showwarning = show
     if not sys.warnoptions:

@@ -55,6 +55,7 @@ caption a.png --model blip2:pretrain_vitL | --vision 'clip_vit_L.pth'
 caption a.png --model blip2_t5:pretrain_flant5xl_vitL | --vision 'clip_vit_L.pth' and --language 'google/flan-t5-xl'
 inspect lacks.pth | give it as --vision
 convert lacks.pth new --to hf | give it as --language
+doctor lacks.pth | give it as --vision
 convert W new --to lavis --shard-size 1GB | leave out --shard-size
 convert W new --to hf --shard-size 0 | above 0
 explain a.png -o o.png --model W --quantize int8 | without --quantize
@@ -108,7 +109,7 @@ def test_options_are_named_as_they_are_typed() -> None:
         assert as_typed(message, flags) == typed
     for name in (
         "num_beams.jpg", "d/num_beams", "num_beams/d", "num_beams-1", "my_num_beams", "http://x/?seed=3&model=y",
-        "x.seed=1", "--model seed", "matcher=",
+        "x.seed=1", "--model seed", "matcher=", "seed=1/a.jpg", "seed=/a.jpg", "d/model=x/num_beams",
     ):  # fmt: skip
         assert as_typed(name, flags) == name
     assert as_typed("num_beams=1", {}) == "num_beams=1"
@@ -138,6 +139,20 @@ def test_empty_texts_are_refused(
             r"blip2: .*(is empty|holds only '.*'; write some words|is empty; write some words)\n", done.err
         )
     assert not Path("o.png").exists() and not Path("o.jsonl").exists()
+
+
+EMPTY = """
+caption ! | ask ! what? | chat ! | match ! x | embed ! | explain ! -o o.png | explain a.png -o ! | caption a.png --out !
+caption a.png --model ! | caption a.png --questions ! | caption a.png --include ! | caption a.png --limit !
+inspect ! | doctor ! | convert ! x --to hf | convert W ! --to hf | quantize W ! | eval captions --data ! | bench !
+eval captions --data d --answers ! | serve --api-key-file ! | serve --host !
+"""
+
+
+@pytest.mark.parametrize("command", re.split(r"[|\n]", EMPTY.strip()))
+def test_an_empty_argument_is_no_path(command: str, run: Run) -> None:
+    done = run(*("" if word == "!" else word for word in command.split()))
+    assert (done.status, done.out) == (2, b"") and done.err.endswith(": it is empty\n")
 
 
 URLS = ["https://example.org//a/b.jpg?x=1&seed=3", "HTTP://x.y/z", "s3://bucket/a.png", "file:///a.jpg"]
