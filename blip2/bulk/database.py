@@ -201,7 +201,8 @@ class Database:
             )
         full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
         what = f"the disk is full or fails ({error})" if full else f"cannot be used ({error})"
-        return BulkError(f"{self.path}: {what}; what was done is kept. Make room and {GO_ON}")
+        remedy = "Make room and " if full else ""
+        return BulkError(f"{self.path}: {what}; what was done is kept. {remedy}{GO_ON}")
 
     def query(self, sql: str, *values: Any) -> list[Any]:
         """All rows of a query."""
@@ -309,6 +310,8 @@ class Database:
         name, more_json = to_blob(row["image"]), json.dumps(more) if more else None
         file = to_blob(row["sidecar"]) if "sidecar" in row else None
         values = (*stamp, content, error, file, more_json)
+        if file is not None:  # the image whose text file it was is gone
+            self.execute("UPDATE inputs SET file = NULL WHERE file = ? AND name != ?", file, name)
         old = self.query("SELECT id, content, error, place FROM inputs WHERE name = ?", name)
         changed = not old or list(old[0][1:3]) != [content, error]
         if old:
