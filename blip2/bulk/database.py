@@ -134,8 +134,8 @@ class Database:
         if folder is not None and not read_only:
             refuse_old_state(folder)
             self._lock = _locked(folder)
-        name = ":memory:" if folder is None else f"{(folder / NAME).absolute().as_uri()}?mode=rwc"
-        name = name.replace("mode=rwc", "mode=ro") if read_only else name
+        mode = "ro" if read_only else "rwc"
+        name = ":memory:" if folder is None else f"{(folder / NAME).absolute().as_uri()}?mode={mode}"
         self._at = 0  # where `find` expects the next input
         try:
             self._connection = sqlite3.connect(
