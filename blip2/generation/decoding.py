@@ -260,13 +260,14 @@ Search = Generator[Move, Tensor, Generated]
 
 @dataclass(eq=False)
 class BeamSequence:
-    """A beam search for b prompts. `generated`: their sequences, once it is done."""
+    """A beam search for b prompts. `generated`: their sequences, once it is done. error: as of `SampledSequence`."""
 
     options: GenerationOptions
     history: Tensor  # int64 [b, L]
     end_ids: Tensor  # int64 [E]
     generated: Generated | None = None
     dropped: bool = False
+    error: BaseException | None = None
     _search: Search | None = None
 
     @property

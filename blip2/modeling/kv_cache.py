@@ -105,6 +105,15 @@ class KVCache:
         if self.starts is not None:
             self.starts = self.starts[rows]
 
+    def select(self, rows: Tensor) -> KVCache:
+        """These rows (int64 [r]), copied."""
+        layers, _, _, heads, room, width = self.buffer.shape
+        chosen = KVCache((layers, len(rows), heads, room, width), self.buffer)
+        chosen.length, tokens = self.length, self.buffer[..., : self.length, :]
+        chosen.buffer[..., : self.length, :] = tokens.index_select(2, rows)
+        chosen.starts = None if self.starts is None else self.starts[rows]
+        return chosen
+
     def concat(self, other: KVCache) -> KVCache:
         """The rows of both, aligned at their last tokens."""
         caches = (self, other)

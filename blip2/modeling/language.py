@@ -96,8 +96,13 @@ class DecodeState:
         self._first = kv_cache.buffer, kv_cache.length  # all rows are the same so far
 
     def decode_step(self, ids: Tensor) -> Tensor:
-        """Append ids int64 [B * n]; logits float32 [B * n, V] for the token after them."""
-        return self._language.decode_step(ids, self._prompt_cache, self._kv_cache)
+        """Append ids int64 [B * n]; logits float32 [B * n, V] for the token after them. One that fails appends none."""
+        length = self._kv_cache.length
+        try:
+            return self._language.decode_step(ids, self._prompt_cache, self._kv_cache)
+        except BaseException:
+            self._kv_cache.length = length
+            raise
 
     def prefixes(self, queries: int) -> list[PromptCache | None]:
         """Each prompt's prefix of so many queries, as `Blip2.prefill_prefix` gives it."""
@@ -119,11 +124,18 @@ class DecodeState:
         A prompt named twice is there twice from now on.
         """
         rows = self._kv_cache.buffer.shape[2] // len(self._prompt_cache.mask)
-        self._prompt_cache = self._prompt_cache.batch_select_indices(prompts)
         indices = prompts[:, None] * rows + torch.arange(rows, device=prompts.device)  # [k, n]
+        prompt_cache = self._prompt_cache.batch_select_indices(prompts)
         self._kv_cache.reorder_cache(indices.flatten())
+        self._prompt_cache = prompt_cache
+
+    def select(self, prompts: Tensor) -> DecodeState:
+        """These prompts (int64 [k]) as a state of its own, a copy; one row a prompt."""
+        prompt_cache = self._prompt_cache.batch_select_indices(prompts)
+        return DecodeState(self._language, prompt_cache, self._kv_cache.select(prompts), self.logits)
 
     def concat(self, other: DecodeState) -> None:
         """Take in another state's prompts, at any length; one row a prompt in both."""
-        self._prompt_cache = concat_prompt_caches([self._prompt_cache, other._prompt_cache])
+        prompt_cache = concat_prompt_caches([self._prompt_cache, other._prompt_cache])
         self._kv_cache = self._kv_cache.concat(other._kv_cache)
+        self._prompt_cache = prompt_cache

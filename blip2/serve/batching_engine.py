@@ -13,14 +13,14 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from blip2.generation.batching import ContinuousBatch, SampledSequence
+from blip2.generation.batching import ContinuousBatch, SampledSequence, each_alone
 from blip2.generation.decoding import BeamSequence
 from blip2.generation.options import GenerationOptions
 from blip2.images import load_image, to_pixels
@@ -34,6 +34,8 @@ log = logging.getLogger("blip2.serve")
 
 # Requests started at a time, and while texts are being generated, whose next step must not wait for long.
 MAX_STARTS, MAX_STARTS_BETWEEN_STEPS = 8, 2
+
+CLOSING_SECONDS = 5.0  # that a step may still take when the server ends
 
 # Any other computation with the model: a generator that yields between slices and returns the result.
 ModelCall = Callable[[Predictor], Generator[None, None, Any]]
@@ -119,12 +121,15 @@ class Job:
     sequences: list[SampledSequence | BeamSequence] = field(default_factory=list)
 
     def finish(self, value: Any) -> None:
-        if self.result.set_running_or_notify_cancel():
+        if not self.result.done() and self.result.set_running_or_notify_cancel():
             self.result.set_result(value)
 
     def fail(self, error: BaseException) -> None:
         if not self.result.done() and self.result.set_running_or_notify_cancel():
             self.result.set_exception(error)
+
+
+TextJob = tuple[Job, GenerateRequest]
 
 
 class Slot:
@@ -175,12 +180,13 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; all jobs fail. A model that is still being loaded is not waited for."""
+        """End the thread; all jobs fail. Neither a model that is still being loaded is waited for nor a step that
+        hangs."""
         with self._lock:
             self._closed = True
             self._lock.notify()
         if self.loaded.is_set() or self.failure is not None:
-            self._thread.join()
+            self._thread.join(CLOSING_SECONDS)
 
     @property
     def predictor(self) -> Predictor:
@@ -365,26 +371,38 @@ class Engine:
         return False
 
     def _start(self, jobs: list[Job]) -> None:
-        generating = [(job, job.work) for job in jobs if isinstance(job.work, GenerateRequest)]
+        generating = list[TextJob]()
         for job in jobs:
-            if not isinstance(job.work, GenerateRequest):
-                self._call = job, job.work(self.predictor)
-        if not generating:
-            return
-        try:
-            images = self._encode([request.image for _, request in generating])
-        except Exception as error:
-            self._fail([job for job, _ in generating], error)
-            return
-        groups = defaultdict[tuple[int, bool], list[tuple[Job, GenerateRequest]]](list)
+            if isinstance(job.work, GenerateRequest):
+                generating.append((job, job.work))
+            else:
+                with self._failing_alone(job):
+                    self._call = job, job.work(self.predictor)
+        images: dict[bytes, EncodedImage] = {}
+        self._together(
+            generating, lambda texts: images.update(self._encode([text.image for _, text in texts]))
+        )
+        groups = defaultdict[tuple[int, bool], list[TextJob]](list)
         for job, request in generating:
-            kind = request.options.max_new_tokens, images[request.image.key].prompt_cache is None
-            groups[kind].append((job, request))
+            if not job.result.done():
+                kind = request.options.max_new_tokens, images[request.image.key].prompt_cache is None
+                groups[kind].append((job, request))
         for group in groups.values():
-            try:
-                self._join(group, images)
-            except Exception as error:
-                self._fail([job for job, _ in group], error)
+            self._together(group, lambda texts: self._join(texts, images))
+
+    def _together(self, jobs: Sequence[TextJob], work: Callable[[Sequence[TextJob]], None]) -> None:
+        """Do work for several jobs; where that fails, for each alone, so that none fails because of another."""
+        if jobs:
+            for (job, _), error in each_alone(jobs, work):
+                self._fail(job, error)
+
+    @contextlib.contextmanager
+    def _failing_alone(self, job: Job) -> Iterator[None]:
+        """Whatever is raised within ends this job, and nothing else."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(job, error)
 
     @torch.inference_mode()
     def _encode(self, images: list[PreparedImage]) -> dict[bytes, EncodedImage]:
@@ -403,7 +421,7 @@ class Engine:
                 encoded[key] = EncodedImage(prefix.clone(), None, image.size)
         return encoded
 
-    def _join(self, jobs: list[tuple[Job, GenerateRequest]], encoded: dict[bytes, EncodedImage]) -> None:
+    def _join(self, jobs: Sequence[TextJob], encoded: dict[bytes, EncodedImage]) -> None:
         """Jobs with the same max_new_tokens, whose images all have a context or all have none, join the batch."""
         assert self._batch is not None
         prompts = [(request, prompt) for _, request in jobs for prompt in request.prompts]
@@ -433,20 +451,28 @@ class Engine:
             self.tokens += len(self._batch)
             self._batch.choose()
             for job in self._generating:
-                if job.on_step is not None:
-                    job.on_step([row for row in job.sequences if isinstance(row, SampledSequence)])
-            done = [job for job in self._generating if all(sequence.done for sequence in job.sequences)]
-            leaving = [job for job in self._generating if job in done or self._expired(job)]
+                with self._failing_alone(job):
+                    self._report(job)
+            leaving = [job for job in self._generating if self._expired(job)]
             for sequence in (sequence for job in leaving for sequence in job.sequences):
                 sequence.dropped = True
             self._generating = [job for job in self._generating if job not in leaving]
-            for job in done:
-                job.finish([output for sequence in job.sequences for output in self._outputs(sequence)])
             self._batch.advance()
-        except Exception as error:
+        except BaseException as error:  # not because of a text
             jobs, self._generating = self._generating, []
             self._batch = ContinuousBatch(self.predictor.model)
-            self._fail(jobs, error)
+            for job in jobs:
+                self._fail(job, error)
+
+    def _report(self, job: Job) -> None:
+        """After a step: its texts to a job's callback and, once all are done, to its result."""
+        for sequence in job.sequences:
+            if sequence.error is not None:
+                raise sequence.error
+        if job.on_step is not None:
+            job.on_step([row for row in job.sequences if isinstance(row, SampledSequence)])
+        if all(sequence.done for sequence in job.sequences):
+            job.finish([output for sequence in job.sequences for output in self._outputs(sequence)])
 
     def _outputs(self, sequence: SampledSequence | BeamSequence) -> list[TextOutput]:
         if isinstance(sequence, SampledSequence):
@@ -467,24 +493,23 @@ class Engine:
         if self._call is None:
             return
         job, slices = self._call
-        try:
-            if self._expired(job):
-                slices.close()
-            else:
-                next(slices)
-                return
-        except StopIteration as end:
-            job.finish(end.value)
-        except Exception as error:
-            self._fail([job], error)
+        with self._failing_alone(job):
+            try:
+                if self._expired(job):
+                    slices.close()
+                else:
+                    next(slices)
+                    return
+            except StopIteration as end:
+                job.finish(end.value)
         self._call = None
 
-    def _fail(self, jobs: list[Job], error: Exception) -> None:
+    @staticmethod
+    def _fail(job: Job, error: BaseException) -> None:
         """A request's own mistake (a ValueError) is reported to the client; anything else goes to the log alone."""
         failure = error
         if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
             log.error("the model failed", exc_info=error)
             failure = EngineError("the model failed")
             failure.__cause__ = error  # for the log entry under the request's id
-        for job in jobs:
-            job.fail(failure)
+        job.fail(failure)

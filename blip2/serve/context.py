@@ -6,11 +6,11 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import anyio.to_thread
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from blip2.generation.batching import SampledSequence
 from blip2.serve.batching_engine import Engine, GenerateRequest, Job, OnStep, PreparedImage, Work
@@ -42,7 +42,7 @@ class ServerContext:
     metrics: Metrics
     fetcher: Fetcher | None = None
     log_contents: bool = False
-    decoders: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(DECODERS))
+    decoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DECODERS, "blip2 images"))
 
     @property
     def decode(self) -> Callable[[list[int]], str]:
@@ -66,8 +66,8 @@ class ServerContext:
             raise ApiError(400, f"{name} is {value}; this server allows {limit}", param=name)
 
     async def in_thread(self, work: Callable[[], Result]) -> Result:
-        """Run work on images on another thread than the event loop's."""
-        return await anyio.to_thread.run_sync(work, limiter=self.decoders)
+        """Run work on images on another thread than the event loop's. A request that ends does not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
 
     async def prepare_image(self, content: bytes, *, pixels: bool = False) -> PreparedImage:
         """A file's image, ready for the model; `pixels` as for `Engine.prepare_image`."""
@@ -79,17 +79,8 @@ class ServerContext:
         return self.engine.submit(work, state.slot, state.client, state.deadline, on_step)
 
     async def result(self, request: Request, work: Work) -> Any:
-        """The engine's result. Where the client leaves first, the job is cancelled."""
-        result = asyncio.wrap_future(self.submit(request, work).result)
-        disconnect = asyncio.create_task(_disconnected(request))
-        try:
-            await asyncio.wait({result, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            if not result.done():
-                raise ClientDisconnect
-            return result.result()
-        finally:
-            disconnect.cancel()
-            result.cancel()
+        """The engine's result. Where the request ends first, the job is cancelled."""
+        return await asyncio.wrap_future(self.submit(request, work).result)
 
     def follow(self, request: Request, work: GenerateRequest, texts: list[GrowingText]) -> tuple[Job, Pieces]:
         """The job of a request's texts and, as its tokens are chosen, what each adds to one of the texts.
@@ -124,9 +115,3 @@ def context_of(request: Request) -> ServerContext:
     """The context of the application that a request came to."""
     context: ServerContext = request.app.state.context
     return context
-
-
-async def _disconnected(request: Request) -> None:
-    """Return when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -12,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2.serve.batching_engine import BusyError
-from blip2.serve.errors import ApiError, logged_api_error
+from blip2.serve.batching_engine import BusyError, TooLateError
+from blip2.serve.errors import ApiError, as_api_error, logged_api_error
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
@@ -22,6 +23,8 @@ log = logging.getLogger("blip2.serve")
 
 OPEN = "/health"  # the only path that needs no key
 UNLIMITED = (OPEN, "/ready", "/metrics")  # never refused because of other requests
+# After its deadline, until a request that has not reported the delay by itself is answered; and for its work to end.
+ANSWERING_SECONDS, ENDING_SECONDS = 0.5, 0.5
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 HEADERS = {
@@ -131,7 +134,7 @@ class SameSite:
 
 
 class RequestLimits:
-    """Bounds the requests at work and the bytes they hold; sets a request's deadline, frees its slot at its end."""
+    """Bounds the requests at work and the bytes they hold; frees a request's slot at its end."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self._limits = app, limits
@@ -141,7 +144,7 @@ class RequestLimits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in UNLIMITED and self._requests >= self._limits.requests:
             raise BusyError("too many requests at once", 1)
-        now, state, own_bytes = time.monotonic(), scope["state"], 0
+        state, own_bytes = scope["state"], 0
 
         def count_bytes(size: int) -> None:
             """Count what arrived for this request. Raises BusyError where all requests hold too much."""
@@ -156,8 +159,7 @@ class RequestLimits:
             count_bytes(len(message.get("body", b"")))
             return message
 
-        state.setdefault("began", now)  # where the connection has not noted the request's first byte
-        state |= {"deadline": now + self._limits.request_seconds, "count_bytes": count_bytes}
+        state["count_bytes"] = count_bytes
         self._requests += 1
         try:
             await self.app(scope, receive_counting, send)
@@ -166,6 +168,86 @@ class RequestLimits:
             self._bytes -= own_bytes
             if "slot" in state:
                 state["slot"].release()
+
+
+class RequestEnd:
+    """Ends a request whose time is up or whose client has left, whatever it waits for then; sets its deadline."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        # where the connection has not noted the request's first byte, it begins now
+        state["deadline"] = state.setdefault("began", time.monotonic()) + self._limits.request_seconds
+        exchange = _Exchange(receive, send)
+        left = asyncio.create_task(exchange.client_left.wait())
+        work = asyncio.ensure_future(self.app(scope, exchange.receive, exchange.send))
+        try:
+            time_left = state["deadline"] + ANSWERING_SECONDS - time.monotonic()
+            await asyncio.wait((work, left), timeout=time_left, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait((work,), timeout=ENDING_SECONDS)
+            if work.done() and not work.cancelled():
+                _raise_as_exception(work.exception())
+                return
+        finally:
+            work.cancel()
+            left.cancel()
+            exchange.end()
+        if exchange.client_left.is_set():
+            raise ClientDisconnect
+        late = TooLateError("the request took longer than the server allows")
+        if not exchange.is_event_stream:
+            raise late
+        event = f"data: {json.dumps(as_api_error(late).body())}\n\n".encode()
+        await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+class _Exchange:
+    """What a request's work may still receive and send; nothing more after `end`."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self.client_left = asyncio.Event()
+        self.is_event_stream = False  # and it has begun
+        self._receive, self._send = receive, send
+        self._watching: asyncio.Future[Message] | None = None  # once the body is there
+        self._ended = False
+
+    async def receive(self) -> Message:
+        if self._watching is None:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.client_left.set()
+            elif not message.get("more_body", False):
+                self._watching = asyncio.ensure_future(self._receive())  # next is that the client leaves
+                self._watching.add_done_callback(lambda _: self.client_left.set())
+            return message
+        await self.client_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if self._ended:
+            raise ClientDisconnect
+        if message["type"] == "http.response.start":
+            self.is_event_stream = Headers(raw=message["headers"])["content-type"].startswith(
+                "text/event-stream"
+            )
+        await self._send(message)
+
+    def end(self) -> None:
+        self._ended = True
+        if self._watching is not None:
+            self._watching.cancel()
+
+
+def _raise_as_exception(error: BaseException | None) -> None:
+    """Raise what a request's work raised; a panic of a library's, which is none, as an `Exception`."""
+    if error is not None and not isinstance(error, Exception):
+        raise RuntimeError("a library panicked") from error
+    if error is not None:
+        raise error
 
 
 def _is_cross_site(headers: Headers) -> bool:
