@@ -28,7 +28,7 @@ READY, NOT_READY, PIXELS, REFUSED, NO_MEMORY = range(5)
 _BAND = 4 * 2**20  # pixels sent at a time
 
 
-def main() -> None:
+def answer_requests() -> None:
     """Answer requests until there are no more."""
     for name in (
         "SIGINT",
@@ -141,4 +141,4 @@ def _send_pixels(answers: BinaryIO, image: Image.Image, size: tuple[int, int]) -
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests()
