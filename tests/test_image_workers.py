@@ -30,7 +30,8 @@ TURNED[0x0112] = 6
 RANDOM = np.random.default_rng(0)
 
 # A worker without the checks of files that come before decoding, and one that says other things than it should.
-UNCHECKED = "from blip2.imagefiles import decode, worker; decode.check_file = lambda content: None; worker.answer_requests()"
+RUN = "from blip2.imagefiles import decode, worker; worker.answer_requests()"
+UNCHECKED = RUN.replace("worker.", "decode.check_file = lambda content: None; worker.")
 SAYING = "import os, sys; os.write(1, {ready!r}); sys.stdin.buffer.read(44); os.write(1, {answer!r}); sys.stdin.read()"
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and signals of Linux")
@@ -275,7 +276,7 @@ def test_nonsense_from_a_worker_is_an_error(command: Callable[[str], None], answ
         ("raise SystemExit(3)", "ends while it starts: status 3"),
         ("print('Hello'); import no_such_module", "ends while it starts"),
         (
-            "import sys; sys.modules['numpy'] = None; from blip2.imagefiles.worker import answer_requests; answer_requests()",
+            f"import sys; sys.modules['numpy'] = None; {RUN}",
             "numpy",
         ),
     ],
