@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blip2.imagefiles.decode import ImageError as ImageError
 from blip2.imagefiles.decode import ImageSource as ImageSource
+from blip2.imagefiles.decode import check_max_pixels as check_max_pixels
 from blip2.imagefiles.decode import check_size as check_size
 from blip2.imagefiles.decode import load_image as load_image
 from blip2.imagefiles.names import SUFFIXES as SUFFIXES

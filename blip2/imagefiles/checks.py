@@ -2,73 +2,59 @@
 
 from __future__ import annotations
 
-import re
-import struct
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 
-MAX_PARTS = 100_000  # chunks of a PNG, segments of a JPEG
-MAX_SCANS = 100  # of a progressive JPEG: encoders write 6 to 14, and each costs as much as the whole picture
-MAX_SCANNED_PIXELS = 1_000_000_000  # scans x pixels
+from blip2.imagefiles.bmp import check_bmp
+from blip2.imagefiles.cost import Cost
+from blip2.imagefiles.gif import bare_gif, check_gif
+from blip2.imagefiles.jpeg import bare_jpeg, check_jpeg
+from blip2.imagefiles.png import bare_png, check_png
+from blip2.imagefiles.pnm import bare_pnm, check_pnm
+from blip2.imagefiles.tiff import bare_tiff, check_tiff
+from blip2.imagefiles.webp import bare_webp, check_webp
 
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-_SEGMENT = re.compile(rb"\xff([^\x00\xff])")
-_SCAN_END = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in a scan's data: no stuffed byte and no restart
-_SOF, _SOS, _EOI = re.compile(rb"[\xc0-\xcf](?<![\xc4\xc8\xcc])"), b"\xda", b"\xd9"
-_ALONE = re.compile(rb"[\x01\xd0-\xd9]")  # without a length
+_CHECKS: tuple[tuple[bytes, Callable[[bytes], Cost]], ...] = (
+    (b"\xff\xd8\xff", check_jpeg),
+    (b"\x89PNG\r\n\x1a\n", check_png),
+    (b"GIF8", check_gif),
+    (b"RIFF", check_webp),
+    (b"II", check_tiff),
+    (b"MM", check_tiff),
+    (b"P", check_pnm),
+    (b"BM", check_bmp),
+    (b"(\0\0\0", check_bmp),
+    (b"\x6c\0\0\0", check_bmp),
+    (b"\x7c\0\0\0", check_bmp),
+)
 
 
-def check_file(content: bytes) -> None:
-    """Refuse a PNG or JPEG whose decoding takes far more than a picture of its size needs.
+def check_file(content: bytes) -> Cost:
+    """What decoding a file takes, by its headers; for files that are damaged this may be anything.
 
     Raises:
-        ValueError: the message says what is odd. Files that are damaged otherwise are left to the decoder.
+        ValueError: far more than a picture of its size needs; the message says what is odd.
     """
-    if content.startswith(_PNG):
-        list(_chunks(content))
-    if not content.startswith(_JPEG):
-        return
-    scans = pixels = 0
-    place, pattern = 2, _SEGMENT
-    for _ in range(MAX_PARTS):
-        marker = pattern.search(content, place)
-        if marker is None or marker[1] == _EOI:
-            return
-        kind, place = marker[1], marker.end()
-        if _SOF.match(kind):
-            height, width = content[place + 3 : place + 5], content[place + 5 : place + 7]
-            pixels = max(pixels, int.from_bytes(width, "big") * int.from_bytes(height, "big"))
-        elif kind == _SOS:
-            scans, pattern = scans + 1, _SCAN_END
-            if scans > MAX_SCANS or (scans > 16 and scans * pixels > MAX_SCANNED_PIXELS):
-                raise ValueError(f"a JPEG of {scans} scans or more, each of which costs as much as a picture")
-        if not _ALONE.match(kind):
-            place += max(2, int.from_bytes(content[place : place + 2], "big"))
-    raise ValueError(f"a JPEG of more than {MAX_PARTS:,} segments")
+    return next((check(content) for start, check in _CHECKS if content.startswith(start)), Cost())
 
 
-def bare_file(content: bytes) -> bytes:
-    """A PNG without what decides no pixel, such as text and color profiles; other files as they are.
+def bare_file(content: bytes, max_pixels: int) -> tuple[bytes, int | None]:
+    """A file that gives the same pixels without what is stored beside them, for which decoders refuse whole files.
 
-    Decoders refuse a whole file for one of these that is broken. The EXIF orientation is kept.
+    Its second value is the EXIF orientation that was left out, None where the decoder still finds it.
+
+    Raises:
+        ValueError: as `check_file`.
     """
-    kept, place = [content[:8]], 8
-    for kind, start, place in _chunks(content) if content.startswith(_PNG) else ():
-        sound = zlib.crc32(content[start + 4 : place - 4]).to_bytes(4, "big") == content[place - 4 : place]
-        if kind == b"tRNS" or (kind == b"eXIf" and sound) or not kind[:1].islower():
-            kept.append(content[start:place])
-    return b"".join([*kept, content[place:]])
-
-
-def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The chunks of a PNG, as far as it is sound: kind, start and end."""
-    place = 8
-    for _ in range(MAX_PARTS):
-        if place + 12 > len(content):
-            return
-        length, kind = struct.unpack_from(">I4s", content, place)
-        start, place = place, place + 12 + length
-        if place > len(content) or not kind.isalpha():
-            return
-        yield kind, start, place
-    raise ValueError(f"a PNG of more than {MAX_PARTS:,} chunks")
+    if content.startswith(b"P"):
+        return bare_pnm(content, max_pixels)
+    for start, bare in (
+        (b"\xff\xd8\xff", bare_jpeg),
+        (b"\x89PNG\r\n\x1a\n", bare_png),
+        (b"GIF8", bare_gif),
+        (b"RIFF", bare_webp),
+        (b"II", bare_tiff),
+        (b"MM", bare_tiff),
+    ):
+        if content.startswith(start):
+            return bare(content)
+    return content, None

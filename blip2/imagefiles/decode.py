@@ -7,37 +7,26 @@ transformers, grey images of 16 bits are scaled to 8 instead of being clipped, a
 from __future__ import annotations
 
 import contextlib
-import io
+import hashlib
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from blip2.imagefiles.checks import bare_file, check_file
+from blip2.imagefiles.cost import Cost
+from blip2.imagefiles.errors import ImageError as ImageError
+from blip2.imagefiles.jpeg import lacks_only_its_end
+from blip2.imagefiles.pixels import MAX_PIXELS, TooLargeError, decode_image, read_content
+from blip2.imagefiles.quiet import without_warnings
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
 MAX_BYTES = 512 * 2**20  # of one image file
-MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
+MOST_PIXELS = 178_956_970  # that the limit can be raised to: Pillow itself decodes no more
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
-
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class ImageError(ValueError):
-    """An image that cannot be read, or settings for images that cannot be followed."""
 
 
 def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -47,11 +36,12 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
         source: a path, the bytes of a file, a file open for reading, a PIL image, or an array uint8 [H, W, 3].
         exif: turn the image as its EXIF orientation says; False leaves it as Pillow decodes it, as transformers does
             (Pillow turns TIFF files either way).
-        max_pixels: refuse an image with more pixels than this, before decoding it.
+        max_pixels: refuse an image with more pixels than this, before decoding it; a JPEG is decoded at reduced scale.
 
     Raises:
         ImageError: the message names the source, what arrived and what to do.
     """
+    check_max_pixels(max_pixels)
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
             raise ImageError(f"the array has shape {source.shape}, expected [height, width, 3]")
@@ -59,7 +49,8 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
             raise ImageError(f"the array holds {source.dtype}, expected uint8 from 0 to 255")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _decode(source, f"the {source.mode} image", exif, max_pixels)
+        with without_warnings():
+            return decode_image(source, f"the {source.mode} image", exif, max_pixels, keep=True)
     if isinstance(source, bytes | bytearray | memoryview):
         return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
     if isinstance(source, str | Path):
@@ -100,6 +91,12 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
         raise ImageError(f"{str(path)!r} is no valid path") from error
 
 
+def check_max_pixels(max_pixels: int) -> None:
+    """Raises ImageError where this is no limit of pixels."""
+    if type(max_pixels) is not int or not 1 <= max_pixels <= MOST_PIXELS:
+        raise ImageError(f"max_pixels is {max_pixels!r}, expected a whole number from 1 to {MOST_PIXELS:,}")
+
+
 def check_size(size: int, name: str) -> None:
     """Raises ImageError where an image file is too large to be read."""
     if size > MAX_BYTES:
@@ -111,88 +108,45 @@ def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image
         raise ImageError(f"{name}: the file is empty")
     check_size(len(content), name)
     try:
-        check_file(content)
+        cost = check_file(content)
+        bare, orientation = bare_file(content, max_pixels) if cost.rewrite else (content, None)
     except ValueError as error:
         raise ImageError(f"{name}: {error} is not decoded; save the image anew") from error
     try:
-        return _open_content(content, name, exif, max_pixels)
-    except ImageError:
-        # Sound pixels are read whatever is stored beside them.
-        if len(bare := bare_file(content)) < len(content):
-            with contextlib.suppress(ImageError):
-                return _open_content(bare, name, exif, max_pixels)
+        return read_content(bare, name, exif, max_pixels, cost.memory, orientation)
+    except TooLargeError:
         raise
-
-
-def _open_content(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _decode(image, name, exif, max_pixels)
     except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{name}: too many pixels to decode (the limit is {max_pixels:,}); make it smaller"
-        ) from error
-    except (UnidentifiedImageError, KeyError) as error:
-        raise ImageError(
-            f"{name}: no image this package can read (it begins with {content[:8]!r}); "
-            f"supported are {', '.join(FORMATS)}"
-        ) from error
-    except Exception as error:  # decoders raise whatever a broken header leads them to
-        raise ImageError(f"{name}: the image is damaged; its header cannot be read") from error
+        image = _mended(content, name, exif, max_pixels, cost)
+        if image is None:
+            raise
+        return image
 
 
-def _decode(image: Image.Image, name: str, exif: bool, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name}: the image is empty ({width}x{height} px)")
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name}: {width}x{height} px is {width * height:,} pixels, the limit is {max_pixels:,}; make it smaller"
-        )
-    try:
-        image.load()
-    except Exception as error:  # decoders raise whatever broken data leads them to
-        raise ImageError(
-            f"{name}: the image is truncated or damaged ({width}x{height} px announced)"
-        ) from error
-    turn = _TURNS.get(_orientation(image)) if exif else None
-    try:
-        rgb = _to_rgb(image)
-        rgb.info = {}  # with its EXIF the image would be turned again when it is read again
-        return rgb if turn is None else rgb.transpose(turn)
-    except Exception as error:
-        reason = f" ({error})" if image.mode in ("F", "I") else ""
-        raise ImageError(
-            f"{name}: pixels of mode {image.mode!r} are not supported; save it as RGB, 8 bit{reason}"
-        ) from error
+def _mended(content: bytes, name: str, exif: bool, max_pixels: int, cost: Cost) -> Image.Image | None:
+    """What a refused file shows if its pixels are sound, whatever is stored beside them; None where they are not."""
+    with contextlib.suppress(ValueError):
+        bare, orientation = bare_file(content, max_pixels)
+
+        def read(ending: bytes = b"") -> Image.Image:
+            return read_content(bare + ending, name, exif, max_pixels, cost.memory, orientation)
+
+        if not content.startswith(b"\xff\xd8\xff"):
+            return read() if bare != content else None
+        bare = bare.rstrip(b"\xff")  # half of an end marker
+        if not lacks_only_its_end(bare):
+            return read()
+        # Were pixels missing, they would be made of what follows.
+        digest = _digest(read(b"\xff\xd9"))
+        image = read(b"\x55" * 1024 + b"\xff\xd9")
+        return image if _digest(image) == digest else None
+    return None
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or it cannot be read: no reason to lose the image."""
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    transparent = image.info.get("transparency")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # The high byte, as Pillow takes it for colour images of 16 bits. It reads "I" from files of 16 bits too.
-        values = np.asarray(image)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 0xFFFF:
-            raise ValueError(f"integers from {low} to {high} have no agreed range; 16 bits have")
-        grey = (values >> 8).astype(np.uint8)
-        if isinstance(transparent, int):
-            grey[values == transparent] = 255
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if "A" in image.getbands() or "a" in image.getbands() or transparent is not None:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+def _digest(image: Image.Image) -> bytes:
+    """A hash of the pixels, without another copy of them."""
+    digest, rows = hashlib.sha256(), max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        digest.update(strip.tobytes())
+    return digest.digest()

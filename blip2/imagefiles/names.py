@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra "heif"
 # Files that are taken for images when a folder is given; what they really are is read from their content.
 _ENDINGS = "jpg jpeg jpe jif jfif jfi mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm avif avifs"
+_ENDINGS += " heic heics heif heifs hif" if HAS_HEIF else ""
 SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
 # What Windows, macOS and network storage put beside pictures; whatever begins with a dot is theirs too.
 _SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin")
