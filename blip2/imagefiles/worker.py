@@ -84,11 +84,7 @@ def _answer(
     except MemoryError:
         _send_text(answers, NO_MEMORY, "")
     except ImageError as error:
-        unsure = (
-            error.__cause__ is not None and content[8:12] == b"WEBP"
-        )  # its library does not say what failed
-        doubt = f", or decoding it takes more than {memory >> 20} MiB" if unsure else ""
-        _send_text(answers, NO_MEMORY if _lacked_memory(error) else REFUSED, f"{error}{doubt}")
+        _send_text(answers, NO_MEMORY if _lacked_memory(error) else REFUSED, str(error))
     else:
         _send_pixels(answers, image, size)
 

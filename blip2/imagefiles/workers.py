@@ -19,10 +19,13 @@ from pathlib import Path
 from PIL import Image
 
 from blip2.imagefiles import worker as protocol
-from blip2.imagefiles.decode import MAX_PIXELS, ImageError, check_size
+from blip2.imagefiles.decode import ImageError, check_max_pixels, check_size
+from blip2.imagefiles.pixels import MAX_PIXELS
 
 SECONDS = 4.5  # of computing for one image
-MEMORY_BYTES = 480 * 2**20  # for one image, beside its file
+MEMORY_BYTES = (
+    492 * 2**20
+)  # for one image of MAX_PIXELS or fewer, beside its file; more than its headers may ask for
 
 COMMAND = (sys.executable, "-P", "-m", protocol.__name__)
 # Where Python and its libraries are found; none of the user's keys.
@@ -146,13 +149,15 @@ class ImageWorkers:
         """
         name = f"an image of {len(content):,} bytes"
         check_size(len(content), name)
+        check_max_pixels(max_pixels)
+        memory = self._memory * max(MAX_PIXELS, max_pixels) // MAX_PIXELS
         pending = pending or PendingImage()
         self._wait_for_turn(pending)
         worker: _Worker | None = None
         try:
             worker = self._ready_worker(pending)
             with pending._in(worker.process), self._clock.limit(pending, _PATIENCE * self._seconds):
-                return worker.decode(content, resize, max_pixels, self._seconds, self._memory)
+                return worker.decode(content, resize, max_pixels, self._seconds, memory)
         except (EOFError, OSError):  # the pipes' other end is gone
             raise self._failure(pending, worker, name) from None
         finally:
@@ -170,9 +175,7 @@ class ImageWorkers:
             )
         worker.end()
         if worker.lacked_memory:
-            return ImageError(
-                f"{name}: decoding it takes more than {self._memory >> 20} MiB; make it smaller"
-            )
+            return ImageError(f"{name}: decoding it takes too much memory; make it smaller")
         if pending.ended == _OVERTIME or worker.was_overtime:
             return ImageError(
                 f"{name}: decoding it takes longer than {self._seconds:g} s; save the image anew"
