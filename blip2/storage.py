@@ -6,12 +6,14 @@ and CRLF end a line, nothing else does. What is no such text is an error that na
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,10 @@ MAX_LINE_BYTES = 64 << 20
 UNFINISHED = ".unfinished"  # the suffix of a file that `replace_file` has not renamed yet
 _LOCK = ".lock"
 Content = dict[str, Any] | str | Path  # of a file: JSON, text, or a file to copy
+
+
+class OutputError(ValueError):
+    """A place where no file can be written; the message names it and says why."""
 
 
 def lock_file(file: IO[Any], *, inherited: bool = True) -> bool:
@@ -56,25 +62,57 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def output_file(path: Path) -> Path:
+    """Where the content of an output goes: `path`, or the regular file that it is a link to.
+
+    Raises:
+        OutputError: any other link, a folder, a device, a pipe, a socket, or a file that is read-only.
+    """
+    link = "a link to " * path.is_symlink()
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if link:
+            raise OutputError(f"{path} is a link that leads to no file; remove it or name another") from error
+        return path  # it is not there, or what is wrong is reported by who writes it
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file (a device, a pipe or a socket)"
+        raise OutputError(f"{path} is {link}{what}; name another file")
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"{path} is read-only; allow writing it or name another file")
+    return Path(os.path.realpath(path)) if link else path
+
+
+def unfinished_file(path: Path) -> Path:
+    """Where `replace_file` writes what is to take a file's place; there after a kill, until the next write."""
+    path = output_file(path)
+    # never longer than a name may be
+    key = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    return path.with_name(f".{key}{UNFINISHED}")
+
+
 @contextmanager
 def replace_file(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
     """Gives the path of a file to write; when the block ends without an error it takes the place of `path`.
 
-    Until then the old file stays as it is. An error leaves nothing behind; a killed process leaves a file whose name
-    ends in `UNFINISHED`, which the next write to the same place overwrites.
+    Of a link to a regular file the target is replaced; a file that was there passes its permissions on. Until then
+    it stays as it is. An error leaves nothing behind; a killed process leaves a file whose name ends in `UNFINISHED`,
+    which the next write to the same place overwrites.
 
     Args:
         sync_name: flush the folder too. Without, the old file may be back after a power cut.
 
     Raises:
+        OutputError: what is there is no regular file, or read-only.
         OSError: the disk refuses.
     """
+    path = output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # never longer than a name may be
-    key = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
-    beside = path.with_name(f".{key}{UNFINISHED}")
+    beside = unfinished_file(path)
     try:
         yield beside
+        with contextlib.suppress(OSError):  # nothing was there, or the file system has no permissions
+            shutil.copymode(path, beside)
         sync(beside)
         os.replace(beside, path)
         if sync_name:
@@ -93,6 +131,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the place is taken, another process writes there, or the disk refuses.
     """
+    if folder.is_symlink():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is a link that leads to no folder; remove it or name another")
+        folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already; save to a new folder, or remove it first")
     beside = folder.absolute().parent / f".{folder.name}.part"
@@ -149,6 +191,15 @@ def read_text_and_form(path: str | Path) -> tuple[str, tuple[str, str, str]]:
     raise TextFileError(f"{path}: some lines end with CRLF and some with LF; give the file one kind")
 
 
+def text_form(path: str | Path) -> tuple[str, str, str]:
+    """Encoding, mark and line end of a text file as its first line has them, for `encode_text`. Raises OSError."""
+    with open(path, "rb") as file:
+        line = file.readline(MAX_LINE_BYTES)
+    encoding = text_encoding(line)
+    text = line.decode(encoding, "replace")
+    return encoding, "\ufeff" * text.startswith("\ufeff"), "\r\n" if "\r" in text[-3:] else "\n"
+
+
 def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a file of any size with their numbers, from 1, without their ends. Raises TextFileError, OSError."""
     with open(path, "rb") as file:
@@ -180,15 +231,15 @@ def read_json_text(text: str, where: str) -> Any:
         raise TextFileError(f"{where}: no valid JSON ({error})") from error
 
 
-def read_rows(path: str | Path) -> Iterator[Any]:
+def read_rows(path: str | Path, suffix: str = "") -> Iterator[Any]:
     """The rows of a CSV or TSV file with a header as dictionaries, or the values in JSONL; empty lines are none.
 
     Strict: a row has as many fields as the header, and a quote that is opened is closed. TSV whose header has no quote
-    character is read without quotes, as Conceptual Captions is written.
+    character is read without quotes, as Conceptual Captions is written. suffix: of the format, where not the path's.
 
     Raises TextFileError, which names row or line, from 1, and OSError.
     """
-    lines, suffix, row = read_text_lines(path), Path(path).suffix.lower(), 1
+    lines, suffix, row = read_text_lines(path), suffix or Path(path).suffix.lower(), 1
     if suffix == ".jsonl":
         yield from (read_json_text(line, f"{path}, line {i}") for i, line in lines if line.strip())
         return

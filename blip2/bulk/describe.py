@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2.bulk.journal import Row
-from blip2.bulk.run import Describe, Prepare
+from blip2.bulk.database import Row
+from blip2.bulk.run import DecodeImage, Describe
+from blip2.images import load_image
 
 if TYPE_CHECKING:
     from blip2.predict import Predictor
@@ -25,8 +26,6 @@ def make_captioner(
     options: dict[str, Any],
     *,
     questions: Sequence[str] = (),
-    prefix: str = "",
-    suffix: str = "",
     score: bool = False,
     match: bool = False,
     keep_best: bool = False,
@@ -37,7 +36,6 @@ def make_captioner(
         load: gives the model; called with the first images, so that the function can be sent to another machine.
         options: as `Predictor.caption` takes them, or `.ask` where there are questions.
         questions: all of them are answered about each image, which is encoded once.
-        prefix, suffix: put around each text.
         score: the rows hold the log-probability of the whole text too.
         match: the rows hold the probability that text and image fit (ITM), by the model's matcher.
         keep_best: of an image's texts only the one that fits best is kept.
@@ -65,7 +63,7 @@ def make_captioner(
         fits = model.match(image, [str(text) for _, text in texts]) if match or keep_best else []
         for i, (question, text) in enumerate(texts):
             row: Row = {"question": question} if question else {}
-            row |= {"answer" if questions else "caption": f"{prefix}{text}{suffix}", "score": text.score}
+            row |= {"answer" if questions else "caption": str(text), "score": text.score}
             if score:
                 row["logprob"] = sum(text.token_logprobs)
             if fits:
@@ -76,17 +74,17 @@ def make_captioner(
     return describe
 
 
-def make_resizer(*image_processors: Any) -> Prepare:
-    """Makes waiting images as small as the models take them; resizing to the same size again changes nothing.
+def make_decoder(*image_processors: Any) -> DecodeImage:
+    """Decodes images and makes them as small as the models take them; resizing to the same size again changes nothing.
 
     Args:
         image_processors: of all models that see the images; where they differ, images are left as they are.
     """
     sizes = {(processor.size, processor.resample) for processor in image_processors}
     if len(sizes) > 1:
-        return lambda image: image
+        return load_image
     ((size, resample),) = sizes
-    return lambda image: image.resize((size, size), Image.Resampling(resample))
+    return lambda content: load_image(content).resize((size, size), Image.Resampling(resample))
 
 
 @contextlib.contextmanager

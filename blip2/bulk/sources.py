@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blip2.bulk.journal import BulkError
+from blip2.bulk.database import BulkError
 from blip2.images import SUFFIXES, ImageError, check_size, is_hidden, is_image_name
 from blip2.storage import TextFileError, read_json_text, read_rows, read_text, read_text_lines
 

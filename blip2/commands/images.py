@@ -12,7 +12,7 @@ from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, pri
 
 if TYPE_CHECKING:
     from blip2.bulk import Inputs
-    from blip2.bulk.run import Describe, Prepare
+    from blip2.bulk.run import DecodeImage, Describe
     from blip2.predict import Predictor
 
 
@@ -45,7 +45,7 @@ def print_rows(
     describe: Describe,
     columns: Sequence[str],
     *,
-    prepare: Prepare,
+    decode_image: DecodeImage,
     parallel: Predictor | None = None,
 ) -> int:
     """Print what `describe` gives for each image as it comes; one that cannot be read is an error line of its own.
@@ -74,7 +74,9 @@ def print_rows(
     done = failed = 0
     with bar as show, parallel_batches(model) as count:
         settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
-        for rows in caption_rows(itertools.chain(first, items), settings, describe, prepare=prepare):
+        for rows in caption_rows(
+            itertools.chain(first, items), settings, describe, decode_image=decode_image
+        ):
             with tqdm.external_write_mode():
                 for row in flat(rows):
                     if "error" in row:

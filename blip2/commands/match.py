@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print how well each text fits each image."""
-    from blip2.bulk.describe import make_resizer
+    from blip2.bulk.describe import make_decoder
 
     inputs, model = inputs_of(args), load_matcher(args)
 
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
             for fits in matches
         ]
 
-    prepare = make_resizer(model.matcher.image_processor)
-    return print_rows(args, inputs, describe, ("probability", "text"), prepare=prepare)
+    decode_image = make_decoder(model.matcher.image_processor)
+    return print_rows(args, inputs, describe, ("probability", "text"), decode_image=decode_image)

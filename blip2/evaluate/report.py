@@ -14,6 +14,7 @@ from typing import Any
 
 from blip2.evaluate.run import Outcome, Report
 from blip2.images import ImageError, load_image
+from blip2.storage import replace_file
 
 SHOWN = 500  # the worst items, on the page
 _THUMBNAIL = 256  # px
@@ -63,11 +64,15 @@ def write(report: Report, folder: Path) -> list[Path]:
         | ({"ranked": [asdict(answer) for answer in o.ranked]} if o.ranked else {})
         for o in report.outcomes
     ]
-    paths = [folder / name for name in ("results.json", "predictions.json", "index.html")]
-    paths[0].write_text(json.dumps(report_summary(report) | {"outcomes": items}, indent=1), encoding="utf-8")
-    paths[1].write_text(json.dumps(predictions(report)), encoding="utf-8")
-    paths[2].write_text(page(report), encoding="utf-8")
-    return paths
+    texts = {
+        "results.json": json.dumps(report_summary(report) | {"outcomes": items}, indent=1),
+        "predictions.json": json.dumps(predictions(report)),
+        "index.html": page(report),
+    }
+    for name, text in texts.items():
+        with replace_file(folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
 
 
 _STYLE = """

@@ -24,9 +24,8 @@ from small_runs import make_folder, png, run, say, settings
 
 import blip2
 from blip2.bulk import BulkError, ImageItem, Inputs, caption_all
-from blip2.bulk.describe import make_captioner, make_resizer, parallel_batches
-from blip2.bulk.index import content_key
-from blip2.bulk.journal import Journal, Row
+from blip2.bulk.database import Database, Row
+from blip2.bulk.describe import make_captioner, make_decoder, parallel_batches
 from blip2.bulk.progress import progress_bar
 from blip2.bulk.run import Progress
 from blip2.cli import main
@@ -61,65 +60,43 @@ def test_kills_change_nothing(kills: int, tmp_path: Path) -> None:
             finished += 1
             run(folder, out)
             out.unlink()
-            (tmp_path / ".out.jsonl.blip2" / "journal").unlink()
+            (tmp_path / ".out.jsonl.blip2" / "state.sqlite").unlink()
     run(folder, out)
     assert out.read_bytes() == straight.read_bytes()
-
-
-def test_every_torn_end_is_cut_off(tmp_path: Path) -> None:
-    folder, out = make_folder(tmp_path / "in", 12), tmp_path / "out.jsonl"
-    run(folder, out)
-    expected, journal = out.read_bytes(), tmp_path / ".out.jsonl.blip2" / "journal"
-    intact = journal.read_bytes()
-    for cut in range(0, len(intact), 37):
-        journal.write_bytes(intact[:cut])
-        out.unlink()
-        run(folder, out)
-        assert (out.read_bytes(), journal.read_bytes()) == (expected, intact)
-    damaged = bytearray(intact)
-    damaged[len(intact) // 2] ^= 1
-    journal.write_bytes(damaged)
-    run(folder, out)
-    assert journal.read_bytes() == intact
 
 
 def test_full_disk(tmp_path: Path) -> None:
+    """Of a disk that takes no file above a size, from one that takes nothing to one that takes all."""
     straight, out = tmp_path / "straight.jsonl", tmp_path / "out.jsonl"
     folder = make_folder(tmp_path / "in", 40)
     run(folder, straight)
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-        try:
-            caption_all(Inputs(sources=[str(folder)]), settings(out), say)
-        except BulkError as error:
-            os._exit(0 if "disk is full" in str(error) and "same command" in str(error) else 3)
-        os._exit(4)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert not out.exists()
-    run(folder, out)
-    assert out.read_bytes() == straight.read_bytes()
+    stopped, limit, status = 0, 0, 1
+    while status != 0:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            try:
+                caption_all(Inputs(sources=[str(folder)]), settings(out), say)
+            except BulkError as error:
+                os._exit(1 if "disk is full" in str(error) and "same command" in str(error) else 3)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == 0 or (status == 1 and not out.exists())
+        stopped, limit = stopped + status, limit + 3000
+    assert stopped > 10 and out.read_bytes() == straight.read_bytes()
 
 
 def test_a_second_run_and_other_settings_are_refused(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "in", 5), tmp_path / "out.jsonl"
     run(folder, out)
-    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    database = Database(tmp_path / ".out.jsonl.blip2", {"model": "m"})
     with pytest.raises(BulkError, match="another run"):
         run(folder, out)
-    journal.close()
+    database.close()
     with pytest.raises(BulkError, match="model was 'm', now 'n'"):
         run(folder, out, run_config={"model": "n"})
     run(folder, out, run_config={"model": "m"})
-
-
-def test_a_run_begun_before_beams_was_renamed_goes_on(tmp_path: Path) -> None:
-    folder, out = make_folder(tmp_path / "in", 5), tmp_path / "out.jsonl"
-    run(folder, out, run_config={"beams": 5})
-    run(folder, out, run_config={"num_beams": 5})
-    with pytest.raises(BulkError, match="num_beams was 5, now 2"):
-        run(folder, out, run_config={"num_beams": 2})
 
 
 def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> None:
@@ -136,12 +113,9 @@ def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> N
     (folder / "00002b.png").write_bytes(png(0))
     (folder / "new.png").write_bytes(png(99))
     done = caption_all(Inputs(sources=[str(folder), str(folder / "new.png")]), settings(out), count)
-    assert (done.done, done.before, len(seen)) == (2, 15, 13)
+    assert (done.done, done.before, len(seen)) == (3, 15, 13)  # one fails again
     names = [json.loads(line)["image"] for line in out.read_text().splitlines()]
     assert len(names) == len(set(names)) == 17
-    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
-    assert journal.finished  # as after the first run
-    journal.close()
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
@@ -183,7 +157,7 @@ def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path)
         items,
         settings(tmp_path / "o.jsonl", batch_size=25),
         describe,
-        prepare=make_resizer(model.generator.image_processor),
+        decode_image=make_decoder(model.generator.image_processor),
         progress=measure,
     )
     early, late = max(resident[20:60]), max(resident[-40:])
@@ -191,59 +165,30 @@ def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path)
     assert len(resident) == 201 and late < early + 10
 
 
-def test_the_index_is_never_believed_over_the_journal(tmp_path: Path) -> None:
-    folder, out = make_folder(tmp_path / "in", 12), tmp_path / "out.jsonl"
-    run(folder, out)
-    expected, state = out.read_bytes(), tmp_path / ".out.jsonl.blip2"
-    journal, index = (state / "journal").read_bytes(), (state / "index").read_bytes()
-    other = b"0" * len(index)
-    damaged = [
-        index[:place] + bytes([index[place] ^ 1]) + index[place + 1 :] for place in range(0, len(index), 11)
-    ]
-    for wrong in (b"", other, index + other, *(index[:cut] for cut in range(0, len(index), 11)), *damaged):
-        (state / "index").write_bytes(wrong)
-        assert caption_all(Inputs(sources=[str(folder)]), settings(out), say).before == 12
-        assert ((state / "journal").read_bytes(), (state / "index").read_bytes()) == (journal, index)
-    (state / "index").unlink()
-    out.unlink()
-    opened = Journal(state, {"model": "m"})
-    assert (opened.before, opened.failed, opened.finished) == (12, 1, True)
-    for row in opened.rows():
-        if "hash" in row:
-            place = opened.contents.get(content_key(row["hash"]))
-            assert place is not None and row["hash"] in [
-                row_read.get("hash") for row_read in opened.read(place)
-            ]
-    opened.close()
-    (state / "journal").write_bytes(journal[: len(journal) // 2])  # older than its index
-    run(folder, out)
-    assert (out.read_bytes(), (state / "journal").read_bytes()) == (expected, journal)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("count", [10_000_000])
 def test_ten_million_rows_are_listed_and_gone_on_with(count: int, tmp_path: Path) -> None:
     """In a process of its own, up to the first image that is new; what it took is printed."""
     out, rows = tmp_path / "out.jsonl", tmp_path / "rows.txt"
-    journal = Journal(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    database = Database(tmp_path / ".out.jsonl.blip2", {"model": "m"})
     with rows.open("w") as file:
-        for i in range(count // 1000):
-            names = [f"folder/{i * 1000 + k:08}.jpg" for k in range(1000)]
-            file.write("\n".join(names) + "\n")
-            journal.add(
-                [
-                    {
+        for start in range(0, count, 100_000):
+            names = [f"folder/{i:08}.jpg" for i in range(start, min(start + 100_000, count))]
+            file.writelines(f"{name}\n" for name in names)
+            with database.transaction():
+                for i, name in enumerate(names, start):
+                    record = {
                         "image": str(tmp_path / name),
-                        "hash": f"{(i * 1000 + k + 1) * 0x9E3779B97F4A7C15 % 2**64:016x}" + "0" * 48,
+                        "stamp": (200_000, 1_700_000_000_000_000_000 + i),
+                        "hash": hashlib.sha256(name.encode()).hexdigest(),
                         "texts": [{"caption": "a small red square", "score": -0.5}],
                     }
-                    for k, name in enumerate(names)
-                ]
-            )
-        file.write("folder/new.jpg\n")
-    journal.close()
+                    database.record(record)
+        file.writelines(f"folder/new{i:03}.jpg\n" for i in range(1000))
+    database.close()
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "new.jpg").write_bytes(png(3))
+    for i in range(1000):
+        (tmp_path / "folder" / f"new{i:03}.jpg").write_bytes(png(i))
     program = f"""
 import resource, sys, time
 from pathlib import Path
@@ -266,7 +211,9 @@ caption_all(Inputs(sources=[{str(rows)!r}]), settings, first)
     print(
         f"{count:,} rows: {float(seconds):.0f} s, {float(of_cpu):.0f} s of CPU, {int(peak) / 2**20:.2f} GiB"
     )
-    assert images == "1" and int(peak) < 2 * 10**9 / 1024
+    size = (tmp_path / ".out.jsonl.blip2" / "state.sqlite").stat().st_size
+    print(f"{size / count:.0f} bytes of the database a row")
+    assert images == "8" and int(peak) < 10**9 / 1024
 
 
 # --- the command ---

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from blip2.bulk import BulkError, Inputs, RunSettings, caption_all
-from blip2.bulk.journal import Row
+from blip2.bulk.database import Row
 from blip2.bulk.run import Describe, Progress
 from blip2.cli import main
 
