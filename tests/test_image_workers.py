@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -192,6 +194,8 @@ def image_of(width: int, height: int, mode: str, kind: str, **options: object) -
         (image_of(6_000, 6_000, "RGBA", "PNG"), 9, 2**26, "takes too much memory"),
         (image_of(6_000, 6_000, "RGB", "TIFF"), 9, 2**26, "takes too much memory"),
         (image_of(6_000, 6_000, "RGB", "JPEG"), 9, 2**26, "takes too much memory"),
+        (lambda: huge_tile(), 9, 2**26, "takes too much memory"),
+        (image_of(6_000, 6_000, "RGB", "WEBP"), 9, 2**26, "or decoding it takes too much memory"),
     ],
 )
 def test_costly_files_are_ended_and_others_decoded(
@@ -420,3 +424,80 @@ def test_threads_and_processes_do_not_pile_up() -> None:
             pool.load_image(FILES["png"])
     wait_until(lambda: threading.active_count() == before[0])
     assert len(list(Path("/proc/self/fd").iterdir())) == before[1]
+
+
+# --- files of 20 MB that are made to cost as much as they can, without the checks that refuse most of them ---
+
+
+def tiff(entries: dict[int, tuple[int, list[int]]], rest: bytes = b"") -> bytes:
+    """A TIFF of tags: their kinds (3: 16 bits, 4: 32 bits) and values."""
+    head = 8 + 2 + 12 * len(entries) + 4
+    fields, values = b"", b""
+    for tag, (kind, numbers) in sorted(entries.items()):
+        data = struct.pack(f"<{len(numbers)}{'HI'[kind - 3]}", *numbers)
+        if len(data) > 4:
+            values, data = values + data, struct.pack("<I", head + len(values))
+        fields += struct.pack("<HHI", tag, kind, len(numbers)) + data.ljust(4, b"\0")
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + fields + b"\0\0\0\0" + values + rest
+
+
+def huge_tile() -> bytes:
+    """10x10 px in one tile of 25,000 x 25,000."""
+    deflate = zlib.compressobj(1)
+    data = b"".join(deflate.compress(bytes(25_000)) for _ in range(25_000)) + deflate.flush()
+    tags = {256: (3, [10]), 257: (3, [10]), 258: (3, [8]), 259: (3, [8]), 262: (3, [1]), 277: (3, [1])}
+    tags |= {322: (4, [25_000]), 323: (4, [25_000]), 325: (4, [len(data)])}
+    return tiff(tags | {324: (4, [8 + 2 + 12 * 10 + 4])}, data)
+
+
+def many_strips() -> bytes:
+    rows = 2_000_000
+    tags = {256: (3, [1]), 257: (4, [rows]), 258: (3, [8]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1])}
+    return tiff(tags | {278: (3, [1]), 273: (4, [8] * rows), 279: (4, [1] * rows)})
+
+
+JPEG = FILES["jpeg"]
+COSTLY: dict[str, Callable[[], bytes]] = {
+    "scans": lambda: scans(250_000),
+    "fill": lambda: JPEG[:20] + b"\xff" * 19_000_000 + JPEG[20:],
+    "segments": lambda: JPEG[:20] + b"\xff\xe5\0\x02" * 4_900_000 + JPEG[20:],
+    "tile": huge_tile,
+    "strips": many_strips,
+    "bomb": lambda: png(89_000, 1_000, zlib.compress(bytes(11_126_000))),
+    "frames": lambda: encoded(Image.new("RGBA", (9_400, 9_400)), "WEBP", lossless=True),
+    "channels": lambda: encoded(Image.new("CMYK", (9_400, 9_400)), "TIFF", compression="tiff_lzw"),
+}
+
+
+@needs_linux
+@pytest.mark.full
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("kind", COSTLY)
+def test_five_seconds_and_half_a_gigabyte(command: Callable[[str], None], kind: str, checked: bool) -> None:
+    command(RUN if checked else UNCHECKED)
+    content = COSTLY[kind]()
+    assert len(content) <= 20_000_000
+    with ImageWorkers(2) as pool, ThreadPoolExecutor(1) as thread:
+        pool.load_image(FILES["png"])
+        (pid,) = processes(pool)
+
+        def size(name: str) -> int:
+            text = Path(f"/proc/{pid}/status").read_text()
+            return int(text.split(f"{name}:")[1].split()[0]) >> 10
+
+        idle, peak, before = size("VmSize"), 0, children_seconds()
+        job = thread.submit(pool.decode, content, pending=PendingImage("them"))
+        while not job.done():
+            with contextlib.suppress(OSError, IndexError):
+                peak = max(peak, size("VmPeak") - idle)
+            assert pool.decode(FILES["gif"], pending=PendingImage("us")).size == (61, 47)
+        outcome = str(job.exception() or job.result().size)
+    seconds = children_seconds() - before
+    print(f"{kind}, {'checked' if checked else 'unchecked'}: {seconds:.1f} s, {peak} MiB, {outcome}")
+    assert seconds < 6.5 and peak <= 512  # the honest client's pictures and its worker's start included
+
+
+def children_seconds() -> float:
+    """Computed by worker processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

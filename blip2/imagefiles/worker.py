@@ -84,7 +84,10 @@ def _answer(
     except MemoryError:
         _send_text(answers, NO_MEMORY, "")
     except ImageError as error:
-        _send_text(answers, NO_MEMORY if _lacked_memory(error) else REFUSED, str(error))
+        text = str(error)
+        if content[8:12] == b"WEBP" and error.__cause__ is not None:
+            text += ", or decoding it takes too much memory"  # libwebp does not say which
+        _send_text(answers, NO_MEMORY if _lacked_memory(error) else REFUSED, text)
     else:
         _send_pixels(answers, image, size)
 
@@ -116,7 +119,8 @@ def _limits(seconds: float, memory: int) -> Iterator[None]:
 def _lacked_memory(error: BaseException | None) -> bool:
     """Whether an image was refused for want of memory, as Pillow and its libraries say it."""
     while (error := error and error.__cause__) is not None:
-        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or "memory" in text or text == "decoder error -9":
             return True
     return False
 
