@@ -23,9 +23,8 @@ from blip2.imagefiles.decode import ImageError, check_max_pixels, check_size
 from blip2.imagefiles.pixels import MAX_PIXELS
 
 SECONDS = 4.5  # of computing for one image
-MEMORY_BYTES = (
-    492 * 2**20
-)  # for one image of MAX_PIXELS or fewer, beside its file; more than its headers may ask for
+# For one image of MAX_PIXELS or fewer, beside its file: a little more than may be needed by what its headers say.
+MEMORY_BYTES = 492 * 2**20
 
 COMMAND = (sys.executable, "-P", "-m", protocol.__name__)
 # Where Python and its libraries are found; none of the user's keys.
@@ -33,6 +32,8 @@ _ENVIRONMENT = ("PATH", "SYSTEMROOT", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIB
 _PATIENCE = 3  # times as long as computing may take, by the clock: the processors may have other work
 _START_SECONDS, _STARTS = 60.0, 2  # more than one, in case that something else ended the process
 
+# Statuses of a process. They are minus the signals, which Windows has not.
+_COMPUTED_TOO_LONG, _KILLED = (-getattr(signal, name, 1000) for name in ("SIGPROF", "SIGKILL"))
 _CANCELLED, _OVERTIME, _CLOSED = "cancelled", "overtime", "closed"
 
 
@@ -176,10 +177,12 @@ class ImageWorkers:
         worker.end()
         if worker.lacked_memory:
             return ImageError(f"{name}: decoding it takes too much memory; make it smaller")
-        if pending.ended == _OVERTIME or worker.was_overtime:
+        if pending.ended == _OVERTIME or worker.status == _COMPUTED_TOO_LONG:
             return ImageError(
                 f"{name}: decoding it takes longer than {self._seconds:g} s; save the image anew"
             )
+        if worker.status == _KILLED:
+            return ImageError(f"{name}: the process that decoded it was killed, not by blip2; try again")
         return ImageError(f"{name}: the decoder crashed on it; save the image anew")
 
     def _wait_for_turn(self, pending: PendingImage) -> None:
@@ -193,6 +196,7 @@ class ImageWorkers:
             if pending.ended:
                 (self._waiting if pending in self._waiting else self._working).remove(pending)
                 self._take_turns()
+                self._lock.notify_all()
                 raise self._failure(pending, None)
 
     def _take_turns(self) -> None:
@@ -254,7 +258,8 @@ class _Worker:
     """A process and the pipes to it, used by one thread at a time."""
 
     def __init__(self) -> None:
-        places = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+        home, places = str(Path(__file__).parents[2]), [place for place in sys.path if place]
+        places = places if home in places else [home, *places]
         own = {"PYTHONPATH": os.pathsep.join(places), "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         try:
@@ -271,6 +276,7 @@ class _Worker:
             raise RuntimeError(f"the process that decodes images cannot be started: {error}") from error
         self.sound = True  # it waits for a request
         self.lacked_memory = False
+        self.status: int | None = None  # with which it ended by itself
         self._ready = False
 
     def wait_until_ready(self) -> str:
@@ -311,11 +317,6 @@ class _Worker:
             if pipe is not None:
                 pipe.close()
 
-    @property
-    def was_overtime(self) -> bool:
-        """Whether it has ended because it computed for too long."""
-        return sys.platform != "win32" and self.process.returncode == -signal.SIGPROF
-
     def _read_answer(self) -> tuple[int, list[int], str]:
         kind, *numbers = protocol.ANSWER.unpack(self._read(protocol.ANSWER.size))
         if kind in (protocol.READY, protocol.PIXELS):
@@ -325,8 +326,11 @@ class _Worker:
     def _write(self, content: bytes) -> None:
         assert self.process.stdin is not None
         left = memoryview(content)
-        while left:
-            left = left[self.process.stdin.write(left) :]
+        try:
+            while left:
+                left = left[self.process.stdin.write(left) :]
+        except BrokenPipeError:
+            raise self._gone() from None
 
     def _read(self, size: int) -> bytearray:
         answers, content = self.process.stdout, bytearray(size)
@@ -335,9 +339,13 @@ class _Worker:
         while left:
             count = answers.readinto(left)
             if not count:
-                raise EOFError
+                raise self._gone()
             left = left[count:]
         return content
+
+    def _gone(self) -> EOFError:
+        self.status = self.process.wait()
+        return EOFError()
 
 
 class _Clock:

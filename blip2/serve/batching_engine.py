@@ -179,8 +179,7 @@ class Engine:
     # --- from any thread ---
 
     def start(self) -> None:
-        """Start the thread, which loads the model first, and the processes that decode images."""
-        self.workers.start()
+        """Start the thread, which starts the processes that decode images and loads the model first."""
         self._thread.start()
 
     def close(self) -> None:
@@ -312,6 +311,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self.workers.start()
             predictor = self._load()
             with contextlib.suppress(ValueError):  # a matcher alone generates no text
                 self._batch = ContinuousBatch(predictor.model)

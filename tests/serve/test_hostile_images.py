@@ -18,6 +18,7 @@ from test_overload import start_process
 
 import blip2
 from blip2.imagefiles import workers
+from blip2.serve.batching_engine import Engine
 from blip2.serve.limits import Limits
 
 UNCHECKED = """
@@ -122,6 +123,17 @@ def test_a_deadline_holds_while_an_image_is_decoded(
         answer = client.post("/caption", files={"image": HOSTILE})
         assert answer.status_code == 504 and time.monotonic() - begun < 3
         wait_until(lambda: is_free(running), 1)
+
+
+def test_a_server_without_workers_does_not_start(
+    predictor: blip2.Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "COMMAND", ("/no/such/python",))
+    engine = Engine(lambda: predictor, Limits())
+    engine.start()
+    wait_until(lambda: engine.failure is not None, 10)
+    engine.close()
+    assert "/no/such/python" in str(engine.failure) and not engine.alive
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are listed in /proc")
