@@ -140,9 +140,14 @@ def test_a_server_without_workers_does_not_start(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_server(number: signal.Signals) -> None:
     server = start_process()
-    (task,) = [Path(f"/proc/{server._pid}/task/{server._pid}/children")]
-    wait_until(lambda: len(task.read_text().split()) == 3, 30)
-    children = task.read_text().split()
+
+    def started() -> list[str]:  # each thread has its own
+        return " ".join(
+            path.read_text() for path in Path(f"/proc/{server._pid}/task").glob("*/children")
+        ).split()
+
+    wait_until(lambda: len(started()) == 3, 30)
+    children = started()
     os.kill(server._pid, number)
     server._process.wait(60)
     wait_until(lambda: not any(Path(f"/proc/{child}/exe").exists() for child in children), 5)
