@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import resource
 import signal
 import struct
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip2.cli import main
 from blip2.imagefiles import workers as module
 from blip2.imagefiles.decode import ImageError, load_image
 from blip2.imagefiles.workers import ImageWorkers, PendingImage
@@ -429,6 +431,51 @@ def test_threads_and_processes_do_not_pile_up() -> None:
             pool.load_image(FILES["png"])
     wait_until(lambda: threading.active_count() == before[0])
     assert len(list(Path("/proc/self/fd").iterdir())) == before[1]
+
+
+# --- commands ---
+
+
+@needs_linux
+@pytest.mark.parametrize("options", [[], ["--out", "c.jsonl"], ["--out", "c.jsonl", "--dry-run"]])
+def test_a_command_goes_on_after_a_costly_image(
+    options: list[str],
+    generator_folder: Path,
+    tmp_path: Path,
+    command: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command(UNCHECKED)
+    monkeypatch.setitem(ImageWorkers.__init__.__kwdefaults__, "seconds", 0.5)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name, content in {"a.png": FILES["png"], "b.jpg": scans(3000), "c.gif": FILES["gif"]}.items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    status = main(["caption", "folder", "--model", str(generator_folder), *options])
+    shown = "".join(capsys.readouterr())
+    if "--dry-run" in options:
+        assert status == 0 and "3 inputs" in shown
+        return
+    if options:
+        shown += (tmp_path / "c.jsonl").read_text()
+    assert status == 1 and re.search(
+        r"b.jpg: decoding it takes longer than 0.5 s; save the image anew", shown
+    )
+    assert all(f"{name}" in shown for name in ("a.png", "c.gif"))
+
+
+@pytest.mark.parametrize("options", [[], ["--out", "c.jsonl"]])
+def test_a_single_image_waits_for_no_process(
+    options: list[str],
+    generator_folder: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "COMMAND", ("/no/such/python",))
+    monkeypatch.chdir(tmp_path)
+    assert main(["caption", str(pictures[0]), "--model", str(generator_folder), *options]) == 0
 
 
 # --- files of 20 MB that are made to cost as much as they can, without the checks that refuse most of them ---
