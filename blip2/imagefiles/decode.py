@@ -7,8 +7,10 @@ transformers, grey images of 16 bits are scaled to 8 instead of being clipped, a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import stat
+import traceback
+import zlib
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,10 +19,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from blip2.imagefiles.checks import bare_file, check_file
-from blip2.imagefiles.cost import Cost
+from blip2.imagefiles.cost import MAX_PIXELS as MAX_PIXELS
+from blip2.imagefiles.errors import FinalImageError
 from blip2.imagefiles.errors import ImageError as ImageError
-from blip2.imagefiles.jpeg import lacks_only_its_end
-from blip2.imagefiles.pixels import MAX_PIXELS, TooLargeError, decode_image, read_content
+from blip2.imagefiles.pixels import decode_image, read_content
 from blip2.imagefiles.quiet import without_warnings
 
 MAX_BYTES = 512 * 2**20  # of one image file
@@ -50,7 +52,8 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         with without_warnings():
-            return decode_image(source, f"the {source.mode} image", exif, max_pixels, keep=True)
+            called = f"the {source.mode} image"
+            return decode_image(source, name=called, exif=exif, max_pixels=max_pixels, keep=True)
     if isinstance(source, bytes | bytearray | memoryview):
         return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
     if isinstance(source, str | Path):
@@ -109,44 +112,47 @@ def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image
     check_size(len(content), name)
     try:
         cost = check_file(content)
-        bare, orientation = bare_file(content, max_pixels) if cost.rewrite else (content, None)
+        bare, orientation = bare_file(content) if cost.rewrite else (content, None)
     except ValueError as error:
         raise ImageError(f"{name}: {error} is not decoded; save the image anew") from error
+    way = read_content if cost.ends else _read_endless
+    read = partial(way, name=name, exif=exif, max_pixels=max_pixels, memory=cost.memory)
     try:
-        return read_content(bare, name, exif, max_pixels, cost.memory, orientation)
-    except TooLargeError:
+        return read(bare, orientation)
+    except FinalImageError:
         raise
-    except ImageError:
-        image = _mended(content, name, exif, max_pixels, cost)
-        if image is None:
-            raise
-        return image
+    except ImageError as error:
+        for failed in (error, error.__cause__):
+            if failed is not None:
+                traceback.clear_frames(failed.__traceback__)  # they hold the image
+        # Sound pixels are read whatever is stored beside them.
+        with contextlib.suppress(ValueError):
+            bare, orientation = bare_file(content)
+            if bare != content and not cost.rewrite:
+                return read(bare, orientation)
+        raise
 
 
-def _mended(content: bytes, name: str, exif: bool, max_pixels: int, cost: Cost) -> Image.Image | None:
-    """What a refused file shows if its pixels are sound, whatever is stored beside them; None where they are not."""
-    with contextlib.suppress(ValueError):
-        bare, orientation = bare_file(content, max_pixels)
+def _read_endless(
+    content: bytes, orientation: int | None, *, name: str, exif: bool, max_pixels: int, memory: int
+) -> Image.Image:
+    """A JPEG that lacks its end marker, as `read_content`. One that lacks pixels too raises ImageError."""
 
-        def read(ending: bytes = b"") -> Image.Image:
-            return read_content(bare + ending, name, exif, max_pixels, cost.memory, orientation)
+    def read(filling: bytes) -> Image.Image:
+        ended = content.rstrip(b"\xff") + filling * 1024 + b"\xff\xd9"
+        return read_content(ended, orientation, name=name, exif=exif, max_pixels=max_pixels, memory=memory)
 
-        if not content.startswith(b"\xff\xd8\xff"):
-            return read() if bare != content else None
-        bare = bare.rstrip(b"\xff")  # half of an end marker
-        if not lacks_only_its_end(bare):
-            return read()
-        # Were pixels missing, they would be made of what follows.
-        digest = _digest(read(b"\xff\xd9"))
-        image = read(b"\x55" * 1024 + b"\xff\xd9")
-        return image if _digest(image) == digest else None
-    return None
+    # Missing pixels would be made of what follows.
+    checksum = _checksum(read(b""))
+    if checksum != _checksum(read(b"\x55")) or checksum != _checksum(image := read(b"\xaa")):
+        raise FinalImageError(f"{name}: the image is truncated")
+    return image
 
 
-def _digest(image: Image.Image) -> bytes:
-    """A hash of the pixels, without another copy of them."""
-    digest, rows = hashlib.sha256(), max(1, 2**20 // image.width)
+def _checksum(image: Image.Image) -> int:
+    """Of the pixels, without another copy of them."""
+    checksum, rows = 0, max(1, 2**20 // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        digest.update(strip.tobytes())
-    return digest.digest()
+        checksum = zlib.crc32(strip.tobytes(), checksum)
+    return checksum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blip2.imagefiles.cost import Cost
 
-MAX_BLOCKS = 1_000_000  # of up to 255 bytes each
+MAX_BLOCKS = 500_000  # of up to 255 bytes each
 
 _CONTROL = 0xF9  # the extension that holds the transparent color
 

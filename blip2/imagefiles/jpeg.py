@@ -23,37 +23,47 @@ Segment = tuple[int, int, int, int]  # marker, where it begins, its parameters, 
 
 def check_jpeg(content: bytes) -> Cost:
     """What decoding a JPEG takes. Raises ValueError where it is far more than its picture needs."""
-    scans = pixels = beside = tables = memory = exif = count = 0
-    last = 2
-    progressive = False
-    for kind, begin, start, end in _segments(content):
-        if not scans:
-            beside += begin - last  # fill bytes, which Pillow reads one by one
-            last, count = end, count + 1
-            tables += end - start if kind == _TABLES else 0
-            if kind in _APP or kind == _COMMENT:
-                beside += (end - start) // 16
-                exif += content[start + 2 : start + 6] == b"Exif"
-        if kind in _FRAMES:
-            height, width, *samplings = _frame(content[start:end])
-            pixels, progressive = max(pixels, width * height), progressive or kind in _PROGRESSIVE
-            memory = 2 * width * height * sum(samplings) // max(samplings, default=1)
-        elif kind == _SCAN:
+    scans = pixels = memory = 0
+    progressive = ends = False
+    wanted, seen = set[tuple[int, int]](), set[tuple[int, int]]()  # components and their coefficients
+    for kind, _, start, end in _segments(content):
+        ends |= kind == _END
+        if kind not in _FRAMES and kind != _SCAN:
+            continue
+        data = content[start:end]
+        if kind == _SCAN:
             scans += 1
             if scans > MAX_SCANS or (scans > 16 and scans * pixels > MAX_SCANNED_PIXELS):
                 raise ValueError(f"a JPEG of {scans} scans or more, each of which costs as much as a picture")
+            if len(data) >= 6 and data[-1] & 15 == 0:  # to the last bit
+                seen |= {(part, k) for part in data[3:-3:2] for k in range(data[-3], min(data[-2], 63) + 1)}
+        else:
+            size = int.from_bytes(data[3:5], "big") * int.from_bytes(data[5:7], "big")
+            sampling = [(both >> 4) * (both & 15) for both in data[9::3]]
+            memory = 2 * size * sum(sampling) // max([1, *sampling])
+            pixels, progressive = max(pixels, size), progressive or kind in _PROGRESSIVE
+            wanted = {(part, k) for part in data[8::3] for k in range(64)}
+    return Cost(
+        rewrite=_is_costly_before_scans(content),
+        memory=memory if progressive or scans > 1 else 0,
+        ends=ends or not wanted or not wanted <= seen,
+    )
+
+
+def _is_costly_before_scans(content: bytes) -> bool:
+    """Whether Pillow, which reads what comes before the first scan in Python, takes long over it."""
+    fill = beside = tables = exif = count = 0
+    last = 2
+    for kind, begin, start, end in _segments(content):
+        if kind == _SCAN:
+            break
+        count, fill, last = count + 1, fill + begin - last, end
+        tables += end - start if kind == _TABLES else 0
+        beside += end - start if kind in _APP or kind == _COMMENT else 0
+        exif += content[start + 2 : start + 6] == b"Exif"
     if tables > MAX_METADATA:
         raise ValueError(f"a JPEG with {tables:,} bytes of tables")
-    return Cost(beside > MAX_METADATA or count > 1_000 or exif > 8, memory if progressive or scans > 1 else 0)
-
-
-def jpeg_size(content: bytes) -> tuple[int, int]:
-    """Width and height of a JPEG, (0, 0) where it has no frame."""
-    for kind, _, start, end in _segments(content):
-        if kind in _FRAMES:
-            height, width, *_ = _frame(content[start:end])
-            return width, height
-    return 0, 0
+    return fill > MAX_METADATA // 16 or beside > 8 * MAX_METADATA or count > 1_000 or exif > 8
 
 
 def bare_jpeg(content: bytes) -> tuple[bytes, int]:
@@ -71,31 +81,6 @@ def bare_jpeg(content: bytes) -> tuple[bytes, int]:
         if whole or (kind not in _APP and kind != _COMMENT):
             kept.append(content[begin:end])
     return content, orientation
-
-
-def lacks_only_its_end(content: bytes) -> bool:
-    """Whether a JPEG has no end marker although its scans hold every coefficient of every component to its last bit.
-
-    Whether the last scan is whole, its header does not say.
-    """
-    wanted, seen = set[tuple[int, int]](), set[tuple[int, int]]()
-    for kind, _, start, end in _segments(content):
-        data = content[start:end]
-        if kind == _END:
-            return False
-        if kind in _FRAMES:
-            wanted = {(part, k) for part in data[8::3] for k in range(64)}
-        elif kind == _SCAN and len(data) >= 6:
-            first, last, bits = data[-3], data[-2], data[-1] & 15
-            if bits == 0:
-                seen |= {(part, k) for part in data[3:-3:2] for k in range(first, min(last, 63) + 1)}
-    return bool(wanted) and wanted <= seen
-
-
-def _frame(data: bytes) -> tuple[int, ...]:
-    """Height, width and each component's number of samples in a block of the picture."""
-    sampling = [(both >> 4) * (both & 15) for both in data[9::3]]
-    return int.from_bytes(data[3:5], "big"), int.from_bytes(data[5:7], "big"), *sampling
 
 
 def _segments(content: bytes) -> Iterator[Segment]:

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from blip2.imagefiles.errors import ImageError
+from blip2.imagefiles.cost import MAX_PIXELS
+from blip2.imagefiles.errors import FinalImageError, ImageError
 from blip2.imagefiles.names import HAS_HEIF
 from blip2.imagefiles.quiet import without_warnings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
 MAX_MEMORY = 480 * 2**20  # bytes for the pixels while they are decoded, for as many as MAX_PIXELS
-MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
 MAX_JPEG_PIXELS = 2**28  # of a JPEG that is decoded at reduced scale
 
 _EXIF_ORIENTATION = 0x0112
@@ -31,34 +31,36 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # of a pixel; else 4
-_DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "HEIF": 8}  # of a pixel, beside the image itself
+_DECODER_BYTES = {"WEBP": 12, "HEIF": 8}  # of a pixel, beside the image itself
 _STRIP = 2**20  # pixels that are converted at a time
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 
 
 def read_content(
-    content: bytes, name: str, exif: bool, max_pixels: int, memory: int = 0, orientation: int | None = None
+    content: bytes, orientation: int | None, *, name: str, exif: bool, max_pixels: int, memory: int
 ) -> Image.Image:
     """An image file as RGB.
 
     Args:
         content: the file.
+        orientation: its EXIF orientation where that is known; None: as the file has it.
         name: what errors call it.
         exif: turn the image as its EXIF orientation says.
         max_pixels: refuse an image with more pixels, before decoding it; a JPEG is decoded at reduced scale.
         memory: bytes that its decoder needs beside the picture, as its headers say.
-        orientation: the EXIF orientation where it is known; None: as the file has it.
 
     Raises:
         ImageError: the message names the image, what arrived and what to do.
     """
     try:
         with without_warnings(), _opened(content, name) as image:
-            return decode_image(image, name, exif, max_pixels, memory, orientation)
+            return decode_image(
+                image, name=name, exif=exif, max_pixels=max_pixels, memory=memory, orientation=orientation
+            )
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooLargeError(
+        raise FinalImageError(
             f"{name}: too many pixels to decode (the limit is {max_pixels:,}); make it smaller"
         ) from error
     except (UnidentifiedImageError, KeyError) as error:
@@ -86,12 +88,12 @@ def _opened(content: bytes, name: str) -> Image.Image:
 
 def decode_image(
     image: Image.Image,
+    *,
     name: str,
     exif: bool,
     max_pixels: int,
     memory: int = 0,
     orientation: int | None = None,
-    *,
     keep: bool = False,
 ) -> Image.Image:
     """An opened image as RGB; as `read_content`, which says more. keep: the image is the caller's, and stays so."""
@@ -126,10 +128,6 @@ def decode_image(
 # --- limits --------------------------------------------------------------------------------------------------------
 
 
-class TooLargeError(ImageError):
-    """An image beyond a limit, which no other way of reading its file would mend."""
-
-
 @dataclass(frozen=True)
 class _Limit:
     """What an image may take: so many pixels, and memory for as many."""
@@ -142,31 +140,37 @@ class _Limit:
         return MAX_MEMORY * max(MAX_PIXELS, self.max_pixels) // MAX_PIXELS
 
     def check(self, image: Image.Image, memory: int = 0, turned: bool = False) -> None:
-        """Raises TooLargeError for an image beyond a limit. memory: bytes that its decoder needs beside it."""
+        """Raises FinalImageError for an image beyond a limit. memory: bytes that its decoder needs beside it."""
         width, height = image.size
         pixels = width * height
         shown = f"{self.name}: {width}x{height} px is {pixels:,} pixels"
         if pixels > self.max_pixels:
-            raise TooLargeError(f"{shown}, the limit is {self.max_pixels:,}; make it smaller")
-        if (needed := _needed(image.mode, pixels, memory, turned)) > self.memory:
+            raise FinalImageError(f"{shown}, the limit is {self.max_pixels:,}; make it smaller")
+        if (needed := _needed(image, pixels, memory, turned)) > self.memory:
             takes = f"decoded in {needed >> 20:,} MiB of memory, the limit is {self.memory >> 20:,}"
-            raise TooLargeError(f"{shown}, {takes}; make it smaller")
+            raise FinalImageError(f"{shown}, {takes}; make it smaller")
 
     def scale(self, image: JpegImageFile, memory: int, turned: bool) -> int:
         """1 or, for a JPEG beyond a limit, 2, 4 or 8: its scale reduced by this is within them."""
         width, height = image.size
-        for scale in (1, 2, 4, 8) if width * height <= MAX_JPEG_PIXELS else ():
+        if width * height > MAX_JPEG_PIXELS or memory > self.memory:
+            raise FinalImageError(
+                f"{self.name}: {width}x{height} px is more than can be decoded of "
+                f"{'a progressive' if memory else 'any'} JPEG, at reduced scale too; make it smaller"
+            )
+        for scale in (1, 2, 4, 8):
             pixels = -(-width // scale) * -(-height // scale)
-            if pixels <= self.max_pixels and _needed(image.mode, pixels, memory, turned) <= self.memory:
+            if pixels <= self.max_pixels and _needed(image, pixels, memory, turned) <= self.memory:
                 return scale
         self.check(image, memory, turned)  # raises
-        return 1
+        return 8
 
 
-def _needed(mode: str, pixels: int, memory: int, turned: bool) -> int:
+def _needed(image: Image.Image, pixels: int, memory: int, turned: bool) -> int:
     """The most bytes that are held at a time while an image is loaded, turned and converted."""
-    own = _BYTES.get(mode, 4)
-    return max(own * pixels + memory, own * (1 + turned) * pixels, (own + 4 * (mode != "RGB")) * pixels)
+    own = _BYTES.get(image.mode, 4)
+    converted = image.mode != "RGB" or "transparency" in image.info
+    return max(own * pixels + memory, own * (1 + turned) * pixels, (own + 4 * converted) * pixels)
 
 
 # --- orientation and colors ----------------------------------------------------------------------------------------

@@ -16,17 +16,20 @@ _SPACE = b" \t\n\v\f\r"
 _BREAK = re.compile(rb"[ \t\n\v\f\r]")
 _GAP = rb"(?:[ \t\n\v\f\r]++|#[^\r\n]*+[\r\n])++"
 _SIZE = re.compile(rb"P([1-6])%b([0-9]{1,10})%b([0-9]{1,10})" % (_GAP, _GAP))
+_OTHER = re.compile(rb"P(?:f|0CMYK|yP|yRGBA|yCMYK)[ \t\n\v\f\r#]")
 _MAXIMUM = re.compile(rb"%b([0-9]{1,10})" % _GAP)
 _COMMENT = re.compile(rb"#[^\r\n]*+")
 
 
 def check_pnm(content: bytes) -> Cost:
-    """What decoding a PNM takes."""
+    """What decoding a PNM takes. Raises ValueError for Pillow's own kinds, and for floating-point pixels."""
+    if _OTHER.match(content):
+        raise ValueError("a PNM of a kind other than P1 to P6")
     return Cost(rewrite=content[1:2] in (b"1", b"2", b"3", b"4", b"5", b"6"))
 
 
-def bare_pnm(content: bytes, max_pixels: int) -> tuple[bytes, int]:
-    """A PBM, PGM or PPM as a binary one with values up to 255 or 65,535; what is damaged or too large as it is.
+def bare_pnm(content: bytes) -> tuple[bytes, int]:
+    """A PBM, PGM or PPM as a binary one with values up to 255 or 65,535; what is damaged as it is.
 
     Raises:
         ValueError: what a text of numbers must not hold.
@@ -38,12 +41,8 @@ def bare_pnm(content: bytes, max_pixels: int) -> tuple[bytes, int]:
     maximum = None if kind in (1, 4) else _MAXIMUM.match(content, size.end(), _MAX_HEADER)
     start = (maximum or size).end()
     top = int(maximum[1]) if maximum else 1
-    if (
-        not 0 < width * height <= max_pixels
-        or not 0 < top < 2**16
-        or (maximum is None and kind not in (1, 4))
-    ):
-        return content[: start + 1], 1
+    if not 0 < top < 2**16 or (maximum is None and kind not in (1, 4)):
+        return content[:_MAX_HEADER], 1
     if kind == 4 or (kind > 3 and top in ((255, 65_535) if kind == 5 else (255,))):
         return content, 1  # read at once as it is
 

@@ -98,7 +98,7 @@ def read_directory(content: bytes, place: int = 0) -> Directory:
                 data = content[place + where : place + where + length]
             if len(data := data[:length]) == length and number not in tags:
                 tags[number] = Tag(kind, values, data)
-    except struct.error:
+    except (struct.error, OverflowError):  # an offset beyond the file
         pass
     return Directory(order, big, tags, beside)
 
