@@ -24,6 +24,7 @@ NEED_EXTRA = {
     for name in (
         "app",
         "bodies",
+        "connections",
         "context",
         "errors",
         "fetch",

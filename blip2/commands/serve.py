@@ -9,6 +9,7 @@ blip2 serve --limit queue=200 --limit new_tokens=100
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from blip2.commands.arguments import add_model, option, repeatable, switch
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"serving needs {error.name}, which is not installed: pip install 'blip2[serve]'"
         ) from None
+    args.quiet = args.quiet or not sys.stderr.isatty()  # progress is no entry of a log
     run_server(
         lambda: load_named(args),
         model=Path(args.model).name,

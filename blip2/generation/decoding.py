@@ -9,6 +9,7 @@ V the vocabulary, L the ids so far (`history`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -310,10 +311,12 @@ def _search_steps(logits: Tensor, history: Tensor, options: GenerationOptions, e
     (b, vocabulary), device = logits.shape, history.device
     prompts = list(range(b))  # those not dropped yet
     logits = logits.repeat_interleave(n, dim=0)  # [b*n, V]
+    # a length to a high power is no float32; and a score that is any number beats that of no sequence
+    exact = torch.float32 if device.type == "mps" else torch.float64
     finished = _Beams(
         ids=history.new_zeros(b, n, limit),
         logprobs=logits.new_zeros(b, n, limit),
-        scores=logits.new_full((b, n), _NEVER),
+        scores=logits.new_full((b, n), -math.inf, dtype=exact),
         lengths=history.new_zeros(b, n),
         real=torch.zeros(b, n, dtype=torch.bool, device=device),
     )
@@ -336,7 +339,7 @@ def _search_steps(logits: Tensor, history: Tensor, options: GenerationOptions, e
         stops = torch.isin(ids, end_ids) | (length == limit)
         # Finish: an end counts only among the n best candidates.
         ends = stops & (torch.arange(width, device=device) < n) & searching[:, None]
-        scores = sums / length**penalty + ~ends * _NEVER
+        scores = (sums.to(exact) / length**penalty).masked_fill(~ends, -math.inf)
         ended = grown._replace(scores=scores, lengths=torch.full_like(ids, length), real=ends)
         both = finished.concat(ended)
         finished = both.take(both.scores.topk(n).indices)
@@ -345,7 +348,7 @@ def _search_steps(logits: Tensor, history: Tensor, options: GenerationOptions, e
         running = grown.take(onward)._replace(scores=sums)
         # Stop where no running sequence can become one of the n best finished ones any more.
         possible_length = limit if options.early_stopping == "never" and penalty > 0 else length
-        searching = searching & (sums[:, 0] / possible_length**penalty > finished.scores[:, -1])
+        searching = searching & (sums[:, 0].to(exact) / possible_length**penalty > finished.scores[:, -1])
         if options.early_stopping is True:
             searching = searching & ~finished.real.all(1)
         count = int(searching.sum()) if length < limit else 0  # the one wait for the device in a step

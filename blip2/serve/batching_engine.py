@@ -30,6 +30,7 @@ from blip2.predict import Predictor
 from blip2.results import EncodedImage, GeneratedText
 from blip2.serve.cache import ImageCache
 from blip2.serve.limits import Limits
+from blip2.serve.logs import log_event
 
 log = logging.getLogger("blip2.serve")
 
@@ -319,6 +320,7 @@ class Engine:
                 _ = predictor.matcher
             self._predictor = predictor
             self.loaded.set()
+            log_event("ready")
             while self._step():
                 pass
         except BaseException as error:  # all clients get an error, and the process may be restarted

@@ -27,7 +27,7 @@ class Limits:
     header_seconds: float = 5  # from the connection, or a request's first byte, until its headers are there
     body_seconds: float = 10  # likewise, until its body is there
     write_seconds: float = 10  # for which a client may leave its answer unread
-    idle_seconds: float = 5  # between two requests on a connection
+    idle_seconds: float = 8  # between two requests on a connection; some clients keep one for 5
     request_seconds: float = 60  # from a request's arrival to its answer's end
     drain_seconds: float = 60  # to finish what was accepted after SIGTERM
     cache_bytes: int = 256_000_000  # of encoded images

@@ -28,7 +28,7 @@ class Replica:
         import blip2
         from blip2.serve.app import LOOPBACK, build_app
         from blip2.serve.batching_engine import Engine
-        from blip2.serve.run import log_to_stderr
+        from blip2.serve.logs import log_to_stderr
 
         log_to_stderr()
         self._engine = Engine(lambda: blip2.load(model), limits)
