@@ -346,14 +346,14 @@ class Database:
                     yield key, _row(*values)
             at = some[-1][0]
 
-    def placed(self, start: int, end: int) -> list[Row]:
-        """What inputs of the places from `start` to before `end` have, in the order of their places."""
+    def placed(self, start: int, end: int) -> list[tuple[int, Row]]:
+        """The places from `start` to before `end` whose inputs have texts, and these."""
         rows = self.query(
-            "SELECT i.name, c.hash, c.texts, i.error, i.more FROM inputs i JOIN contents c ON c.id = i.content "
-            "WHERE i.place >= ? AND i.place < ? ORDER BY i.place",
+            "SELECT i.place, i.name, c.hash, c.texts, i.error, i.more "
+            "FROM inputs i JOIN contents c ON c.id = i.content WHERE i.place >= ? AND i.place < ? ORDER BY i.place",
             *(start, end),
         )
-        return [_row(*values) for values in rows]
+        return [(place, _row(*values)) for place, *values in rows]
 
     def failures(self) -> Iterator[Row]:
         """The rows of all inputs that failed."""

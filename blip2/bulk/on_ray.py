@@ -18,7 +18,6 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from blip2.bulk.database import BulkError, Database, Row
 from blip2.bulk.listing import work_items
@@ -58,7 +57,6 @@ def on_ray(
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     folder, state, before = os.getcwd(), database.folder, database.before
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     cpus, gpus, actors = _room()
 
     def listed(_: Any) -> Iterator[dict[str, Any]]:
@@ -90,7 +88,7 @@ def on_ray(
 
     batches = (
         ray.data.from_items([None])
-        .map_batches(listed, num_cpus=0, scheduling_strategy=here)
+        .map_batches(listed, num_cpus=0, resources={_this_machine(): 0.001})  # where the database is
         .repartition(target_num_rows_per_block=1)  # so that batches are read side by side
         .map(decoded, num_cpus=0.5)  # half of the time it waits for the disk
         .map(
@@ -122,6 +120,13 @@ def _next(row: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
         except Exception as error:
             content = error
     return {"batch": _Batch(content)}
+
+
+def _this_machine() -> str:
+    """The resource that a Ray cluster has on this machine alone."""
+    here = ray.get_runtime_context().get_node_id()
+    resources: list[str] = next(list(node["Resources"]) for node in ray.nodes() if node["NodeID"] == here)
+    return next(name for name in resources if name.startswith("node:") and "__" not in name)
 
 
 def _room() -> tuple[int, int, int]:

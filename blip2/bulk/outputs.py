@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -69,7 +70,7 @@ def check_output(out: Path, kind: str) -> None:
 def stamp_of(path: Path | str) -> Stamp | None:
     """Size and time of a file; None where there is none."""
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
@@ -214,22 +215,21 @@ def shard_name(out: Path, number: int) -> str:
     return f"{out.stem}-{number:06d}.tar"
 
 
-def write_shard(rows: Sequence[Row], first: int, path: Path, style: tuple[str, str]) -> None:
+def write_shard(rows: Iterable[tuple[int, Row]], path: Path, old: Path, style: tuple[str, str]) -> None:
     """A webdataset shard of rows that succeeded: images as they were, captions as .txt, rows as .json.
 
-    first: the number of its first sample.
+    rows: each with the number of its sample. old: the shard that it replaces: images that are gone are taken from it.
 
     Raises:
         BulkError: an image is no longer what was captioned.
     """
     with tarfile.open(path, mode="w") as archive:
-        for i, (row, image) in enumerate(_with_images(rows), first):
+        for i, row, image in _with_images(rows, old):
             texts = [styled(text, *style) for text in row["texts"]]
             record = json_line({"image": row["image"], "hash": row["hash"], "texts": texts})
-            lines = "\n".join(text_of(text) for text in texts)
             for ending, content in (
                 (_ending(row["image"], image), image),
-                (".txt", lines.encode(errors="backslashreplace")),
+                (".txt", "\n".join(map(text_of, texts)).encode(errors="backslashreplace")),
                 (".json", record.encode()),
             ):
                 member = tarfile.TarInfo(f"{i:09d}{ending}")
@@ -237,32 +237,37 @@ def write_shard(rows: Sequence[Row], first: int, path: Path, style: tuple[str, s
                 archive.addfile(member, io.BytesIO(content))
 
 
-def _with_images(rows: Iterable[Row]) -> Iterator[tuple[Row, bytes]]:
+def _with_images(rows: Iterable[tuple[int, Row]], old: Path) -> Iterator[tuple[int, Row, bytes]]:
     """Rows in their order, each with the bytes of the image that was captioned."""
     table: Iterator[ImageItem] = iter(())
     opened, last = "", 0
-    for row in rows:
+    for number, row in rows:
         path, start, size = row["at"]
+        problem = f"{row['image']} has changed since it was captioned"
         try:
             if size != IN_TABLE:
                 content = ImageItem(row["image"], path, start, size).read()
             else:  # a table is read once, for all of its rows that follow one another
                 if path != opened or start <= last:
                     table, opened = parquet_items(path, start), path
-                content, last = (
-                    next((item.content for item in table if item.start == start), None) or b"",
-                    start,
-                )
-        except (ImageError, OSError) as error:
-            raise BulkError(
-                f"{error}, and its shard is still to be written; put it back and {GO_ON}"
-            ) from error
-        if hashlib.sha256(content).hexdigest() != row["hash"]:
-            raise BulkError(
-                f"{row['image']} has changed since it was captioned, and its shard is still to be written; "
-                f"put it back and {GO_ON}"
-            )
-        yield row, content
+                content = next((item.content for item in table if item.start == start), None) or b""
+                last = start
+        except (ImageError, OSError, BulkError) as error:
+            content, problem = b"", str(error)
+        for image in (content, *_in_shard(old, number)):
+            if hashlib.sha256(image).hexdigest() == row["hash"]:
+                yield number, row, image
+                break
+        else:
+            raise BulkError(f"{problem}, and its shard is still to be written; put it back and {GO_ON}")
+
+
+def _in_shard(path: Path, number: int) -> Iterator[bytes]:
+    """The files of a sample in a shard, where there is one that can be read."""
+    with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if member.name.startswith(f"{number:09d}.") and (file := archive.extractfile(member)):
+                yield file.read()
 
 
 def _ending(name: str, content: bytes) -> str:

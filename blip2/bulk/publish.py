@@ -7,6 +7,7 @@ file is left alone, everything else stops the run, and only if it would have to 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -110,7 +111,9 @@ class Output:
         with self.database.transaction():
             self.database.execute("DELETE FROM published WHERE path = ?", to_blob(name))
             if now is not None:
-                self.database.publish(name, now)
+                self.database.publish(
+                    name, now._replace(stamp=stamp_of(path) if there == now.sha256 else None)
+                )
         return now
 
     def keep_backup(self, path: Path) -> None:
@@ -182,10 +185,8 @@ class Table(Output):
 
     def start_over(self) -> None:
         there = file_hash(self.settings.out)
-        if there is not None and self.old is not None and self.count_replaced(there):
-            self.keep_backup(self.settings.out)
-            with self.database.transaction():
-                self.database.publish(self.name, self.old._replace(sha256=there))
+        if there is not None and self.old is not None:
+            self.replace_edits(there)
         super().start_over()
         self.old = self.database.published(self.name)
 
@@ -225,18 +226,22 @@ class Table(Output):
                 f"{out} was changed since it was written and cannot be read any more ({error}). Repair it. {remedy}"
             ) from error
 
-    def count_replaced(self, there: bytes) -> bool:
-        """Count the edits that are to be replaced; whether there are any."""
+    def replace_edits(self, there: bytes) -> None:
+        """Count the edits in the file, which has this hash, keep a copy of it and forget them."""
         assert self.old is not None
-        unreadable = False
-        if there != self.old.sha256:
-            try:
+        changed = unreadable = there != self.old.sha256
+        if changed:
+            with contextlib.suppress(BulkError):
                 self.take_over(there)
-            except BulkError:
-                unreadable = True
+                unreadable = False
         edits = sum(count_edits(self.database).values()) + unreadable
         self.counts["replaced"] += edits
-        return edits > 0
+        if edits or changed:
+            self.keep_backup(self.settings.out)
+        self.old = self.old._replace(sha256=there, form=None)
+        with self.database.transaction():
+            self.database.execute("DELETE FROM edits")
+            self.database.publish(self.name, self.old)
 
     def finish(self) -> None:
         if self.stale():
@@ -260,10 +265,8 @@ class Table(Output):
             self.counts["foreign"] = 1
         elif not self.overwrite:
             self.take_over(there)
-        elif self.count_replaced(there):
-            self.keep_backup(self.settings.out)
-            with self.database.transaction():
-                self.database.execute("DELETE FROM edits")
+        else:
+            self.replace_edits(there)
         return True
 
     def write(self, beside: Path) -> None:
@@ -311,14 +314,17 @@ class Shards(Output):
         full, others = divmod(self.database.completed, SHARD_SIZE)
         for number in range(max(1, full + bool(others))):
             path, count = self.path(number), SHARD_SIZE if number < full else others
-            old = self.database.published(path.name)
-            there = old.sha256 if old and old.stamp == stamp_of(path) else file_hash(path)
+            old, stamp = self.database.published(path.name), stamp_of(path)
+            there = old.sha256 if old and old.stamp == stamp else file_hash(path)
             as_before = old is not None and (old.style, old.upto) == (self.settings.style, count)
             if there is None or number in changed or not as_before:
                 self.counts["again"] += as_before and there is None
                 self.publish(number)
             elif old is not None and there != old.sha256:
                 self.counts["edited"] += 1
+            elif old is not None and stamp != old.stamp:  # it was copied or touched
+                with self.database.transaction():
+                    self.database.publish(path.name, old._replace(stamp=stamp))
         with self.database.transaction():
             self.database.execute("DELETE FROM changed")
         super().finish()
@@ -342,7 +348,7 @@ class Shards(Output):
             return True
 
         def write(beside: Path) -> None:
-            outputs.write_shard(rows, first, beside, style)
+            outputs.write_shard(rows, beside, path, style)
             digest = file_hash(beside) or b""
             with self.database.transaction():
                 self.database.publish(path.name, Published(digest, None, style, count), pending=True)
@@ -358,8 +364,8 @@ class TextFiles(Output):
     """A text file for each image, written with its batch."""
 
     def begin(self) -> None:
-        super().begin()
         self.write_pending()
+        super().begin()
 
     def record(self, row: Row) -> bool:
         changed = super().record(row)

@@ -9,11 +9,13 @@ import os
 import random
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -170,23 +172,27 @@ def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("count", [10_000_000])
 def test_ten_million_rows_are_listed_and_gone_on_with(count: int, tmp_path: Path) -> None:
     """In a process of its own, up to the first image that is new; what it took is printed."""
-    out, rows = tmp_path / "out.jsonl", tmp_path / "rows.txt"
-    database = Database(tmp_path / ".out.jsonl.blip2", {"model": "m"})
+    out, rows, texts = (
+        tmp_path / "out.jsonl",
+        tmp_path / "rows.txt",
+        '[{"caption":"a red square","score":-0.5}]',
+    )
+    state = tmp_path / ".out.jsonl.blip2"
+    Database(state, {"model": "m"}).close()
+    with closing(sqlite3.connect(state / "state.sqlite")) as database:
+        for pragma in ("synchronous = OFF", "journal_mode = OFF", "cache_size = -4000000"):
+            database.execute(f"PRAGMA {pragma}")
+        hashes = ((i, hashlib.sha256(b"%d" % i).digest(), texts) for i in range(1, count + 1))
+        database.executemany("INSERT INTO contents VALUES (?, ?, ?)", hashes)
+        named = (
+            (i, os.fsencode(tmp_path / f"folder/{i:08}.jpg"), 9, i * 10**9, i) for i in range(1, count + 1)
+        )
+        columns = "id, name, size, mtime_ns, content"
+        database.executemany(f"INSERT INTO inputs ({columns}) VALUES (?, ?, ?, ?, ?)", named)
+        database.commit()
     with rows.open("w") as file:
-        for start in range(0, count, 100_000):
-            names = [f"folder/{i:08}.jpg" for i in range(start, min(start + 100_000, count))]
-            file.writelines(f"{name}\n" for name in names)
-            with database.transaction():
-                for i, name in enumerate(names, start):
-                    record = {
-                        "image": str(tmp_path / name),
-                        "stamp": (200_000, 1_700_000_000_000_000_000 + i),
-                        "hash": hashlib.sha256(name.encode()).hexdigest(),
-                        "texts": [{"caption": "a small red square", "score": -0.5}],
-                    }
-                    database.record(record)
+        file.writelines(f"folder/{i:08}.jpg\n" for i in range(1, count + 1))
         file.writelines(f"folder/new{i:03}.jpg\n" for i in range(1000))
-    database.close()
     (tmp_path / "folder").mkdir()
     for i in range(1000):
         (tmp_path / "folder" / f"new{i:03}.jpg").write_bytes(png(i))
@@ -212,7 +218,7 @@ caption_all(Inputs(sources=[{str(rows)!r}]), settings, first)
     print(
         f"{count:,} rows: {float(seconds):.0f} s, {float(of_cpu):.0f} s of CPU, {int(peak) / 2**20:.2f} GiB"
     )
-    size = (tmp_path / ".out.jsonl.blip2" / "state.sqlite").stat().st_size
+    size = (state / "state.sqlite").stat().st_size
     print(f"{size / count:.0f} bytes of the database a row")
     assert images == "8" and int(peak) < 10**9 / 1024
 
@@ -317,3 +323,74 @@ def test_match_and_keep_best(tmp_path: Path) -> None:
     fits = blip2.load().match(image, captions)
     assert [row["match"] for row in rows] == pytest.approx([fit.probability for fit in fits], abs=1e-4)
     assert rows_of["--keep-best"] == [max(rows, key=lambda row: float(row["match"]))]
+
+
+def test_the_last_line_says_what_was_done_and_what_was_left_alone(
+    generator_folder: Path, pictures: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    common = ["--model", str(generator_folder), "--max-new-tokens", "3", "--num-beams", "1"]
+    folder, out = tmp_path / "in", tmp_path / "c.jsonl"
+    folder.mkdir()
+    for i, path in enumerate(pictures[:3]):
+        (folder / f"{i}{path.suffix}").write_bytes(path.read_bytes())
+
+    def go(*more: str) -> tuple[int, str]:
+        status = main(["caption", str(folder), "--out", str(out), *common, *more])
+        return status, capsys.readouterr().err.splitlines()[-1].removeprefix(f"{out}: ")
+
+    assert go() == (0, "3 captioned, 0 failed, 0 left alone")
+    lines = out.read_text().splitlines()
+    out.write_text("\n".join([lines[0], lines[1].replace('"caption": "', '"caption": "my '), lines[0]]))
+    (folder / "4.png").write_bytes(b"no image")
+    errors = f"; errors: {tmp_path}/.c.jsonl.blip2/errors.jsonl"
+    left = "3 left alone (1 edited, 1 added, 1 removed)"
+    assert go() == (1, f"0 captioned, 1 failed, {left}; 3 inputs were known before{errors}")
+    (folder / "4.png").unlink()
+    assert go("--suffix", "!") == (0, f"0 captioned, 0 failed, {left}; 4 inputs were known before")
+    captions = [json.loads(line).get("caption", "") for line in out.read_text().splitlines()]
+    assert [caption.endswith("!") for caption in captions] == [True, False, False, False]
+    out.unlink()
+    assert "; 1 written again" in go("--suffix", "!")[1]
+    replaced = "3 captioned, 0 failed, 0 left alone; 3 edits replaced and kept in .bak"
+    assert go("--existing", "overwrite") == (0, replaced)
+    out = folder
+    (folder / "0.txt").write_text("mine")
+    assert go() == (0, "2 captioned, 0 failed, 1 left alone (1 existing)")
+    (folder / "1.txt").write_text("mine")
+    (folder / "2.txt").write_text("")
+    assert go() == (
+        0,
+        "0 captioned, 0 failed, 2 left alone (1 edited, 1 existing); 3 inputs were known before; 1 written again",
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--json"], ["--prefix", "a ", "--suffix", "!"], ["--questions", "q.txt"]]
+)
+def test_a_dash_is_standard_output(
+    arguments: list[str],
+    generator_folder: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("q.txt").write_text("what?\nwhy?\n")
+    command = [
+        "caption",
+        *map(str, pictures),
+        "--model",
+        str(generator_folder),
+        "--max-new-tokens",
+        "3",
+        *arguments,
+    ]
+    printed = []
+    for out in ([], ["--out", "-"]):
+        assert main([*command, *out]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and len(printed[0].splitlines()) == 5 * (1 + ("--questions" in arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["q.txt"]
+    assert main([*command, "--out", "-", "--format", "csv"]) == 2
+    assert main([*command, "--out", "/dev/null/x.jsonl"]) == 2
