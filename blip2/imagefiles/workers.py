@@ -19,8 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from blip2.imagefiles import worker as protocol
-from blip2.imagefiles.decode import ImageError, check_max_pixels, check_size
-from blip2.imagefiles.pixels import MAX_PIXELS
+from blip2.imagefiles.decode import MAX_PIXELS, ImageError, check_max_pixels, check_size
 
 SECONDS = 4.5  # of computing for one image
 # For one image of MAX_PIXELS or fewer, beside its file: a little more than may be needed by what its headers say.
