@@ -30,11 +30,8 @@ _BAND = 4 * 2**20  # pixels sent at a time
 
 def answer_requests() -> None:
     """Answer requests until there are no more."""
-    for name in (
-        "SIGINT",
-        "SIGTERM",
-        "SIGHUP",
-    ):  # they are meant for the parent, which ends this process in time
+    # These are meant for the parent, which ends this process when it is time.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
