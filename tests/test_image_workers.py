@@ -363,6 +363,21 @@ def test_who_has_the_fewest_workers_is_next() -> None:
     assert order == ["abc", "bca", "cab", "aba", "ba"]
 
 
+@needs_linux
+def test_ctrl_c_leaves_no_worker_taken() -> None:
+    with ImageWorkers(1) as pool:
+        other = PendingImage()
+        pool._waiting.append(other)
+        pool._take_turns()  # it has the only worker
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.load_image(FILES["png"])
+        assert not pool._waiting
+        pool._give_back(other, None)
+        pool.load_image(FILES["png"])
+
+
 def test_cancelled_before_it_begins(workers: ImageWorkers) -> None:
     pending = PendingImage()
     pending.cancel()

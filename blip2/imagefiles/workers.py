@@ -190,13 +190,18 @@ class ImageWorkers:
                 pending._end(_CLOSED)
             self._waiting.append(pending)
             self._take_turns()
-        pending._turn.wait()
-        with self._lock:
-            if pending.ended:
-                (self._waiting if pending in self._waiting else self._working).remove(pending)
-                self._take_turns()
-                self._lock.notify_all()
-                raise self._failure(pending, None)
+        has_turn = False
+        try:
+            pending._turn.wait()
+            has_turn = not pending.ended
+        finally:  # Ctrl-C too
+            if not has_turn:
+                with self._lock:
+                    (self._waiting if pending in self._waiting else self._working).remove(pending)
+                    self._take_turns()
+                    self._lock.notify_all()
+        if not has_turn:
+            raise self._failure(pending, None)
 
     def _take_turns(self) -> None:
         """Give the free workers to those that wait, first to clients that have the fewest."""
@@ -241,7 +246,7 @@ class ImageWorkers:
             worker.end()
             worker = None
             if not self._closed:
-                with contextlib.suppress(RuntimeError):  # the next image says so
+                with contextlib.suppress(Exception):  # the next image says so
                     worker = _Worker()
         with self._lock:
             self._working.remove(pending)
