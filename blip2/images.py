@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blip2.imagefiles.decode import MAX_PIXELS as MAX_PIXELS
+from blip2.imagefiles.decode import MOST_PIXELS as MOST_PIXELS
 from blip2.imagefiles.decode import ImageError as ImageError
 from blip2.imagefiles.decode import ImageSource as ImageSource
 from blip2.imagefiles.decode import check_max_pixels as check_max_pixels

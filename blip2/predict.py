@@ -18,7 +18,7 @@ from blip2.explain import Explained, Explanation, explain
 from blip2.generation.decoding import generate, stream
 from blip2.generation.options import GenerateKwargs, GenerationOptions, make_options
 from blip2.generation.ranking import answer_logprobs
-from blip2.images import ImageSource, to_pixels
+from blip2.images import MAX_PIXELS, ImageSource, check_max_pixels, to_pixels
 from blip2.inputs import BATCH_SIZE, Many, as_list, in_batches, is_many, open_image, unnest
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
@@ -60,6 +60,7 @@ def load(
     vision: str | Path | None = None,
     language: str | Path | None = None,
     quantize: Mode | None = None,
+    max_pixels: int | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -74,11 +75,14 @@ def load(
         vision, language: the image encoder and the language model, for a checkpoint without them, as LAVIS's.
         quantize: "int8" or "int4": the bits of a stored weight, a quarter or an eighth of fp32's memory; what is
             computed between them is fp32. See docs/performance.md for what it gains and what it changes.
+        max_pixels: images with more are refused before they are decoded, JPEGs are decoded at reduced scale.
+            None: 89 million, which is a third of a GiB; 178,956,970 at most.
 
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
     """
     torch_device = device_of(device)
+    max_pixels = MAX_PIXELS if max_pixels is None else check_max_pixels(max_pixels)
     shown = DEFAULT if name is None else str(name)
     if name is None or name == DEFAULT:
         default_model()  # raises where this installation has none
@@ -95,7 +99,7 @@ def load(
         if isinstance(loaded.model, Blip2Matcher):
             raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
         load_matcher = partial(load_components, matcher, torch_device, dtype, None, quantize=quantize)
-    return Predictor(shown, loaded, load_matcher, torch_device)
+    return Predictor(shown, loaded, load_matcher, torch_device, max_pixels=max_pixels)
 
 
 # --- the predictor -------------------------------------------------------------------------------------------------
@@ -122,9 +126,11 @@ class Predictor:
         loaded: LoadedModel,
         load_matcher: Callable[[], LoadedModel] | None,
         device: torch.device,
+        *,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """`loaded` writes, or is a matcher itself; `load_matcher` is called when a matcher is first needed."""
-        self.name, self.device = name, device
+        self.name, self.device, self.max_pixels = name, device, max_pixels
         self._loaded, self._load_matcher = loaded, load_matcher
 
     def __repr__(self) -> str:
@@ -158,7 +164,8 @@ class Predictor:
             loaded = self._load_matcher()
         if not isinstance(loaded.model, Blip2Matcher):
             raise ValueError("the model given as matcher= writes text; matchers are 'itm' and 'itm-coco'")
-        return Matcher(loaded.model, loaded.image_processor, loaded.tokenizer, self.device)
+        processors = loaded.image_processor, loaded.tokenizer
+        return Matcher(loaded.model, *processors, self.device, max_pixels=self.max_pixels)
 
     # --- writing ---
 
@@ -364,7 +371,7 @@ class Predictor:
             raise ValueError(
                 "explain takes one image itself: an encoded image no longer shows where things were"
             )
-        picture = open_image(image, 0)
+        picture = open_image(image, 0, self.max_pixels)
         if question is None:
             prompt, written = CAPTION_PROMPT, self.caption(picture) if text is None else text
         else:
@@ -399,7 +406,7 @@ class Predictor:
         if any(isinstance(image, EncodedImage) and image.prefix.shape[-1] != width for image in images):
             raise ValueError("an encoded image comes from another model; encode it with this one")
         opened = [
-            open_image(image, start + i)
+            open_image(image, start + i, self.max_pixels)
             for i, image in enumerate(images)
             if not isinstance(image, EncodedImage)
         ]

@@ -453,6 +453,23 @@ def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures
     assert model.embed_text([]).shape == (0, 16)
 
 
+def test_a_limit_of_pixels(generator_folder: Path, matcher_folder: Path, pictures: list[Path]) -> None:
+    model = blip2.load(generator_folder, device="cpu", matcher=matcher_folder, max_pixels=1_000)
+    for use in (
+        model.caption,
+        model.encode,
+        model.explain,
+        model.embed,
+        lambda image: model.match(image, "a"),
+    ):
+        with pytest.raises(blip2.ImageError, match=r"30x40 px is 1,200 pixels, the limit is 1,000"):
+            use(pictures[0])
+    assert model.encode(pictures[1]).size == (25, 15)  # a JPEG of 50x30 px, at half its scale
+    for value in (0, 10**9, "many", 1.5):
+        with pytest.raises(blip2.ImageError, match=r"max_pixels is .*, expected a whole number from 1 to"):
+            blip2.load(max_pixels=value)  # type: ignore[arg-type]
+
+
 def test_a_matcher_alone_matches_and_does_not_write(matcher_folder: Path, pictures: list[Path]) -> None:
     matcher = blip2.load(matcher_folder)
     assert 0 <= matcher.match(pictures[0], "a cat").probability <= 1

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         keys=None if args.api_key_file is None else Keys.load(args.api_key_file),
-        limits=Limits().changed(args.limit),
+        limits=Limits().changed([f"pixels={args.max_pixels}"] * (args.max_pixels is not None) + args.limit),
         allow_hosts=tuple(args.allow_host),
         fetch_urls=args.fetch_urls,
         log_contents=args.log_content,

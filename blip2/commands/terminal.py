@@ -87,7 +87,7 @@ def load_named(args: argparse.Namespace) -> Predictor:
     """The model that --model names."""
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    names = ("device", "dtype", "revision", "vision", "language", "quantize", "matcher")
+    names = ("device", "dtype", "revision", "vision", "language", "quantize", "matcher", "max_pixels")
     options: dict[str, Any] = {name: getattr(args, name, None) for name in names}
     return blip2.load(args.model, **options)
 

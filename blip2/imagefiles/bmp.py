@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 from blip2.imagefiles.cost import MAX_PIXELS, Cost
@@ -10,6 +11,7 @@ MAX_RUN_BYTES = 2**23  # of a file with run lengths
 
 _HEADER = struct.Struct("<LllHHLLLLLL")  # a BITMAPINFOHEADER, with which all later headers begin
 _RLE8, _RLE4 = 1, 2
+_RUNS = re.compile(rb"(?:[^\0].)*+", re.DOTALL)
 _HALVES = bytes.maketrans(b"0123456789abcdef", bytes(range(16)))
 _GREYS = b"".join(
     bytes((level, level, level, 0)) for level in range(256)
@@ -76,7 +78,9 @@ def _expand(content: bytes, place: int, width: int, count: int, four_bits: bool)
         place += 2
         if number:  # a run
             number = min(number, width - x)
-            if number > 0:
+            if number <= 0:
+                place = _RUNS.match(content, place).end()  # type: ignore[union-attr]
+            else:
                 run = bytes((value >> 4, value & 15)) if four_bits else content[place - 1 : place]
                 pixels[at : at + number] = (run * number)[:number]
                 at, x = at + number, x + number

@@ -23,7 +23,6 @@ from blip2.imagefiles.cost import MAX_PIXELS as MAX_PIXELS
 from blip2.imagefiles.errors import FinalImageError
 from blip2.imagefiles.errors import ImageError as ImageError
 from blip2.imagefiles.pixels import decode_image, read_content
-from blip2.imagefiles.quiet import without_warnings
 
 MAX_BYTES = 512 * 2**20  # of one image file
 MOST_PIXELS = 178_956_970  # that the limit can be raised to: Pillow itself decodes no more
@@ -51,9 +50,8 @@ def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_
             raise ImageError(f"the array holds {source.dtype}, expected uint8 from 0 to 255")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        with without_warnings():
-            called = f"the {source.mode} image"
-            return decode_image(source, name=called, exif=exif, max_pixels=max_pixels, keep=True)
+        called = f"the {source.mode} image"
+        return decode_image(source, name=called, exif=exif, max_pixels=max_pixels, keep=True)
     if isinstance(source, bytes | bytearray | memoryview):
         return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
     if isinstance(source, str | Path):
@@ -94,10 +92,11 @@ def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
         raise ImageError(f"{str(path)!r} is no valid path") from error
 
 
-def check_max_pixels(max_pixels: int) -> None:
-    """Raises ImageError where this is no limit of pixels."""
+def check_max_pixels(max_pixels: int) -> int:
+    """The same. Raises ImageError where this is no limit of pixels."""
     if type(max_pixels) is not int or not 1 <= max_pixels <= MOST_PIXELS:
         raise ImageError(f"max_pixels is {max_pixels!r}, expected a whole number from 1 to {MOST_PIXELS:,}")
+    return max_pixels
 
 
 def check_size(size: int, name: str) -> None:

@@ -14,7 +14,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 from blip2.imagefiles.cost import MAX_PIXELS
 from blip2.imagefiles.errors import FinalImageError, ImageError
 from blip2.imagefiles.names import HAS_HEIF
-from blip2.imagefiles.quiet import without_warnings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
 MAX_MEMORY = 480 * 2**20  # bytes for the pixels while they are decoded, for as many as MAX_PIXELS
@@ -53,7 +52,7 @@ def read_content(
         ImageError: the message names the image, what arrived and what to do.
     """
     try:
-        with without_warnings(), _opened(content, name) as image:
+        with _opened(content, name) as image:
             return decode_image(
                 image, name=name, exif=exif, max_pixels=max_pixels, memory=memory, orientation=orientation
             )

@@ -32,6 +32,7 @@ _INTEGERS = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q", 18: "Q"}
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _ORIENTATION, _SAMPLES, _ROWS = 256, 257, 258, 259, 274, 277, 278
 _STRIPS, _STRIP_SIZES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES = 273, 279, 322, 323, 324, 325
 _COLORMAP, _JPEG_TABLES = 320, 347
+_FAX = (2, 3, 4)  # compressions whose decoder notes every change of color in a row
 # What decides pixels; all else, such as a color profile or other directories, is beside them.
 _NEEDED = frozenset(
     (
@@ -118,6 +119,7 @@ def check_tiff(content: bytes) -> Cost:
     else:
         pixels = part_width * part_height or width * min(height, number(_ROWS, height))
         memory = pixels * number(_SAMPLES, 1) * max(number(_BITS, 1), 8) // 8
+        memory += 16 * max(width, part_width) if number(_COMPRESSION) in _FAX else 0
     # Pillow misreads big-endian BigTIFF.
     return Cost(directory.beside > MAX_METADATA or (directory.big and directory.order == ">"), memory)
 
@@ -132,10 +134,8 @@ def bare_tiff(content: bytes) -> tuple[bytes, None]:
     for number, tag in sorted(directory.tags.items()):
         kind, values = tag.kind, tag.data
         if kind in (16, 18):  # 64 bits, which a classic file has none of; offsets in 512 MiB need none
-            kind, values = (
-                4,
-                struct.pack(f"{order}{tag.count}L", *(min(n, 2**32 - 1) for n in directory.numbers(number))),
-            )
+            short = (min(value, 2**32 - 1) for value in directory.numbers(number))
+            kind, values = 4, struct.pack(f"{order}{tag.count}L", *short)
         if len(values) > 4:
             data, values = data + values + bytes(len(values) % 2), struct.pack(f"{order}L", at + len(data))
         entries.append(struct.pack(f"{order}HHL4s", number, kind, tag.count, values))
