@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import h11
@@ -28,14 +28,17 @@ from blip2.serve.limits import Limits
 
 log = logging.getLogger("blip2.serve")
 
-ACCEPTED_AT_ONCE = 8  # connections taken from the queue before any of them is looked at
-OTHER_FILES = 16  # that the process may need to open at a time: images, weights, pipes
+ACCEPTED_AT_ONCE = 4  # connections taken from the queue in a turn of the event loop
+ACCEPTED_TOO_MANY = 4 * ACCEPTED_AT_ONCE  # turns until one is closed again for which there is no room
+OTHER_FILES = 20  # that the process may need to open at a time: images, weights, pipes
 FEWEST_CONNECTIONS = 4
+HEAD_BYTES = 16_384  # of a request line and its headers
+PIPELINED_BYTES = 65_536  # of further requests, read before the one at work is answered
 CUTTING_SECONDS = 1.5  # after a request's deadline, until its connection is cut
 
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-_HEAD = re.compile(rb"(.*?\n)\r?\n", re.DOTALL)
+_HEAD = re.compile(rb".*?\n\r?\n", re.DOTALL)
 
 
 # --- where it listens -----------------------------------------------------------------------------------------------
@@ -63,11 +66,11 @@ class _Listener(socket.socket):
             raise
 
 
-def listen(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
-    """Sockets that listen at all addresses of a host; "": at all of this machine's.
+def bound_sockets(host: str, port: int) -> list[socket.socket]:
+    """Sockets for all addresses of a host that this machine has, which are to be listened on; "": for all it has.
 
     Raises:
-        ValueError: a port or host that cannot be; an address that others reach, where those are not let in.
+        ValueError: a port or host that cannot be.
         OSError: the port is taken, or may not be taken.
     """
     if not 0 <= port <= 65535:
@@ -77,7 +80,7 @@ def listen(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
     except (OSError, UnicodeError):
         raise ValueError(f"--host {host}: there is no such address or host name") from None
     addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-    sockets: list[_Listener] = []
+    sockets: list[socket.socket] = []
     with contextlib.ExitStack() as failing:
         for family, address in addresses:
             sock = failing.enter_context(_Listener(family, socket.SOCK_STREAM))
@@ -86,21 +89,22 @@ def listen(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
             except OSError as error:
                 if error.errno in _ABSENT:  # a name may have addresses of a protocol that this machine lacks
                     continue
-                raise _not_free(host, port, error) from None
+                raise _not_free(port, error) from None
             port = int(sock.getsockname()[1])  # the same for all, where any will do
             sockets.append(sock)
         if not sockets:
             raise ValueError(f"--host {host}: this machine does not have that address")
-        if loopback_only and not all(is_loopback(sock.getsockname()[0]) for sock in sockets):
-            remedy = "give --api-key-file, or stay on 127.0.0.1 behind a proxy"
-            raise ValueError(f"--host {host} lets other machines in: {remedy}")
-        try:
-            for sock in sockets:
-                sock.listen()
-        except OSError as error:
-            raise _not_free(host, port, error) from None
         failing.pop_all()
-    return [*sockets]
+    return sockets
+
+
+def listen(sockets: Sequence[socket.socket]) -> None:
+    """Begin to listen. Raises OSError where another program was faster."""
+    for sock in sockets:
+        try:
+            sock.listen()
+        except OSError as error:
+            raise _not_free(sock.getsockname()[1], error) from None
 
 
 def _bind(sock: socket.socket, address: str, port: int) -> None:
@@ -111,10 +115,10 @@ def _bind(sock: socket.socket, address: str, port: int) -> None:
     sock.bind((address, port))
 
 
-def _not_free(host: str, port: int, error: OSError) -> OSError:
+def _not_free(port: int, error: OSError) -> OSError:
     if error.errno == errno.EADDRINUSE:
         return OSError(f"port {port} is taken by another program; choose another with --port")
-    return OSError(f"cannot listen on {host} port {port}: {error.strerror}")
+    return OSError(f"cannot listen on port {port}: {error.strerror}")
 
 
 def is_loopback(host: str) -> bool:
@@ -151,7 +155,7 @@ def fit_open_files(limits: Limits, *, fetch_urls: bool) -> Limits:
         return limits
     if allowed == resource.RLIM_INFINITY:
         return limits
-    room = allowed - in_use - OTHER_FILES - ACCEPTED_AT_ONCE
+    room = allowed - in_use - OTHER_FILES - ACCEPTED_TOO_MANY
     connections = room // 2 if fetch_urls else room
     if connections < FEWEST_CONNECTIONS:
         raise ValueError(f"this process may open {allowed} files, too few for a server; raise `ulimit -n`")
@@ -169,37 +173,41 @@ def fit_open_files(limits: Limits, *, fetch_urls: bool) -> Limits:
 class _SoundRequests(h11.Connection):
     """Refuses requests whose end another program on the way may see elsewhere (request smuggling)."""
 
-    fault = "this is no HTTP/1.1 request"
+    fault = ""  # of the last request
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         received = self.trailing_data[0] if self.their_state is h11.IDLE else b""
-        event = super().next_event()
-        if isinstance(event, h11.Request):
+        try:
+            event = super().next_event()
             head = _HEAD.match(received)
-            fault = _fault(event, head[1] if head else received)
-            if fault is not None:
-                self.fault = fault
+            if isinstance(event, h11.Request) and head and (fault := _fault(event, head[0])):
                 raise h11.RemoteProtocolError(fault)
+        except h11.RemoteProtocolError as error:
+            reason = str(error).partition(": bytearray")[0]  # not what was sent
+            self.fault = f"the request is no sound HTTP: {reason}"
+            raise
         return event
 
 
 def _fault(request: h11.Request, head: bytes) -> str | None:
     """What is ambiguous in a request's head, which h11 has read leniently."""
     if request.http_version not in (b"1.0", b"1.1"):
-        return "this server speaks HTTP/1.1"
+        return "its version is neither 1.0 nor 1.1"
+    if len(head) > HEAD_BYTES:
+        return f"its head is larger than {HEAD_BYTES:,} bytes"
     lines = head.split(b"\r\n")
     if b"\n" in b"".join(lines):
-        return "a line of the request's head ends in LF alone, not in CR LF"
+        return "a line of its head ends in LF alone, not in CR LF"
     if any(line.startswith((b" ", b"\t")) for line in lines):
         return "a header is folded over several lines"
     names = [line.partition(b":")[0].lower() for line in lines[1:]]
     lengths = names.count(b"content-length")
     if b"transfer-encoding" in names and lengths:
-        return "the request has both Transfer-Encoding and Content-Length"
+        return "it has both Transfer-Encoding and Content-Length"
     if b"transfer-encoding" in names and request.http_version == b"1.0":
-        return "HTTP/1.0 has no Transfer-Encoding"
+        return "1.0 has no Transfer-Encoding"
     if lengths > 1 or (lengths and b"," in lines[1 + names.index(b"content-length")]):
-        return "the request has several values of Content-Length"
+        return "it has several values of Content-Length"
     return None
 
 
@@ -223,7 +231,7 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = self._requests = _SoundRequests(h11.SERVER)
+        self.conn = self._requests = _SoundRequests(h11.SERVER, HEAD_BYTES)
         self._timers = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -244,6 +252,8 @@ class Connection(H11Protocol):
         if self._idle:
             self._begin_request()
         super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < PIPELINED_BYTES:
+            self.flow.resume_reading()  # so that it is noticed when the client leaves
         self._note_phase()
 
     def on_response_complete(self) -> None:

@@ -231,9 +231,8 @@ class _Exchange:
         if self._ended:
             raise ClientDisconnect
         if message["type"] == "http.response.start":
-            self.is_event_stream = Headers(raw=message["headers"])["content-type"].startswith(
-                "text/event-stream"
-            )
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self.is_event_stream = kind.startswith("text/event-stream")
         await self._send(message)
 
     def end(self) -> None:

@@ -106,10 +106,12 @@ PHASES = (
 )  # fmt: skip
 
 
-def send(running: Running, path: str, body: dict[str, Any], *, all_of_it: bool = True) -> socket.socket:
+def send(
+    running: Running, path: str, body: dict[str, Any], *, all_of_it: bool = True, connection: bytes = b"close"
+) -> socket.socket:
     content = json.dumps(body).encode()
     sock = running.connect()
-    head = HEAD % path.encode() + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content)
+    head = HEAD % path.encode() + b"Connection: %s\r\nContent-Length: %d\r\n\r\n" % (connection, len(content))
     sock.sendall(head + (content if all_of_it else content[:-1]))
     return sock
 
@@ -175,9 +177,14 @@ def test_a_client_that_does_not_read_is_cut_at_the_deadline(
         assert time.monotonic() - began < 12
 
 
+@pytest.mark.parametrize("further", [b"", b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20])
 @pytest.mark.parametrize("what", PHASES)
 def test_who_leaves_frees_everything(
-    predictor: blip2.Predictor, images: list[bytes], monkeypatch: pytest.MonkeyPatch, what: str
+    predictor: blip2.Predictor,
+    images: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    further: bytes,
 ) -> None:
     """Its place among the requests at work, in the queue, in the batch."""
     limits = Limits(requests=1, rows=4)
@@ -187,15 +194,17 @@ def test_who_leaves_frees_everything(
         running.client() as client,
     ):
         until = time.monotonic() + 10
-        with send(running, path, body):
+        with send(running, path, body, connection=b"keep-alive") as sock:
             while client.get("/v1/models").status_code != 503:
                 assert time.monotonic() < until
-            time.sleep(0.3)
+            for _ in range(3):
+                sock.sendall(further)
+                time.sleep(0.1)
         left = time.monotonic()
         while client.get("/v1/models").status_code != 200:
             assert time.monotonic() < left + 1
         assert running.engine.waiting == 0
         engine = running.engine
-        stuck = what in ("the encoder", "a stream that stands still", "another's slice")
+        stuck = what in ("the encoder", "a stream that stands still", "another's slice", "a whole chat")
         while not stuck and any(job.client != "other" for job in [*engine._generating]):
             assert time.monotonic() < left + 1

@@ -14,9 +14,8 @@ import pytest
 from serving import Running, data_url, running_server
 
 import blip2
-from blip2.serve.connections import is_loopback
 from blip2.serve.keys import Keys
-from blip2.serve.run import run_server
+from blip2.serve.run import is_loopback, run_server
 
 KEY = "correct-horse-battery-staple"
 
