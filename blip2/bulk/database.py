@@ -70,12 +70,18 @@ class Known(NamedTuple):
 
     name: bytes
     id: int
-    stamp: Stamp
+    size: int | None
+    mtime_ns: int | None
     content: int | None
     failed: bool
     file: bytes | None
     sha256: bytes | None
     style: str | None
+
+    @property
+    def stamp(self) -> tuple[int | None, int | None]:
+        """Size and time of the file that holds it, as it was read."""
+        return self.size, self.mtime_ns
 
 
 class Published(NamedTuple):
@@ -128,8 +134,8 @@ class Database:
         if folder is not None and not read_only:
             refuse_old_state(folder)
             self._lock = _locked(folder)
-        name = ":memory:" if folder is None else f"{(folder / NAME).absolute().as_uri()}?mode=rwc"
-        name = name.replace("mode=rwc", "mode=ro") if read_only else name
+        mode = "ro" if read_only else "rwc"
+        name = ":memory:" if folder is None else f"{(folder / NAME).absolute().as_uri()}?mode={mode}"
         self._at = 0  # where `find` expects the next input
         try:
             self._connection = sqlite3.connect(
@@ -195,7 +201,8 @@ class Database:
             )
         full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
         what = f"the disk is full or fails ({error})" if full else f"cannot be used ({error})"
-        return BulkError(f"{self.path}: {what}; what was done is kept. Make room and {GO_ON}")
+        remedy = "Make room and " if full else ""
+        return BulkError(f"{self.path}: {what}; what was done is kept. {remedy}{GO_ON}")
 
     def query(self, sql: str, *values: Any) -> list[Any]:
         """All rows of a query."""
@@ -269,12 +276,12 @@ class Database:
             f"FROM inputs i LEFT JOIN published p ON p.path = i.file AND p.pending = 0 WHERE {where}",
             *values,
         )
-        return [Known(name, i, (size, mtime), *others) for name, i, size, mtime, *others in rows]
+        return list(map(Known._make, rows))
 
-    def recorded(self, names: Sequence[str], before: int) -> list[str]:
-        """Those of the names that were first recorded after there were `before` inputs."""
-        sql = f"SELECT name FROM inputs WHERE id > ? AND name IN ({', '.join('?' * len(names))})"
-        return [from_blob(name) for (name,) in self.query(sql, before, *map(to_blob, names))]
+    def having(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that it has."""
+        sql = f"SELECT name FROM inputs WHERE name IN ({', '.join('?' * len(names))})"
+        return [from_blob(name) for (name,) in self.query(sql, *map(to_blob, names))]
 
     def owner(self, file: str) -> str | None:
         """The name of the input whose text file this is."""
@@ -303,6 +310,8 @@ class Database:
         name, more_json = to_blob(row["image"]), json.dumps(more) if more else None
         file = to_blob(row["sidecar"]) if "sidecar" in row else None
         values = (*stamp, content, error, file, more_json)
+        if file is not None:  # the image whose text file it was is gone
+            self.execute("UPDATE inputs SET file = NULL WHERE file = ? AND name != ?", file, name)
         old = self.query("SELECT id, content, error, place FROM inputs WHERE name = ?", name)
         changed = not old or list(old[0][1:3]) != [content, error]
         if old:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from blip2.bulk.database import CHUNK, Database, Published, Row, to_blob
-from blip2.bulk.outputs import COLUMNS, flat, table_line, valid
+from blip2.bulk.outputs import COLUMNS, NUMBERS, flat, table_line, valid
 from blip2.storage import TextFileError, read_json_text, read_rows, read_text_lines, text_form
 
 FORMS_THAT_PARSE = ("jsonl", "csv")
@@ -59,10 +60,11 @@ def _edits(database: Database, *, of_none: bool = False) -> Iterator[tuple[int, 
 
 
 def count_edits(database: Database) -> dict[str, int]:
-    """How many rows users edited, added and removed."""
+    """How many rows users edited, added and removed; not counting the errors of what has succeeded since."""
+    added_row = f"iif(e.place >= {ADDED}, e.row, NULL)"
     ((edited, added, removed),) = database.query(
-        f"SELECT count(row) - count(iif(place >= {ADDED}, row, NULL)), count(iif(place >= {ADDED}, row, NULL)), "
-        "count(*) - count(row) FROM edits"
+        f"SELECT count(e.row) - count({added_row}), count({added_row}), count(*) - count(e.row) "
+        f"FROM edits e LEFT JOIN inputs i ON i.id = e.input WHERE e.place != {ERROR_ROW} OR i.error IS NOT NULL"
     )
     return {"edited": edited, "added": added, "removed": removed}
 
@@ -118,7 +120,7 @@ def _read(database: Database, path: Path, kind: str) -> list[Any]:
 def _note(database: Database, number: int, kind: str, ours: list[Line], theirs: list[str]) -> None:
     """Note how an input's rows differ: first those that are the same are put aside, then the others paired in order."""
     left = [(line, json.loads(line)) for line in theirs]
-    missing: list[tuple[int, Any]] = []
+    missing: list[tuple[int, Row]] = []
     for place, line in ours:
         row = json.loads(line)
         twin = next((i for i, (_, other) in enumerate(left) if _same(row, other, kind)), None)
@@ -128,10 +130,9 @@ def _note(database: Database, number: int, kind: str, ours: list[Line], theirs: 
             del left[twin]
     last = max([ADDED, *(place for place, _ in ours)])
     for place, row in missing:
-        question = row.get("question") if isinstance(row, dict) else None
+        asked = row.get("question") or None
         twin = next(
-            (i for i, (_, other) in enumerate(left) if (other.get("question") or None) == (question or None)),
-            None,
+            (i for i, (_, other) in enumerate(left) if (other.get("question") or None) == asked), None
         )
         if twin is not None:
             database.execute(
@@ -140,20 +141,27 @@ def _note(database: Database, number: int, kind: str, ours: list[Line], theirs: 
         elif place >= ADDED:
             database.execute("DELETE FROM edits WHERE input = ? AND place = ?", number, place)
         else:
-            place = ERROR_ROW if _is_error(row) else place
+            place = ERROR_ROW if row.get("error") else place
             database.execute("INSERT OR REPLACE INTO edits VALUES (?, ?, NULL)", number, place)
     for place, (line, _) in enumerate(left, last + 1):
         database.execute("INSERT INTO edits VALUES (?, ?, ?)", number, place, line)
 
 
-def _is_error(row: Any) -> bool:
-    return bool(row.get("error"))
+def _same(ours: Row, theirs: Row, kind: str) -> bool:
+    """Whether a row says what it said: programs that save a table round numbers and write out what is empty.
+
+    In CSV, a column that was removed is no change to the row either.
+    """
+    names = {name for row in (ours, theirs) for name, value in row.items() if value not in (None, "")}
+    if kind == "csv":
+        names -= ours.keys() - theirs.keys()
+    return all(_equal(name, ours.get(name), theirs.get(name)) for name in names)
 
 
-def _same(ours: Any, theirs: Any, kind: str) -> bool:
-    """Whether a row is as it was; in CSV, a column that was removed, or added and left empty, is no change to it."""
-    if kind == "jsonl":
+def _equal(name: str, ours: Any, theirs: Any) -> bool:
+    if name not in NUMBERS:
         return bool(ours == theirs)
-    return all(theirs.get(name, value) == value for name, value in ours.items()) and not any(
-        value for name, value in theirs.items() if name not in ours
-    )
+    try:
+        return math.isclose(float(ours), float(theirs), rel_tol=1e-6, abs_tol=1e-9)
+    except (TypeError, ValueError):
+        return False

@@ -25,6 +25,7 @@ from blip2.storage import TextFileError, encode_text, output_file, read_text
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 _BLANK = 64  # bytes that may be no more than marks and line ends
 COLUMNS = ("image", "question", "caption", "answer", "score", "logprob", "match", "hash", "error")
+NUMBERS = ("score", "logprob", "match")  # of these
 # Encoding, mark, line end and columns of a table, as we write it until a user saves it in another form.
 FORMS: dict[str, list[Any]] = {"jsonl": ["utf-8", "", "\n", None], "csv": ["utf-8", "", "\r\n", COLUMNS]}
 
@@ -186,8 +187,7 @@ def write_parquet(rows: Iterable[Row], path: Path, style: tuple[str, str]) -> No
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    numbers = ("score", "logprob", "match")
-    schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in COLUMNS])
+    schema = pa.schema([(name, pa.float64() if name in NUMBERS else pa.string()) for name in COLUMNS])
     with pq.ParquetWriter(path, schema) as writer:
         block: list[Row] = []
         for row in flat(rows, *style):
