@@ -24,7 +24,7 @@ from blip2.imagefiles.names import SUFFIXES as SUFFIXES
 from blip2.imagefiles.names import is_hidden as is_hidden
 from blip2.imagefiles.names import is_image_name as is_image_name
 from blip2.modeling.config import MAX_IMAGE_PX
-from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.strict_json import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -79,22 +79,20 @@ class ImageProcessor:
             height, width = size.get("height"), size.get("width")
             if height != width or height is None:
                 raise ImageError(
-                    f"the image settings ask for size {dict(size)}; BLIP-2 takes equal height and width"
+                    f"the image settings ask for size {str(dict(size))[:100]}; BLIP-2 takes equal height and width"
                 )
             size = height
-        resample, factor = raw.get("resample", cls.resample), raw.get("rescale_factor", cls.rescale_factor)
+        resample = raw.get("resample", cls.resample)
         if type(size) is not int or not 1 <= size <= MAX_IMAGE_PX:
-            raise ImageError(f"the image settings ask for size {size!r}, expected 1 to {MAX_IMAGE_PX}")
+            raise ImageError(f"the image settings ask for size {quoted(size)}, expected 1 to {MAX_IMAGE_PX}")
         if type(resample) is not int or resample not in set(Image.Resampling):
             raise ImageError(
-                f"the image settings ask for resample {resample!r}, expected 0 to 5 (3 is bicubic)"
+                f"the image settings ask for resample {quoted(resample)}, expected 0 to 5 (3 is bicubic)"
             )
-        if type(factor) not in (int, float):
-            raise ImageError(f"the image settings say rescale_factor {factor!r}, expected a number")
-        mean, std = _channels(raw, "image_mean", CLIP_MEAN), _channels(raw, "image_std", CLIP_STD)
-        if 0 in std:
-            raise ImageError(f"the image settings say image_std {std}; none may be 0")
-        return cls(size, mean, std, int(resample), float(factor))
+        factor = _number("rescale_factor", raw.get("rescale_factor", cls.rescale_factor), 1e-6, 1)
+        mean = _channels(raw, "image_mean", CLIP_MEAN, -255, 255)
+        std = _channels(raw, "image_std", CLIP_STD, 1e-3, 255)
+        return cls(size, mean, std, int(resample), factor)
 
     def to_dict(self) -> dict[str, Any]:
         """preprocessor_config.json as transformers opens it."""
@@ -178,10 +176,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ImageError(str(error)) from error
 
 
-def _channels(raw: Mapping[str, Any], name: str, default: RGB) -> RGB:
+def _channels(raw: Mapping[str, Any], name: str, default: RGB, least: float, most: float) -> RGB:
     value = raw.get(name)
     if value is None:
         return default
-    if not isinstance(value, list) or len(value) != 3 or any(type(v) not in (int, float) for v in value):
-        raise ImageError(f"the image settings say {name} {value!r}, expected three numbers")
-    return float(value[0]), float(value[1]), float(value[2])
+    if not isinstance(value, list) or len(value) != 3:
+        raise ImageError(f"the image settings say {name} {str(value)[:100]}, expected three numbers")
+    red, green, blue = (_number(name, channel, least, most) for channel in value)
+    return red, green, blue
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    """A number of the settings; beyond these bounds pixels would lose their differences, or overflow."""
+    if type(value) not in (int, float) or not least <= value <= most:
+        nothing = " (none may be 0)" if value == 0 else ""
+        raise ImageError(
+            f"the image settings say {name} {quoted(value)}{nothing}, expected a number from {least:g} to {most:g}"
+        )
+    return float(value)

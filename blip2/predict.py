@@ -156,9 +156,20 @@ class Predictor:
         assert isinstance(model, Blip2)
         return model
 
+    def digest(self, *, matcher: bool = False) -> str:
+        """What tells the weights, as they were loaded, from all others; `matcher`: those of the matcher."""
+        return (self._loaded_matcher if matcher else self._loaded).digest
+
     @cached_property
     def matcher(self) -> Matcher:
         """The stage-1 model, loaded when first used. Raises ValueError where there is none."""
+        loaded = self._loaded_matcher
+        assert isinstance(loaded.model, Blip2Matcher)
+        processors = loaded.image_processor, loaded.tokenizer
+        return Matcher(loaded.model, *processors, self.device, max_pixels=self.max_pixels)
+
+    @cached_property
+    def _loaded_matcher(self) -> LoadedModel:
         loaded = self._loaded
         if isinstance(loaded.model, Blip2):
             if self._load_matcher is None:
@@ -168,8 +179,7 @@ class Predictor:
             loaded = self._load_matcher()
         if not isinstance(loaded.model, Blip2Matcher):
             raise ValueError("the model given as matcher= writes text; matchers are 'itm' and 'itm-coco'")
-        processors = loaded.image_processor, loaded.tokenizer
-        return Matcher(loaded.model, *processors, self.device, max_pixels=self.max_pixels)
+        return loaded
 
     # --- writing ---
 

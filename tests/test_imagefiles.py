@@ -115,6 +115,7 @@ TABLES = jpeg_segment(0xDB, (b"\0" + b"\1" * 64) * 1_000)
         "extensions": (GIF[:781] + b"!\xff\1a\0" * 600_000 + GIF[781:], "GIF of more than 500,000 blocks"),
         "tiles": (grey_tiff(t322=25_000, t323=25_000, t324=8, t325=9), "TIFF of 10x10 px in tiles of 25000x25000 px"),
         "wide tiles": (grey_tiff(t322=2**31, t323=16, t324=8, t325=9), "TIFF of 10x10 px in tiles"),
+        "signed tiles": (grey_tiff(t322=9_000, t323=9_000).replace(b"\x42\1\4\0", b"\x42\1\x09\0"), "TIFF of 10x10"),
         "big-endian tiles": (grey_tiff(order=">", t322=9_000, t323=9_000), "TIFF of 10x10 px in tiles"),
         "strips": (grey_tiff(t257=200_000, t278=1, t273=[8] * 200_000), "TIFF with 200,000 values of tag 273"),
         "strip sizes": (grey_tiff(t279=[9] * 300_000), "TIFF with 300,000 values of tag 279"),

@@ -57,8 +57,10 @@ def estimate(
         stream = new()
         ends = [(0, 0.0)]  # of each batch: how many inputs were done, and when
         begin = time.perf_counter()
-        files = settings.kind != "stdout"  # else the content has no digest, and no texts are recorded
-        recorded = lambda key: texts.get(key) or (database.texts(key) if files else None)  # noqa: E731
+
+        def recorded(key: str) -> list[Row] | None:  # without --out a key is no hash, and nothing is recorded
+            return texts.get(key) or (None if settings.kind == "stdout" else database.texts(key))
+
         for rows in caption_tasks(stream, settings, describe, decode_image, recorded):
             texts |= {row["hash"]: row["texts"] for row in rows if "hash" in row}
             ends.append((ends[-1][0] + len(rows), time.perf_counter() - begin))

@@ -20,6 +20,7 @@ from blip2.generation.options import GenerationOptions, TextKind
 if TYPE_CHECKING:
     from blip2.bulk import Inputs, RunSettings
     from blip2.bulk.run import DecodeImage, Describe, Engine, Progress
+    from blip2.images import ImageProcessor
     from blip2.predict import Predictor
 
 ONLY_FILES = ("format", "existing", "engine")  # options that need --out
@@ -49,12 +50,13 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output to files (docs/bulk.md)")
     about = (
         "write there and go on where an earlier run stopped: .jsonl, .csv, .parquet, .json (COCO's results), "
-        ".tar (webdataset), or a folder for a .txt beside each image"
+        ".tar (webdataset), or a folder for a .txt beside each image; - is standard output"
     )
     option(group, "-o --out", "PATH", about)
     formats = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
     option(group, "--format", None, "the format, where the name of --out does not tell", choices=formats)
-    about = "what to do with text files that exist; overwrite makes a finished output anew (default: skip)"
+    about = "what to do with text files that exist; overwrite makes a finished output anew and keeps edits as .bak "
+    about += "(default: skip)"
     option(group, "--existing", None, about, choices=("skip", "overwrite", "append", "prepend"))
     about = "ray: on all machines of a Ray cluster (default: local)"
     option(group, "--engine", None, about, choices=("local", "ray"))
@@ -75,13 +77,15 @@ def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) 
     if args.out is not None:
         return _write_files(args, inputs, options, questions, begun)
     model = load_named(args)
-    describe, decode_image = _captioner(args, lambda: model, model, options, questions)
+    describe, processors = _captioner(args, lambda: model, model, options, questions)
     if args.dry_run:
         from blip2.bulk import RunSettings
-        from blip2.bulk.describe import parallel_batches
+        from blip2.bulk.describe import decoding, parallel_batches
 
-        with parallel_batches(model) as count:
-            settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
+        settings = RunSettings(batch_size=args.batch_size)
+        decoders = decoding(*processors, workers=settings.threads)
+        with parallel_batches(model) as count, decoders as decode_image:
+            settings = replace(settings, parallel_batches=count)
             return _print_estimate(inputs, settings, describe, decode_image, begun)
     columns = ("question", "caption", "answer", "logprob", "match")[args.command == "ask" :]
     return print_rows(
@@ -89,7 +93,7 @@ def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) 
         inputs,
         _styled(describe, args.prefix, args.suffix),
         columns,
-        decode_image=decode_image,
+        image_processors=processors,
         parallel=model,
     )
 
@@ -134,9 +138,10 @@ def _captioner(
     model: Predictor,
     options: GenerationOptions,
     questions: list[str],
-) -> tuple[Describe, DecodeImage]:
-    """What gives the texts of images, and what decodes them. load: gives the model that does the work."""
-    from blip2.bulk.describe import make_captioner, make_decoder
+) -> tuple[Describe, list[ImageProcessor]]:
+    """What gives the texts of images, and how the models that see them take them. load: gives the model that does the
+    work."""
+    from blip2.bulk.describe import make_captioner
 
     processors = [model.generator.image_processor]
     if args.match or args.keep_best:
@@ -146,7 +151,7 @@ def _captioner(
         processors.append(matcher_of(model, advice).image_processor)  # an error now where there is none
     settings = {name: getattr(args, name) for name in OF_TEXTS}
     describe = make_captioner(load, decoding_keywords(args, options), questions=questions, **settings)
-    return describe, make_decoder(*processors)
+    return describe, processors
 
 
 def _styled(describe: Describe, prefix: str, suffix: str) -> Describe:
@@ -178,7 +183,7 @@ def _write_files(
     """Texts of any number of images into a file or folder, going on where an earlier run stopped."""
     from blip2.bulk import BulkError, RunSettings, caption_all
     from blip2.bulk.database import GO_ON
-    from blip2.bulk.describe import parallel_batches
+    from blip2.bulk.describe import decoding, parallel_batches
     from blip2.bulk.outputs import check_output, format_of
     from blip2.bulk.progress import progress_bar
 
@@ -197,7 +202,7 @@ def _write_files(
     # With Ray the model is loaded here only for what is written down about it.
     model = load_named(args if engine is None else argparse.Namespace(**vars(args) | {"device": "cpu"}))
     load = (lambda: model) if engine is None else (lambda: load_named(args))
-    describe, decode_image = _captioner(args, load, model, options, questions)
+    describe, processors = _captioner(args, load, model, options, questions)
     settings = RunSettings(
         out=out,
         kind=kind,
@@ -207,8 +212,11 @@ def _write_files(
         existing=args.existing or "skip",
         batch_size=args.batch_size,
     )
+    # A single image is not kept waiting for a process to start; on a cluster each task decodes in its own.
+    single = len(list(itertools.islice(inputs, 2))) == 1
+    decoders = decoding(*processors, workers=0 if single or engine else settings.threads)
     try:
-        with parallel_batches(model) as count:
+        with parallel_batches(model) as count, decoders as decode_image:
             settings = replace(settings, parallel_batches=count)
             if args.dry_run:
                 return _print_estimate(inputs, settings, describe, decode_image, begun)
@@ -261,7 +269,7 @@ def _run_config(
         "eos_token_id": args.eos_token_id,  # a list, as JSON gives it back
         "prompt": getattr(args, "prompt", None),
         "questions": questions,
-        "weights": fingerprint(model),
+        "weights": fingerprint(model, matcher=args.match or args.keep_best),
         "format": kind,
         "existing": args.existing if args.existing in ("append", "prepend") else None,
     }

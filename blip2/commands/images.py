@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blip2.commands.streams import one_line, visible
@@ -13,7 +14,8 @@ from blip2.commands.terminal import DONE, SOME_FAILED, print_json, print_line, r
 
 if TYPE_CHECKING:
     from blip2.bulk import Inputs
-    from blip2.bulk.run import DecodeImage, Describe
+    from blip2.bulk.run import Describe
+    from blip2.images import ImageProcessor
     from blip2.predict import Predictor
 
 
@@ -54,7 +56,7 @@ def print_rows(
     describe: Describe,
     columns: Sequence[str],
     *,
-    decode_image: DecodeImage,
+    image_processors: Sequence[ImageProcessor],
     parallel: Predictor | None = None,
 ) -> int:
     """Print what `describe` gives for each image as it comes; one that cannot be read is an error line of its own.
@@ -62,6 +64,7 @@ def print_rows(
     Args:
         columns: what a line holds of a result, where it has it; with --json all of it is printed but the question,
             which must be a column.
+        image_processors: of all models that see the images.
         parallel: the model, where two batches may be computed at once.
 
     Returns:
@@ -70,7 +73,7 @@ def print_rows(
     from tqdm import tqdm
 
     from blip2.bulk import RunSettings, caption_rows
-    from blip2.bulk.describe import parallel_batches
+    from blip2.bulk.describe import decoding, parallel_batches
     from blip2.bulk.outputs import flat
     from blip2.bulk.progress import progress_bar
     from blip2.bulk.run import Progress
@@ -81,8 +84,14 @@ def print_rows(
     hidden = args.quiet or single or not sys.stderr.isatty()
     bar = progress_bar(countable(inputs), hidden=hidden, leave=False)
     done = failed = 0
-    with bar as show, parallel_batches(model) as count:
-        settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
+    settings = RunSettings(batch_size=args.batch_size)
+    workers = 0 if single else settings.threads  # a single image is not kept waiting for a process to start
+    with (
+        bar as show,
+        parallel_batches(model) as count,
+        decoding(*image_processors, workers=workers) as decode_image,
+    ):
+        settings = replace(settings, parallel_batches=count)
         for rows in caption_rows(
             itertools.chain(first, items), settings, describe, decode_image=decode_image
         ):

@@ -26,8 +26,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print how well each text fits each image."""
-    from blip2.bulk.describe import make_decoder
-
     for text in args.texts:
         check_words(
             text, "TEXT", "give several images as a folder, a pattern in quotes ('*.jpg') or a .txt list"
@@ -41,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
             for fits in matches
         ]
 
-    decode_image = make_decoder(model.matcher.image_processor)
-    return print_rows(args, inputs, describe, ("probability", "text"), decode_image=decode_image)
+    processors = [model.matcher.image_processor]
+    return print_rows(args, inputs, describe, ("probability", "text"), image_processors=processors)

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"serving needs {error.name}, which is not installed: pip install 'blip2[serve]'"
         ) from None
-    warnings.filterwarnings("ignore", module=r"PIL\b")  # a client's image is no reason to write to the log
     args.quiet = args.quiet or not sys.stderr.isatty()  # progress is no entry of a log
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # a client's image is no reason to write to the log
     run_server(
         lambda: load_named(args),
         model=Path(args.model).name,

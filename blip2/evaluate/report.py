@@ -16,7 +16,7 @@ from blip2.evaluate.run import Outcome, Report
 from blip2.evaluate.tasks import ImageFile
 from blip2.imagefiles.listing import ImageItem
 from blip2.images import ImageError, load_image
-from blip2.storage import replace_file
+from blip2.storage import encode_text, replace_file
 
 SHOWN = 500  # the worst items, on the page
 NAMED = 10  # damaged images and rows left out, in JSON
@@ -81,7 +81,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     }
     for name, text in texts.items():
         with replace_file(folder / name) as beside:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(encode_text(text))  # bytes of a file name that are no UTF-8 are written out
     return [folder / name for name in texts]
 
 

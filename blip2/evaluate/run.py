@@ -52,6 +52,7 @@ Scored = tuple[Metrics, list[Outcome], list[str]]  # the parts of a report: metr
 class Report:
     """The figures of a task (0..1; CIDEr 0..10), the published ones, and the outcome of every item.
 
+    weights: what tells the weights of `model` from all others.
     metrics: None for a figure that is not defined for so few items; a note says why.
     damaged: images that cannot be read, left_out: rows that cannot be used, each with the reason. The figures are those
         of the other items.
@@ -65,6 +66,7 @@ class Report:
     protocol: Protocol
     outcomes: list[Outcome]
     notes: list[str]
+    weights: str
     damaged: Sequence[str] = ()
     left_out: Sequence[str] = ()
 
@@ -202,7 +204,8 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
     if settings.limit is not None:
         notes.append(f"the first {len(task.items)} of the set alone")
     figures = published(task.name, model_name) if settings.protocol == "paper" else {}
-    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes)
+    weights = model.digest(matcher=task.kind == "retrieval")
+    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes, weights)
 
 
 # --- captions ---
@@ -383,7 +386,8 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     if settings.limit is not None:
         notes.append(f"the first {settings.limit} of each set alone")
     protocol, outcomes = protocols["captions"], singles + multi + answers
-    return Report("scenes", "composed scenes", model_name, metrics, {}, protocol, outcomes, notes)
+    about = "composed scenes"
+    return Report("scenes", about, model_name, metrics, {}, protocol, outcomes, notes, model.digest())
 
 
 def _batches(items: Sequence[T], settings: EvalSettings, label: str) -> Iterator[Sequence[T]]:

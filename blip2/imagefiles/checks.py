@@ -21,7 +21,7 @@ _FORMATS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], Cost], Callable[[byte
     ((b"\x89PNG\r\n\x1a\n",), check_png, bare_png),
     ((b"RIFF",), check_webp, bare_webp),
     ((b"GIF8",), check_gif, bare_gif),
-    ((b"II", b"MM"), check_tiff, bare_tiff),
+    ((b"II*\0", b"II+\0", b"II\0*", b"MM\0*", b"MM\0+", b"MM*\0"), check_tiff, bare_tiff),
     ((b"P",), check_pnm, bare_pnm),
     ((b"BM", *(bytes((size, 0, 0, 0)) for size in (40, 52, 56, 64, 108, 124))), check_bmp, bare_bmp),
 )

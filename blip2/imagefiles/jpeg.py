@@ -40,7 +40,7 @@ def check_jpeg(content: bytes) -> Cost:
         else:
             size = int.from_bytes(data[3:5], "big") * int.from_bytes(data[5:7], "big")
             sampling = [(both >> 4) * (both & 15) for both in data[9::3]]
-            memory = 2 * size * sum(sampling) // max([1, *sampling])
+            memory = max(memory, 2 * size * sum(sampling) // max([1, *sampling]))  # of all coefficients
             pixels, progressive = max(pixels, size), progressive or kind in _PROGRESSIVE
             wanted = {(part, k) for part in data[8::3] for k in range(64)}
     return Cost(

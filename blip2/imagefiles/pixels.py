@@ -100,10 +100,12 @@ def decode_image(
     if width < 1 or height < 1:
         raise ImageError(f"{name}: the image is empty ({width}x{height} px)")
     memory += width * height * _DECODER_BYTES.get(image.format or "", 0)
-    limit = _Limit(name, max_pixels)
+    limit = _Limit(
+        name, max_pixels, 2**63 if keep else MAX_MEMORY * max(MAX_PIXELS, max_pixels) // MAX_PIXELS
+    )
     if isinstance(image, JpegImageFile) and not keep:
         turned = exif and (orientation or _orientation(image)) in _TURNS
-        if scale := limit.scale(image, memory, turned):
+        if (scale := limit.scale(image, memory, turned)) > 1:
             image.draft(None, (width // scale, height // scale))
     else:
         limit.check(image, memory)
@@ -129,14 +131,11 @@ def decode_image(
 
 @dataclass(frozen=True)
 class _Limit:
-    """What an image may take: so many pixels, and memory for as many."""
+    """What an image may take."""
 
     name: str
     max_pixels: int
-
-    @property
-    def memory(self) -> int:
-        return MAX_MEMORY * max(MAX_PIXELS, self.max_pixels) // MAX_PIXELS
+    memory: int
 
     def check(self, image: Image.Image, memory: int = 0, turned: bool = False) -> None:
         """Raises FinalImageError for an image beyond a limit. memory: bytes that its decoder needs beside it."""

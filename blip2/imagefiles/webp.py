@@ -34,7 +34,7 @@ def bare_webp(content: bytes) -> tuple[bytes, int]:
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
     """The chunks of a WebP, as far as it is sound: kind, start and end."""
-    place = 12
+    place = 12 if content[8:12] == b"WEBP" else len(content)  # another RIFF file
     for _ in range(MAX_PARTS):
         if place + 8 > len(content):
             return

@@ -8,6 +8,7 @@ know.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -175,6 +176,11 @@ class QuantizedFile(TensorFile):
     def copied(self, name: str) -> Tensor:
         """float32."""
         return self.quantized(name).float()
+
+    def sources(self, name: str) -> Iterator[tuple[TensorFile, str]]:
+        for part in PARTS[self.kind(name)]:
+            stored = name.removesuffix("weight") + part
+            yield from self._stored.file(stored).sources(stored)
 
     def _info(self, name: str) -> TensorInfo:
         kind, layer = self.kind(name), name.removesuffix("weight")

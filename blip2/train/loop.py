@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from blip2.storage import lock_file
+from blip2.tensorfiles.scan import digest_tensors
 from blip2.train import checkpoints, plots
 from blip2.train.metrics import TrainingError, TrainingLog
 from blip2.train.muon import Muon
@@ -166,7 +167,10 @@ class _Run:
         self.task, self.options, self.folder = task, options, folder
         self.device = torch.device(options.device)
         task.module.to(self.device)
-        self.trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
+        parameters = dict(task.module.named_parameters())
+        self.trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        # of what training leaves as it is: a checkpoint does not hold it
+        self.frozen = digest_tensors((n, p) for n, p in parameters.items() if n not in self.trained)
         if not self.trained:
             raise ValueError("the task trains nothing: no parameter of its module requires a gradient")
         self.optimizers = _optimizers(task.parameter_groups(options.weight_decay), options, self.device)
@@ -254,7 +258,11 @@ class _Run:
         for name, parameter in self.trained.items():
             for key, value in self._optimizer_of(parameter).state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        notes = {"options": _as_json(self.options), "record": self.training_log.state()}
+        notes = {
+            "options": _as_json(self.options),
+            "frozen": self.frozen,
+            "record": self.training_log.state(),
+        }
         checkpoints.save(self.folder, self.step, tensors, notes)
         if time.monotonic() - self.plotted_at >= PLOT_EVERY_S:
             plots.draw(self.training_log.path, self.folder / "loss.png")
@@ -278,6 +286,11 @@ class _Run:
             raise ValueError(
                 f"the checkpoint of step {checkpoint.step} in {self.folder} is of another model: "
                 f"{', '.join(wrong[:4])} ({len(wrong)} tensors in all) differ; train in another folder"
+            )
+        if checkpoint.notes.get("frozen", self.frozen) != self.frozen:
+            raise ValueError(
+                f"the run in {self.folder} began from another model: weights that it does not train differ; "
+                "start from the model it began with, or train in another folder"
             )
         with torch.no_grad():
             for name, tensor in current.items():

@@ -27,7 +27,7 @@ from small_runs import make_folder, png, run, say, settings
 import blip2
 from blip2.bulk import BulkError, ImageItem, Inputs, caption_all
 from blip2.bulk.database import Database, Row
-from blip2.bulk.describe import make_captioner, make_decoder, parallel_batches
+from blip2.bulk.describe import decoding, make_captioner, parallel_batches
 from blip2.bulk.progress import progress_bar
 from blip2.bulk.run import Progress
 from blip2.cli import main
@@ -155,13 +155,14 @@ def test_memory_is_flat_over_5000_images(generator_folder: Path, tmp_path: Path)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * resource.getpagesize() / 2**20)
 
-    caption_all(
-        items,
-        settings(tmp_path / "o.jsonl", batch_size=25),
-        describe,
-        decode_image=make_decoder(model.generator.image_processor),
-        progress=measure,
-    )
+    with decoding(model.generator.image_processor, workers=2) as decode_image:
+        caption_all(
+            items,
+            settings(tmp_path / "o.jsonl", batch_size=25),
+            describe,
+            decode_image=decode_image,
+            progress=measure,
+        )
     early, late = max(resident[20:60]), max(resident[-40:])
     print(f"{early:.0f} MiB after 500 images, {late:.0f} MiB after 5,000")
     assert len(resident) == 201 and late < early + 10

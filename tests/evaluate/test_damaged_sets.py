@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,18 @@ def test_a_folder_and_a_shard_are_evaluated_alike(
     assert [o.text for o in reports[0].outcomes] == [o.text for o in reports[1].outcomes]
     results, _, page = write(reports[1], tmp_path / "out")
     assert "shard.tar/./0.png" in results.read_text() and page.read_text().count("data:image/jpeg") == 2
+
+
+def test_names_of_any_bytes_are_reported(folder: Path, generator_folder: Path, tmp_path: Path) -> None:
+    for i, name in enumerate((b"caf\xe9.png", b"\xff\x1b[2J.png", b'q"&\n.png')):
+        (folder / f"{i}.png").rename(folder / os.fsdecode(name))
+        (folder / os.fsdecode(name)).with_suffix(".txt").write_text("a rose")
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"none")
+    report = run("captions", folder, generator_folder)
+    results, _, page = write(report, tmp_path / "out")
+    content = json.loads(results.read_text(encoding="utf-8"))
+    assert content["damaged"] == 1 and os.fsdecode(b"caf\xe9.png") in content["first_damaged"][0]
+    assert "caf\\udce9.png" in page.read_text(encoding="utf-8") and content["left_out"] == 1
 
 
 def test_one_image_has_no_cider(

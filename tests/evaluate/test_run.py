@@ -92,6 +92,7 @@ def test_every_task_runs(task: str, data: Path, generator_folder: Path, matcher_
         assert report.published == (published(task, "opt-2.7b-coco") if settings.protocol == "paper" else {})
         rows = predictions(report)
         assert len(rows) == len(report.outcomes) and json.dumps(report_summary(report))
+        assert report.weights == model.digest(matcher=task.startswith("retrieval"))
     if task == "coco":
         assert [row["image_id"] for row in rows] == [0, 1, 2, 3]
         assert {"BLEU-4", "ROUGE-L", "CIDEr"} <= set(reports[0].metrics)
