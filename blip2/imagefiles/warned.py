@@ -42,7 +42,8 @@ def report_warnings(report: Callable[[str], None]) -> None:
         if image is None:
             report(str(message))
         elif image:
-            report(f"{image.pop()}: {message}")
+            name = image.pop()
+            report(f"{name}: {message}" if name else str(message))
 
     warnings.showwarning = show
     if not sys.warnoptions:

@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 # Bytes of the file; the most pixels; seconds of computing; bytes of memory; the side and the filter of what is sent
 # back, side 0 for the image as it is.
 REQUEST = struct.Struct("<QQdQIi")
-# What follows: pixels of a width and height, and the image's own width and height; or a text, and its length.
+# What follows: pixels of a width and height, and the image's own width and height; or a text, and its length. WARNED
+# comes before PIXELS.
 ANSWER = struct.Struct("<5I")
-READY, NOT_READY, PIXELS, REFUSED, NO_MEMORY = range(5)
+READY, NOT_READY, PIXELS, REFUSED, NO_MEMORY, WARNED = range(6)
 
 _BAND = 4 * 2**20  # pixels sent at a time
 
@@ -71,9 +73,12 @@ def _answer(
     from PIL import Image
 
     from blip2.imagefiles.decode import ImageError, load_image
+    from blip2.imagefiles.warned import naming, report_warnings
 
+    told: list[str] = []
     try:
-        with _limits(seconds, memory):
+        with _limits(seconds, memory), naming(""), warnings.catch_warnings():
+            report_warnings(told.append)
             image = load_image(content, max_pixels=max_pixels)
             size = image.size
             if side:
@@ -86,6 +91,8 @@ def _answer(
             text += ", or decoding it takes too much memory"  # libwebp does not say which
         _send_text(answers, NO_MEMORY if _lacked_memory(error) else REFUSED, text)
     else:
+        for text in told:
+            _send_text(answers, WARNED, text[:1000])
         _send_pixels(answers, image, size)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -304,6 +305,8 @@ class _Worker:
         self._write(protocol.REQUEST.pack(len(content), max_pixels, seconds, memory, side, resample))
         self._write(content)
         kind, (width, height, *size), text = self._read_answer()
+        if (warned := text) and kind == protocol.WARNED:
+            kind, (width, height, *size), text = self._read_answer()
         self.lacked_memory = kind == protocol.NO_MEMORY
         if kind == protocol.REFUSED:
             self.sound = True
@@ -312,6 +315,9 @@ class _Worker:
             raise EOFError
         image = Image.frombytes("RGB", (width, height), self._read(3 * width * height))
         self.sound = True
+        if warned:  # here, where it is known which image this is
+            with contextlib.suppress(UserWarning):  # warnings may be errors to the caller; the image is sound
+                warnings.warn_explicit(warned, UserWarning, "PIL", 1, module="PIL")
         return DecodedFile(image, (size[0], size[1]))
 
     def end(self) -> None:
