@@ -13,7 +13,7 @@ from PIL import Image
 from blip2.bulk.database import Row
 from blip2.bulk.run import DecodeImage, Describe
 from blip2.imagefiles.workers import ImageWorkers
-from blip2.images import ImageProcessor, load_image
+from blip2.images import MAX_PIXELS, ImageProcessor, load_image
 
 if TYPE_CHECKING:
     from blip2.predict import Predictor
@@ -76,25 +76,28 @@ def make_captioner(
 
 
 @contextlib.contextmanager
-def decoding(*image_processors: ImageProcessor, workers: int) -> Iterator[DecodeImage]:
+def decoding(
+    *image_processors: ImageProcessor, workers: int, max_pixels: int | None = None
+) -> Iterator[DecodeImage]:
     """What decodes images and makes them as small as the models take them, which resize them to the same then.
 
     Args:
         image_processors: of all models that see the images; where they differ, images are left as they are.
         workers: processes that do it, bounded in time and memory, one image each at a time. They take a tenth of a
             second to start. 0: it is done in the threads of this process.
+        max_pixels: as `load_image`.
     """
     sizes = {(processor.size, processor.resample) for processor in image_processors}
     resize = sizes.pop() if len(sizes) == 1 else None
     if not workers:
-        yield partial(_decode_here, resize=resize)
+        yield partial(_decode_here, resize=resize, max_pixels=max_pixels or MAX_PIXELS)
         return
     with ImageWorkers(workers) as pool:
-        yield partial(pool.load_image, resize=resize)
+        yield partial(pool.load_image, resize=resize, max_pixels=max_pixels or MAX_PIXELS)
 
 
-def _decode_here(content: bytes, resize: tuple[int, int] | None) -> Image.Image:
-    image = load_image(content)
+def _decode_here(content: bytes, resize: tuple[int, int] | None, max_pixels: int) -> Image.Image:
+    image = load_image(content, max_pixels=max_pixels)
     return image if resize is None else image.resize((resize[0], resize[0]), Image.Resampling(resize[1]))
 
 

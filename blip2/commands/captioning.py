@@ -83,7 +83,7 @@ def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) 
         from blip2.bulk.describe import decoding, parallel_batches
 
         settings = RunSettings(batch_size=args.batch_size)
-        decoders = decoding(*processors, workers=settings.threads)
+        decoders = decoding(*processors, workers=settings.threads, max_pixels=args.max_pixels)
         with parallel_batches(model) as count, decoders as decode_image:
             settings = replace(settings, parallel_batches=count)
             return _print_estimate(inputs, settings, describe, decode_image, begun)
@@ -214,7 +214,9 @@ def _write_files(
     )
     # A single image is not kept waiting for a process to start; on a cluster each task decodes in its own.
     single = len(list(itertools.islice(inputs, 2))) == 1
-    decoders = decoding(*processors, workers=0 if single or engine else settings.threads)
+    decoders = decoding(
+        *processors, workers=0 if single or engine else settings.threads, max_pixels=args.max_pixels
+    )
     try:
         with parallel_batches(model) as count, decoders as decode_image:
             settings = replace(settings, parallel_batches=count)

@@ -89,7 +89,7 @@ def print_rows(
     with (
         bar as show,
         parallel_batches(model) as count,
-        decoding(*image_processors, workers=workers) as decode_image,
+        decoding(*image_processors, workers=workers, max_pixels=args.max_pixels) as decode_image,
     ):
         settings = replace(settings, parallel_batches=count)
         for rows in caption_rows(

@@ -124,9 +124,11 @@ class ImageWorkers:
             self._lock.wait_for(lambda: not self._working, timeout=5)
         self._clock.stop()
 
-    def load_image(self, content: bytes, *, resize: tuple[int, int] | None = None) -> Image.Image:
+    def load_image(
+        self, content: bytes, *, resize: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Image.Image:
         """As `decode`, the image alone."""
-        return self.decode(content, resize=resize).image
+        return self.decode(content, resize=resize, max_pixels=max_pixels).image
 
     def decode(
         self,

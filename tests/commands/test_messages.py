@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from running import Run
 
 from blip2.commands.options import as_typed
@@ -198,3 +199,22 @@ def test_an_explanation_takes_the_place_of_files_alone(
     for name in ("d.png", "gone.webp", "pipe.png"):
         done = run(*command, name)
         assert done.status == 2 and f"{name} is " in done.err
+
+
+def test_the_limit_of_pixels_is_that_of_every_command(
+    run: Run, generator_folder: Path, matcher_folder: Path
+) -> None:
+    for name, side in (("small.png", 40), ("large.png", 60)):
+        Image.new("RGB", (side, side), "red").save(name)
+    writes, matches = ["--model", generator_folder], ["--model", matcher_folder]
+    for command in (
+        ["caption", "small.png", "large.png", *writes],
+        ["ask", "small.png", "large.png", "what?", *writes],
+        ["caption", "small.png", "large.png", "--out", "-", *writes],
+        ["match", "*.png", "a cat", *matches],
+        ["embed", "small.png", "large.png", *matches],
+    ):
+        done = run(*command, "--max-pixels", 2500)
+        said = done.out.decode() + done.err
+        assert done.status == 1 and "large.png: 60x60 px is 3,600 pixels, the limit is 2,500" in said
+        assert "small.png" in done.out.decode()
