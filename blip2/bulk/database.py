@@ -134,8 +134,8 @@ class Database:
         if folder is not None and not read_only:
             refuse_old_state(folder)
             self._lock = _locked(folder)
-        name = ":memory:" if folder is None else f"{(folder / NAME).absolute().as_uri()}?mode=rwc"
-        name = name.replace("mode=rwc", "mode=ro") if read_only else name
+        mode = "ro" if read_only else "rwc"
+        name = ":memory:" if folder is None else f"{(folder / NAME).absolute().as_uri()}?mode={mode}"
         self._at = 0  # where `find` expects the next input
         try:
             self._connection = sqlite3.connect(
@@ -201,7 +201,8 @@ class Database:
             )
         full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
         what = f"the disk is full or fails ({error})" if full else f"cannot be used ({error})"
-        return BulkError(f"{self.path}: {what}; what was done is kept. Make room and {GO_ON}")
+        remedy = "Make room and " if full else ""
+        return BulkError(f"{self.path}: {what}; what was done is kept. {remedy}{GO_ON}")
 
     def query(self, sql: str, *values: Any) -> list[Any]:
         """All rows of a query."""
@@ -309,6 +310,8 @@ class Database:
         name, more_json = to_blob(row["image"]), json.dumps(more) if more else None
         file = to_blob(row["sidecar"]) if "sidecar" in row else None
         values = (*stamp, content, error, file, more_json)
+        if file is not None:  # the image whose text file it was is gone
+            self.execute("UPDATE inputs SET file = NULL WHERE file = ? AND name != ?", file, name)
         old = self.query("SELECT id, content, error, place FROM inputs WHERE name = ?", name)
         changed = not old or list(old[0][1:3]) != [content, error]
         if old:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class WorkItem(NamedTuple):
 def work_items(
     items: Iterable[ImageItem], database: Database, settings: RunSettings, before: int
 ) -> Iterator[WorkItem]:
-    """The tasks of a run, in the order of the items.
+    """What a run has to do, in the order of the items.
 
     before: how many inputs the database had when the run began. A name counts once; one whose text file is another
     image's is given with that as its problem.
@@ -52,14 +53,14 @@ def work_items(
             if (known is not None and known.id > before) or claims.has(item.name):
                 continue
             try:
-                task = _task(item, known, stamp, database, settings)
+                work = _work(item, known, stamp, database, settings)
             except (OutputError, OSError) as error:
-                task = WorkItem(item._replace(problem=str(error)), from_blob((known and known.file) or b""))
-            if task is not None:
-                yield claims.add(task, settings)
+                work = WorkItem(item._replace(problem=str(error)), from_blob((known and known.file) or b""))
+            if work is not None:
+                yield claims.add(work, settings)
 
 
-def _task(
+def _work(
     item: ImageItem, known: Known | None, stamp: Stamp | None, database: Database, settings: RunSettings
 ) -> WorkItem | None:
     """What is to be done about an item; stamp: of the file that holds it."""
@@ -85,7 +86,7 @@ def _task(
 
 
 class _Claims:
-    """Names and text files of tasks that were given out, until the database has them."""
+    """Names and text files of work that were given out, until the database has them."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -95,22 +96,34 @@ class _Claims:
     def has(self, name: str) -> bool:
         return name in self._files
 
-    def add(self, task: WorkItem, settings: RunSettings) -> WorkItem:
-        """Claim the name of a task, and its text file unless that is another image's."""
-        name = task.item.name
-        if settings.kind == "txt" and not task.file and not task.item.problem:
-            file = sidecar(task.item, settings.out)
-            if (self._names.get(file) or self._database.owner(file) or name) == name:
-                task = task._replace(file=file)
+    def add(self, work: WorkItem, settings: RunSettings) -> WorkItem:
+        """Claim the name of an item, and its text file unless that is another image's."""
+        name = work.item.name
+        if settings.kind == "txt" and not work.file and not work.item.problem:
+            file = sidecar(work.item, settings.out)
+            owner = self._names.get(file) or self._owner(file) or name
+            if owner == name:
+                work = work._replace(file=file)
             else:
                 problem = f"{file} is the text file of another image; rename one of them"
-                task = task._replace(item=task.item._replace(problem=problem))
+                work = work._replace(item=work.item._replace(problem=problem))
         if len(self._files) >= _CLAIMED:
             self._forget()
-        self._files[name] = task.file
-        if task.file:
-            self._names[task.file] = name
-        return task
+        self._files[name] = work.file
+        if work.file:
+            self._names[work.file] = name
+        return work
+
+    def _owner(self, file: str) -> str | None:
+        """The image whose text file it is; None where that is gone: a.jpg may have become a.png."""
+        owner = self._database.owner(file)
+        try:
+            os.stat(owner or "")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            pass  # it is in a tar file, or its name is none of a file
+        return owner
 
     def _forget(self) -> None:
         """Let go of what the database has, of the older half: those are no longer on their way."""

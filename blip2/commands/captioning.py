@@ -49,12 +49,13 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output to files (docs/bulk.md)")
     about = (
         "write there and go on where an earlier run stopped: .jsonl, .csv, .parquet, .json (COCO's results), "
-        ".tar (webdataset), or a folder for a .txt beside each image"
+        ".tar (webdataset), or a folder for a .txt beside each image; - is standard output"
     )
     option(group, "-o --out", "PATH", about)
     formats = ("jsonl", "csv", "parquet", "coco", "txt", "webdataset")
     option(group, "--format", None, "the format, where the name of --out does not tell", choices=formats)
-    about = "what to do with text files that exist; overwrite makes a finished output anew (default: skip)"
+    about = "what to do with text files that exist; overwrite makes a finished output anew and keeps edits as .bak "
+    about += "(default: skip)"
     option(group, "--existing", None, about, choices=("skip", "overwrite", "append", "prepend"))
     about = "ray: on all machines of a Ray cluster (default: local)"
     option(group, "--engine", None, about, choices=("local", "ray"))

@@ -261,7 +261,7 @@ def test_of_equal_rows_the_right_one_is_taken_for_removed(table: Bench) -> None:
     done = caption_all(inputs, options, three)
     assert (done.edited, done.added, done.removed) == (1, 0, 2)  # and the error's row
     (table.folder / "4.png").write_bytes(png(4))  # what is no error any more was not removed
-    caption_all(inputs, options, three)
+    assert caption_all(inputs, options, three).removed == 1
     answers = [row["answer"] for row in read(table.out, table.kind)]
     assert answers == ["2", "1", "1", "mine", "1", *"121" * 3]
 
@@ -411,7 +411,21 @@ def test_an_edit_in_the_last_moment_is_kept(
     assert texts["0.png"] == "mine" and "1.png" not in texts and "5.png" in texts
 
 
-# --- text files that are added to ---
+# --- text files ---
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".PNG", ".webp"])
+def test_an_image_that_was_saved_anew_keeps_its_text_file(tmp_path: Path, suffix: str) -> None:
+    bench = Bench(tmp_path, "txt")
+    bench.go()
+    text = (bench.folder / "0.txt").read_bytes()
+    (bench.folder / "0.png").rename(bench.folder / f"0{suffix}")
+    done = bench.go()
+    assert (done.existing, done.captioned, done.failed) == (1, 0, 1)
+    (bench.folder / "1.gif").write_bytes(png(7))  # beside the other one, which is still there
+    assert bench.go().failed == 2 and (bench.folder / "0.txt").read_bytes() == text
+    (bench.folder / "0.txt").unlink()
+    assert bench.go().captioned == 1 and (bench.folder / "0.txt").read_bytes() == text
 
 
 @pytest.mark.parametrize("existing", ["append", "prepend"])
