@@ -215,9 +215,7 @@ def _at_path(root: str, name: str, number: int | str | None = None) -> ImageItem
         possible = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         possible = False
-    return ImageItem(
-        path, path, id=number, root=root, problem="" if possible else "no file can have this name"
-    )
+    return ImageItem(path, path, id=number, root=root, problem="" if possible else "no such file")
 
 
 def _json_rows(source: str) -> list[Any]:
