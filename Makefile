@@ -1,9 +1,10 @@
 # make demo     captions of the example images by the model that ships
-# make test     the quick tests;  make test-full: all of them
+# make test     the quick tests;  make test-full: all of them, and the quick ones on the lowest versions
 # make help     the rest
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 FILES := blip2 tests docs default_model benchmarks
@@ -12,7 +13,7 @@ DATA ?= data
 STAGES := vision queries language stage1 finetune export
 
 .DEFAULT_GOAL := help
-.PHONY: help chromium zsh fish install demo test test-full lint format types docs default-model eval-data clean
+.PHONY: help chromium zsh fish install demo test test-full test-lowest lint format types docs default-model eval-data clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,14 @@ $(VENV)/.test: $(VENV)/.train requirements/eval.txt requirements/serve.txt requi
 	@$(PIP) install -r requirements/test.txt
 	@touch $@
 
+$(LOWEST)/.lowest: requirements/lowest.txt requirements/base.txt pyproject.toml
+	@echo "Installing the lowest versions of what blip2 needs into $(LOWEST) ..." >&2
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip -qq --disable-pip-version-check install \
+		"$$(grep '^torch==' requirements/base.txt)" -r requirements/lowest.txt
+	@$(LOWEST)/bin/python -m pip -qq --disable-pip-version-check install --no-deps --editable .
+	@touch $@
+
 # The page is tested in a real browser, completion in real shells, Debian's. Those tests are skipped where one is missing
 # and cannot be installed.
 chromium zsh fish:
@@ -54,8 +63,12 @@ demo: $(VENV)/.base ## captions of the example images
 test: $(VENV)/.test chromium zsh fish ## the quick tests
 	$(BIN)/python -m pytest
 
-test-full: $(VENV)/.test chromium zsh fish ## every test, the long ones too
+test-full: $(VENV)/.test chromium zsh fish ## every test, the long ones too; then test-lowest
 	$(BIN)/python -m pytest -m ""
+	$(MAKE) test-lowest
+
+test-lowest: $(LOWEST)/.lowest chromium zsh fish ## the quick tests on the lowest versions that pyproject.toml allows
+	$(LOWEST)/bin/python -m pytest
 
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check $(wildcard $(FILES))
@@ -82,5 +95,5 @@ eval-data: $(VENV)/.eval ## what `blip2 eval default` needs, into ./data: easy-V
 	$(BIN)/python -m default_model.make_scenes $(DATA)
 
 clean: ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

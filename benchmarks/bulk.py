@@ -16,15 +16,19 @@ figures stay in a folder: what stands there already is not measured again. The l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import random
 import resource
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +64,7 @@ def main() -> None:
         loop(Path(arguments.loop[0]), Path(arguments.loop[1]), int(arguments.loop[2]))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        place = arguments.place or Path(temporary)
+        place = (arguments.place or Path(temporary)).absolute()
         place.mkdir(parents=True, exist_ok=True)
         print(json.dumps(compare(place, arguments.count, arguments.batches)))
 
@@ -178,31 +182,41 @@ def measured(place: Path, name: str, command: Command, count: int, batch: int) -
             return dict(known)
     file = place / f"{called}.jsonl"
     file.unlink(missing_ok=True)
-    journal = file.parent / f".{file.name}.blip2" / "journal"
-    journal.unlink(missing_ok=True)  # of a run that was stopped: the clock would not have all of it
-    written = journal if name == "blip2" else file
-    took = run(command(place / f"pictures-{count}", file, batch), written, called)
+    database = file.parent / f".{file.name}.blip2" / "state.sqlite"
+    database.unlink(missing_ok=True)  # of a run that was stopped: the clock would not have all of it
+    done = partial(recorded, database) if name == "blip2" else partial(lines, file)
+    took = run(command(place / f"pictures-{count}", file, batch), done, called)
     figures = {"called": called, "clock": took.clock, "cpu": took.cpu, "memory": took.memory}
     with record.open("a", encoding="utf-8") as out:
         out.write(json.dumps(figures) + "\n")
     return figures
 
 
-def run(command: list[str], written: Path, called: str) -> Took:
-    """What a Python process took; `written` is the file that grows. Pictures that fail make blip2's exit status 1."""
+def recorded(database: Path) -> int:
+    """How many pictures a run of blip2 has done."""
+    with (
+        contextlib.suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as run,
+    ):
+        return int(run.execute("SELECT max(id) FROM inputs").fetchone()[0] or 0)
+    return 0
+
+
+def lines(file: Path) -> int:
+    """How many pictures the loop has done."""
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def run(command: list[str], progress: Callable[[], int], called: str) -> Took:
+    """What a Python process took; `progress` tells how far it is. Pictures that fail make blip2's exit status 1."""
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     memory: list[tuple[int, int]] = []
-    offset = done = 0
     reported = begin
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=errors)
         while child.poll() is None:
             time.sleep(0.5 if time.perf_counter() - begin > 10 else 0.05)
-            if written.is_file():
-                with written.open("rb") as file:  # a row of either has one picture's name
-                    file.seek(offset)
-                    some = file.read()
-                    offset, done = offset + len(some), done + some.count(b'.jpg"')
+            done = progress()
             size = resident(child.pid)
             if size and (not memory or memory[-1] != (done, size)):
                 memory.append((done, size))

@@ -94,7 +94,7 @@ def examine_machine() -> Machine:
         gpu_memory=gpu_memory,
         cache=str(cache),
         cache_free=shutil.disk_usage(existing).free,
-        offline=constants.is_offline_mode(),
+        offline=constants.HF_HUB_OFFLINE,
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
 

@@ -27,7 +27,7 @@ from blip2.modeling.layers import split_heads
 from blip2.modeling.qformer import QFormerAttention
 from blip2.modeling.vision import VisionAttention
 from blip2.results import GeneratedText
-from blip2.text import Tokenizer
+from blip2.text import Tokenizer, is_blank
 
 TILE_PX = 320  # longest side of one picture in `Explanation.image`
 # From nothing to most, colours whose lightness rises steadily, so that they can be told apart without seeing colour.
@@ -115,7 +115,7 @@ def explain(
     """
     tokens, prompt_ids = _tokens(model, tokenizer, text), tokenizer.encode(prompt)
     spans = split_words(tokens, tokenizer.decode)
-    if not spans:
+    if not spans or is_blank(text):
         raise ValueError("there is no word to explain: the text is empty")
     room = model.prompt_room(len(tokens))
     if len(prompt_ids) > room:

@@ -1,236 +1,38 @@
-"""The one way in for images: path, bytes, file, PIL image or array -> RGB -> pixels [B, 3, S, S].
-
-Every caller decodes here, so a file gives the same pixels everywhere and a hostile one gives an `ImageError`. Unlike
-transformers, grey images of 16 bits are scaled to 8 instead of being clipped, and EXIF orientation is honoured.
-"""
+"""RGB images -> pixels [B, 3, S, S], bit for bit as transformers prepares them. Decoding is in `imagefiles.decode`."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from blip2.imagefiles import bare_file, check_file
+from blip2.imagefiles.decode import MAX_PIXELS as MAX_PIXELS
+from blip2.imagefiles.decode import MOST_PIXELS as MOST_PIXELS
+from blip2.imagefiles.decode import ImageError as ImageError
+from blip2.imagefiles.decode import ImageSource as ImageSource
+from blip2.imagefiles.decode import check_max_pixels as check_max_pixels
+from blip2.imagefiles.decode import check_size as check_size
+from blip2.imagefiles.decode import load_image as load_image
+from blip2.imagefiles.names import SUFFIXES as SUFFIXES
+from blip2.imagefiles.names import is_hidden as is_hidden
+from blip2.imagefiles.names import is_image_name as is_image_name
 from blip2.modeling.config import MAX_IMAGE_PX
-from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.strict_json import read_json
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")  # JPEG reads MPO too
-# Files that are taken for images when a folder is given; what they really are is read from their content.
-_ENDINGS = "jpg jpeg jpe jif jfif jfi mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm avif avifs"
-SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
-MAX_BYTES = 512 * 2**20  # of one image file
-MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
-# What Windows, macOS and network storage put beside pictures; whatever begins with a dot is theirs too.
-_SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 RGB = tuple[float, float, float]
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 
 _STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")  # what BLIP-2 does to every image
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class ImageError(ValueError):
-    """An image that cannot be read, or settings for images that cannot be followed."""
-
-
-def is_image_name(path: str) -> bool:
-    """Whether a file is one of the user's pictures, by its path within a folder or an archive."""
-    return os.path.splitext(path)[1].lower() in SUFFIXES and not is_hidden(path)
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a file or folder, by its path within a folder or an archive, is hidden or the system's own."""
-    parts = set(path.replace(os.sep, "/").split("/")) - {".", ".."}
-    return any(part.startswith(".") or part.lower() in _SYSTEM_FOLDERS for part in parts)
-
-
-# --- any source -> RGB ---------------------------------------------------------------------------------------------
-
-
-def load_image(source: ImageSource, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read one image as RGB: the first frame, turned upright, transparency laid on white.
-
-    Args:
-        source: a path, the bytes of a file, a file open for reading, a PIL image, or an array uint8 [H, W, 3].
-        exif: turn the image as its EXIF orientation says; False leaves it as Pillow decodes it, as transformers does
-            (Pillow turns TIFF files either way).
-        max_pixels: refuse an image with more pixels than this, before decoding it.
-
-    Raises:
-        ImageError: the message names the source, what arrived and what to do.
-    """
-    if isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
-            raise ImageError(f"the array has shape {source.shape}, expected [height, width, 3]")
-        if source.dtype != np.uint8:
-            raise ImageError(f"the array holds {source.dtype}, expected uint8 from 0 to 255")
-        return Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        return _decode(source, f"the {source.mode} image", exif, max_pixels)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _open(bytes(source), f"an image of {len(source):,} bytes", exif, max_pixels)
-    if isinstance(source, str | Path):
-        return _open_path(Path(source), exif, max_pixels)
-    if hasattr(source, "read"):
-        name = getattr(source, "name", None)
-        content = source.read()
-        if not isinstance(content, bytes):
-            raise ImageError(
-                f"an image file must be open for reading bytes (mode 'rb'); it gives {type(content).__name__}"
-            )
-        shown = name if isinstance(name, str) else "the open file"
-        return _open(content, shown, exif, max_pixels)
-    raise ImageError(
-        f"cannot read an image from a {type(source).__name__}; "
-        "pass a path, bytes, an open file, a PIL image or a uint8 array [H, W, 3]"
-    )
-
-
-def _open_path(path: Path, exif: bool, max_pixels: int) -> Image.Image:
-    try:
-        # A pipe or a device would make reading wait, or never end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ImageError(f"{path} is no regular file; pass the path of an image file")
-        check_size(path.stat().st_size, str(path))
-        return _open(path.read_bytes(), str(path), exif, max_pixels)
-    except ImageError:
-        raise
-    except FileNotFoundError:
-        url = str(path).startswith(("http:", "https:"))
-        hint = "; URLs are not fetched here, download it first" if url else ""
-        raise ImageError(f"{path}: no such file{hint}") from None
-    except PermissionError:
-        raise ImageError(f"{path}: no permission to read it") from None
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror or 'input/output error'})") from error
-    except ValueError as error:  # a NUL character in it
-        raise ImageError(f"{str(path)!r} is no valid path") from error
-
-
-def check_size(size: int, name: str) -> None:
-    """Raises ImageError where an image file is too large to be read."""
-    if size > MAX_BYTES:
-        raise ImageError(f"{name}: the file is larger than {MAX_BYTES >> 20} MiB")
-
-
-def _open(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image:
-    if not content:
-        raise ImageError(f"{name}: the file is empty")
-    check_size(len(content), name)
-    try:
-        check_file(content)
-    except ValueError as error:
-        raise ImageError(f"{name}: {error} is not decoded; save the image anew") from error
-    try:
-        return _open_content(content, name, exif, max_pixels)
-    except ImageError:
-        # Sound pixels are read whatever is stored beside them.
-        if len(bare := bare_file(content)) < len(content):
-            with contextlib.suppress(ImageError):
-                return _open_content(bare, name, exif, max_pixels)
-        raise
-
-
-def _open_content(content: bytes, name: str, exif: bool, max_pixels: int) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _decode(image, name, exif, max_pixels)
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{name}: too many pixels to decode (the limit is {max_pixels:,}); make it smaller"
-        ) from error
-    except (UnidentifiedImageError, KeyError) as error:
-        raise ImageError(
-            f"{name}: no image this package can read (it begins with {content[:8]!r}); "
-            f"supported are {', '.join(FORMATS)}"
-        ) from error
-    except Exception as error:  # decoders raise whatever a broken header leads them to
-        raise ImageError(f"{name}: the image is damaged; its header cannot be read") from error
-
-
-def _decode(image: Image.Image, name: str, exif: bool, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name}: the image is empty ({width}x{height} px)")
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name}: {width}x{height} px is {width * height:,} pixels, the limit is {max_pixels:,}; make it smaller"
-        )
-    try:
-        image.load()
-    except Exception as error:  # decoders raise whatever broken data leads them to
-        raise ImageError(
-            f"{name}: the image is truncated or damaged ({width}x{height} px announced)"
-        ) from error
-    turn = _TURNS.get(_orientation(image)) if exif else None
-    try:
-        rgb = _to_rgb(image)
-        rgb.info = {}  # with its EXIF the image would be turned again when it is read again
-        return rgb if turn is None else rgb.transpose(turn)
-    except Exception as error:
-        reason = f" ({error})" if image.mode in ("F", "I") else ""
-        raise ImageError(
-            f"{name}: pixels of mode {image.mode!r} are not supported; save it as RGB, 8 bit{reason}"
-        ) from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or it cannot be read: no reason to lose the image."""
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    transparent = image.info.get("transparency")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # The high byte, as Pillow takes it for colour images of 16 bits. It reads "I" from files of 16 bits too.
-        values = np.asarray(image)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 0xFFFF:
-            raise ValueError(f"integers from {low} to {high} have no agreed range; 16 bits have")
-        grey = (values >> 8).astype(np.uint8)
-        if isinstance(transparent, int):
-            grey[values == transparent] = 255
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if "A" in image.getbands() or "a" in image.getbands() or transparent is not None:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-# --- RGB -> pixels -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -277,22 +79,20 @@ class ImageProcessor:
             height, width = size.get("height"), size.get("width")
             if height != width or height is None:
                 raise ImageError(
-                    f"the image settings ask for size {dict(size)}; BLIP-2 takes equal height and width"
+                    f"the image settings ask for size {str(dict(size))[:100]}; BLIP-2 takes equal height and width"
                 )
             size = height
-        resample, factor = raw.get("resample", cls.resample), raw.get("rescale_factor", cls.rescale_factor)
+        resample = raw.get("resample", cls.resample)
         if type(size) is not int or not 1 <= size <= MAX_IMAGE_PX:
-            raise ImageError(f"the image settings ask for size {size!r}, expected 1 to {MAX_IMAGE_PX}")
+            raise ImageError(f"the image settings ask for size {quoted(size)}, expected 1 to {MAX_IMAGE_PX}")
         if type(resample) is not int or resample not in set(Image.Resampling):
             raise ImageError(
-                f"the image settings ask for resample {resample!r}, expected 0 to 5 (3 is bicubic)"
+                f"the image settings ask for resample {quoted(resample)}, expected 0 to 5 (3 is bicubic)"
             )
-        if type(factor) not in (int, float):
-            raise ImageError(f"the image settings say rescale_factor {factor!r}, expected a number")
-        mean, std = _channels(raw, "image_mean", CLIP_MEAN), _channels(raw, "image_std", CLIP_STD)
-        if 0 in std:
-            raise ImageError(f"the image settings say image_std {std}; none may be 0")
-        return cls(size, mean, std, int(resample), float(factor))
+        factor = _number("rescale_factor", raw.get("rescale_factor", cls.rescale_factor), 1e-6, 1)
+        mean = _channels(raw, "image_mean", CLIP_MEAN, -255, 255)
+        std = _channels(raw, "image_std", CLIP_STD, 1e-3, 255)
+        return cls(size, mean, std, int(resample), factor)
 
     def to_dict(self) -> dict[str, Any]:
         """preprocessor_config.json as transformers opens it."""
@@ -376,10 +176,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ImageError(str(error)) from error
 
 
-def _channels(raw: Mapping[str, Any], name: str, default: RGB) -> RGB:
+def _channels(raw: Mapping[str, Any], name: str, default: RGB, least: float, most: float) -> RGB:
     value = raw.get(name)
     if value is None:
         return default
-    if not isinstance(value, list) or len(value) != 3 or any(type(v) not in (int, float) for v in value):
-        raise ImageError(f"the image settings say {name} {value!r}, expected three numbers")
-    return float(value[0]), float(value[1]), float(value[2])
+    if not isinstance(value, list) or len(value) != 3:
+        raise ImageError(f"the image settings say {name} {str(value)[:100]}, expected three numbers")
+    red, green, blue = (_number(name, channel, least, most) for channel in value)
+    return red, green, blue
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    """A number of the settings; beyond these bounds pixels would lose their differences, or overflow."""
+    if type(value) not in (int, float) or not least <= value <= most:
+        nothing = " (none may be 0)" if value == 0 else ""
+        raise ImageError(
+            f"the image settings say {name} {quoted(value)}{nothing}, expected a number from {least:g} to {most:g}"
+        )
+    return float(value)

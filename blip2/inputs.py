@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
-from blip2.images import ImageError, ImageSource, load_image
+from blip2.images import MAX_PIXELS, ImageError, ImageSource, load_image
 
 BATCH_SIZE = 8  # images computed at a time
 
@@ -48,9 +48,9 @@ def in_batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]
     return ((i, items[i : i + size]) for i in range(0, len(items), size))
 
 
-def open_image(image: ImageSource, index: int) -> Image.Image:
+def open_image(image: ImageSource, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Image number `index` of a list (0: the first, or the only one) as RGB. Raises ImageError, which names it."""
     try:
-        return load_image(image)
+        return load_image(image, max_pixels=max_pixels)
     except ImageError as error:
         raise ImageError(f"image {index + 1}: {error}" if index else str(error)) from error

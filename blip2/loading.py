@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from blip2.checkpoint import count_parameters, load_model, load_processors, resolve_path
+from blip2.checkpoint import load_processors, resolve_path
+from blip2.checkpoint.load import load_checkpoint, parse_dtype
+from blip2.checkpoint.source import open_checkpoint
+from blip2.checkpoint.weights import model_digest
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
-from blip2.modeling.config import Mode
+from blip2.modeling.config import Blip2Config, MatcherConfig, Mode
 from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.registry import default_dtype, resolve_alias
+from blip2.tensorfiles.errors import CheckpointError
 from blip2.text import Tokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded checkpoint: the model and how its images and texts are prepared."""
+    """A loaded checkpoint: the model and how its images and texts are prepared.
+
+    file_digest: the digest of its files' weights; empty where the model was made in memory.
+    """
 
     model: Blip2 | Blip2Matcher
     image_processor: ImageProcessor
     tokenizer: Tokenizer
+    file_digest: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the weights, as they were loaded, from all others: one value changed anywhere gives another."""
+        return self.file_digest or model_digest(self.model)
 
     @property
     def precision(self) -> str:
@@ -45,15 +59,33 @@ def load_components(
 ) -> LoadedModel:
     """Load what a name or a folder holds; arguments as for `predict.load`."""
     files = resolve_path(resolve_alias(name) if isinstance(name, str) else name, revision)
-    if dtype is None and quantize is None:
-        dtype = default_dtype(count_parameters(files, vision=vision, language=language))
-        if dtype == "bf16" and device.type == "cuda":
-            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    image_processor, tokenizer = load_processors(files, vision=vision, language=language)
-    model = load_model(
-        files, dtype=dtype, device=device, vision=vision, language=language, quantize=quantize, prepack=True
-    )
-    return LoadedModel(model, image_processor, tokenizer)
+    with open_checkpoint(files, vision=vision, language=language) as checkpoint:
+        if dtype is None and quantize is None:
+            dtype = default_dtype(checkpoint.tensors.numel)
+            if dtype == "bf16" and device.type == "cuda":
+                dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        image_processor, tokenizer = load_processors(files, vision=vision, language=language)
+        model, weights = load_checkpoint(checkpoint, parse_dtype(dtype), device, quantize, prepack=True)
+        _check_fit(model.config, image_processor, tokenizer)
+    return LoadedModel(model, image_processor, tokenizer, weights)
+
+
+def _check_fit(
+    config: Blip2Config | MatcherConfig, image_processor: ImageProcessor, tokenizer: Tokenizer
+) -> None:
+    """Refuse images of a size, and ids of words, that the model does not take."""
+    size, words = config.vision.image_size, _vocabulary(config)
+    problem = ""
+    if image_processor.size != size:
+        problem = f"images are made {image_processor.size} px, but the image encoder takes {size}"
+    elif (largest := tokenizer.largest_id()) >= words:
+        problem = f"the tokenizer gives ids up to {largest:,}, but the model knows {words:,} words"
+    if problem:
+        raise CheckpointError(f"{problem}: they do not belong together; get all files of one model")
+
+
+def _vocabulary(config: Blip2Config | MatcherConfig) -> int:
+    return (config.language if isinstance(config, Blip2Config) else config.qformer).vocab_size
 
 
 def device_of(device: str | torch.device) -> torch.device:

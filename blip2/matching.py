@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blip2.images import ImageProcessor, ImageSource, to_pixels
+from blip2.images import MAX_PIXELS, ImageProcessor, ImageSource, to_pixels
 from blip2.inputs import BATCH_SIZE, in_batches, open_image
 from blip2.modeling.blip2 import Blip2Matcher
 from blip2.results import EncodedImage, Match
@@ -33,10 +33,15 @@ class Matcher:
         device: torch.device,
         *,
         text_length: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        """`text_length`: tokens after which a text is cut off; None: the model's positions."""
+        """
+        Args:
+            text_length: tokens after which a text is cut off; None: the model's positions.
+            max_pixels: as for `predict.load`.
+        """
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self.device = device
+        self.device, self.max_pixels = device, max_pixels
         self.text_length = text_length or model.config.qformer.max_position_embeddings
 
     @torch.inference_mode()
@@ -102,7 +107,7 @@ class Matcher:
                 raise ValueError(
                     "the matcher reads images with its own encoder; give it the image, not its encoding"
                 )
-            opened.append(open_image(image, start + i))
+            opened.append(open_image(image, start + i, self.max_pixels))
         return to_pixels(opened, self.image_processor)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

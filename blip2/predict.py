@@ -18,7 +18,7 @@ from blip2.explain import Explained, Explanation, explain
 from blip2.generation.decoding import generate, stream
 from blip2.generation.options import GenerateKwargs, GenerationOptions, make_options
 from blip2.generation.ranking import answer_logprobs
-from blip2.images import ImageSource, to_pixels
+from blip2.images import MAX_PIXELS, ImageSource, check_max_pixels, to_pixels
 from blip2.inputs import BATCH_SIZE, Many, as_list, in_batches, is_many, open_image, unnest
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
@@ -27,7 +27,7 @@ from blip2.modeling.config import MODES, Mode
 from blip2.modeling.kv_cache import PromptCache, concat_prompt_caches
 from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, default_model
 from blip2.results import Answer, Caption, EncodedImage, Match, Ranked, detokenize_stream
-from blip2.text import CAPTION_PROMPT, chat_prompt, question_prompt
+from blip2.text import CAPTION_PROMPT, chat_prompt, check_text, is_blank, question_prompt
 
 Image = ImageSource | EncodedImage
 Texts = str | Many[str]
@@ -60,6 +60,7 @@ def load(
     vision: str | Path | None = None,
     language: str | Path | None = None,
     quantize: Mode | None = None,
+    max_pixels: int | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -74,11 +75,14 @@ def load(
         vision, language: the image encoder and the language model, for a checkpoint without them, as LAVIS's.
         quantize: "int8" or "int4": the bits of a stored weight, a quarter or an eighth of fp32's memory; what is
             computed between them is fp32. See docs/performance.md for what it gains and what it changes.
+        max_pixels: images with more are refused before they are decoded, JPEGs are decoded at reduced scale.
+            None: 89 million, which is a third of a GiB; 178,956,970 at most.
 
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
     """
     torch_device = device_of(device)
+    max_pixels = MAX_PIXELS if max_pixels is None else check_max_pixels(max_pixels)
     shown = DEFAULT if name is None else str(name)
     if name is None or name == DEFAULT:
         default_model()  # raises where this installation has none
@@ -93,12 +97,16 @@ def load(
     load_matcher = None
     if matcher is not None:
         if isinstance(loaded.model, Blip2Matcher):
-            raise ValueError(f"{name} is a matcher itself; pass matcher= with a model that writes")
+            raise ValueError(f"{name} is a matcher itself; give matcher= with a model that writes")
         load_matcher = partial(load_components, matcher, torch_device, dtype, None, quantize=quantize)
-    return Predictor(shown, loaded, load_matcher, torch_device)
+    return Predictor(shown, loaded, load_matcher, torch_device, max_pixels=max_pixels)
 
 
 # --- the predictor -------------------------------------------------------------------------------------------------
+
+
+class NoMatcherError(ValueError):
+    """A model that writes was loaded without one that matches."""
 
 
 class Predictor:
@@ -122,9 +130,11 @@ class Predictor:
         loaded: LoadedModel,
         load_matcher: Callable[[], LoadedModel] | None,
         device: torch.device,
+        *,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """`loaded` writes, or is a matcher itself; `load_matcher` is called when a matcher is first needed."""
-        self.name, self.device = name, device
+        self.name, self.device, self.max_pixels = name, device, max_pixels
         self._loaded, self._load_matcher = loaded, load_matcher
 
     def __repr__(self) -> str:
@@ -146,19 +156,30 @@ class Predictor:
         assert isinstance(model, Blip2)
         return model
 
+    def digest(self, *, matcher: bool = False) -> str:
+        """What tells the weights, as they were loaded, from all others; `matcher`: those of the matcher."""
+        return (self._loaded_matcher if matcher else self._loaded).digest
+
     @cached_property
     def matcher(self) -> Matcher:
         """The stage-1 model, loaded when first used. Raises ValueError where there is none."""
+        loaded = self._loaded_matcher
+        assert isinstance(loaded.model, Blip2Matcher)
+        processors = loaded.image_processor, loaded.tokenizer
+        return Matcher(loaded.model, *processors, self.device, max_pixels=self.max_pixels)
+
+    @cached_property
+    def _loaded_matcher(self) -> LoadedModel:
         loaded = self._loaded
         if isinstance(loaded.model, Blip2):
             if self._load_matcher is None:
-                raise ValueError(
+                raise NoMatcherError(
                     "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
                 )
             loaded = self._load_matcher()
         if not isinstance(loaded.model, Blip2Matcher):
             raise ValueError("the model given as matcher= writes text; matchers are 'itm' and 'itm-coco'")
-        return Matcher(loaded.model, loaded.image_processor, loaded.tokenizer, self.device)
+        return loaded
 
     # --- writing ---
 
@@ -273,7 +294,7 @@ class Predictor:
             One image: an `Answer`. A list: a list of them, in order. See `num_return_sequences` and `stream`.
 
         Raises:
-            ValueError: not as many questions as images.
+            ValueError: not as many questions as images, or an empty one.
         """
         chosen = make_options("answer", stream=stream, num_return_sequences=num_return_sequences, **options)
         listed = as_list(images)
@@ -312,10 +333,10 @@ class Predictor:
             One image: a list of `Ranked`, the likeliest first. A list: a list of such lists.
 
         Raises:
-            ValueError: no answers or an empty one, or not as many questions as images.
+            ValueError: no answers, an empty answer or question, or not as many questions as images.
         """
         offered = list(dict.fromkeys(answer.strip() for answer in answers))
-        if not offered or "" in offered:
+        if not offered or any(map(is_blank, offered)):
             raise ValueError("answers to rank: give one or more, none of them empty")
         ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
         listed = as_list(images)
@@ -364,7 +385,7 @@ class Predictor:
             raise ValueError(
                 "explain takes one image itself: an encoded image no longer shows where things were"
             )
-        picture = open_image(image, 0)
+        picture = open_image(image, 0, self.max_pixels)
         if question is None:
             prompt, written = CAPTION_PROMPT, self.caption(picture) if text is None else text
         else:
@@ -399,7 +420,7 @@ class Predictor:
         if any(isinstance(image, EncodedImage) and image.prefix.shape[-1] != width for image in images):
             raise ValueError("an encoded image comes from another model; encode it with this one")
         opened = [
-            open_image(image, start + i)
+            open_image(image, start + i, self.max_pixels)
             for i, image in enumerate(images)
             if not isinstance(image, EncodedImage)
         ]
@@ -467,8 +488,8 @@ class Predictor:
         return [self.question_prompt(text) for text in questions]
 
     def question_prompt(self, question: str) -> str:
-        """The prompt that `ask` gives this model for a question."""
-        return question_prompt(question, short=self.model.config.language.is_encoder_decoder)
+        """The prompt that `ask` gives this model for a question. Raises TextError where it is empty."""
+        return question_prompt(check_text(question), short=self.model.config.language.is_encoder_decoder)
 
     def asking_prompt(
         self, question: str, turns: Sequence[tuple[str, str]] | None, answer: str | None = None
@@ -478,7 +499,11 @@ class Predictor:
         return self.question_prompt(question) if turns is None else self.chat_prompt(turns, question, new)
 
     def chat_prompt(self, turns: Sequence[tuple[str, str]], question: str, max_new_tokens: int) -> str:
-        """The prompt of a conversation's next answer: of the (question, answer) turns so far the latest that fit."""
+        """The prompt of a conversation's next answer: of the (question, answer) turns so far the latest that fit.
+
+        Raises TextError where the question is empty.
+        """
+        check_text(question)
         room = self.model.prompt_room(max_new_tokens)
         while turns and len(self.generator.tokenizer.encode(chat_prompt(turns, question))) > room:
             turns = turns[1:]
@@ -504,7 +529,7 @@ class Predictor:
         Returns:
             One image and one text: a `Match`. One of them a list: a list. Both: for each image a list over the texts.
         """
-        table = self.matcher.match(as_list(images), as_list(texts), batch_size=batch_size)
+        table = self.matcher.match(as_list(images), _texts(texts), batch_size=batch_size)
         return unnest(table, is_many(images), is_many(texts))
 
     def embed(self, images: ImageSource | Many[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -517,8 +542,13 @@ class Predictor:
 
     def embed_text(self, texts: Texts) -> Tensor:
         """Text embeddings for search, float32, of length 1: [E] for one text, [B, E] for a list."""
-        embeddings = self.matcher.embed_text(as_list(texts))
+        embeddings = self.matcher.embed_text(_texts(texts))
         return embeddings if is_many(texts) else embeddings[0]
+
+
+def _texts(texts: Texts) -> list[str]:
+    """One or many -> a list of texts, none of them empty. Raises TextError."""
+    return [check_text(text, "text") for text in as_list(texts)]
 
 
 class Chat:

@@ -121,10 +121,10 @@ PUBLISHED = (
 _LAVIS_USES = ("blip2_feature_extractor:", "blip2_image_text_matching:")
 # Models of LAVIS that are not on the Hub -> its file, and what else it takes.
 _LAVIS_FILES = {
-    "blip2:pretrain_vitL": ("blip2_pretrained_vitL.pth", "--vision clip_vit_L.pth"),
+    "blip2:pretrain_vitL": ("blip2_pretrained_vitL.pth", "vision='clip_vit_L.pth'"),
     "blip2_t5:pretrain_flant5xl_vitL": (
         "blip2_pretrained_flant5xl_vitL.pth",
-        "--vision clip_vit_L.pth --language google/flan-t5-xl",
+        "vision='clip_vit_L.pth' and language='google/flan-t5-xl'",
     ),
 }
 _LAVIS_ADDRESS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"

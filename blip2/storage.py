@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, lasting over a power cut; locks; users' text files.
+"""Files and folders that appear complete or not at all, lasting over a power cut; locks; users' text files and tables.
 
 Text, CSV, TSV and JSON of users are read here alone: UTF-8, with or without a byte order mark, or UTF-16 with one. LF
 and CRLF end a line, nothing else does. What is no such text is an error that names file and line.
@@ -6,13 +6,15 @@ and CRLF end a line, nothing else does. What is no such text is an error that na
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
@@ -22,10 +24,15 @@ from blip2.tensorfiles.texts import TextFileError as TextFileError
 from blip2.tensorfiles.texts import decode_text, text_encoding
 from blip2.tensorfiles.texts import read_text as read_text
 
+NO_PYARROW = "parquet needs pyarrow; pip install 'blip2[bulk]'"
 MAX_LINE_BYTES = 64 << 20
 UNFINISHED = ".unfinished"  # the suffix of a file that `replace_file` has not renamed yet
 _LOCK = ".lock"
 Content = dict[str, Any] | str | Path  # of a file: JSON, text, or a file to copy
+
+
+class OutputError(ValueError):
+    """A place where no file can be written; the message names it and says why."""
 
 
 def lock_file(file: IO[Any], *, inherited: bool = True) -> bool:
@@ -56,25 +63,57 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def output_file(path: Path) -> Path:
+    """Where the content of an output goes: `path`, or the regular file that it is a link to.
+
+    Raises:
+        OutputError: any other link, a folder, a device, a pipe, a socket, or a file that is read-only.
+    """
+    link = "a link to " * path.is_symlink()
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if link:
+            raise OutputError(f"{path} is a link that leads to no file; remove it or name another") from error
+        return path  # it is not there, or what is wrong is reported by who writes it
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file (a device, a pipe or a socket)"
+        raise OutputError(f"{path} is {link}{what}; name another file")
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"{path} is read-only; allow writing it or name another file")
+    return Path(os.path.realpath(path)) if link else path
+
+
+def unfinished_file(path: Path) -> Path:
+    """Where `replace_file` writes what is to take a file's place; there after a kill, until the next write."""
+    path = output_file(path)
+    # never longer than a name may be
+    key = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    return path.with_name(f".{key}{UNFINISHED}")
+
+
 @contextmanager
 def replace_file(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
     """Gives the path of a file to write; when the block ends without an error it takes the place of `path`.
 
-    Until then the old file stays as it is. An error leaves nothing behind; a killed process leaves a file whose name
-    ends in `UNFINISHED`, which the next write to the same place overwrites.
+    Of a link to a regular file the target is replaced; a file that was there passes its permissions on. Until then
+    it stays as it is. An error leaves nothing behind; a killed process leaves a file whose name ends in `UNFINISHED`,
+    which the next write to the same place overwrites.
 
     Args:
         sync_name: flush the folder too. Without, the old file may be back after a power cut.
 
     Raises:
+        OutputError: what is there is no regular file, or read-only.
         OSError: the disk refuses.
     """
+    path = output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # never longer than a name may be
-    key = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
-    beside = path.with_name(f".{key}{UNFINISHED}")
+    beside = unfinished_file(path)
     try:
         yield beside
+        with contextlib.suppress(OSError):  # nothing was there, or the file system has no permissions
+            shutil.copymode(path, beside)
         sync(beside)
         os.replace(beside, path)
         if sync_name:
@@ -93,6 +132,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the place is taken, another process writes there, or the disk refuses.
     """
+    if folder.is_symlink():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is a link that leads to no folder; remove it or name another")
+        folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already; save to a new folder, or remove it first")
     beside = folder.absolute().parent / f".{folder.name}.part"
@@ -149,6 +192,15 @@ def read_text_and_form(path: str | Path) -> tuple[str, tuple[str, str, str]]:
     raise TextFileError(f"{path}: some lines end with CRLF and some with LF; give the file one kind")
 
 
+def text_form(path: str | Path) -> tuple[str, str, str]:
+    """Encoding, mark and line end of a text file as its first line has them, for `encode_text`. Raises OSError."""
+    with open(path, "rb") as file:
+        line = file.readline(MAX_LINE_BYTES)
+    encoding = text_encoding(line)
+    text = line.decode(encoding, "replace")
+    return encoding, "\ufeff" * text.startswith("\ufeff"), "\r\n" if "\r" in text[-3:] else "\n"
+
+
 def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a file of any size with their numbers, from 1, without their ends. Raises TextFileError, OSError."""
     with open(path, "rb") as file:
@@ -157,9 +209,12 @@ def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 def stream_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     """As `read_text_lines`, of an open file, which may be a pipe: a line is given as soon as it has come."""
-    number, line = 1, bytearray(part := file.readline(MAX_LINE_BYTES))
+    number, part = 1, file.readline(MAX_LINE_BYTES)
     encoding = text_encoding(part)
-    end = "\n".encode(encoding)
+    while encoding == "utf-8" and part.endswith(b"\n"):  # what follows can do it too, in twice the time
+        yield number, decode_text(part, name, encoding, number)[:-1].removesuffix("\r")
+        number, part = number + 1, file.readline(MAX_LINE_BYTES)
+    line, end = bytearray(part), "\n".encode(encoding)
     while part:
         line += file.read(-len(line) % len(end))  # "\n" is the first byte of a wider character
         if line.endswith(end):
@@ -180,15 +235,15 @@ def read_json_text(text: str, where: str) -> Any:
         raise TextFileError(f"{where}: no valid JSON ({error})") from error
 
 
-def read_rows(path: str | Path) -> Iterator[Any]:
+def read_rows(path: str | Path, suffix: str = "") -> Iterator[Any]:
     """The rows of a CSV or TSV file with a header as dictionaries, or the values in JSONL; empty lines are none.
 
     Strict: a row has as many fields as the header, and a quote that is opened is closed. TSV whose header has no quote
-    character is read without quotes, as Conceptual Captions is written.
+    character is read without quotes, as Conceptual Captions is written. suffix: of the format, where not the path's.
 
     Raises TextFileError, which names row or line, from 1, and OSError.
     """
-    lines, suffix, row = read_text_lines(path), Path(path).suffix.lower(), 1
+    lines, suffix, row = read_text_lines(path), suffix or Path(path).suffix.lower(), 1
     if suffix == ".jsonl":
         yield from (read_json_text(line, f"{path}, line {i}") for i, line in lines if line.strip())
         return
@@ -208,3 +263,60 @@ def read_rows(path: str | Path) -> Iterator[Any]:
     except csv.Error as error:
         where = f"{path}, row {row} (to line {reader.line_num})"
         raise TextFileError(f"{where}: {error}; are double quotes missing?") from None
+
+
+def parquet_columns(path: str | Path) -> list[str]:
+    """The names of a parquet table's columns. Raises TextFileError, OSError."""
+    with _parquet(path) as file:
+        names: list[str] = file.schema_arrow.names
+        return names
+
+
+def read_parquet(path: str | Path, columns: Sequence[str], start: int = 1) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet table from row `start`, counted from 1, on; of the columns those that it has.
+
+    In place of what Python cannot hold, such as text that is no UTF-8, a value is the error. Raises TextFileError,
+    OSError.
+    """
+    with _parquet(path) as file:
+        group = place = 0
+        while group < file.num_row_groups and place + file.metadata.row_group(group).num_rows < start:
+            place += file.metadata.row_group(group).num_rows
+            group += 1
+        names = [name for name in file.schema_arrow.names if name in columns]
+        for number in range(
+            group, file.num_row_groups
+        ):  # one by one: all rows before a damaged one are given
+            for batch in file.iter_batches(batch_size=64, row_groups=[number], columns=names):
+                rows = _parquet_values(batch)
+                yield from rows[max(0, start - 1 - place) :]
+                place += len(rows)
+
+
+@contextmanager
+def _parquet(path: str | Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TextFileError(f"{path}: {NO_PYARROW}") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except pyarrow.ArrowException as error:
+        raise TextFileError(f"{path}: no parquet file that can be read ({error})") from error
+
+
+def _parquet_values(batch: Any) -> list[dict[str, Any]]:
+    unreadable = (ValueError, OverflowError, NotImplementedError)
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except unreadable:
+        rows = [{} for _ in range(batch.num_rows)]
+        for name in batch.schema.names:
+            for row, scalar in zip(rows, batch.column(name), strict=True):
+                try:
+                    row[name] = scalar.as_py()
+                except unreadable as error:
+                    row[name] = error
+    return rows

@@ -6,8 +6,11 @@ is encoded as the characters it is made of and never becomes a special token, wh
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +20,24 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blip2.tensorfiles.errors import CheckpointError
-from blip2.tensorfiles.strict_json import read_json
-from blip2.tensorfiles.texts import read_text
+from blip2.tensorfiles.errors import CheckpointError, quoted
+from blip2.tensorfiles.strict_json import MAX_JSON_BYTES, read_json, read_small_file
+from blip2.tensorfiles.texts import decode_text
+from blip2.tokenizerfiles import (
+    MAX_TOKENIZER_BYTES,
+    check_added,
+    check_merges,
+    check_tokenizer,
+    check_vocabulary,
+)
 
 CAPTION_PROMPT = "a photo of"
 QUESTION_PROMPT = "Question: {} Answer:"
 SHORT_QUESTION_PROMPT = "Question: {} Short answer:"
 MAX_WORDS = 50
+MAX_TEXT = (
+    1 << 15
+)  # characters; no model reads as many tokens, and encoding a hundred times as many takes gigabytes
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -65,50 +78,51 @@ class Tokenizer:
         Raises:
             TextError: none of these files, or broken ones.
         """
-        folder = Path(folder)
+        with _library_errors(f"the tokenizer files in {folder} cannot be read"):
+            return cls._load(Path(folder), parse_special)
+
+    @classmethod
+    def _load(cls, folder: Path, parse_special: bool) -> Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         special_map = _read_json(folder / "special_tokens_map.json")
         added = config.get("added_tokens_decoder")
         # The older layout keeps the names of the special tokens in a file of its own, which takes precedence.
         named = config if isinstance(added, Mapping) else config | special_map
         tokens = {name: _added_token(named[name]) for name in _SPECIAL_NAMES if named.get(name)}
-        try:
-            if (folder / "tokenizer.json").is_file():
-                backend = Backend.from_str(read_text(folder / "tokenizer.json"))
-                backend.no_padding()
-                backend.no_truncation()
-                usual = _USUAL.get(type(backend.model), _OPT_SPECIAL)
-                tokens = {
-                    name: token
-                    for name, token in _defaults(tokens, usual).items()
-                    if backend.token_to_id(token.content) is not None
-                }
-                if backend.post_processor is None or "add_bos_token" in config or "add_eos_token" in config:
-                    _frame(backend, *_ends(tokens, config))
-            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                tokens = _defaults(tokens, _OPT_SPECIAL)
-                backend = _read_bpe(folder, config)
-                _add_tokens(backend, folder, added, tokens)
+        if (folder / "tokenizer.json").is_file():
+            raw = _read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+            check_tokenizer(raw)
+            backend = Backend.from_str(json.dumps(raw, ensure_ascii=False))  # nothing but what was checked
+            backend.no_padding()
+            backend.no_truncation()
+            usual = _USUAL.get(type(backend.model), _OPT_SPECIAL)
+            tokens = {
+                name: token
+                for name, token in _defaults(tokens, usual).items()
+                if backend.token_to_id(token.content) is not None
+            }
+            if backend.post_processor is None or "add_bos_token" in config or "add_eos_token" in config:
                 _frame(backend, *_ends(tokens, config))
-            elif (folder / "vocab.txt").is_file():
-                tokens = _defaults(tokens, _BERT_SPECIAL)
-                backend = _read_wordpiece(folder, config, tokens["unk_token"].content)
-                _add_tokens(backend, folder, added, tokens)
-                _frame(backend, tokens["cls_token"], tokens["sep_token"])
-            elif (folder / "spiece.model").is_file():
-                raise TextError(
-                    f"{folder} holds T5's vocabulary as spiece.model alone, which is not read here; put the "
-                    "tokenizer.json of the same model beside it (transformers writes one: "
-                    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
-                )
-            else:
-                raise TextError(
-                    f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or vocab.txt"
-                )
-        except TextError:
-            raise
-        except Exception as error:  # the library raises bare Exceptions
-            raise TextError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokens = _defaults(tokens, _OPT_SPECIAL)
+            backend = _read_bpe(folder, config)
+            _add_tokens(backend, folder, added, tokens)
+            _frame(backend, *_ends(tokens, config))
+        elif (folder / "vocab.txt").is_file():
+            tokens = _defaults(tokens, _BERT_SPECIAL)
+            backend = _read_wordpiece(folder, config, tokens["unk_token"].content)
+            _add_tokens(backend, folder, added, tokens)
+            _frame(backend, tokens["cls_token"], tokens["sep_token"])
+        elif (folder / "spiece.model").is_file():
+            raise TextError(
+                f"{folder} holds T5's vocabulary as spiece.model alone, which is not read here; put the "
+                "tokenizer.json of the same model beside it (transformers writes one: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
+            )
+        else:
+            raise TextError(
+                f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or vocab.txt"
+            )
         backend.encode_special_tokens = not parse_special
         if isinstance(backend.model, models.Unigram) and not parse_special:
             _break_special_tokens(backend)
@@ -144,14 +158,19 @@ class Tokenizer:
             raise TextError(f"expected text, got {type(text).__name__}")
         if not text.isascii() and re.search("[\ud800-\udfff]", text):  # a lone surrogate
             raise TextError("the text holds bytes that are no Unicode characters; is it typed as UTF-8?")
-        encoding = self._backend.encode(text, add_special_tokens=False)
         if max_length is not None:
-            room = max_length - (self._backend.num_special_tokens_to_add(False) if frame else 0)
-            if room < 0:
-                raise TextError(f"max_length is {max_length}, which leaves no room for the text")
-            encoding.truncate(room)
-        if frame:
-            encoding = self._backend.post_process(encoding)
+            text = text[:MAX_TEXT]
+        if len(text) > MAX_TEXT:
+            raise TextError(f"the text has {len(text):,} characters, over {MAX_TEXT:,}; shorten it")
+        with _library_errors("the text cannot be encoded"):
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            if max_length is not None:
+                room = max_length - (self._backend.num_special_tokens_to_add(False) if frame else 0)
+                if room < 0:
+                    raise TextError(f"max_length is {max_length}, which leaves no room for the text")
+                encoding.truncate(room)
+            if frame:
+                encoding = self._backend.post_process(encoding)
         return list(encoding.ids)
 
     def encode_batch(
@@ -172,8 +191,15 @@ class Tokenizer:
     def decode(self, ids: Iterable[int] | Tensor, *, skip_special: bool = True) -> str:
         """Token ids -> text; ids beyond the vocabulary (a padded one has them) give nothing."""
         values = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
-        text: str = self._backend.decode(values, skip_special_tokens=skip_special)
+        with _library_errors("the tokens cannot be decoded"):
+            text: str = self._backend.decode(values, skip_special_tokens=skip_special)
         return text
+
+    def largest_id(self) -> int:
+        """The largest id that a text may be encoded to; special tokens that no text gives do not count."""
+        added = self._backend.get_added_tokens_decoder().items()
+        words = self._backend.get_vocab(with_added_tokens=False).values()
+        return max([*words, *(i for i, token in added if not token.special), *self.encode("")])
 
 
 # --- tokenizer files -----------------------------------------------------------------------------------------------
@@ -181,9 +207,12 @@ class Tokenizer:
 
 def _read_bpe(folder: Path, config: Mapping[str, Any]) -> Backend:
     """GPT-2's byte-level BPE, as OPT uses it."""
-    lines = filter(None, read_text(folder / "merges.txt").split("\n"))
+    lines = filter(None, _read_lines(folder / "merges.txt"))
     merges: Any = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-    backend = Backend(models.BPE(_read_json(folder / "vocab.json"), merges, fuse_unk=False))
+    vocabulary = _read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES)
+    check_vocabulary(vocabulary)
+    check_merges(merges)
+    backend = Backend(models.BPE(vocabulary, merges, fuse_unk=False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=bool(config.get("add_prefix_space", False))
     )
@@ -193,8 +222,9 @@ def _read_bpe(folder: Path, config: Mapping[str, Any]) -> Backend:
 
 def _read_wordpiece(folder: Path, config: Mapping[str, Any], unknown: str) -> Backend:
     """BERT's WordPiece, which the stage-1 model reads."""
-    lines = read_text(folder / "vocab.txt").split("\n")
+    lines = _read_lines(folder / "vocab.txt")
     vocab = {line: i for i, line in enumerate(lines) if line or i < len(lines) - 1}
+    check_vocabulary(vocab)
     backend = Backend(models.WordPiece(vocab, unk_token=unknown))
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -211,9 +241,12 @@ def _break_special_tokens(backend: Backend) -> None:
     """Keep special tokens in text from being found: a unigram model has them among its pieces. Split off their first
     letter."""
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    if not special:
+        return
     first = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special)
     apart = pre_tokenizers.Split(Regex(first), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, apart])
+    before = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*before, apart])
 
 
 def _ends(
@@ -240,10 +273,12 @@ def _add_tokens(backend: Backend, folder: Path, listed: Any, tokens: Mapping[str
     if isinstance(listed, Mapping):
         added = {int(i): _added_token(token) for i, token in listed.items()}
     else:
+        listed = _read_json(folder / "added_tokens.json")
         added = {
             int(i): AddedToken(content, normalized=content not in special, special=content in special)
-            for content, i in _read_json(folder / "added_tokens.json").items()
+            for content, i in listed.items()
         }
+    check_added([{"content": token.content, "id": i} for i, token in added.items()])
     known = {token.content for token in added.values()}
     unlisted = [token for token in tokens.values() if token.content not in known]
     for token in [*(added[i] for i in sorted(added)), *unlisted]:
@@ -251,7 +286,7 @@ def _add_tokens(backend: Backend, folder: Path, listed: Any, tokens: Mapping[str
     for i, token in added.items():
         if (index := backend.token_to_id(token.content)) != i:
             raise TextError(
-                f"the added token {token.content!r} should have id {i} but gets {index}: "
+                f"the added token {quoted(token.content)} should have id {i} but gets {index}: "
                 "vocabulary and added tokens do not belong together"
             )
 
@@ -265,22 +300,67 @@ def _added_token(value: Any) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True, normalized=False)
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
-        raise TextError(f"a special token in the tokenizer's files is {value!r}, expected text")
+        raise TextError(f"a special token in the tokenizer's files is {quoted(value)}, expected text")
     flags = {
         name: bool(value[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value
     }
     return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
     try:
-        return read_json(path, optional=True)
+        return read_json(path, optional=True, limit=limit)
     except CheckpointError as error:
         raise TextError(str(error)) from error
 
 
+def _read_lines(path: Path) -> list[str]:
+    content = read_small_file(path, MAX_TOKENIZER_BYTES, "a vocabulary")
+    return decode_text(content, str(path)).replace("\r\n", "\n").split("\n")
+
+
+@contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+    """Turn what the library raises into TextError: bare Exceptions, and its panics, which are no Exceptions at all."""
+    try:
+        yield
+    except TextError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TextError(f"{problem}: {str(error)[:500]}") from error
+        raise
+
+
 # --- prompts -------------------------------------------------------------------------------------------------------
+
+
+_SHOWS_NOTHING = (
+    "Cc",
+    "Cf",
+    "Zs",
+    "Zl",
+    "Zp",
+    "Mn",
+    "Me",
+)  # categories: control, format, space, and marks on a letter
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters by category, drawn as space
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is to be seen: it is empty, or white space, control and zero-width characters alone."""
+    return all(char in _BLANK_LETTERS or unicodedata.category(char) in _SHOWS_NOTHING for char in text)
+
+
+def check_text(text: str, what: str = "question") -> str:
+    """The text. Raises TextError where it is blank, or no text at all. what: its kind, for the message."""
+    if not isinstance(text, str):
+        raise TextError(f"expected a {what}, got {type(text).__name__}")
+    if is_blank(text):
+        held = f"holds only {text[:20]!a}" if text else "is empty"
+        raise TextError(f"the {what} {held}; write some words")
+    return text
 
 
 def question_prompt(question: str, *, short: bool = False) -> str:

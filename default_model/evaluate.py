@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import blip2
 from blip2.evaluate.report import figure
-from blip2.evaluate.run import EvalSettings, scenes_report, task_report
+from blip2.evaluate.run import EvalSettings, Metrics, scenes_report, task_report
 from blip2.evaluate.tasks import read_task
 from blip2.predict import Predictor
 from default_model.language import Language, standard
@@ -48,12 +48,12 @@ def main() -> None:
     for name, score in scores.items():
         goal = f"goal {GOALS[name]:.0%}" if name in GOALS else ""
         print(f"{name:48} {figure(name, score):>8}   {goal}")
-    print(json.dumps({name: round(score, 4) for name, score in scores.items()}))
+    print(json.dumps({name: score and round(score, 4) for name, score in scores.items()}))
 
 
 def evaluate(
     model: Predictor, composer: Composer, language: Language, folder: Path, limit: int | None = None
-) -> dict[str, float]:
+) -> Metrics:
     """Every figure of the table, 0..1; with `limit`, on the first items of each set alone."""
     bars: dict[str, tqdm[None]] = {}
 

@@ -11,6 +11,24 @@ sys.path.insert(0, str(PAGE.parent.parent))  # a checkout that is not installed 
 
 from blip2.commands.parser import EPILOG, build_parser, subcommands  # noqa: E402
 
+STREAMS = """\
+## What is printed
+Standard output is UTF-8 where it is no terminal, whatever the locale is. In plain lines and messages a
+character of a file name that would steer a terminal or break the line is shown as bash's `$'...'` has it:
+`a\\nb.jpg`, `\\x1b`, `\\u202e`, and `\\xe9` for a byte that is no UTF-8; in captions and answers it is a space.
+`--json` holds every name and text exactly. Standard output that cannot be written, for its disk is full, ends
+the command with status 2; one that is closed, or whose reader has seen enough (`| head`), is no error. Warnings
+of Pillow are lines on standard error that name the image.
+
+A TEXT or QUESTION that is the name of a file or folder is refused, since it was meant as an image: put a space
+after it if it is meant as text. URLs are not fetched, and empty texts are refused.
+
+At the prompt of `blip2 chat` `exit`, `quit` and `bye`, with or without a slash, and Ctrl-D end with status 0,
+`/help` tells so, any other single word with a slash is explained and not sent. Ctrl-C clears the line, or stops
+an answer, which then does not count. In a pipe every line is a question but empty ones; one that cannot be
+answered is an error and the next one follows; where a line is no text ([which files are
+text](bulk.md#what-goes-in)) the command ends with status 1, and what was answered stands.
+"""
 INTRODUCTION = """\
 # The command line
 
@@ -22,6 +40,7 @@ def page() -> str:
     """The whole page as Markdown."""
     parser = build_parser()
     parts = [INTRODUCTION, f"{parser.description}\n", EPILOG.replace("\n", "  \n").rstrip() + "\n"]
+    parts.append(STREAMS)
     parts += [_section(name, command) for name, command in subcommands(parser).items()]
     return "\n".join(parts)
 

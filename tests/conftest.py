@@ -205,6 +205,12 @@ def _make(variant: str, newline: int, bert_words: int) -> Blip2 | Blip2Matcher:
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is remembered of files of weights stays among the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every variant of the family, tiny and random: its name -> its folder in Hugging Face's layout."""

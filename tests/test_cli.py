@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,16 +244,16 @@ def test_the_environment_names_the_model_of_texts(
     assert named == ["caption", "ask", "chat", "explain", "serve"]
 
 
-def test_a_run_is_recorded_as_it_always_was(run: Run, pictures: list[Path], tmp_path: Path) -> None:
-    """So that outputs begun by any version are gone on with."""
+def test_what_decides_the_texts_of_a_run_is_recorded(run: Run, pictures: list[Path], tmp_path: Path) -> None:
     assert run("caption", pictures[0], "--out", tmp_path / "o.csv", "--quiet", model=None)[0] == 0
-    line = (tmp_path / ".o.csv.blip2" / "journal").read_text().splitlines()[0]
-    recorded = json.loads(line.split(" ", 1)[1])["settings"]
+    with closing(sqlite3.connect(tmp_path / ".o.csv.blip2" / "state.sqlite")) as database:
+        ((value,),) = database.execute("SELECT value FROM settings WHERE name = 'run'")
+    recorded = json.loads(value)
     assert len(recorded.pop("weights")) == 16
     assert {name: value for name, value in recorded.items() if value is not None} == {
         "num_beams": 5, "max_new_tokens": 30, "min_new_tokens": 0, "length_penalty": 1.0, "early_stopping": False,
         "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_return_sequences": 1, "do_sample": False,
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "model": "default", "questions": [], "prefix": "", "suffix": "",
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "model": "default", "questions": [],
         "score": False, "match": False, "keep_best": False, "format": "csv", "shard": "1/1",
     }  # fmt: skip
 
@@ -403,9 +405,9 @@ def test_json_of_a_name_that_is_no_utf8(capsys: pytest.CaptureFixture[str]) -> N
         (["capton", "x.jpg"], "invalid choice"),
         (["caption", "x.jpg", "--beam-size", "3"], "unrecognized"),
         (["caption", "x.jpg", "--beam", "3"], "unrecognized"),
-        (["caption", "x.jpg", "--beams", "0"], "num_beams"),
-        (["caption", "x.jpg", "--beams", "2", "--temperature", "0.5"], "do_sample"),
-        (["caption", "x.jpg", "--min-new-tokens", "50"], "min_new_tokens"),
+        (["caption", "x.jpg", "--beams", "0"], "--num-beams"),
+        (["caption", "x.jpg", "--beams", "2", "--temperature", "0.5"], "--do-sample"),
+        (["caption", "x.jpg", "--min-new-tokens", "50"], "--min-new-tokens"),
         (["caption", "x.jpg", "y.jpg", "--stream"], "--stream"),
         (["caption", "x.jpg", "--stream", "--beams", "2"], "--stream"),
         (["caption", "x.jpg", "--batch-size", "0"], "--batch-size"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
 
 import blip2
 from blip2.registry import ASSETS, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER
@@ -67,8 +66,11 @@ def test_folders_are_small() -> None:
 
 @pytest.mark.parametrize("name", ["rose.jpg", "penguin-gravestone-mixers.jpg"])
 def test_transformers_says_the_same(model: blip2.Predictor, name: str) -> None:
-    theirs = Blip2ForConditionalGeneration.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32).eval()
-    processor = Blip2Processor.from_pretrained(DEFAULT_FOLDER)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(
+        DEFAULT_FOLDER, dtype=torch.float32
+    ).eval()
+    processor = transformers.Blip2Processor.from_pretrained(DEFAULT_FOLDER)
     with Image.open(EXAMPLES / name) as image:
         inputs = processor(images=image.convert("RGB"), text="a photo of", return_tensors="pt")
     ids = theirs.generate(**inputs, num_beams=5, max_new_tokens=30)
@@ -77,8 +79,11 @@ def test_transformers_says_the_same(model: blip2.Predictor, name: str) -> None:
 
 
 def test_transformers_matches_the_same(model: blip2.Predictor) -> None:
-    theirs = Blip2ForImageTextRetrieval.from_pretrained(DEFAULT_MATCHER_FOLDER, dtype=torch.float32).eval()
-    processor = Blip2Processor.from_pretrained(DEFAULT_MATCHER_FOLDER)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Blip2ForImageTextRetrieval.from_pretrained(
+        DEFAULT_MATCHER_FOLDER, dtype=torch.float32
+    ).eval()
+    processor = transformers.Blip2Processor.from_pretrained(DEFAULT_MATCHER_FOLDER)
     text = "a rose"
     pixels = processor.image_processor(
         images=Image.open(EXAMPLES / "rose.jpg").convert("RGB"), return_tensors="pt"

@@ -73,9 +73,7 @@ def test_other_formats_are_refused() -> None:
         b"%PDF-1.7 and so on",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     ):
-        with pytest.raises(
-            ImageError, match=r"no image this package can read \(it begins with b'.*supported are JPEG"
-        ):
+        with pytest.raises(ImageError, match=r"no image this package can read; supported are JPEG"):
             load_image(content)
 
 
@@ -230,10 +228,10 @@ def test_errors_name_the_source(tmp_path: Path) -> None:
     folder.mkdir()
     for source, says in (
         (empty, "empty.png: the file is empty"),
-        (text, r"text.jpg: no image .*begins with b'no image'"),
+        (text, r"text.jpg: no image this package can read"),
         (folder, "folder is no regular file"),
         (tmp_path / "missing.png", "missing.png: no such file"),
-        ("https://example.org/cat.jpg", "no such file; URLs are not fetched here"),
+        ("https://example.org/cat.jpg", "https://example.org/cat.jpg: URLs are not fetched here"),
         ("a\0b.png", "is no valid path"),
         (b"", "an image of 0 bytes: the file is empty"),
         (io.StringIO("text"), "must be open for reading bytes"),

@@ -8,7 +8,7 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +438,30 @@ def test_match_takes_one_or_many_of_each(model: Predictor, pictures: list[Path])
     assert all(0 <= cell.probability <= 1 and -1 <= cell.similarity <= 1 for row in table for cell in row)
 
 
+@pytest.mark.parametrize("text", ["", " \n", "\u200b\x1b"])
+def test_an_empty_text_is_refused_by_every_method(model: Predictor, text: str, pictures: list[Path]) -> None:
+    image, chat = pictures[0], model.chat(pictures[0])
+    calls: list[Callable[[], object]] = [
+        lambda: model.ask(image, text),
+        lambda: model.ask([image, image], ["what?", text]),
+        lambda: model.ask(image, text, stream=True),
+        lambda: model.rank(image, text, ["yes"]),
+        lambda: model.rank(image, "what?", ["yes", text]),
+        lambda: model.explain(image, question=text),
+        lambda: model.explain(image, text=text),
+        lambda: model.match(image, text),
+        lambda: model.match([image], ["a cat", text]),
+        lambda: model.embed_text(text),
+        lambda: model.embed_text(["a cat", text]),
+        lambda: chat.send(text),
+        lambda: chat.send(text, stream=True),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"empty|holds only"):
+            call()
+    assert chat.turns == ()
+
+
 def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures: list[Path]) -> None:
     texts = ["a red cat", "two dogs"]
     images, words = model.embed(pictures, batch_size=2), model.embed_text(texts)
@@ -451,6 +475,23 @@ def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures
         assert [cell.similarity for cell in row] == pytest.approx(similarities, abs=1e-5)
     assert model.embed([]).shape == (0, 4, 16)
     assert model.embed_text([]).shape == (0, 16)
+
+
+def test_a_limit_of_pixels(generator_folder: Path, matcher_folder: Path, pictures: list[Path]) -> None:
+    model = blip2.load(generator_folder, device="cpu", matcher=matcher_folder, max_pixels=1_000)
+    for use in (
+        model.caption,
+        model.encode,
+        model.explain,
+        model.embed,
+        lambda image: model.match(image, "a"),
+    ):
+        with pytest.raises(blip2.ImageError, match=r"30x40 px is 1,200 pixels, the limit is 1,000"):
+            use(pictures[0])
+    assert model.encode(pictures[1]).size == (25, 15)  # a JPEG of 50x30 px, at half its scale
+    for value in (0, 10**9, "many", 1.5):
+        with pytest.raises(blip2.ImageError, match=r"max_pixels is .*, expected a whole number from 1 to"):
+            blip2.load(max_pixels=value)  # type: ignore[arg-type]
 
 
 def test_a_matcher_alone_matches_and_does_not_write(matcher_folder: Path, pictures: list[Path]) -> None:

@@ -73,7 +73,7 @@ def test_names_of_lavis() -> None:
         == resolve_alias("blip2_image_text_matching:coco")
         == "Salesforce/blip2-itm-vit-g-coco"
     )
-    with pytest.raises(ValueError, match=r"blip2_pretrained_flant5xl_vitL\.pth .* --vision .* --language"):
+    with pytest.raises(ValueError, match=r"blip2_pretrained_flant5xl_vitL\.pth .* vision=.* language="):
         resolve_alias("blip2_t5:pretrain_flant5xl_vitL")
 
 

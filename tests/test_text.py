@@ -16,6 +16,7 @@ from blip2.text import (
     TextError,
     Tokenizer,
     chat_prompt,
+    check_text,
     clean_caption,
     clean_question,
     question_prompt,
@@ -150,6 +151,20 @@ def test_prompts() -> None:
         chat_prompt([("what is it?", "a cat"), ("really?", " yes. ")], "why?")
         == "Question: what is it? Answer: a cat. Question: really? Answer: yes. Question: why? Answer:"
     )
+
+
+@pytest.mark.parametrize("text", ["?", "a", "漢", " \u200bé", "\u0301a", "\U0001f339", "\ue000", "\ud800"])
+def test_text_that_shows_something(text: str) -> None:
+    assert check_text(text) == text
+
+
+BLANK = ("", " \t\r\n", "\u200b\ufeff", "\0\x1b\x07", "\u202e\u2066", "\u2028\xa0\u3000", "\ufe0f\u0301")
+
+
+@pytest.mark.parametrize("text", [*BLANK, "\u3164\u2800 \u1160"])
+def test_text_that_shows_nothing_is_refused(text: str) -> None:
+    with pytest.raises(TextError, match=r"the caption (is empty|holds only .*); write some words"):
+        check_text(text, "caption")
 
 
 # --- cleaning: expected values are LAVIS's -----------------------------------------------------------------------

@@ -158,10 +158,10 @@ def test_text_files_that_are_added_to(before: bytes | str, old: str, existing: A
 def test_chat_reads_any_text_from_a_pipe(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = FORMS[form](f"what{ODD}?\n\n why?")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
-    assert list(chat._questions()) == [f"what{ODD}?", "why?"]
+    assert list(chat._piped()) == [f"what{ODD}?", "why?"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"why?\n\xe9")))
     with pytest.raises(ValueError, match="standard input, line 2"):
-        list(chat._questions())
+        list(chat._piped())
 
 
 @pytest.mark.parametrize("text", ["caf\udce9?", "\ud800", "a\udfff b"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from blip2.bulk.journal import Row
-from blip2.bulk.run import Describe, Prepare
+from blip2.bulk.database import Row
+from blip2.bulk.run import DecodeImage, Describe
+from blip2.imagefiles.workers import ImageWorkers
+from blip2.images import ImageProcessor, load_image
 
 if TYPE_CHECKING:
     from blip2.predict import Predictor
@@ -25,8 +26,6 @@ def make_captioner(
     options: dict[str, Any],
     *,
     questions: Sequence[str] = (),
-    prefix: str = "",
-    suffix: str = "",
     score: bool = False,
     match: bool = False,
     keep_best: bool = False,
@@ -37,7 +36,6 @@ def make_captioner(
         load: gives the model; called with the first images, so that the function can be sent to another machine.
         options: as `Predictor.caption` takes them, or `.ask` where there are questions.
         questions: all of them are answered about each image, which is encoded once.
-        prefix, suffix: put around each text.
         score: the rows hold the log-probability of the whole text too.
         match: the rows hold the probability that text and image fit (ITM), by the model's matcher.
         keep_best: of an image's texts only the one that fits best is kept.
@@ -62,10 +60,11 @@ def make_captioner(
 
     def rows(model: Predictor, image: Image.Image, texts: list[tuple[str, Any]]) -> list[Row]:
         result: list[Row] = []
-        fits = model.match(image, [str(text) for _, text in texts]) if match or keep_best else []
+        written = [str(text) for _, text in texts]  # by the model: an empty one is compared too
+        fits = model.matcher.match([image], written)[0] if match or keep_best else []
         for i, (question, text) in enumerate(texts):
             row: Row = {"question": question} if question else {}
-            row |= {"answer" if questions else "caption": f"{prefix}{text}{suffix}", "score": text.score}
+            row |= {"answer" if questions else "caption": str(text), "score": text.score}
             if score:
                 row["logprob"] = sum(text.token_logprobs)
             if fits:
@@ -76,17 +75,27 @@ def make_captioner(
     return describe
 
 
-def make_resizer(*image_processors: Any) -> Prepare:
-    """Makes waiting images as small as the models take them; resizing to the same size again changes nothing.
+@contextlib.contextmanager
+def decoding(*image_processors: ImageProcessor, workers: int) -> Iterator[DecodeImage]:
+    """What decodes images and makes them as small as the models take them, which resize them to the same then.
 
     Args:
         image_processors: of all models that see the images; where they differ, images are left as they are.
+        workers: processes that do it, bounded in time and memory, one image each at a time. They take a tenth of a
+            second to start. 0: it is done in the threads of this process.
     """
     sizes = {(processor.size, processor.resample) for processor in image_processors}
-    if len(sizes) > 1:
-        return lambda image: image
-    ((size, resample),) = sizes
-    return lambda image: image.resize((size, size), Image.Resampling(resample))
+    resize = sizes.pop() if len(sizes) == 1 else None
+    if not workers:
+        yield partial(_decode_here, resize=resize)
+        return
+    with ImageWorkers(workers) as pool:
+        yield partial(pool.load_image, resize=resize)
+
+
+def _decode_here(content: bytes, resize: tuple[int, int] | None) -> Image.Image:
+    image = load_image(content)
+    return image if resize is None else image.resize((resize[0], resize[0]), Image.Resampling(resize[1]))
 
 
 @contextlib.contextmanager
@@ -109,15 +118,7 @@ def parallel_batches(model: Predictor | None) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-@torch.inference_mode()
-def fingerprint(model: Predictor) -> str:
-    """Distinguishes models of the same name: a digest of every tensor's name, shape and first values."""
-    lines: dict[str, str] = {}
-    # One module at a time: of a packed weight this makes a copy.
-    for parent, module in model.model.named_modules():
-        own: dict[str, Tensor] = {}
-        module._save_to_state_dict(own, f"{parent}." if parent else "", keep_vars=False)
-        for name, tensor in own.items():
-            lines[name] = f"{name} {tuple(tensor.shape)} {tensor.flatten()[:16].tolist()}\n"
-    text = "".join(lines[name] for name in sorted(lines))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint(model: Predictor, *, matcher: bool = False) -> str:
+    """What tells a model's weights from all others, as they were loaded; with `matcher`, those of its matcher too."""
+    digests = [model.digest(), *([model.digest(matcher=True)] if matcher else [])]
+    return " ".join(digest[:16] for digest in digests)

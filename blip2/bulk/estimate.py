@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
-from blip2.bulk.index import Index, key_of
-from blip2.bulk.journal import NAME, Journal
-from blip2.bulk.outputs import sidecar, state_folder
-from blip2.bulk.run import Describe, Prepare, RunSettings, on_this_machine
+from blip2.bulk.database import NAME, Database, Row
+from blip2.bulk.listing import WorkItem, work_items
+from blip2.bulk.outputs import check_output, file_hash, state_folder
+from blip2.bulk.run import DecodeImage, Describe, caption_tasks
+from blip2.bulk.settings import RunSettings
 from blip2.bulk.sources import ImageItem
 
 ENOUGH = 5.0  # seconds of work at its usual speed
@@ -29,7 +27,7 @@ class Estimate:
 
 
 def estimate(
-    items: Iterable[ImageItem], settings: RunSettings, describe: Describe, *, prepare: Prepare
+    items: Iterable[ImageItem], settings: RunSettings, describe: Describe, *, decode_image: DecodeImage
 ) -> Estimate:
     """Describe the first inputs that are still to be done, as `caption_all` would, and count all others.
 
@@ -37,44 +35,60 @@ def estimate(
     the speed is that of the batches after them.
 
     Raises:
-        BulkError: as `caption_all` does before it begins.
+        BulkError, OutputError: as `caption_all` does before it begins.
     """
-    names, inputs, to_do = _names(settings), 0, 0
-    keep_files = settings.kind == "txt" and settings.existing == "skip"
+    with closing(_database(settings)) as database:
+        inputs = to_do = 0
+        texts: dict[str, list[Row]] = {}
 
-    def new() -> Iterator[ImageItem]:
-        nonlocal inputs, to_do
-        stream = iter(items)
-        while some := list(itertools.islice(stream, 256)):
-            old = names.known([key_of(item.name) for item in some])
-            inputs += len(some)
-            for item, known in zip(some, old, strict=True):
-                if not (known or (keep_files and (settings.out / sidecar(item, settings.out)).exists())):
+        def counted() -> Iterator[ImageItem]:
+            nonlocal inputs
+            for item in items:
+                inputs += 1
+                yield item
+
+        def new() -> Iterator[WorkItem]:
+            nonlocal to_do
+            for task in work_items(counted(), database, settings, database.before):
+                if not task.kept and not _is_kept(task, settings):
                     to_do += 1
-                    yield item
+                    yield task
 
-    stream = new()
-    ends = [(0, 0.0)]  # of each batch: how many inputs were done, and when
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, closing(Journal(Path(folder), {})) as journal:
-        for rows in on_this_machine(stream, journal, settings, describe, prepare):
-            journal.add(rows)
+        stream = new()
+        ends = [(0, 0.0)]  # of each batch: how many inputs were done, and when
+        begin = time.perf_counter()
+
+        def recorded(key: str) -> list[Row] | None:  # without --out a key is no hash, and nothing is recorded
+            return texts.get(key) or (None if settings.kind == "stdout" else database.texts(key))
+
+        for rows in caption_tasks(stream, settings, describe, decode_image, recorded):
+            texts |= {row["hash"]: row["texts"] for row in rows if "hash" in row}
             ends.append((ends[-1][0] + len(rows), time.perf_counter() - begin))
             rounds, others = divmod(len(ends) - 1, settings.parallel_batches)
             if rounds >= 2 and not others and ends[-1][1] - ends[settings.parallel_batches][1] >= ENOUGH:
                 break
-    for _ in stream:
-        pass  # counted
+        for _ in stream:
+            pass  # counted
     sample, spent = ends[-1]
     first, started = ends[min(settings.parallel_batches, len(ends) - 1)]
     seconds_each = (spent - started) / max(1, sample - first)
     return Estimate(inputs, inputs - to_do, spent + seconds_each * (to_do - sample))
 
 
-def _names(settings: RunSettings) -> Index:
-    """Of the inputs that the output has; none where it would be made anew."""
+def _is_kept(task: WorkItem, settings: RunSettings) -> bool:
+    """Whether a text file of the user's stays where it is."""
+    kept = settings.existing == "skip" and bool(task.file) and not task.ours
+    return kept and file_hash(settings.out / task.file) is not None
+
+
+def _database(settings: RunSettings) -> Database:
+    """Of the output; an empty one where there is none, or it would be made anew."""
     folder = state_folder(settings.out, settings.kind)
-    if settings.kind == "stdout" or settings.existing == "overwrite" or not (folder / NAME).is_file():
-        return Index()
-    with closing(Journal(folder, settings.run_config)) as journal:
-        return journal.names
+    if settings.kind != "stdout":
+        check_output(settings.out, settings.kind)
+        if (folder / NAME).is_file():
+            database = Database(folder, settings.run_config)
+            if not (settings.existing == "overwrite" and database.get("finished")):
+                return database
+            database.close()
+    return Database()

@@ -1,7 +1,8 @@
 """The same run on a Ray cluster: Ray Data lists, reads and describes wherever there is room, balances, and restarts.
 
-Every machine must find this package, the model and the images under the same paths. The journal and the output are
-written by the process that began the run, so everything about them holds here too.
+Every machine must find this package, the model and the images under the same paths. The database and the output are
+written by the process that began the run, so everything about them holds here too; what is to be done is listed on its
+machine, from the database.
 """
 
 from __future__ import annotations
@@ -18,25 +19,31 @@ import ray
 import ray.data
 import torch
 
-from blip2.bulk.journal import BulkError, Journal, Row
-from blip2.bulk.run import Decoded, Describe, Prepare, RunSettings, decode, describe_all, new_items
+from blip2.bulk.database import BulkError, Database, Row
+from blip2.bulk.listing import work_items
+from blip2.bulk.run import Decoded, DecodeImage, Describe, decode, describe_all
+from blip2.bulk.settings import RunSettings
 from blip2.bulk.sources import ImageItem
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """A row of Ray Data: a batch's items, then what was decoded, then finished rows; or what was raised on the way."""
+    """A row of Ray Data: a batch's tasks, then what was decoded, then finished rows; or what was raised on the way."""
 
     content: Any
 
 
 def on_ray(
-    items: Iterable[ImageItem], journal: Journal, settings: RunSettings, describe: Describe, prepare: Prepare
+    items: Iterable[ImageItem],
+    database: Database,
+    settings: RunSettings,
+    describe: Describe,
+    decode_image: DecodeImage,
 ) -> Iterator[list[Row]]:
     """The engine of a cluster: the one that RAY_ADDRESS names or this machine is part of, else this machine.
 
     Batches are so many items one after the other; an image that comes in two of them is described twice, and the
-    first text counts. `items`, `describe` and `prepare` travel to other machines.
+    first text counts. `items`, `describe` and `decode_image` travel to other machines.
 
     Raises:
         BulkError: Ray gave up. What is raised on one of the machines is raised here.
@@ -49,14 +56,14 @@ def on_ray(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    folder, known = os.getcwd(), ray.put((journal.names, journal.files))
+    folder, state, before = os.getcwd(), database.folder, database.before
     cpus, gpus, actors = _room()
 
     def listed(_: Any) -> Iterator[dict[str, Any]]:
         os.chdir(folder)
-        names, files = ray.get(known)
-        stream = new_items(items, names, files, settings)
         try:
+            known = Database(state, read_only=True)
+            stream = work_items(items, known, settings, before)
             while some := list(itertools.islice(stream, settings.batch_size)):
                 yield {"batch": np.array([_Batch(some)], object)}
         except Exception as error:
@@ -64,12 +71,12 @@ def on_ray(
 
     def decoded(row: dict[str, Any]) -> dict[str, Any]:
         os.chdir(folder)
-        return _next(row, lambda batch: [decode(item, settings, prepare) for item in batch])
+        return _next(row, lambda batch: [decode(task, settings, decode_image) for task in batch])
 
     def described(read: list[Decoded]) -> list[Row]:
         images = {decoded.key: decoded.image for decoded in read if decoded.image is not None}
         texts = describe_all(images, describe)
-        return [decoded.with_texts(texts) for decoded in read]
+        return [decoded.row if decoded.image is None else decoded.with_texts(texts) for decoded in read]
 
     class Describer:
         def __init__(self) -> None:
@@ -81,7 +88,7 @@ def on_ray(
 
     batches = (
         ray.data.from_items([None])
-        .map_batches(listed, num_cpus=0)
+        .map_batches(listed, num_cpus=0, resources={_this_machine(): 0.001})  # where the database is
         .repartition(target_num_rows_per_block=1)  # so that batches are read side by side
         .map(decoded, num_cpus=0.5)  # half of the time it waits for the disk
         .map(
@@ -97,7 +104,7 @@ def on_ray(
             if isinstance(content, Exception):
                 raise content
             yield [
-                done | {"texts": journal.texts(done["hash"]) or done["texts"]} if "texts" in done else done
+                done | {"texts": database.texts(done["hash"]) or done["texts"]} if "hash" in done else done
                 for done in content
             ]
     except ray.exceptions.RayError as error:
@@ -113,6 +120,13 @@ def _next(row: dict[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
         except Exception as error:
             content = error
     return {"batch": _Batch(content)}
+
+
+def _this_machine() -> str:
+    """The resource that a Ray cluster has on this machine alone."""
+    here = ray.get_runtime_context().get_node_id()
+    resources: list[str] = next(list(node["Resources"]) for node in ray.nodes() if node["NodeID"] == here)
+    return next(name for name in resources if name.startswith("node:") and "__" not in name)
 
 
 def _room() -> tuple[int, int, int]:

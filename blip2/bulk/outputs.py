@@ -1,7 +1,8 @@
-"""A journal's rows as the file or folder a user asked for: written beside its place, handed to the disk, renamed."""
+"""Rows as the files a user asked for: their names, and what is in them."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -11,19 +12,22 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from PIL import Image
 
-from blip2.bulk.journal import GO_ON, BulkError, Journal, Row, disk_error
-from blip2.bulk.sources import IN_TABLE, NO_PYARROW, ImageItem, parquet_items
+from blip2.bulk.database import GO_ON, BulkError, Row, Stamp, refuse_old_state
+from blip2.bulk.sources import IN_TABLE, ImageItem, parquet_items
 from blip2.images import SUFFIXES, ImageError
-from blip2.storage import encode_text, replace_file
+from blip2.storage import NO_PYARROW, TextFileError, encode_text, output_file, read_text
 
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
-ERRORS = "errors.jsonl"  # beside the journal
+_BLANK = 64  # bytes that may be no more than marks and line ends
+COLUMNS = ("image", "question", "caption", "answer", "score", "logprob", "match", "hash", "error")
+NUMBERS = ("score", "logprob", "match")  # of these
+# Encoding, mark, line end and columns of a table, as we write it until a user saves it in another form.
+FORMS: dict[str, list[Any]] = {"jsonl": ["utf-8", "", "\n", None], "csv": ["utf-8", "", "\r\n", COLUMNS]}
 
 
 def format_of(out: Path, requested: str | None) -> str:
@@ -44,8 +48,54 @@ def format_of(out: Path, requested: str | None) -> str:
 
 
 def state_folder(out: Path, kind: str) -> Path:
-    """Where the journal of an output lies."""
+    """Where the database of an output lies."""
     return out / ".blip2" if kind == "txt" else out.parent / f".{out.name}.blip2"
+
+
+def check_output(out: Path, kind: str) -> None:
+    """See that an output can be written, before any work.
+
+    Raises:
+        OutputError: it is a link to no regular file, a device, a pipe, a socket or read-only.
+        BulkError: it is a file where a folder is to be, or an earlier version's.
+    """
+    refuse_old_state(state_folder(out, kind))
+    if kind != "txt":
+        output_file(out)
+    elif (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise BulkError(
+            f"--out {out}: text files go into a folder, and this is none; name another, or --format"
+        )
+
+
+def stamp_of(path: Path | str) -> Stamp | None:
+    """Size and time of a file; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def file_hash(path: Path) -> bytes | None:
+    """The SHA-256 of a file; None where it is not there, or holds nothing but space.
+
+    Raises:
+        OutputError: it is no regular file.
+        OSError: it cannot be read.
+    """
+    stamp = stamp_of(output_file(path))
+    if stamp is None or (stamp[0] <= _BLANK and _is_blank(path)):
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _is_blank(path: Path) -> bool:
+    try:
+        return not read_text(path).strip()
+    except TextFileError:
+        return False
 
 
 def sidecar(item: ImageItem, out: Path) -> str:
@@ -60,59 +110,56 @@ def sidecar(item: ImageItem, out: Path) -> str:
     return stem + (ending if ending.startswith(".parquet#") else "") + ".txt"
 
 
-def flat(rows: Iterable[Row]) -> Iterator[Row]:
+def styled(text: Row, prefix: str, suffix: str) -> Row:
+    """A text's row with something around the text."""
+    key = "answer" if "answer" in text else "caption"
+    return text | {key: f"{prefix}{text[key]}{suffix}"} if key in text else text
+
+
+def text_of(text: Row) -> str:
+    """The caption or the answer in a text's row."""
+    return str(text["answer"] if "answer" in text else text["caption"])
+
+
+def flat(rows: Iterable[Row], prefix: str = "", suffix: str = "") -> Iterator[Row]:
     """One row a text, as `--json` prints them, and the hash of the image's bytes."""
     for row in rows:
         if "error" in row:
             yield {"image": row["image"], "error": row["error"]}
         for text in row.get("texts", ()):
-            yield {"image": row["image"], **text} | ({"hash": row["hash"]} if "hash" in row else {})
+            digest = {"hash": row["hash"]} if "hash" in row else {}
+            yield {"image": row["image"], **styled(text, prefix, suffix), **digest}
 
 
-@contextmanager
-def _writing(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
-    """`replace_file`; what the disk refuses is a BulkError."""
-    try:
-        with replace_file(path, sync_name=sync_name) as beside:
-            yield beside
-    except OSError as error:
-        raise disk_error(path, error) from error
-
-
-def _text_file(path: Path) -> TextIO:
-    return path.open("w", encoding="utf-8", newline="")
-
-
-def _lines_of(row: Row) -> str:
-    """A row's texts, a line each."""
-    return "\n".join(text.get("caption", text.get("answer")) for text in row["texts"])
-
-
-def _valid(row: Row) -> Row:
-    """A row whose strings are UTF-8: of a file name that is not, the bytes are written out."""
-    return {
-        k: v.encode(errors="backslashreplace").decode() if isinstance(v, str) else v for k, v in row.items()
-    }
-
-
-def _line(value: Any) -> str:
+def json_line(value: Any) -> str:
+    """A value as a line of JSON."""
     # A file name that is no UTF-8 holds surrogates: as escapes the line stays JSON and the name exact.
     return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
-def _jsonl(rows: Iterable[Row], path: Path) -> None:
-    with _text_file(path) as file:
-        file.writelines(_line(row) + "\n" for row in flat(rows))
+def valid(text: str) -> str:
+    """A text as UTF-8 can hold it: of a file name that is no Unicode, the bytes are written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
-_COLUMNS = ("image", "question", "caption", "answer", "score", "logprob", "match", "hash", "error")
+def table_line(row: Row, kind: str) -> str:
+    """A flat row as a line of JSONL; of CSV, its cells as a JSON object."""
+    if kind == "jsonl":
+        return json_line(row)
+    return json.dumps({name: valid(str(row[name])) if name in row else "" for name in COLUMNS})
 
 
-def _csv(rows: Iterable[Row], path: Path) -> None:
-    with _text_file(path) as file:
-        table = csv.DictWriter(file, _COLUMNS)
+def write_table(lines: Iterable[str], path: Path, form: Sequence[Any]) -> None:
+    """Write JSONL, or CSV where the form has columns, of what `table_line` gives."""
+    encoding, mark, newline, columns = form
+    with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as file:
+        file.write(mark)
+        if columns is None:
+            file.writelines(line + newline for line in lines)
+            return
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator=newline)
         table.writeheader()
-        table.writerows(map(_valid, flat(rows)))
+        table.writerows(map(json.loads, lines))
 
 
 def _coco_id(name: str) -> int | str:
@@ -121,50 +168,68 @@ def _coco_id(name: str) -> int | str:
     return int(number[1]) if number else name
 
 
-def _coco(rows: Iterable[Row], path: Path) -> None:
+def write_coco(rows: Iterable[Row], path: Path, style: tuple[str, str]) -> None:
     """COCO's results file: [{"image_id", "caption"}, ...]; failed images are not in it."""
     comma = ""
-    with _text_file(path) as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         file.write("[")
         for row in rows:
             for text in row.get("texts", ())[:1]:
                 number = row.get("id", _coco_id(row["image"]))
-                result = {"image_id": number, "caption": text.get("caption", text.get("answer"))}
-                file.write(comma + _line(result))
+                result = {"image_id": number, "caption": text_of(styled(text, *style))}
+                file.write(comma + json_line(result))
                 comma = ",\n"
         file.write("]\n")
 
 
-def _parquet(rows: Iterable[Row], path: Path) -> None:
+def write_parquet(rows: Iterable[Row], path: Path, style: tuple[str, str]) -> None:
+    """The rows of `flat` as a table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    numbers = ("score", "logprob", "match")
-    schema = pa.schema([(name, pa.float64() if name in numbers else pa.string()) for name in _COLUMNS])
+    schema = pa.schema([(name, pa.float64() if name in NUMBERS else pa.string()) for name in COLUMNS])
     with pq.ParquetWriter(path, schema) as writer:
         block: list[Row] = []
-        for row in flat(rows):
-            block.append(_valid(row))
+        for row in flat(rows, *style):
+            block.append({k: valid(v) if isinstance(v, str) else v for k, v in row.items()})
             if len(block) == 10_000:
                 writer.write_table(pa.Table.from_pylist(block, schema))
                 block = []
         writer.write_table(pa.Table.from_pylist(block, schema))
 
 
-def _shard(out: Path, number: int) -> Path:
+def text_content(row: Row, style: tuple[str, str], form: Sequence[Any] | None) -> bytes:
+    """What an image's text file holds, a line a text; with a form, beside the user's text and written as that is."""
+    before, after, written = form or ("", "", ())
+    texts = [text_of(text) for text in flat([row], *style)]
+    return encode_text(before + "\n".join(texts) + after + "\n", *written)
+
+
+def write_errors(rows: Iterable[Row], file: TextIO) -> None:
+    """Rows that failed, as JSONL."""
+    file.writelines(json_line(row) + "\n" for row in flat(rows))
+
+
+def shard_name(out: Path, number: int) -> str:
     """The name of a webdataset shard: OUT-000000.tar, ..."""
-    return out.with_name(f"{out.stem}-{number:06d}.tar")
+    return f"{out.stem}-{number:06d}.tar"
 
 
-def _write_shard(journal: Journal, out: Path, number: int) -> None:
-    """A webdataset shard of rows that succeeded: images as they were, captions as .txt, rows as .json."""
-    with _writing(_shard(out, number)) as beside, tarfile.open(beside, mode="w") as archive:
-        rows = journal.succeeded_rows(number)
-        for i, (row, image) in enumerate(_with_images(rows), number * journal.SHARD_SIZE):
-            record = _line({"image": row["image"], "hash": row["hash"], "texts": row["texts"]})
+def write_shard(rows: Iterable[tuple[int, Row]], path: Path, old: Path, style: tuple[str, str]) -> None:
+    """A webdataset shard of rows that succeeded: images as they were, captions as .txt, rows as .json.
+
+    rows: each with the number of its sample. old: the shard that it replaces: images that are gone are taken from it.
+
+    Raises:
+        BulkError: an image is no longer what was captioned.
+    """
+    with tarfile.open(path, mode="w") as archive:
+        for i, row, image in _with_images(rows, old):
+            texts = [styled(text, *style) for text in row["texts"]]
+            record = json_line({"image": row["image"], "hash": row["hash"], "texts": texts})
             for ending, content in (
                 (_ending(row["image"], image), image),
-                (".txt", _lines_of(row).encode()),
+                (".txt", "\n".join(map(text_of, texts)).encode(errors="backslashreplace")),
                 (".json", record.encode()),
             ):
                 member = tarfile.TarInfo(f"{i:09d}{ending}")
@@ -172,29 +237,37 @@ def _write_shard(journal: Journal, out: Path, number: int) -> None:
                 archive.addfile(member, io.BytesIO(content))
 
 
-def _with_images(rows: Iterable[Row]) -> Iterator[tuple[Row, bytes]]:
-    """Rows in the order of the inputs, each with the bytes of the image that was captioned."""
+def _with_images(rows: Iterable[tuple[int, Row]], old: Path) -> Iterator[tuple[int, Row, bytes]]:
+    """Rows in their order, each with the bytes of the image that was captioned."""
     table: Iterator[ImageItem] = iter(())
-    opened = ""
-    for row in rows:
+    opened, last = "", 0
+    for number, row in rows:
         path, start, size = row["at"]
+        problem = f"{row['image']} has changed since it was captioned"
         try:
             if size != IN_TABLE:
                 content = ImageItem(row["image"], path, start, size).read()
-            else:  # a table is read once, for all of its rows
-                if path != opened:
+            else:  # a table is read once, for all of its rows that follow one another
+                if path != opened or start <= last:
                     table, opened = parquet_items(path, start), path
                 content = next((item.content for item in table if item.start == start), None) or b""
-        except (ImageError, OSError) as error:
-            raise BulkError(
-                f"{error}, and its shard is still to be written; put it back and {GO_ON}"
-            ) from error
-        if hashlib.sha256(content).hexdigest() != row["hash"]:
-            raise BulkError(
-                f"{row['image']} has changed since it was captioned, and its shard is still to be written; "
-                f"put it back and {GO_ON}"
-            )
-        yield row, content
+                last = start
+        except (ImageError, OSError, BulkError) as error:
+            content, problem = b"", str(error)
+        for image in (content, *_in_shard(old, number)):
+            if hashlib.sha256(image).hexdigest() == row["hash"]:
+                yield number, row, image
+                break
+        else:
+            raise BulkError(f"{problem}, and its shard is still to be written; put it back and {GO_ON}")
+
+
+def _in_shard(path: Path, number: int) -> Iterator[bytes]:
+    """The files of a sample in a shard, where there is one that can be read."""
+    with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if member.name.startswith(f"{number:09d}.") and (file := archive.extractfile(member)):
+                yield file.read()
 
 
 def _ending(name: str, content: bytes) -> str:
@@ -206,40 +279,3 @@ def _ending(name: str, content: bytes) -> str:
         return ".png"
     with Image.open(io.BytesIO(content)) as image:  # it was decoded before
         return {"JPEG": ".jpg", "TIFF": ".tif"}.get(image.format or "", f".{image.format}".lower())
-
-
-def write_done(journal: Journal, rows: Sequence[Row], out: Path, kind: str) -> None:
-    """Write what the journal's last rows have completed: their text files, or the shards that they have made full.
-
-    Raises:
-        BulkError: the disk refuses, or an image of a shard is no longer what was captioned.
-    """
-    if kind == "txt":
-        for row in rows:
-            if "sidecar" in row and "texts" in row:
-                content = row.get("before", "") + _lines_of(row) + row.get("after", "") + "\n"
-                path = out / row["sidecar"]
-                with _writing(path, sync_name=False) as beside:  # there may be millions of them
-                    beside.write_bytes(encode_text(content, *row.get("form", ())))
-    elif kind == "webdataset":
-        earlier = journal.succeeded - sum("error" not in row for row in rows)
-        for number in range(earlier // journal.SHARD_SIZE, journal.succeeded // journal.SHARD_SIZE):
-            _write_shard(journal, out, number)
-
-
-def write_rest(journal: Journal, out: Path, kind: str) -> None:
-    """Write what takes all rows: the file, or the shards that are missing or not full; and the rows that failed.
-
-    Until all of a file is on the disk the old one stays. Raises as `write_done`.
-    """
-    if kind == "webdataset":
-        full, others = divmod(journal.succeeded, journal.SHARD_SIZE)
-        for number in range(max(1, full + bool(others))):
-            if number == full or not _shard(out, number).exists():
-                _write_shard(journal, out, number)
-    elif kind != "txt":
-        with _writing(out) as beside:
-            {"jsonl": _jsonl, "csv": _csv, "coco": _coco, "parquet": _parquet}[kind](journal.rows(), beside)
-    if journal.failed:
-        with _writing(journal.path.with_name(ERRORS)) as beside:
-            _jsonl((row for row in journal.rows() if "error" in row), beside)

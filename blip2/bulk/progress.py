@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
-from blip2.bulk.journal import BulkError
+from blip2.bulk.database import BulkError
 from blip2.bulk.run import Progress
 from blip2.bulk.sources import ImageItem
 

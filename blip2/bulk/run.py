@@ -1,7 +1,7 @@
 """The engine: images are decoded while the model works on earlier ones, and come back as rows in their order.
 
 `caption_rows` gives the rows to its caller, for standard output. `caption_all` writes them to files: every batch is one
-record of the journal. `on_ray` is another engine for the same run: whatever gives the rows in order can be one.
+transaction of the database. `on_ray` is another engine for the same run: whatever gives the rows in order can be one.
 """
 
 from __future__ import annotations
@@ -15,57 +15,55 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
-from blip2.bulk.index import Index, key_of
-from blip2.bulk.journal import Journal, Row
-from blip2.bulk.outputs import sidecar, state_folder, write_done, write_rest
+from blip2.bulk.database import Database, Row
+from blip2.bulk.listing import WorkItem, work_items
+from blip2.bulk.outputs import check_output, file_hash, stamp_of, state_folder
+from blip2.bulk.publish import open_output
+from blip2.bulk.settings import RunSettings
 from blip2.bulk.sources import ImageItem
+from blip2.imagefiles.advice import unreadable_suffix
+from blip2.imagefiles.warned import naming
 from blip2.images import ImageError, load_image
-from blip2.storage import TextFileError, read_text_and_form
+from blip2.storage import OutputError, TextFileError, read_text_and_form
 
 # For each image its texts, as rows of the output.
 Describe = Callable[[Sequence[Image.Image]], list[list[Row]]]
-Prepare = Callable[[Image.Image], Image.Image]
-# Of (items, journal, settings, describe, prepare): the rows of each batch, in the order of the items.
-Engine = Callable[[Iterable[ImageItem], Journal, "RunSettings", Describe, Prepare], Iterator[list[Row]]]
+# Of the bytes of an image file, the image as `describe` takes it. Raises ImageError.
+DecodeImage = Callable[[bytes], Image.Image]
+# Of (items, database, settings, describe, decode_image): the rows of each batch, in the order of the items.
+Engine = Callable[[Iterable[ImageItem], Database, RunSettings, Describe, DecodeImage], Iterator[list[Row]]]
 Recorded = Callable[[str], list[Row] | None]  # of a content, by its key, the texts that are recorded
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
-Existing = Literal["skip", "overwrite", "append", "prepend"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """How images are captioned, and where the texts go.
-
-    kind: the format of the output, as `outputs.format_of` gives it; "stdout": the rows go to the caller.
-    out: the output's path; not used for "stdout".
-    run_config: whatever decides what is written; an output begun with other values is refused.
-    existing: what happens to a text file that is there already; overwrite makes a finished output of any kind anew.
-    batch_size: images computed at a time. parallel_batches: batches computed at once, each in a thread.
-    threads: that read and decode images.
-    """
-
-    kind: str = "stdout"
-    out: Path = Path()
-    run_config: dict[str, Any] = field(default_factory=dict)
-    existing: Existing = "skip"
-    batch_size: int = 8
-    parallel_batches: int = 1
-    threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: inputs of this run, those of earlier ones, and how many of all failed."""
+    """How far a run is: inputs of this run, those of earlier ones, and how many of this run's failed.
+
+    captioned, again: inputs whose texts are new; files that were written again with known ones.
+    edited, added, removed, existing: what of the user's was left alone: edited text files, shards and rows, added rows,
+        removed rows, text files that were there before.
+    replaced: edits of the user's that were replaced; foreign: files that no run had written. All are kept as .bak.
+    note: what else the user should know.
+    """
 
     done: int
     before: int
     failed: int
+    captioned: int = 0
+    again: int = 0
+    edited: int = 0
+    added: int = 0
+    removed: int = 0
+    existing: int = 0
+    replaced: int = 0
+    foreign: int = 0
+    note: str = ""
 
 
 def caption_all(
@@ -73,44 +71,55 @@ def caption_all(
     settings: RunSettings,
     describe: Describe,
     *,
-    prepare: Prepare = lambda image: image,
+    decode_image: DecodeImage = load_image,
     progress: Callable[[Progress], None] = lambda progress: None,
     engine: Engine | None = None,
 ) -> Progress:
     """Caption all items that the output does not have yet, then publish it; text files and shards as they are done.
 
+    What failed is tried again, what changed is captioned again, files that are gone are written again. What a user has
+    edited, added or removed stays so.
+
     Args:
         describe: images to texts. It is called with images of different content only, in several threads at once where
             the settings say so.
-        prepare: makes a decoded image smaller while it waits; what `describe` gives must not depend on it.
+        decode_image: the bytes of an image file to the image that `describe` takes, in several threads at once.
         engine: where the work is done; None: here.
 
     Raises:
-        BulkError: another run has the output, it was begun with other settings, or the disk is full.
+        BulkError: another run has the output, it was begun with other settings, the disk is full, or a file that would
+            have to be written anew was changed and what was changed cannot be told.
+        OutputError: the output is no file that could be written.
     """
-    out, kind, anew = settings.out, settings.kind, settings.existing == "overwrite"
-    with closing(Journal(state_folder(out, kind), settings.run_config, anew=anew)) as journal:
-        done, before = 0, journal.before
-        progress(Progress(0, before, journal.failed))
-        if not journal.finished:  # the last batch may have been killed between the journal and its files
-            write_done(journal, journal.last(), out, kind)
-        for rows in (engine or on_this_machine)(items, journal, settings, describe, prepare):
-            journal.add(rows)
-            write_done(journal, rows, out, kind)
-            done += len(rows)
-            progress(Progress(done, before, journal.failed))
-        if not journal.finished:
-            write_rest(journal, out, kind)
-            journal.finish()
-        return Progress(done, before, journal.failed)
+    check_output(settings.out, settings.kind)
+    folder = state_folder(settings.out, settings.kind)
+    with closing(Database(folder, settings.run_config)) as database:
+        done, output = 0, open_output(database, settings)
+        output.begin()
+        before = database.before
+
+        def state() -> Progress:
+            return Progress(done, before, **{"failed": 0} | output.counts, note=output.note)
+
+        progress(state())
+        for rows in (engine or on_this_machine)(items, database, settings, describe, decode_image):
+            output.add(rows)
+            done += sum(not row.get("known") for row in rows)
+            progress(state())
+        output.finish()
+        return state()
 
 
 def on_this_machine(
-    items: Iterable[ImageItem], journal: Journal, settings: RunSettings, describe: Describe, prepare: Prepare
+    items: Iterable[ImageItem],
+    database: Database,
+    settings: RunSettings,
+    describe: Describe,
+    decode_image: DecodeImage,
 ) -> Iterator[list[Row]]:
     """The engine of one machine: threads read and decode ahead of the model."""
-    fresh = new_items(items, journal.names, journal.files, settings)
-    return caption_rows(fresh, settings, describe, prepare=prepare, recorded=journal.texts)
+    tasks = work_items(items, database, settings, database.before)
+    return caption_tasks(tasks, settings, describe, decode_image, database.texts)
 
 
 def caption_rows(
@@ -118,16 +127,25 @@ def caption_rows(
     settings: RunSettings,
     describe: Describe,
     *,
-    prepare: Prepare,
-    recorded: Recorded = lambda key: None,
+    decode_image: DecodeImage = load_image,
 ) -> Iterator[list[Row]]:
     """Caption all items and give their rows batch by batch, in the order of the items; nothing is recorded.
 
     What cannot be read is a row with `error`. Arguments as `caption_all`; an item that comes twice gives two rows.
-    recorded: gives the texts that a content has from an earlier batch.
     """
+    return caption_tasks(map(WorkItem, items), settings, describe, decode_image, lambda key: None)
+
+
+def caption_tasks(
+    tasks: Iterable[WorkItem],
+    settings: RunSettings,
+    describe: Describe,
+    decode_image: DecodeImage,
+    recorded: Recorded,
+) -> Iterator[list[Row]]:
+    """As `caption_rows`. recorded: gives the texts that a content has from an earlier batch."""
     far, parallel = 2 * settings.batch_size + settings.threads, settings.parallel_batches
-    decoded = _ahead(items, lambda item: decode(item, settings, prepare), settings.threads, far)
+    decoded = _ahead(tasks, lambda task: decode(task, settings, decode_image), settings.threads, far)
     batches = _batches(decoded, settings, recorded)
 
     def work(batch: Batch) -> tuple[Batch, dict[str, list[Row]]]:
@@ -157,32 +175,6 @@ def _ahead(
                 future.cancel()
 
 
-def new_items(
-    items: Iterable[ImageItem], names: Index, files: Index, settings: RunSettings
-) -> Iterator[ImageItem]:
-    """Items whose names have not come yet, the names looked up many at a time.
-
-    One whose text file is another image's is given with that as its problem.
-    """
-    stream = iter(items)
-    while some := list(itertools.islice(stream, 256)):
-        keys = [key_of(item.name) for item in some]
-        known = names.known(keys)
-        if all(known):
-            continue
-        for item, key, old in zip(some, keys, known, strict=True):
-            if old or names.get(key) is not None:  # a second time within these
-                continue
-            names.set(key, 0)
-            if settings.kind == "txt":
-                text = sidecar(item, settings.out)
-                if files.get(key_of(text)) is not None:
-                    problem = f"{text} is the text file of another image; rename one of them"
-                    item = item._replace(problem=problem)
-                files.set(key_of(text), 0)
-            yield item
-
-
 @dataclass(frozen=True)
 class Decoded:
     """An item that was read. image: None where there is nothing for the model."""
@@ -198,42 +190,57 @@ class Decoded:
 
     def with_texts(self, texts: Mapping[str, list[Row]], recorded: Recorded = lambda key: None) -> Row:
         """The row with its texts: those recorded for the content, else the new ones."""
-        return self.row if self.image is None else self.row | {"texts": recorded(self.key) or texts[self.key]}
+        if self.image is None and "hash" not in self.row:
+            return self.row
+        return self.row | {"texts": recorded(self.key) or texts[self.key]}
 
 
-def decode(item: ImageItem, settings: RunSettings, prepare: Prepare) -> Decoded:
+def decode(task: WorkItem, settings: RunSettings, decode_image: DecodeImage = load_image) -> Decoded:
     """Read an item; what cannot be read is a row with `error`."""
-    row: Row = {"image": item.name}
-    if item.id is not None:
-        row["id"] = item.id
+    item = task.item
+    row: Row = {"image": item.name} | ({} if item.id is None else {"id": item.id})
+    if task.kept:
+        return Decoded(row | {"kept": task.kept, "known": True}, None)
+    if task.file:
+        row["sidecar"] = task.file
     try:
-        if settings.kind == "txt" and _is_finished(item, row, settings):
-            return Decoded(row | {"skipped": True}, None)
+        if settings.kind == "txt" and _is_kept(task, row, settings):
+            return Decoded(row | {"kept": "existing"}, None)
+        if task.digest:
+            return Decoded(row | {"hash": task.digest, "stamp": task.stamp, "again": True}, None)
+        row["stamp"] = stamp_of(item.path)  # before it is read: a change after that is seen next time
         content = item.read()
         if settings.kind != "stdout":
             row["hash"] = hashlib.sha256(content).hexdigest()
         if settings.kind == "webdataset":
             row["at"] = [item.path, item.start, item.size]
-        return Decoded(row, prepare(load_image(content)))
-    except (ImageError, OSError, TextFileError) as error:
+        with naming(item.name):
+            return Decoded(row, decode_image(content))
+    except (ImageError, OSError, TextFileError, OutputError) as error:
         message = re.sub(r"^an image of [0-9,]+ bytes", lambda _: item.name, str(error))
+        message += unreadable_suffix(item.name, message)
         row.pop("hash", None)
         return Decoded(row | {"error": message if item.name in message else f"{item.name}: {message}"}, None)
 
 
-def _is_finished(item: ImageItem, row: Row, settings: RunSettings) -> bool:
-    """Whether an item's text file stays as it is. Notes in the row which file that is, and what is kept of it."""
-    row["sidecar"] = sidecar(item, settings.out)
-    text = settings.out / row["sidecar"]
-    if text.parent.is_dir() and not os.access(text.parent, os.W_OK):
-        raise ImageError(f"{item.name}: {text} cannot be written; name another folder with --out")
-    if item.problem or settings.existing == "overwrite" or not text.exists():
+def _is_kept(task: WorkItem, row: Row, settings: RunSettings) -> bool:
+    """Whether an item's text file stays as it is. Notes in the row what is kept of the user's text."""
+    if task.item.problem:
         return False
-    if settings.existing != "skip":
-        old, row["form"] = read_text_and_form(text)
-        if old := old.strip():
-            row |= {"before": f"{old} "} if settings.existing == "append" else {"after": f" {old}"}
-    return settings.existing == "skip"
+    text = settings.out / task.file
+    if text.parent.is_dir() and not os.access(text.parent, os.W_OK):
+        raise ImageError(f"{task.item.name}: {text} cannot be written; name another folder with --out")
+    there = file_hash(text)
+    if task.ours or settings.existing == "overwrite" or not text.exists():
+        return False
+    if settings.existing == "skip":
+        return there is not None
+    old, form = read_text_and_form(text)
+    if old := old.strip():
+        row["base"] = there
+    around = [f"{old} ", ""] if settings.existing == "append" else ["", f" {old}"]
+    row["form"] = [*(around if old else ["", ""]), form]
+    return False
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,17 @@ from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP, to_paddle_conf
 from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
 from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
-from blip2.checkpoint.remap import from_hf_layout, rename_tensors
+from blip2.checkpoint.remap import from_hf_layout, rename_tensors, same_bits
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
-from blip2.checkpoint.verify import compare_logits, compare_tensors, same_bits
+from blip2.checkpoint.verify import compare_logits, compare_tensors
+from blip2.checkpoint.weights import check_weights
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
 from blip2.storage import Content
 from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.strict_json import read_json
 from blip2.tensorfiles.tensors import TensorInfo, Tensors
 from blip2.tensorfiles.writers import PDPARAMS, SAFETENSORS, TORCH, FileKind, Read
 
@@ -96,6 +98,8 @@ def convert(
     report = progress or (lambda what, done, total: None)
     with open_checkpoint(source, vision=vision, language=language) as checkpoint:
         original = normalize(checkpoint)
+        if verify:  # outputs of weights that are not finite cannot be compared
+            check_weights(checkpoint.tensors)
         layout = {"hf": HUGGING_FACE, "paddle": PADDLENLP, "lavis": LAVIS}[to]
         if to == "paddle" and isinstance(original.config, MatcherConfig):
             layout = PADDLEMIX
@@ -212,6 +216,7 @@ def new_checkpoint(
     if to != "hf":
         files = {name: hf_files[name] for name in ("config.json", "preprocessor_config.json")}
     elif checkpoint.layout is HUGGING_FACE and generation.is_file():
+        read_json(generation)  # copied as it is, but nothing that is none
         files[generation.name] = generation
     if to == "paddle":
         files["config.json"] = to_paddle_config(config, hf_files["config.json"]["torch_dtype"])

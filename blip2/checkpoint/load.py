@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from blip2.checkpoint.hub import resolve_path
 from blip2.checkpoint.key_mapping import HEAD, from_hugging_face
 from blip2.checkpoint.remap import equal_values
-from blip2.checkpoint.source import folder_of, has_tokenizer, open_checkpoint
+from blip2.checkpoint.source import Checkpoint, folder_of, has_tokenizer, open_checkpoint
+from blip2.checkpoint.weights import check_range, check_weights
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, Mode, read_config
@@ -97,14 +98,27 @@ def load_model(
             read from the file one by one, not mapped. Such a model cannot be trained until it is unpacked.
 
     Raises:
-        CheckpointError: not found, unreadable, or tensors missing, left over or of another shape than config.json says.
+        CheckpointError: not found, unreadable, tensors missing, left over or of another shape than config.json says, or
+            weights that are not finite, in the file or in the dtype.
         ConfigError: config.json describes no model this package builds.
     """
     target_dtype = parse_dtype(dtype)
     with open_checkpoint(path, revision, vision=vision, language=language) as checkpoint:
-        config = checkpoint.required()  # what is wrong with the settings is reported first
-        names, tensors = our_names(checkpoint.tensors), checkpoint.tensors
-        return build_model(config, tensors, names, target_dtype, torch.device(device), quantize, prepack)
+        return load_checkpoint(checkpoint, target_dtype, torch.device(device), quantize, prepack)[0]
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    quantize: Mode | None = None,
+    prepack: bool = False,
+) -> tuple[Blip2 | Blip2Matcher, str]:
+    """As `load_model`, from an open checkpoint; gives the model and the digest of its files' weights."""
+    config = checkpoint.required()  # what is wrong with the settings is reported first
+    matched = match_state_dict(config, checkpoint.tensors, our_names(checkpoint.tensors))
+    digest = check_weights(checkpoint.tensors)
+    return build_model(matched, checkpoint.tensors, dtype, device, quantize, prepack), digest
 
 
 def count_parameters(
@@ -158,9 +172,8 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def build_model(
-    config: Blip2Config | MatcherConfig,
+    matched: tuple[Blip2 | Blip2Matcher, dict[str, str], bool],
     tensors: Tensors,
-    names: Mapping[str, str],
     dtype: torch.dtype | None,
     device: torch.device,
     quantize: Mode | None = None,
@@ -169,10 +182,11 @@ def build_model(
     """A model in eval mode from tensors in Hugging Face's layout.
 
     Args:
-        names: our parameter name -> the name in `tensors`.
+        matched: what `match_state_dict` gives for these tensors.
         dtype, quantize, prepack: see `load_model`.
     """
-    model, names, tied = match_state_dict(config, tensors, names)
+    model, names, tied = matched
+    config = model.config
     dtypes = _part_dtypes(tensors, names, dtype)
     weights, on_cpu = names, device.type == "cpu"
     packed: dict[str, Callable[[], Tensor]] = {}
@@ -190,6 +204,8 @@ def build_model(
         dtypes = dict.fromkeys(dtypes, dtype or torch.float32)
     elif tied:
         del names[HEAD]
+    for ours, stored in weights.items():
+        check_range(tensors, stored, _target(ours, dtypes) if ours in names else torch.float32)
     if prepack and on_cpu and cpu_has_bf16():
         # beside quantized weights, where no dtype is given, what is left of the linear layers is bf16 too
         narrow = quantize is not None and dtype is None
@@ -203,9 +219,7 @@ def build_model(
         names = {ours: stored for ours, stored in names.items() if ours.removesuffix(".weight") not in packed}
     state: dict[str, Tensor] = {}
     for ours, stored in names.items():
-        target = dtypes[_part(ours)]
-        if target == torch.float16 and ours.endswith(_OVERFLOWS):
-            target = torch.float32
+        target = _target(ours, dtypes)
         unchanged = tensors.info(stored).dtype == target and on_cpu
         state[ours] = tensors[stored] if unchanged else tensors.copy(stored).to(device, target)
     if tied:
@@ -236,6 +250,12 @@ def match_state_dict(
     tied = isinstance(config, Blip2Config) and _share_head(tensors, names, embeddings_weight(config))
     model = empty_model(config, tensors, names, tied=tied)
     _check(model.state_dict(), tensors, names)
+    if isinstance(model, Blip2):
+        start, words = model.config.language.decoder_start_token_id, model.config.language.vocab_size
+        if start is not None and not 0 <= start < words:
+            raise CheckpointError(
+                f"config.json says decoder_start_token_id {start}, but the model knows {words:,} words"
+            )
     return model, names, tied
 
 
@@ -356,6 +376,12 @@ def listed(items: list[str], most: int) -> str:
 
 def _part(name: str) -> str:
     return _PARTS.get(name.split(".", 1)[0], "heads")
+
+
+def _target(name: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype of a weight, by those of the model's parts."""
+    dtype = dtypes[_part(name)]
+    return torch.float32 if dtype == torch.float16 and name.endswith(_OVERFLOWS) else dtype
 
 
 def _part_dtypes(

@@ -13,6 +13,7 @@ from blip2.checkpoint.convert import Progress, new_checkpoint, normalize
 from blip2.checkpoint.key_mapping import to_hugging_face
 from blip2.checkpoint.save import SHARD_BYTES
 from blip2.checkpoint.source import open_checkpoint
+from blip2.checkpoint.weights import check_weights
 from blip2.modeling.config import MODES, Mode
 from blip2.quantization.apply import quantized_layers
 from blip2.quantization.formats import QuantizedWeight, parts_of, stored_mode
@@ -50,7 +51,7 @@ def quantize_checkpoint(
 
     Raises:
         ValueError: an unknown mode.
-        CheckpointError: a source that is broken or quantized already, a target that exists, a full disk.
+        CheckpointError: a source that is broken, not finite or quantized already, a target that exists, a full disk.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}")
@@ -62,6 +63,7 @@ def quantize_checkpoint(
             )
         original = normalize(checkpoint)
         tensors = original.tensors
+        check_weights(tensors)
         # a head that is the word embeddings' weight is not stored: it is quantized when it is loaded
         layers = quantized_layers(original.model, mode)
         kinds = {to_hugging_face(f"{name}.weight"): kind for name, _, kind in layers}

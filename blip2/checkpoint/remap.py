@@ -68,23 +68,35 @@ class RemappedTensors(TensorFile):
         zeros = torch.zeros(length, dtype=recipe.info.dtype)
         return torch.cat([zeros if part is None else part for part in parts])
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def sources(self, name: str) -> Iterator[tuple[TensorFile, str]]:
+        for part in filter(None, self.recipes[name].stored):
+            yield from self.tensors.file(part).sources(part)
+
+    def blocks(self, name: str, size: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
         """A transposed tensor is never in memory twice."""
         recipe = self.recipes[name]
         if not recipe.transposed:
-            yield from super().blocks(name) if recipe.plain is None else self.tensors.blocks(recipe.plain)
+            yield from (
+                super().blocks(name, size) if recipe.plain is None else self.tensors.blocks(recipe.plain)
+            )
             return
         assert recipe.stored[0] is not None
         stored = self.tensors.copy(recipe.stored[0])  # [in, out] for [out, in], or the other way round
-        rows = max(1, BLOCK_ELEMENTS // max(1, stored.shape[0]))
+        rows = max(1, size // max(1, stored.shape[0]))
         for start in range(0, stored.shape[1], rows):
             # copied before they are transposed: torch transposes a whole matrix fast, a part of one slowly
             yield stored[:, start : start + rows].contiguous().t().contiguous().view(-1)
 
 
 def equal_values(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """Whether two streams of values are equal, in pieces of whatever lengths. NaN equals nothing."""
-    return all(torch.equal(a, b) for a, b in aligned_blocks(one, other))
+    """Whether two streams of values of one dtype are equal, in pieces of whatever lengths; NaN equals itself."""
+    return all(torch.equal(a, b) or same_bits(a, b) for a, b in aligned_blocks(one, other))
+
+
+def same_bits(expected: Tensor, actual: Tensor) -> bool:
+    """Whether values are equal bit by bit; one that was stored in fewer bits is widened first."""
+    widened = actual.to(expected.dtype)
+    return torch.equal(expected.contiguous().view(torch.uint8), widened.contiguous().view(torch.uint8))
 
 
 def aligned_blocks(one: Iterable[Tensor], other: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
-from blip2.checkpoint.load import build_model, our_names
-from blip2.checkpoint.remap import aligned_blocks, equal_values
+from blip2.checkpoint.load import build_model, match_state_dict, our_names
+from blip2.checkpoint.remap import aligned_blocks, equal_values, same_bits
 from blip2.checkpoint.source import Checkpoint
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.tensorfiles.errors import CheckpointError
@@ -53,12 +53,6 @@ def compare_tensors(
     return len(expected)
 
 
-def same_bits(expected: Tensor, actual: Tensor) -> bool:
-    """Whether values are equal bit by bit; one that was stored in fewer bits is widened first."""
-    widened = actual.to(expected.dtype)
-    return torch.equal(expected.contiguous().view(torch.uint8), widened.contiguous().view(torch.uint8))
-
-
 def compare_logits(expected: Checkpoint, actual: Checkpoint, dtype: torch.dtype | None) -> str:
     """Compare the outputs of two checkpoints for a probe image, each with its own settings; gives the result in words.
 
@@ -82,7 +76,8 @@ def compare_logits(expected: Checkpoint, actual: Checkpoint, dtype: torch.dtype 
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Tensor]:
     tensors = checkpoint.tensors
-    model = build_model(checkpoint.required(), tensors, our_names(tensors), dtype, torch.device("cpu"))
+    matched = match_state_dict(checkpoint.required(), tensors, our_names(tensors))
+    model = build_model(matched, tensors, dtype, torch.device("cpu"))
     return [output.float() for output in _probe(model)]
 
 

@@ -63,6 +63,10 @@ def add_model(parser: argparse.ArgumentParser, *, from_environment: bool = False
     option(group, "--dtype", None, about, choices=("fp32", "bf16", "fp16"))
     about = "hold the weights in 8 or 4 bits: less memory, faster on a CPU"
     option(group, "--quantize", None, about, choices=("int8", "int4"))
+    about = (
+        "refuse larger images; JPEGs are decoded at reduced scale (default: 89 million, served 50 million)"
+    )
+    option(group, "--max-pixels", "N", about, type=int)
     add_parts(parser)
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from blip2.commands.arguments import option
+from blip2.commands.streams import visible
 from blip2.commands.terminal import DONE, named_checkpoint, print_line
 
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         batches=tuple(args.batches),
         record=args.record,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        report=lambda line: print(visible(line), file=sys.stderr, flush=True),
     )
     for line in figures.lines():
         print_line(line)

@@ -1,6 +1,6 @@
 """Describe images in words.
 
-blip2 caption photo.jpg
+blip2 caption two-rabbits.jpg             # -> two rabbits
 blip2 caption photos/ --json > captions.jsonl
 blip2 caption 'photos/*.png' --beams 3 --max-new-tokens 20
 blip2 caption photo.jpg --num-captions 3 --match

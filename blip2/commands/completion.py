@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from blip2.commands.terminal import DONE, SOME_FAILED, print_line
+from blip2.commands.streams import put
+from blip2.commands.terminal import DONE, SOME_FAILED
 
 # Each runs the command with --words for what may come; where nothing does, file names may.
 SHELLS = {
@@ -47,11 +48,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the script, or the words that may come."""
     if args.words is None:
-        print_line(SHELLS[args.shell])
+        put(SHELLS[args.shell])
         return DONE
     choices = _choices(args.words)
     for word, about in choices.items():
-        print_line(f"{word}\t{about}" if args.shell == "fish" else word)
+        put(f"{word}\t{about}" if args.shell == "fish" else word)
     return DONE if choices else SOME_FAILED
 
 
@@ -64,7 +65,7 @@ def _choices(words: Sequence[str]) -> dict[str, str]:
     if "=" in words[1:]:  # bash makes three words of --format=csv
         words = [*words, ""] if words[-1] == "=" else words
         words = [word for word in words if word != "="]
-    *before, current = words
+    *before, current = words or [""]
     if not before:
         return {name: command.description or "" for name, command in commands.items()} | _flags(parser)
     if before[0] not in commands:

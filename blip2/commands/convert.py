@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what was written."""
     from blip2.checkpoint import convert
 
+    if args.to == "lavis" and args.shard_size is not None:
+        raise ValueError("LAVIS reads one file: leave out --shard-size")
     with progress_bars(hidden=args.quiet, unit="B", unit_scale=True, mininterval=1) as progress:
         result = convert(
             named_checkpoint(args.source),
@@ -53,6 +55,6 @@ def _bytes(text: str) -> int:
     """'2GB' -> 2,000,000,000."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
-    if size is None or size[2] not in units:
-        raise ValueError(f"--shard-size {text!r}: expected a number and KB, MB or GB, such as 2GB")
+    if size is None or size[2] not in units or not float(size[1]):
+        raise ValueError(f"--shard-size {text!r}: expected a number above 0 and KB, MB or GB, such as 2GB")
     return int(float(size[1]) * units[size[2]])

@@ -25,10 +25,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the vectors of the texts, then those of the images."""
-    from blip2.bulk.describe import make_resizer
-
     if not args.images and not args.text:
         raise ValueError("nothing to embed: give images, or --text")
+    from blip2.text import check_text
+
+    for text in args.text:
+        check_text(text, "text")
     inputs, model = inputs_of(args), load_matcher(args)
     if args.text:
         for text, vector in zip(args.text, model.embed_text(args.text).tolist(), strict=True):
@@ -37,4 +39,4 @@ def run(args: argparse.Namespace) -> int:
     def describe(images: Sequence[Any]) -> list[list[dict[str, Any]]]:
         return [[{"embedding": vectors}] for vectors in model.embed(list(images)).tolist()]
 
-    return print_rows(args, inputs, describe, (), prepare=make_resizer(model.matcher.image_processor))
+    return print_rows(args, inputs, describe, (), image_processors=[model.matcher.image_processor])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blip2.commands import terminal
 from blip2.commands.arguments import add_model, add_output, option
+from blip2.commands.streams import visible
 from blip2.evaluate.tasks import TASK_NAMES
 
 
@@ -71,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
         if args.out:
             folder = Path(args.out) / report.task if len(reports) > 1 else Path(args.out)
             for path in write(report, folder):
-                print(path, file=sys.stderr)
+                print(visible(str(path)), file=sys.stderr)
         if args.json:
             terminal.print_json(report_summary(report))
-    return terminal.DONE
+    return (
+        terminal.SOME_FAILED
+        if any(report.damaged or report.left_out for report in reports)
+        else terminal.DONE
+    )

@@ -1,6 +1,6 @@
 """Show where in an image each word of a caption or an answer comes from, as a picture.
 
-blip2 explain photo.jpg -o out.png
+blip2 explain mermaid-and-cat.jpg -o out.png      # -> a mermaid and a cat
 blip2 explain photo.jpg --text "a dog on a beach" -o out.png
 blip2 explain photo.jpg --question "how many dogs are there?" -o out.png
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import blip2
 from blip2.commands import arguments, terminal
+from blip2.storage import output_file, replace_file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"-o {args.out}: the name must end with .png, .jpg or .webp")
     if not target.parent.is_dir():
         raise ValueError(f"-o {args.out}: there is no folder {target.parent}")
+    output_file(target)  # an error now where it can be no file
     image = sys.stdin.buffer.read() if args.image == "-" else args.image
     model = terminal.load_named(args)
     try:
@@ -39,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
     except blip2.ImageError as error:
         terminal.report_error(args, args.image, str(error))
         return terminal.SOME_FAILED
-    explanation.image().save(target)
+    with replace_file(target) as beside:
+        explanation.image().save(
+            beside, "JPEG" if "jp" in target.suffix.lower() else target.suffix[1:].upper()
+        )
     if args.json:
         words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
         record = {"image": args.image, "text": explanation.text, "words": words, "output": str(target)}

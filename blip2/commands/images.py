@@ -6,13 +6,16 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blip2.commands.terminal import DONE, SOME_FAILED, one_line, print_json, print_line, report_error
+from blip2.commands.streams import one_line, visible
+from blip2.commands.terminal import DONE, SOME_FAILED, print_json, print_line, report_error
 
 if TYPE_CHECKING:
     from blip2.bulk import Inputs
-    from blip2.bulk.run import Describe, Prepare
+    from blip2.bulk.run import Describe
+    from blip2.images import ImageProcessor
     from blip2.predict import Predictor
 
 
@@ -34,6 +37,14 @@ def inputs_of(args: argparse.Namespace, *, strict: bool = False) -> Inputs:
     )
 
 
+def report_left_out(inputs: Inputs) -> None:
+    """Print what listing the images passed over, and what would help."""
+    from blip2.imagefiles.advice import left_out_text
+
+    if text := left_out_text(inputs.left_out):
+        print(text, file=sys.stderr)
+
+
 def countable(inputs: Inputs) -> Inputs | None:
     """The inputs where they can be counted at once: to count the rows of parquet files is to read their images."""
     return None if any(source.lower().endswith(".parquet") for source in inputs.sources) else inputs
@@ -45,7 +56,7 @@ def print_rows(
     describe: Describe,
     columns: Sequence[str],
     *,
-    prepare: Prepare,
+    image_processors: Sequence[ImageProcessor],
     parallel: Predictor | None = None,
 ) -> int:
     """Print what `describe` gives for each image as it comes; one that cannot be read is an error line of its own.
@@ -53,6 +64,7 @@ def print_rows(
     Args:
         columns: what a line holds of a result, where it has it; with --json all of it is printed but the question,
             which must be a column.
+        image_processors: of all models that see the images.
         parallel: the model, where two batches may be computed at once.
 
     Returns:
@@ -61,7 +73,7 @@ def print_rows(
     from tqdm import tqdm
 
     from blip2.bulk import RunSettings, caption_rows
-    from blip2.bulk.describe import parallel_batches
+    from blip2.bulk.describe import decoding, parallel_batches
     from blip2.bulk.outputs import flat
     from blip2.bulk.progress import progress_bar
     from blip2.bulk.run import Progress
@@ -72,9 +84,17 @@ def print_rows(
     hidden = args.quiet or single or not sys.stderr.isatty()
     bar = progress_bar(countable(inputs), hidden=hidden, leave=False)
     done = failed = 0
-    with bar as show, parallel_batches(model) as count:
-        settings = RunSettings(batch_size=args.batch_size, parallel_batches=count)
-        for rows in caption_rows(itertools.chain(first, items), settings, describe, prepare=prepare):
+    settings = RunSettings(batch_size=args.batch_size)
+    workers = 0 if single else settings.threads  # a single image is not kept waiting for a process to start
+    with (
+        bar as show,
+        parallel_batches(model) as count,
+        decoding(*image_processors, workers=workers) as decode_image,
+    ):
+        settings = replace(settings, parallel_batches=count)
+        for rows in caption_rows(
+            itertools.chain(first, items), settings, describe, decode_image=decode_image
+        ):
             with tqdm.external_write_mode():
                 for row in flat(rows):
                     if "error" in row:
@@ -84,7 +104,8 @@ def print_rows(
                     else:
                         values = [row[name] for name in columns if name in row]
                         cells = [one_line(v) if isinstance(v, str) else f"{v:.4f}" for v in values]
-                        print_line("\t".join(cells if single else [row["image"], *cells]))
+                        print_line("\t".join(cells if single else [visible(row["image"]), *cells]))
             done, failed = done + len(rows), failed + sum("error" in row for row in rows)
             show(Progress(done, 0, failed))
+    report_left_out(inputs)
     return SOME_FAILED if failed else DONE

@@ -1,6 +1,6 @@
 """Tell how well texts fit an image, each as a probability.
 
-blip2 match photo.jpg "a dog" "a cat"
+blip2 match rose.jpg "a rose" "a cat"     # -> 0.98 a rose; 0.00 a cat
 blip2 match photos/ "a red car" --json
 blip2 match photo.jpg "a dog on a beach" --model itm
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from blip2.commands.arguments import add_images, add_model, add_output
 from blip2.commands.images import inputs_of, print_rows
-from blip2.commands.terminal import load_matcher
+from blip2.commands.terminal import check_words, load_matcher
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print how well each text fits each image."""
-    from blip2.bulk.describe import make_resizer
-
+    for text in args.texts:
+        check_words(
+            text, "TEXT", "give several images as a folder, a pattern in quotes ('*.jpg') or a .txt list"
+        )
     inputs, model = inputs_of(args), load_matcher(args)
 
     def describe(images: Sequence[Any]) -> list[list[dict[str, Any]]]:
@@ -37,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
             for fits in matches
         ]
 
-    prepare = make_resizer(model.matcher.image_processor)
-    return print_rows(args, inputs, describe, ("probability", "text"), prepare=prepare)
+    processors = [model.matcher.image_processor]
+    return print_rows(args, inputs, describe, ("probability", "text"), image_processors=processors)

@@ -12,6 +12,7 @@ from textwrap import dedent, indent
 from typing import Any, NoReturn
 
 import blip2
+from blip2.commands.streams import put, visible
 
 # Each has a file in this folder: what it does and examples (the docstring), its arguments (`configure`), and `run`,
 # from the arguments to an exit status.
@@ -20,16 +21,21 @@ COMMANDS = (
     "bench", "models", "doctor", "completion",
 )  # fmt: skip
 EXAMPLES = """\
-  blip2 caption photo.jpg
-  blip2 ask photo.jpg "how many dogs are there?"
+  blip2 caption two-rabbits.jpg             # -> two rabbits
+  blip2 ask rose.jpg "what color is it?"    # -> red
   blip2 chat photo.jpg
 """
 EPILOG = """\
 Results go to standard output, progress and errors to standard error.
-Exit status: 0 all went well, 1 some images failed, 2 wrong usage or no model.
+Exit status: 0 all went well, 1 some images failed, 2 wrong usage, no model, or no room for the output.
 BLIP2_DEBUG=1 shows where an error comes from. BLIP2_MODEL=NAME is another default of --model
 for caption, ask, chat, explain and serve.
+After # -> is what the model that ships answers; those images are in the folder examples of the source.
 """
+
+
+# Arguments that mean something where they are empty; texts, and the words of a command, which are checked themselves.
+MAY_BE_EMPTY = ("command", "prompt", "prefix", "suffix", "words", "question", "text", "texts")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -47,7 +53,17 @@ class CommandParser(argparse.ArgumentParser):
         elif option := re.search(r"unrecognized arguments:(?: .*?)? (--?\w[\w-]*)", message):
             word, words = option[1], [text for action in self._actions for text in action.option_strings]
         close = difflib.get_close_matches(word, words, n=1)
-        super().error(message + (f"; did you mean {close[0]}?" if close else ""))
+        super().error(visible(message + (f"; did you mean {close[0]}?" if close else "")))
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if not arg_string and action.dest not in MAY_BE_EMPTY:  # "$out" of a script that never set it
+            raise argparse.ArgumentError(action, "it is empty")
+        return super()._get_value(action, arg_string)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program, with an error where the help that was printed cannot be written."""
+        put("", end="")
+        super().exit(status, message)
 
 
 def build_parser() -> CommandParser:
@@ -59,6 +75,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--version", action="version", version=f"blip2 {blip2.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    flags: dict[str, str] = {}  # how each option is typed: {"num_beams": "--num-beams", ...}
     for name in COMMANDS:
         module = import_module(f"blip2.commands.{name}")
         about, _, examples = cleandoc(module.__doc__ or name).partition("\n\n")
@@ -68,8 +85,10 @@ def build_parser() -> CommandParser:
             description=about,
             epilog=f"examples:\n{indent(dedent(examples), '  ')}\n\n{EPILOG}",
         )
-        command.set_defaults(run=module.run)
         module.configure(command)
+        options = (action for action in command._actions if action.option_strings)
+        flags |= {action.dest: max(action.option_strings, key=len) for action in options}
+        command.set_defaults(run=module.run, flags=flags)
     return parser
 
 

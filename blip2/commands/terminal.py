@@ -1,65 +1,82 @@
-"""What the commands share: the model they name, lines of output, progress, errors, exit statuses."""
+"""What the commands share: the model they name, lines of output, progress, errors of images, exit statuses."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blip2
+from blip2.commands.options import as_typed
+from blip2.commands.streams import complain, put, visible, visible_json
+from blip2.commands.streams import one_line as one_line
 from blip2.storage import TextFileError, read_text_lines
 
 if TYPE_CHECKING:
+    from blip2.matching import Matcher
     from blip2.predict import Predictor
 
 DONE, SOME_FAILED, NOTHING_DONE = 0, 1, 2  # exit status
 
 
-def complain(message: str) -> None:
-    """Print one error line."""
-    print(f"blip2: {one_line(message)}", file=sys.stderr)
-
-
-def one_line(text: str) -> str:
-    """Text for a line of a terminal: neither line breaks nor anything that controls it."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
-
-
 def print_line(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+    """Print a line at once, of cells between tabs."""
+    put("\t".join(map(visible, line.split("\t"))))
 
 
 def print_json(record: dict[str, Any]) -> None:
     """Print an object on a line of its own."""
-    # A file name that is no UTF-8 arrives with surrogates: written as escapes, the line stays JSON and the name exact.
-    print_line(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode())
+    put(visible_json(record))
 
 
 def report_error(args: argparse.Namespace, name: str, message: str) -> None:
     """Print what is wrong with an image: with --json an object among the results, else an error line."""
+    parts = message.split(name) if name else [message]
+    message = name.join(as_typed(part, args.flags) for part in parts)  # the name stays as it is
     if args.json:
-        print_json({"image": name, "error": one_line(message)})
+        print_json({"image": name, "error": message})
     else:
         complain(message if name in message else f"{name}: {message}")
 
 
 def read_lines(option: str, name: str) -> list[str]:
-    """The lines of an option's file. Raises ValueError where there are none."""
+    """The lines of an option's file, white space around them removed. Raises ValueError where there are none."""
+    from blip2.text import is_blank
+
+    lines: list[str] = []
     try:
-        lines = [line.strip() for _, line in read_text_lines(name) if line.strip()]
+        for number, line in read_text_lines(name):
+            if line.strip() and is_blank(line):
+                raise ValueError(
+                    f"{option} {name}, line {number}: holds only {line[:20]!a}; write some words"
+                )
+            lines += filter(None, [line.strip()])
     except (OSError, TextFileError) as error:
         reason = getattr(error, "strerror", error)
         raise ValueError(f"{option} {name}: cannot be read ({reason})") from error
     if not lines:
         raise ValueError(f"{option} {name}: the file holds none; write one a line")
     return lines
+
+
+def check_words(text: str, what: str, advice: str) -> None:
+    """Refuse a text, by position, that is blank, or that names a file and was meant as an image.
+
+    Args:
+        what: what it must be, as the usage writes it.
+        advice: how several images are given.
+    """
+    from blip2.text import check_text
+
+    check_text(text, what)
+    if os.path.lexists(text):
+        kind = "folder" if os.path.isdir(text) else "file"
+        meant = "if it is meant as text, put a space after it"
+        raise ValueError(f'{what} "{text}" is the name of a {kind} here: {advice}; {meant}')
 
 
 @contextlib.contextmanager
@@ -87,7 +104,7 @@ def load_named(args: argparse.Namespace) -> Predictor:
     """The model that --model names."""
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    names = ("device", "dtype", "revision", "vision", "language", "quantize", "matcher")
+    names = ("device", "dtype", "revision", "vision", "language", "quantize", "matcher", "max_pixels")
     options: dict[str, Any] = {name: getattr(args, name, None) for name in names}
     return blip2.load(args.model, **options)
 
@@ -96,9 +113,21 @@ def load_matcher(args: argparse.Namespace) -> Predictor:
     """The same for a command that only matches: of the default model, its matcher alone."""
     from blip2.registry import DEFAULT, DEFAULT_MATCHER_FOLDER
 
-    if args.model != DEFAULT:
-        return load_named(args)
-    return load_named(argparse.Namespace(**vars(args) | {"model": DEFAULT_MATCHER_FOLDER}))
+    if args.model == DEFAULT:
+        args = argparse.Namespace(**vars(args) | {"model": DEFAULT_MATCHER_FOLDER})
+    model = load_named(args)
+    matcher_of(model, "give a matcher: --model itm or --model itm-coco")
+    return model
+
+
+def matcher_of(model: Predictor, advice: str) -> Matcher:
+    """The model's matcher. Raises ValueError, with advice, where it has none."""
+    from blip2.predict import NoMatcherError
+
+    try:
+        return model.matcher
+    except NoMatcherError:
+        raise ValueError(f"{model.name} writes text and has no matcher; {advice}") from None
 
 
 def print_written(args: argparse.Namespace, result: Any, content: str, more: str = "") -> None:
@@ -109,7 +138,7 @@ def print_written(args: argparse.Namespace, result: Any, content: str, more: str
         print_json(asdict(result) | {"folder": str(result.folder)})
     else:
         sizes = f"{readable(result.read_bytes)} read, {readable(result.written_bytes)} written"
-        print_line(f"{one_line(str(result.folder))}: {content}, {sizes}{more}")
+        print_line(f"{visible(str(result.folder))}: {content}, {sizes}{more}")
 
 
 def named_checkpoint(name: str) -> str | Path:

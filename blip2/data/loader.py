@@ -9,19 +9,21 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2.data.sources import DataError, Sample
+from blip2.imagefiles.listing import ImageItem
 from blip2.images import ImageError, ImageProcessor, load_image, random_resized_crop, to_pixels
 from blip2.text import Tokenizer, clean_caption, clean_question, question_prompt
 
 IGNORE_INDEX = -100  # label of a position that is no target
-MAX_BROKEN = 20  # unreadable images in a row before giving up
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,19 @@ class TrainingExample:
 
     sample: Sample
     texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """The examples of a batch and their pixels [B, 3, S, S]. damaged: images that were passed over for others."""
+
+    examples: list[TrainingExample]
+    pixels: Tensor
+    damaged: list[str]
+
+    def with_damaged(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """A batch for the model; with "damaged" where images were passed over, which `fit` counts."""
+        return tensors | ({"damaged": self.damaged} if self.damaged else {})
 
 
 class ExampleBatches:
@@ -71,35 +86,54 @@ class ExampleBatches:
         paths = dict.fromkeys(sample.image for sample in samples)
         self.image_ids = {path: number for number, path in enumerate(paths)}
         self._order: tuple[int, Any] = (-1, None)  # the current epoch and its permutation
+        self._damaged: dict[Any, str] = {}  # images that could not be read, with the reason
 
     @property
     def batches_per_epoch(self) -> int:
         """Whole batches in one pass over all texts."""
         return len(self.examples) // self.batch_size
 
-    def _row(self, position: int, row: int) -> tuple[TrainingExample, Tensor]:
-        """An example of a batch and its pixels [3, S, S]; an unreadable image is replaced by the next example's."""
+    def _row(self, position: int, row: int, damaged: list[str]) -> tuple[TrainingExample, Tensor]:
+        """An example of a batch and its pixels [3, S, S].
+
+        An image that cannot be read is replaced by the next example's and noted in `damaged`.
+        """
         epoch, batch = divmod(position, self.batches_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.examples)))
         first = batch * self.batch_size + row
-        for skipped in range(MAX_BROKEN):
+        for skipped in range(len(self.examples)):
             example = self.examples[self._order[1][(first + skipped) % len(self.examples)]]
-            try:
-                image = load_image(example.sample.image)
-            except ImageError as error:
-                log.warning("left out: %s", error)
+            image = self._load(example.sample.image)
+            if image is None:
+                damaged.append(example.sample.image_name)
                 continue
             if self.augment:
                 rng = np.random.default_rng((self.seed, 1, position, row))
                 image = random_resized_crop(image, self.image_processor.size, rng)
             return example, to_pixels([image], self.image_processor)[0]
-        raise DataError(f"{MAX_BROKEN} images in a row cannot be read, the last: {example.sample.image}")
+        reason = self._damaged[example.sample.image]
+        raise DataError(
+            f"{len(self._damaged)} images in a row cannot be read, which are all; the last: {reason}"
+        )
 
-    def __getitem__(self, position: int) -> tuple[list[TrainingExample], Tensor]:
-        """The examples of a batch and their pixels [B, 3, S, S]."""
-        rows = [self._row(position, row) for row in range(self.batch_size)]
-        return [example for example, _ in rows], torch.stack([pixels for _, pixels in rows])
+    def _load(self, source: Path | ImageItem) -> Image.Image | None:
+        """An image, None where it cannot be read; that is reported and found out once."""
+        if source in self._damaged:
+            return None
+        try:
+            return load_image(source)
+        except ImageError as error:
+            log.warning("left out: %s", error)
+            self._damaged[source] = str(error)
+            return None
+
+    def __getitem__(self, position: int) -> ExampleBatch:
+        damaged: list[str] = []
+        rows = [self._row(position, row, damaged) for row in range(self.batch_size)]
+        return ExampleBatch(
+            [example for example, _ in rows], torch.stack([pixels for _, pixels in rows]), damaged
+        )
 
 
 class MatcherBatches:
@@ -111,13 +145,14 @@ class MatcherBatches:
             raise DataError(f"matching takes one text a row, not {texts}; set texts_per_image to 1")
         self.examples, self.tokenizer, self.max_tokens = examples, tokenizer, max_tokens
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """pixels [B, 3, S, S]; ids and mask [B, T]; image_ids [B]."""
-        examples, pixels = self.examples[position]
-        captions = [clean_caption(example.texts[0]) for example in examples]
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """pixels [B, 3, S, S]; ids and mask [B, T]; image_ids [B]; damaged as in `ExampleBatch`, if any."""
+        batch = self.examples[position]
+        captions = [clean_caption(example.texts[0]) for example in batch.examples]
         ids, mask = self.tokenizer.encode_batch(captions, pad="right", max_length=self.max_tokens)
-        image_ids = torch.tensor([self.examples.image_ids[example.sample.image] for example in examples])
-        return {"pixels": pixels, "ids": ids, "mask": mask, "image_ids": image_ids}
+        numbers = [self.examples.image_ids[example.sample.image] for example in batch.examples]
+        tensors = {"pixels": batch.pixels, "ids": ids, "mask": mask, "image_ids": torch.tensor(numbers)}
+        return batch.with_damaged(tensors)
 
 
 class TextBatches(ABC):
@@ -134,18 +169,24 @@ class TextBatches(ABC):
         """
         self.examples, self.tokenizer, self.prompt, self.max_tokens = examples, tokenizer, prompt, max_tokens
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """pixels [B, 3, S, S]; input_ids, attention_mask [R, T]; labels [R, L]; image_index [R]: each text's image."""
-        examples, pixels = self.examples[position]
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """pixels [B, 3, S, S]; input_ids, attention_mask [R, T]; labels [R, L]; image_index [R]: each text's image;
+        damaged as in `ExampleBatch`, if any."""
+        batch = self.examples[position]
         rng = np.random.default_rng((self.examples.seed, 2, position))
-        rows = [self.encode(example.sample, text, rng) for example in examples for text in example.texts]
-        return {
-            "pixels": pixels,
+        rows = [
+            self.encode(example.sample, text, rng) for example in batch.examples for text in example.texts
+        ]
+        tensors = {
+            "pixels": batch.pixels,
             "input_ids": _padded([ids for ids, _ in rows], self.tokenizer.pad_id),
             "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], 0),
             "labels": _padded([labels for _, labels in rows], IGNORE_INDEX),
-            "image_index": torch.tensor([i for i, example in enumerate(examples) for _ in example.texts]),
+            "image_index": torch.tensor(
+                [i for i, example in enumerate(batch.examples) for _ in example.texts]
+            ),
         }
+        return batch.with_damaged(tensors)
 
     @abstractmethod
     def encode(self, sample: Sample, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""The accuracy of answers: VQA's rule with ten annotators (Antol et al., 2015), and exact match.
+"""The accuracy of answers: VQA's rule with ten annotators (Antol et al., 2015), normalised and exact match.
 
 Normalisation and accuracy are those of VQA's official evaluation code, including its quirks: every full stop that no
 digit follows is dropped, and other marks become spaces unless somewhere in the answer they are next to a space.
@@ -61,6 +61,15 @@ def vqa_accuracy(answer: str, annotators: Sequence[str]) -> float:
 def gqa_accuracy(answer: str, right: str) -> float:
     """1.0 if the normalised answer is the right one, else 0.0."""
     return float(normalise(answer) == right.strip().lower())
+
+
+def normalised_match(answer: str, right: Sequence[str]) -> float:
+    """1.0 if the answer is one of the right ones as VQA compares answers, else 0.0.
+
+    Of an article alone, such as the letter of a choice, VQA leaves nothing: that is compared as it is.
+    """
+    normalised = normalise(answer)
+    return float(normalised in map(normalise, right)) if normalised else exact_match(answer, right)
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:

@@ -2,11 +2,12 @@
 
 The scorers are pycocoevalcap's, which COCO's evaluation uses. Their CIDEr is CIDEr-D (clipped counts, a penalty for
 length, sigma 6), with words weighted by how many of the evaluated images' references hold them: it is meaningful for a
-set of images, and 0 for a single one. Captions are split into words by `tokenizer.tokenize`.
+set of images, and not defined for a single one. Captions are split into words by `tokenizer.tokenize`.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,13 @@ from blip2.evaluate.tokenizer import tokenize
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores of a set of captions, 0..1 (CIDEr: 0..10).
+    """Scores of a set of captions, 0..1 (CIDEr: 0..10); None where a score is not defined.
 
-    per_image: the scores of every image. left_out: scores that could not be computed, and why.
+    per_image: the scores of every image. left_out: scores that could not be computed or are not defined, and why.
     """
 
-    total: dict[str, float]
-    per_image: list[dict[str, float]]
+    total: dict[str, float | None]
+    per_image: list[dict[str, float | None]]
     left_out: list[str] = field(default_factory=list)
 
 
@@ -56,16 +57,31 @@ def caption_scores(
     ours = {i: [text] for i, text in enumerate(tokenize(captions))}
     scores = CaptionScores({}, [{} for _ in captions])
 
-    def add(name: str, total: Any, per_image: Iterable[Any]) -> None:
-        scores.total[name] = float(total)
+    def add(name: str, total: Any, per_image: Iterable[Any], undefined: str = "") -> None:
+        if not undefined and not math.isfinite(total):
+            undefined = "its program gives no number"
+        if undefined:
+            scores.left_out.append(f"{name} is not defined here: {undefined}")
+        scores.total[name] = None if undefined else float(total)
         for row, score in zip(scores.per_image, per_image, strict=True):
-            row[name] = float(score)
+            row[name] = None if score is None or not math.isfinite(score) else float(score)
 
     bleu, per_image = Bleu(4).compute_score(right, ours, verbose=0)
-    for n in range(4):
-        add(f"BLEU-{n + 1}", bleu[n], per_image[n])
+    lengths = [len(text.split()) for (text,) in ours.values()]
+    for n in range(1, 5):
+        # A caption of fewer words has no such sequence, right or wrong.
+        values = [
+            value if length >= n else None for value, length in zip(per_image[n - 1], lengths, strict=True)
+        ]
+        add(f"BLEU-{n}", bleu[n - 1], values, "" if max(lengths) >= n else f"no caption has {n} words")
     add("ROUGE-L", *Rouge().compute_score(right, ours))
-    add("CIDEr", *Cider().compute_score(right, ours))
+    cider, values = Cider().compute_score(right, ours)
+    undefined = ""
+    if len({frozenset(texts) for texts in right.values()}) == 1:  # then each word weighs nothing
+        same = "there is one image" if len(captions) == 1 else "all images have the same references"
+        undefined = f"it weighs words by how many images' references hold them, and {same}"
+        values = [None] * len(captions)
+    add("CIDEr", cider, values, undefined)
     for name, compute in (("METEOR", _meteor), ("SPICE", _spice)) if java else ():
         try:
             if shutil.which("java") is None:

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from blip2.evaluate.run import Outcome, Report
+from blip2.evaluate.tasks import ImageFile
+from blip2.imagefiles.listing import ImageItem
 from blip2.images import ImageError, load_image
+from blip2.storage import encode_text, replace_file
 
 SHOWN = 500  # the worst items, on the page
+NAMED = 10  # damaged images and rows left out, in JSON
 _THUMBNAIL = 256  # px
 
 
@@ -30,14 +34,21 @@ def lines(report: Report) -> Iterator[str]:
         yield f"note: {note}"
 
 
-def figure(name: str, value: float) -> str:
+def figure(name: str, value: float | None) -> str:
     """CIDEr as it is, every other figure in percent."""
+    if value is None:
+        return "not defined"
     return f"{value:.3f}" if "CIDEr" in name else f"{value:.1%}"
 
 
 def report_summary(report: Report) -> dict[str, Any]:
-    """The report without its outcomes."""
+    """The report without its outcomes.
+
+    Of damaged images and of rows left out it has how many there are, and the first.
+    """
     parts = {name: value for name, value in vars(report).items() if name != "outcomes"}
+    parts |= {"damaged": len(report.damaged), "first_damaged": list(report.damaged[:NAMED])}
+    parts |= {"left_out": len(report.left_out), "first_left_out": list(report.left_out[:NAMED])}
     return parts | {"items": len(report.outcomes), "protocol": asdict(report.protocol)}
 
 
@@ -57,17 +68,26 @@ def write(report: Report, folder: Path) -> list[Path]:
     """Write results.json, predictions.json and index.html into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [
-        {"id": o.item.id, "image": str(o.item.image) if isinstance(o.item.image, str | Path) else ""}
+        {"id": o.item.id, "image": _image_name(o)}
         | {"text": o.text, "scores": o.scores}
         | ({"question": o.item.question} if o.item.question else {})
         | ({"ranked": [asdict(answer) for answer in o.ranked]} if o.ranked else {})
         for o in report.outcomes
     ]
-    paths = [folder / name for name in ("results.json", "predictions.json", "index.html")]
-    paths[0].write_text(json.dumps(report_summary(report) | {"outcomes": items}, indent=1), encoding="utf-8")
-    paths[1].write_text(json.dumps(predictions(report)), encoding="utf-8")
-    paths[2].write_text(page(report), encoding="utf-8")
-    return paths
+    texts = {
+        "results.json": json.dumps(report_summary(report) | {"outcomes": items}, indent=1),
+        "predictions.json": json.dumps(predictions(report)),
+        "index.html": page(report),
+    }
+    for name, text in texts.items():
+        with replace_file(folder / name) as beside:
+            beside.write_bytes(encode_text(text))  # bytes of a file name that are no UTF-8 are written out
+    return [folder / name for name in texts]
+
+
+def _image_name(outcome: Outcome) -> str:
+    image = outcome.item.image
+    return image.name if isinstance(image, ImageItem) else str(image) if isinstance(image, ImageFile) else ""
 
 
 _STYLE = """
@@ -110,7 +130,10 @@ def _article(outcome: Outcome) -> str:
     parts += [
         f"<p class=scores>{best.probability:.3f} {html.escape(best.answer)}</p>" for best in outcome.ranked
     ]
-    scores = " ".join(f"{name} {value:.3f}" for name, value in outcome.scores.items())
+    scores = " ".join(
+        f"{name} {'not defined' if value is None else f'{value:.3f}'}"
+        for name, value in outcome.scores.items()
+    )
     parts.append(f"<p class=scores>{html.escape(scores)}</p><p class=id>{html.escape(str(item.id))}</p>")
     return f"<article>{_picture(outcome)}<div>{''.join(parts)}</div></article>"
 

@@ -66,10 +66,14 @@ def _best(table: Tensor, count: int) -> Tensor:
 
 def recalls(
     table: Tensor, right: Sequence[Sequence[int]], at: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
-    """R@k, 0..1: the share of rows of [R, C] with one of their right columns among the k greatest."""
+) -> dict[str, float | None]:
+    """R@k, 0..1: the share of rows of [R, C] with one of their right columns among the k greatest.
+
+    None where there are no more than k columns, so that each row would have one.
+    """
     places = ranks(table, right)
-    return {f"R@{k}": sum(place < k for place in places) / len(places) for k in at}
+    shares = {k: sum(place < k for place in places) / len(places) for k in at}
+    return {f"R@{k}": share if table.shape[1] > k else None for k, share in shares.items()}
 
 
 def ranks(table: Tensor, right: Sequence[Sequence[int]]) -> list[int]:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from blip2.data.sources import DataError
-from blip2.evaluate.answers import exact_match, gqa_accuracy, vqa_accuracy
+from blip2.data.sources import DataError, summary
+from blip2.evaluate.answers import exact_match, gqa_accuracy, normalised_match, vqa_accuracy
 from blip2.evaluate.captions import caption_scores
 from blip2.evaluate.protocols import PAPER_TASKS, PROTOCOLS, Protocol, published
 from blip2.evaluate.retrieval import match_tables, ranks, recalls
 from blip2.evaluate.scenes import Scenes, counts_right, names_all, read_scenes
-from blip2.evaluate.tasks import EvalItem, EvalTask, read_task
+from blip2.evaluate.tasks import EvalItem, EvalTask, ImageFile, read_task, sound_items
 from blip2.generation.options import GenerateKwargs
+from blip2.imagefiles.decode import ImageError, load_image
 from blip2.inputs import in_batches
 from blip2.matching import Matcher
 from blip2.predict import Predictor
 from blip2.results import Ranked
 
+_DAMAGED = "images that cannot be read, left out of the scores"
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Metrics = dict[str, float | None]  # None: not defined for these items
 Progress = Callable[[str, int, int], None]  # a label, how many are done, of how many
 
 
@@ -31,26 +40,35 @@ class Outcome:
 
     item: EvalItem
     text: str
-    scores: dict[str, float]
+    scores: Metrics
     quality: float
     ranked: tuple[Ranked, ...] = ()
 
 
-Scored = tuple[dict[str, float], list[Outcome], list[str]]  # the parts of a report: metrics, outcomes, notes
+Scored = tuple[Metrics, list[Outcome], list[str]]  # the parts of a report: metrics, outcomes, notes
 
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of a task (0..1; CIDEr 0..10), the published ones, and the outcome of every item."""
+    """The figures of a task (0..1; CIDEr 0..10), the published ones, and the outcome of every item.
+
+    weights: what tells the weights of `model` from all others.
+    metrics: None for a figure that is not defined for so few items; a note says why.
+    damaged: images that cannot be read, left_out: rows that cannot be used, each with the reason. The figures are those
+        of the other items.
+    """
 
     task: str
     about: str
     model: str
-    metrics: dict[str, float]
+    metrics: Metrics
     published: dict[str, float]
     protocol: Protocol
     outcomes: list[Outcome]
     notes: list[str]
+    weights: str
+    damaged: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +115,64 @@ def evaluate(
         if settings.answers and (isinstance(task, Scenes) or task.kind != "questions"):
             raise ValueError("--answers is for tasks that are questions alone, such as easyvqa and vqav2")
         files = [item.image for item in task.items if isinstance(item.image, str | Path)]
-        if missing := [file for file in files if not Path(file).is_file()]:  # reported now, not after hours
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing and not (isinstance(task, EvalTask) and task.own):  # no figure of a part is comparable
             raise DataError(
                 f"{len(missing):,} of {len(task.items):,} images are missing, such as {missing[0]}"
             )
+        if not task.items:
+            reasons = summary("; left out", task.left_out) if isinstance(task, EvalTask) else ""
+            raise DataError(f"eval {name}: the data hold nothing to score{reasons}")
+    damaged = [_damaged(task.items, settings) for task in tasks]  # reported now, not after hours
     model = load()
     return [
-        scenes_report(model, task, settings, model_name=model_name)
-        if isinstance(task, Scenes)
-        else task_report(model, task, settings, model_name=model_name)
-        for task in tasks
+        _report(model, *pair, settings, model_name=model_name) for pair in zip(tasks, damaged, strict=True)
     ]
+
+
+def _damaged(items: Sequence[EvalItem], settings: EvalSettings) -> dict[ImageFile, str]:
+    """The image files of items that cannot be read, with the reasons. DataError: all of them."""
+    files = list(dict.fromkeys(item.image for item in items if isinstance(item.image, ImageFile)))
+
+    def problem(file: ImageFile) -> str:
+        try:
+            load_image(file)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    damaged = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for done, (file, reason) in enumerate(zip(files, pool.map(problem, files), strict=True), 1):
+            if reason:
+                damaged[file] = reason
+            settings.progress("checking images", done, len(files))
+    if not sound_items(items, damaged):
+        raise DataError(summary("images that cannot be read, and no others", list(damaged.values())))
+    if damaged:
+        log.warning("%s", summary(_DAMAGED, list(damaged.values())))
+    return damaged
+
+
+def _report(
+    model: Predictor,
+    task: EvalTask | Scenes,
+    damaged: Mapping[ImageFile, str],
+    settings: EvalSettings,
+    *,
+    model_name: str,
+) -> Report:
+    """The report of a task without the items whose images are damaged."""
+    left_out: tuple[str, ...] = ()
+    notes = [summary(_DAMAGED, list(damaged.values()))]
+    if isinstance(task, Scenes):
+        report = scenes_report(model, task.without(damaged), settings, model_name=model_name)
+    else:
+        report = task_report(model, task.without(damaged), settings, model_name=model_name)
+        left_out = task.left_out
+        notes += [summary("rows that cannot be used, left out of the scores", left_out), *task.notes]
+    notes = [*report.notes, *filter(None, notes)]
+    return replace(report, notes=notes, damaged=list(damaged.values()), left_out=left_out)
 
 
 def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Scenes:
@@ -139,7 +204,8 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
     if settings.limit is not None:
         notes.append(f"the first {len(task.items)} of the set alone")
     figures = published(task.name, model_name) if settings.protocol == "paper" else {}
-    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes)
+    weights = model.digest(matcher=task.kind == "retrieval")
+    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes, weights)
 
 
 # --- captions ---
@@ -161,17 +227,19 @@ def _captions(model: Predictor, task: EvalTask, protocol: Protocol, settings: Ev
     items = task.items
     captions = write_captions(model, items, protocol, settings, "captions")
     scores = caption_scores([item.captions for item in items], captions, java=settings.java)
-    metrics = dict(scores.total)
+    metrics, notes = dict(scores.total), list(scores.left_out)
     for kind in sorted({item.kind for item in items} - {""}):
         # A domain is a set of its own: its CIDEr weighs words by its own references.
         pairs = [(item, text) for item, text in zip(items, captions, strict=True) if item.kind == kind]
         domain = caption_scores([item.captions for item, _ in pairs], [text for _, text in pairs])
         metrics[f"CIDEr {kind}"] = domain.total["CIDEr"]
+        notes += [f"{kind}: {note}" for note in domain.left_out if note.startswith("CIDEr")]
+    rank_by = "ROUGE-L" if scores.total["CIDEr"] is None else "CIDEr"
     outcomes = [
-        Outcome(item, text, row, row["CIDEr"])
+        Outcome(item, text, row, row[rank_by] or 0.0)
         for item, text, row in zip(items, captions, scores.per_image, strict=True)
     ]
-    return metrics, outcomes, scores.left_out
+    return metrics, outcomes, notes
 
 
 # --- questions ---
@@ -179,6 +247,7 @@ def _captions(model: Predictor, task: EvalTask, protocol: Protocol, settings: Ev
 RULES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "vqa": vqa_accuracy,
     "gqa": lambda answer, right: gqa_accuracy(answer, right[0]),
+    "normalised": normalised_match,
     "exact": exact_match,
 }
 
@@ -195,12 +264,14 @@ def _questions(model: Predictor, task: EvalTask, protocol: Protocol, settings: E
             answers = answer_questions(model, batch, protocol.options)
         for item, text, ranked in zip(batch, answers, rankings, strict=True):
             score = RULES[task.rule](text, item.answers)
-            scores = {"accuracy": score} | ({"probability": ranked[0].probability} if ranked else {})
+            scores: Metrics = {"accuracy": score}
+            if ranked:
+                scores["probability"] = ranked[0].probability
             outcomes.append(Outcome(item, text, scores, score, tuple(ranked[:5])))
     notes = [f"each answer is chosen among {len(settings.answers)}"] if settings.answers else []
     metrics = _by_kind("accuracy", outcomes)
     if settings.answers and settings.abstain > 0:
-        answered = [o.scores["accuracy"] for o in outcomes if o.text]
+        answered = [o.quality for o in outcomes if o.text]
         metrics["answered"] = len(answered) / len(outcomes)
         metrics["accuracy where answered"] = _mean(answered)
         notes.append(f"no answer below a probability of {settings.abstain}")
@@ -209,7 +280,7 @@ def _questions(model: Predictor, task: EvalTask, protocol: Protocol, settings: E
 
 def answer_questions(model: Predictor, items: Sequence[EvalItem], options: GenerateKwargs) -> list[str]:
     """An answer to the question of each item; an image file in several items is encoded once."""
-    keys = [item.image if isinstance(item.image, str | Path) else id(item.image) for item in items]
+    keys = [item.image if isinstance(item.image, ImageFile) else id(item.image) for item in items]
     images = {key: item.image for key, item in zip(keys, items, strict=True)}
     encoded = dict(zip(images, model.encode(list(images.values()), batch_size=len(images)), strict=True))
     questions = [item.question for item in items]
@@ -217,17 +288,17 @@ def answer_questions(model: Predictor, items: Sequence[EvalItem], options: Gener
     return [str(answer) for answer in answers]
 
 
-def _by_kind(name: str, outcomes: Sequence[Outcome]) -> dict[str, float]:
+def _by_kind(name: str, outcomes: Sequence[Outcome]) -> Metrics:
     """The mean accuracy of all outcomes, and of each kind if there are several."""
     kinds: dict[str, list[float]] = defaultdict(list)
     for outcome in outcomes:
-        kinds[outcome.item.kind].append(outcome.scores["accuracy"])
+        kinds[outcome.item.kind].append(outcome.quality)
     parts = {f"  of which {kind}": _mean(scores) for kind, scores in kinds.items() if len(kinds) > 1}
-    return {name: _mean([outcome.scores["accuracy"] for outcome in outcomes])} | parts
+    return {name: _mean([outcome.quality for outcome in outcomes])} | parts
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 # --- retrieval ---
@@ -237,6 +308,8 @@ def _retrieval(
     matcher: Matcher, items: Sequence[EvalItem], protocol: Protocol, settings: EvalSettings
 ) -> Scored:
     pairs = [(image, text) for image, item in enumerate(items) for text in item.captions]
+    if not pairs:
+        raise ValueError("there are no images with captions")
     texts, image_of_text = [text for _, text in pairs], [[image] for image, _ in pairs]
     texts_of_image: list[list[int]] = [[] for _ in items]
     for text, (image, _) in enumerate(pairs):
@@ -251,7 +324,9 @@ def _retrieval(
         batch_size=settings.batch_size,
         progress=settings.progress,
     )
-    metrics = {f"text {name}": value for name, value in recalls(ranked_texts, texts_of_image).items()}
+    metrics: Metrics = {
+        f"text {name}": value for name, value in recalls(ranked_texts, texts_of_image).items()
+    }
     metrics |= {f"image {name}": value for name, value in recalls(ranked_images, image_of_text).items()}
     metrics |= {
         "  text R@1 by contrast alone": recalls(contrast, texts_of_image, (1,))["R@1"],
@@ -261,7 +336,9 @@ def _retrieval(
         Outcome(item, texts[int(row.argmax())], {"rank": float(rank + 1)}, -float(rank))
         for item, row, rank in zip(items, ranked_texts, ranks(ranked_texts, texts_of_image), strict=True)
     ]
-    return metrics, outcomes, []
+    some = any(value is None for value in metrics.values())
+    about = f"R@k is not defined where there are no more than k to choose from: {len(texts)} texts, {len(items)} images"
+    return metrics, outcomes, [about] if some else []
 
 
 # --- the default model's scenes ---
@@ -274,7 +351,7 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
 
     def describe(items: Sequence[EvalItem], label: str) -> list[Outcome]:
         captions = write_captions(model, items, protocols["captions"], settings, label)
-        outcomes = []
+        outcomes: list[Outcome] = []
         for item, text in zip(items, captions, strict=True):
             named = names_all(text, item.things, scenes.nouns)
             counted = counts_right(text, item.things, scenes.nouns)
@@ -282,14 +359,15 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
         return outcomes
 
     singles, multi = describe(scenes.singles, "stamps"), describe(scenes.multi, "scenes")
-    metrics = {
-        "one stamp on an unseen background, named": _mean([o.scores["named"] for o in singles]),
-        "scenes of 2-4 objects, every object named": _mean([o.scores["named"] for o in multi]),
-        "scenes of 2-4 objects, names and numbers right": _mean([o.scores["numbers"] for o in multi]),
+    metrics: Metrics = {
+        "one stamp on an unseen background, named": _mean([o.scores["named"] or 0.0 for o in singles]),
+        "scenes of 2-4 objects, every object named": _mean([o.scores["named"] or 0.0 for o in multi]),
+        "scenes of 2-4 objects, names and numbers right": _mean([o.scores["numbers"] or 0.0 for o in multi]),
     }
     try:
         scores = caption_scores([item.captions for item in scenes.multi], [o.text for o in multi])
         metrics["scenes of 2-4 objects, CIDEr"] = scores.total["CIDEr"]
+        notes += [note for note in scores.left_out if note.startswith("CIDEr")]
     except ValueError as error:
         notes.append(f"CIDEr is left out: {error}")
     questions = EvalTask("scenes", "questions", scenes.questions)
@@ -297,7 +375,8 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     _, answers, _ = _questions(model, questions, longer, settings)
     metrics |= _by_kind("unseen questions, exact match", answers)
     try:
-        table, _, _ = _retrieval(model.matcher, scenes.retrieval, protocols["retrieval"], settings)
+        table, _, few = _retrieval(model.matcher, scenes.retrieval, protocols["retrieval"], settings)
+        notes += few
         for kind in ("text", "image"):
             metrics[f"{kind} retrieval among {len(scenes.retrieval):,}, R@1"] = table[f"{kind} R@1"]
         for kind in ("text", "image"):
@@ -307,7 +386,8 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     if settings.limit is not None:
         notes.append(f"the first {settings.limit} of each set alone")
     protocol, outcomes = protocols["captions"], singles + multi + answers
-    return Report("scenes", "composed scenes", model_name, metrics, {}, protocol, outcomes, notes)
+    about = "composed scenes"
+    return Report("scenes", about, model_name, metrics, {}, protocol, outcomes, notes, model.digest())
 
 
 def _batches(items: Sequence[T], settings: EvalSettings, label: str) -> Iterator[Sequence[T]]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from blip2.data.sources import DataError, read_annotations
-from blip2.evaluate.tasks import EvalItem, files_needed
+from blip2.evaluate.tasks import EvalItem, ImageFile, files_needed, sound_items
 from blip2.images import ImageSource
 
 COLOURS = (
@@ -44,6 +44,11 @@ class Scenes:
         """The scenes with the first `limit` items of each set."""
         sets = (self.singles, self.multi, self.questions, self.retrieval)
         return Scenes(self.nouns, *(items[:limit] for items in sets))
+
+    def without(self, images: Container[ImageFile]) -> Scenes:
+        """The scenes without the items of these images."""
+        sets = (self.singles, self.multi, self.questions, self.retrieval)
+        return Scenes(self.nouns, *(sound_items(items, images) for items in sets))
 
 
 def read_scenes(data: Path | None) -> Scenes:

@@ -6,15 +6,20 @@ Needs only the standard library when imported.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from blip2.data.sources import DataError, read_annotations, read_samples
+from blip2.data.sources import DataError, read_annotations, read_sample_set, summary
+from blip2.imagefiles.advice import left_out_text
+from blip2.imagefiles.listing import ImageItem
 
 if TYPE_CHECKING:
     from blip2.images import ImageSource
+
+Kind = Literal["captions", "questions", "retrieval"]
+ImageFile = str | Path | ImageItem  # an image that is read when it is its turn
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,33 @@ class EvalItem:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A set to evaluate on. rule: how answers are scored."""
+    """A set to evaluate on.
+
+    rule: how answers are scored. own: a set of the user's, no published one. left_out: rows that cannot be used, each
+    with the reason. notes: what else the report says about the set.
+    """
 
     name: str
-    kind: Literal["captions", "questions", "retrieval"]
+    kind: Kind
     items: list[EvalItem]
-    rule: Literal["vqa", "gqa", "exact"] = "exact"
+    rule: Literal["vqa", "gqa", "normalised", "exact"] = "exact"
     about: str = ""
+    own: bool = False
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def first(self, limit: int | None) -> EvalTask:
         """The task with its first `limit` items alone."""
         return replace(self, items=self.items[:limit])
+
+    def without(self, images: Container[ImageFile]) -> EvalTask:
+        """The task without the items of these images."""
+        return replace(self, items=sound_items(self.items, images))
+
+
+def sound_items(items: Iterable[EvalItem], damaged: Container[ImageFile]) -> list[EvalItem]:
+    """The items but those whose images are damaged."""
+    return [item for item in items if not (isinstance(item.image, ImageFile) and item.image in damaged)]
 
 
 # Task -> the files it needs under the data folder, each with a description. A folder's name ends with "/".
@@ -80,7 +101,10 @@ TASK_FILES: dict[str, tuple[tuple[str, str], ...]] = {
         ("easy_vqa/data/test/images/", "its images, 0.png and on"),
     ),
     "scenes": (
-        ("scenes/scenes.json", "composed scenes with captions and questions: `make eval-data` writes them"),
+        (
+            "scenes/scenes.json",
+            "composed scenes with captions and questions, which default_model/make_scenes.py of the source writes",
+        ),
         ("scenes/images/", "their images"),
     ),
 }
@@ -114,19 +138,48 @@ def read_task(
         (data / file).exists() for file, _ in TASK_FILES[name] if images is None or not file.endswith("/")
     ):
         raise DataError(files_needed(name, data))
+    kind: Kind = "captions"
+    rule: Literal["vqa", "gqa", "exact"] = "exact"
+    left_out: list[str] = []
     if name == "gqa":
-        items = _gqa(first, images or second)
-        return EvalTask(name, "questions", list(items), "gqa", "GQA's balanced test-dev")
-    if name in ("vqav2", "okvqa"):
-        items = _vqa(first, annotations or second, images or data / "val2014")
-        return EvalTask(name, "questions", list(items), "vqa", "the validation questions")
-    if name == "nocaps":
-        items, about = _coco(read_annotations(first), images or second), "NoCaps' validation set"
+        items, about, kind, rule = (
+            _gqa(first, images or second),
+            "GQA's balanced test-dev",
+            "questions",
+            "gqa",
+        )
+    elif name in ("vqav2", "okvqa"):
+        items = _vqa(first, annotations or second, images or data / "val2014", left_out)
+        about, kind, rule = "the validation questions", "questions", "vqa"
+    elif name == "nocaps":
+        items, about = _coco(read_annotations(first), images or second, left_out), "NoCaps' validation set"
     elif name.endswith("coco"):
         items, about = _karpathy(first, images or data), "COCO, Karpathy's test split"
     else:
         items, about = _karpathy(first, images or second), "Flickr30k's test split"
-    return EvalTask(name, "retrieval" if "retrieval" in name else "captions", list(items), about=about)
+    if "retrieval" in name:
+        kind = "retrieval"
+    usable = _with_references(items, kind, left_out, least=4 if rule == "vqa" else 1)
+    return EvalTask(name, kind, usable, rule, about, left_out=tuple(left_out))
+
+
+def _with_references(
+    items: Iterable[EvalItem], kind: Kind, left_out: list[str], least: int = 1
+) -> list[EvalItem]:
+    """The items of a kind that can be scored; those without texts, or with less than `least` answers, are noted."""
+    usable = []
+    for item in items:
+        if bool(item.question) != (kind == "questions") and (item.question or item.captions):
+            continue  # of a set with both kinds
+        texts, what = (item.answers, "answers") if kind == "questions" else (item.captions, "captions")
+        if kind == "questions" and not item.question:
+            left_out.append(f"{item.id} has no question")
+        elif len(texts) < (least if kind == "questions" else 1):
+            fewer = f", fewer than {least}" if least > 1 else ""
+            left_out.append(f"{item.id} has {len(texts)} {what}{fewer}")
+        else:
+            usable.append(item)
+    return usable
 
 
 def files_needed(name: str, data: Path | None) -> str:
@@ -151,25 +204,32 @@ def _karpathy(path: Path, images: Path) -> Iterator[EvalItem]:
             yield EvalItem(row.get("cocoid", Path(row["filename"]).stem), file, texts)
 
 
-def _coco(content: Mapping[str, Any], images: Path) -> Iterator[EvalItem]:
+def _coco(content: Mapping[str, Any], images: Path, left_out: list[str]) -> Iterator[EvalItem]:
     """COCO's captions file; NoCaps' also has a domain for each image."""
     texts: dict[Any, list[str]] = {}
-    for row in content["annotations"]:
-        texts.setdefault(row["image_id"], []).append(row["caption"])
-    for row in content["images"]:
-        if row["id"] in texts:
+    for place, row in enumerate(content["annotations"], 1):
+        if isinstance(row.get("caption"), str) and row["caption"].strip() and "image_id" in row:
+            texts.setdefault(row["image_id"], []).append(row["caption"])
+        else:
+            left_out.append(f"annotation {place} has no caption or no image_id")
+    for place, row in enumerate(content["images"], 1):
+        if "id" not in row or not isinstance(row.get("file_name"), str):
+            left_out.append(f"image {place} has no id or no file_name")
+        elif row["id"] in texts:
             kind = str(row.get("domain", ""))
-            yield EvalItem(row["id"], images / row["file_name"], tuple(texts[row["id"]]), kind=kind)
+            yield EvalItem(row["id"], images / row["file_name"], tuple(texts.pop(row["id"])), kind=kind)
+    left_out += [f"an annotation belongs to image {number}, which is not listed" for number in texts]
 
 
-def _vqa(questions: Path, annotations: Path, images: Path) -> Iterator[EvalItem]:
+def _vqa(questions: Path, annotations: Path, images: Path, left_out: list[str]) -> Iterator[EvalItem]:
     content = read_annotations(questions)
     subtype = content.get("data_subtype", "val2014")
     annotation_of = {row["question_id"]: row for row in read_annotations(annotations)["annotations"]}
     for row in content["questions"]:
         annotation = annotation_of.get(row["question_id"])
         if annotation is None:
-            raise DataError(f"{annotations} has no answers to question {row['question_id']} of {questions}")
+            left_out.append(f"{annotations} has no answers to question {row['question_id']}")
+            continue
         yield EvalItem(
             row["question_id"],
             images / (row.get("image") or f"COCO_{subtype}_{row['image_id']:012d}.jpg"),
@@ -208,24 +268,31 @@ def _common_form(name: str, data: Path, images: Path | None, annotations: Path |
     content = content if isinstance(content, Mapping) else {}
     root = images or data.parent
     items: Iterable[EvalItem]
+    left_out: list[str] = []
+    notes: list[str] = []
     if "questions" in content:
         if annotations is None:
             raise DataError(
                 f"{data} holds questions alone: name the file of their answers with --annotations"
             )
-        items = _vqa(data, annotations, root)
+        items = _vqa(data, annotations, root, left_out)
     elif content.get("images") and "sentences" in content["images"][0]:
         items = _karpathy(data, root)
     elif "annotations" in content and "images" in content:
-        items = _coco(content, root)
+        items = _coco(content, root, left_out)
     else:
+        samples = read_sample_set(data, images)
+        left_out, notes = samples.problems, list(filter(None, [left_out_text(samples.left_out)]))
         items = (
             EvalItem(sample.id, sample.image, sample.captions, sample.question or "", sample.answers)
-            for sample in read_samples(data, images)
+            for sample in samples.samples
         )
-    kind: Literal["captions", "questions"] = "captions" if name == "captions" else "questions"
-    items = [item for item in items if (item.captions if kind == "captions" else item.answers)]
-    if not items:
-        raise DataError(f"{data} holds no {'captions' if kind == 'captions' else 'questions with answers'}")
-    rule: Literal["vqa", "exact"] = "vqa" if all(len(item.answers) >= 10 for item in items) else "exact"
-    return EvalTask(name, kind, items, rule, str(data))
+    kind: Kind = "captions" if name == "captions" else "questions"
+    usable = _with_references(items, kind, left_out)
+    if not usable:
+        what = "captions" if kind == "captions" else "questions with answers"
+        raise DataError(f"{data} holds no {what}{summary('; left out', left_out)}")
+    rule: Literal["vqa", "normalised"] = (
+        "vqa" if all(len(item.answers) >= 10 for item in usable) else "normalised"
+    )
+    return EvalTask(name, kind, usable, rule, str(data), True, tuple(left_out), tuple(notes))

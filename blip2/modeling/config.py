@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-MAX_LAYERS = 1000
+MAX_LAYERS = 200  # OPT-175B has 96
 MAX_SIZE = 2**24  # of any number in a config
 MAX_IMAGE_PX = 2**14
 T5_TRAINED_TOKENS = 512  # the longest text T5 was trained on; its positions have no end
@@ -24,9 +24,25 @@ class ConfigError(ValueError):
     """A config.json that describes no BLIP-2 model this package can build."""
 
 
+MAX_END_TOKENS = 100
+_EPS = (1e-15, 0.1)  # of norms: 1e-12 to 1e-5 in all models; less is 0 in fp32
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    _check(
+        least <= value <= most, f"{name} is {value!r}, expected {least:g} to {most:g}"
+    )  # NaN is in no range
+
+
+def _shown(value: object) -> str:
+    """A value from a file as a message may show it."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _check_layers("vision_config", self, "hidden_act")
+        _check_range("vision_config.layer_norm_eps", self.layer_norm_eps, *_EPS)
+        if self.last_norm_eps:
+            _check_range("vision_config.last_norm_eps", self.last_norm_eps, *_EPS)
         _check(
             self.patch_size <= self.image_size <= MAX_IMAGE_PX,
             f"vision_config: image_size {self.image_size} is smaller than patch_size {self.patch_size} "
@@ -84,6 +103,8 @@ class QFormerConfig:
 
     def __post_init__(self) -> None:
         _check_layers("qformer_config", self, "hidden_act")
+        _check_range("qformer_config.layer_norm_eps", self.layer_norm_eps, *_EPS)
+        _check_range("qformer_config.hidden_dropout_prob", self.hidden_dropout_prob, 0, 0.99)
         _check(
             self.cross_attention_frequency > 0,
             f"qformer_config: cross_attention_frequency is {self.cross_attention_frequency}, must be at least 1",
@@ -171,6 +192,7 @@ class T5Config(_EndTokens):
 
     def __post_init__(self) -> None:
         _check_depth("text_config", self.num_layers, self.num_decoder_layers)
+        _check_range("text_config.layer_norm_epsilon", self.layer_norm_epsilon, *_EPS)
         _check(
             self.num_heads * self.d_kv <= MAX_SIZE,
             f"text_config: {self.num_heads} attention heads of {self.d_kv} are more than any model has",
@@ -268,7 +290,7 @@ def _check_depth(section: str, *layers: int) -> None:
 
 
 def _check_activation(section: str, name: str) -> None:
-    _check(name in ACTIVATIONS, f"{section} is {name!r}; known activations: {', '.join(ACTIVATIONS)}")
+    _check(name in ACTIVATIONS, f"{section} is {_shown(name)}; known activations: {', '.join(ACTIVATIONS)}")
 
 
 def _check_widths(vision: VisionConfig, qformer: QFormerConfig) -> None:
@@ -306,17 +328,21 @@ def _pick(defaults: Config, section: str, raw: Mapping[str, Any]) -> Config:
         if name in ("image_size", "patch_size") and isinstance(value, list):
             _check(
                 bool(value) and all(side == value[0] for side in value),
-                f"{section}.{name} is {value}; only square images and patches are supported",
+                f"{section}.{name} is {_shown(value)}; only square images and patches are supported",
             )
             value = value[0]
         if name == "eos_token_id" and isinstance(value, list):
+            _check(
+                len(value) <= MAX_END_TOKENS,
+                f"{section}.{name} lists {len(value):,} tokens, over {MAX_END_TOKENS}",
+            )
             value = tuple(_whole(f"{section}.{name}", token, 0) for token in value)
         elif type(default) is int:
             value = _whole(f"{section}.{name}", value, -1 if name.endswith("_token_id") else 1)
         else:
             expected = type(default).__name__
             good = type(value) is type(default) and (type(value) is not float or math.isfinite(value))
-            _check(good, f"{section}.{name} is {value!r}, expected {expected}")
+            _check(good, f"{section}.{name} is {_shown(value)}, expected {expected}")
         values[name] = value
     return replace(defaults, **values)
 
@@ -351,12 +377,14 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
     model_type = raw.get("model_type")
     _check(
         model_type in ("blip-2", "blip_2", "blip2"),
-        f"config.json says model_type {model_type!r}; expected 'blip-2'. Is this the folder of another model?",
+        f"config.json says model_type {_shown(model_type)}; expected 'blip-2'. Is this the folder of another model?",
     )
     vision = _pick(VisionConfig(), "vision_config", _section(raw, "vision_config"))
     queries = _whole("num_query_tokens", raw.get("num_query_tokens", 32))
     architectures = raw.get("architectures") or []
-    _check(isinstance(architectures, list), f"architectures is {architectures!r}, expected a list of names")
+    _check(
+        isinstance(architectures, list), f"architectures is {_shown(architectures)}, expected a list of names"
+    )
     # transformers overwrites the width the Q-Former reads with the image encoder's, so files may hold a stale one.
     section = {**_section(raw, "qformer_config"), "encoder_hidden_size": vision.hidden_size}
     qformer = _pick(QFormerConfig(), "qformer_config", section)
@@ -367,7 +395,7 @@ def read_config(raw: Mapping[str, Any]) -> Blip2Config | MatcherConfig:
     kind = text.get("model_type", "opt")
     _check(
         isinstance(kind, str) and kind in _READERS,
-        f"the language model is {kind!r}; this version builds {' and '.join(map(repr, _READERS))}",
+        f"the language model is {_shown(kind)}; this version builds {' and '.join(map(repr, _READERS))}",
     )
     language = _READERS[kind](text)
     image_token = raw.get("image_token_index", raw.get("image_token_id"))
@@ -380,13 +408,14 @@ def _read_opt(text: Mapping[str, Any]) -> OptConfig:
     for name, needed in _OPT_REQUIRED.items():
         _check(
             text.get(name, needed) == needed,
-            f"text_config.{name} is {text.get(name)!r}; BLIP-2 needs {needed!r}",
+            f"text_config.{name} is {_shown(text.get(name))}; BLIP-2 needs {needed!r}",
         )
     language = _pick(_OPT_DEFAULTS, "text_config", _settings(text))
     embedded = text.get("word_embed_proj_dim") or language.hidden_size
     _check(
         embedded == language.hidden_size,
-        f"text_config.word_embed_proj_dim {embedded} differs from hidden_size {language.hidden_size}: not supported",
+        f"text_config.word_embed_proj_dim {_shown(embedded)} differs from hidden_size {language.hidden_size}: "
+        "not supported",
     )
     return language
 
@@ -398,7 +427,7 @@ def _read_t5(text: Mapping[str, Any]) -> T5Config:
     gated, _, activation = form.rpartition("-") if isinstance(form, str) else ("?", "", "")
     _check(
         gated in ("", "gated"),
-        f"text_config.feed_forward_proj is {form!r}, expected an activation, or 'gated-' before it",
+        f"text_config.feed_forward_proj is {_shown(form)}, expected an activation, or 'gated-' before it",
     )
     tied = settings.get("tie_word_embeddings", True)
     completed = {

@@ -8,6 +8,7 @@ know.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -176,6 +177,11 @@ class QuantizedFile(TensorFile):
         """float32."""
         return self.quantized(name).float()
 
+    def sources(self, name: str) -> Iterator[tuple[TensorFile, str]]:
+        for part in PARTS[self.kind(name)]:
+            stored = name.removesuffix("weight") + part
+            yield from self._stored.file(stored).sources(stored)
+
     def _info(self, name: str) -> TensorInfo:
         kind, layer = self.kind(name), name.removesuffix("weight")
         shape = self._stored.info(layer + PARTS[kind][0]).shape
@@ -217,7 +223,7 @@ def read_quantized(
     if isinstance(file, QuantizedFile):
         if file.kind(name) is not kind:
             raise CheckpointError(
-                f"{name} is stored quantized in another way; leave quantize out to load it as it is"
+                f"{name} is stored quantized in another way; leave out quantize= to load it as it is"
             )
         return file.quantized(name, mapped=mapped)
     return kind.of(tensors.copy(name))

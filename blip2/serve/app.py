@@ -21,7 +21,15 @@ from blip2.serve.errors import ApiError, error_response
 from blip2.serve.fetch import Fetcher
 from blip2.serve.keys import Keys
 from blip2.serve.metrics import Metrics
-from blip2.serve.middleware import ApiKeys, RequestEnd, RequestLimits, RequestLog, ResponseHeaders, SameSite
+from blip2.serve.middleware import (
+    ApiKeys,
+    HeadRequests,
+    RequestEnd,
+    RequestLimits,
+    RequestLog,
+    ResponseHeaders,
+    SameSite,
+)
 from blip2.serve.openapi import documented, openapi_document
 
 PAGE = Path(__file__).parent / "page"
@@ -74,7 +82,7 @@ def build_app(
         app.add_exception_handler(kind, error_response)
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
 
-    limited = RequestLimits(RequestEnd(app, limits), limits)
+    limited = RequestLimits(RequestEnd(HeadRequests(app), limits), limits)
     inner = ApiKeys(SameSite(limited, None if keys else hosts), keys or Keys())
     http = ResponseHeaders(RequestLog(inner, metrics))
 

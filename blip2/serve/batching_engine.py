@@ -23,7 +23,8 @@ import torch
 from blip2.generation.batching import ContinuousBatch, SampledSequence, each_alone
 from blip2.generation.decoding import BeamSequence
 from blip2.generation.options import GenerationOptions
-from blip2.images import load_image, to_pixels
+from blip2.imagefiles.workers import ImageWorkers, PendingImage
+from blip2.images import ImageProcessor, to_pixels
 from blip2.modeling.kv_cache import concat_prompt_caches
 from blip2.predict import Predictor
 from blip2.results import EncodedImage, GeneratedText
@@ -36,6 +37,7 @@ log = logging.getLogger("blip2.serve")
 # Requests started at a time, and while texts are being generated, whose next step must not wait for long.
 MAX_STARTS, MAX_STARTS_BETWEEN_STEPS = 8, 2
 
+IMAGE_WORKERS = 3  # two for any one client
 CLOSING_SECONDS = 5.0  # that a step may still take when the server ends
 
 # Any other computation with the model: a generator that yields between slices and returns the result.
@@ -159,6 +161,7 @@ class Engine:
     def __init__(self, load: Callable[[], Predictor], limits: Limits) -> None:
         self.limits = limits
         self.cache = ImageCache(limits.cache_bytes)
+        self.workers = ImageWorkers(IMAGE_WORKERS)
         self.loaded = threading.Event()
         self.failure: BaseException | None = None  # why there is no model
         self.on_failure: Callable[[], None] = lambda: None
@@ -177,7 +180,7 @@ class Engine:
     # --- from any thread ---
 
     def start(self) -> None:
-        """Start the thread, which loads the model first."""
+        """Start the thread, which starts the processes that decode images and loads the model first."""
         self._thread.start()
 
     def close(self) -> None:
@@ -186,6 +189,7 @@ class Engine:
         with self._lock:
             self._closed = True
             self._lock.notify()
+        self.workers.close()
         if self.loaded.is_set() or self.failure is not None:
             self._thread.join(CLOSING_SECONDS)
 
@@ -225,18 +229,30 @@ class Engine:
             self.check_room()
             return Slot(self._reserved)
 
-    def prepare_image(self, content: bytes, *, pixels: bool = False) -> PreparedImage:
+    def prepare_image(
+        self, content: bytes, pending: PendingImage | None = None, *, pixels: bool = False
+    ) -> PreparedImage:
         """A file's image, ready for the model; from the cache where it has it, unless `pixels` are needed too.
 
-        Slow: not for an event loop's thread. Raises ImageError where it is no image.
+        Slow: not for an event loop's thread. `pending` and errors: as for `ImageWorkers.decode`.
         """
         key = hashlib.sha256(content).digest()
         encoded = self.cache.get(key)
         if encoded is not None and not pixels:
             return PreparedImage(key, encoded.size, None, encoded)
-        image = load_image(content, max_pixels=self.limits.pixels)
-        tensor = to_pixels([image], self.predictor.generator.image_processor)
-        return PreparedImage(key, image.size, tensor, encoded)
+        tensor, size = self.load_pixels(content, self.predictor.generator.image_processor, pending)
+        return PreparedImage(key, size, tensor, encoded)
+
+    def load_pixels(
+        self, content: bytes, processor: ImageProcessor, pending: PendingImage | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """A file's image as a model takes it, float32 [1, 3, S, S], and its own width and height.
+
+        As `prepare_image`, without the cache.
+        """
+        resize, limit = (processor.size, processor.resample), self.limits.pixels
+        decoded = self.workers.decode(content, resize=resize, max_pixels=limit, pending=pending)
+        return to_pixels([decoded.image], processor), decoded.size
 
     def submit(
         self,
@@ -296,6 +312,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self.workers.start()
             predictor = self._load()
             with contextlib.suppress(ValueError):  # a matcher alone generates no text
                 self._batch = ContinuousBatch(predictor.model)

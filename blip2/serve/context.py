@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from blip2.generation.batching import SampledSequence
+from blip2.imagefiles.workers import PendingImage
 from blip2.serve.batching_engine import Engine, GenerateRequest, Job, OnStep, PreparedImage, Work
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
@@ -18,8 +20,6 @@ from blip2.serve.limits import Limits
 from blip2.serve.logs import log_event
 from blip2.serve.metrics import Metrics
 from blip2.serve.streaming import GrowingText
-
-DECODERS = 2  # images decoded at a time: one of the largest takes hundreds of MB
 
 Result = TypeVar("Result")
 Pieces = AsyncGenerator[tuple[int, str], None]  # each of the request's text of that number
@@ -30,7 +30,7 @@ class ServerContext:
     """What the routes of one application share.
 
     model_name: by which clients know the model. fetcher: None where image URLs are off.
-    decoders: bounds the images decoded at a time. log_contents: prompts and texts go to the log.
+    log_contents: prompts and texts go to the log.
     """
 
     engine: Engine
@@ -39,7 +39,11 @@ class ServerContext:
     metrics: Metrics
     fetcher: Fetcher | None = None
     log_contents: bool = False
-    decoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DECODERS, "blip2 images"))
+
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        """For work on images, which waits for an image worker: one for each request."""
+        return ThreadPoolExecutor(self.limits.requests, "blip2 images")
 
     @property
     def decode(self) -> Callable[[list[int]], str]:
@@ -62,13 +66,19 @@ class ServerContext:
         if value > limit:
             raise ApiError(400, f"{name} is {value}; this server allows {limit}", param=name)
 
-    async def in_thread(self, work: Callable[[], Result]) -> Result:
-        """Run work on images on another thread than the event loop's. A request that ends does not wait for it."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
+    async def in_thread(self, request: Request, work: Callable[[PendingImage], Result]) -> Result:
+        """Run work on an image on another thread than the event loop's. It is given up where the request ends first."""
+        pending = PendingImage(request.state.client)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.threads, work, pending)
+        finally:
+            pending.cancel()
 
-    async def prepare_image(self, content: bytes, *, pixels: bool = False) -> PreparedImage:
-        """A file's image, ready for the model; `pixels` as for `Engine.prepare_image`."""
-        return await self.in_thread(lambda: self.engine.prepare_image(content, pixels=pixels))
+    async def prepare_image(self, request: Request, content: bytes, *, pixels: bool = False) -> PreparedImage:
+        """A request's image, ready for the model; `pixels` as for `Engine.prepare_image`."""
+        return await self.in_thread(
+            request, lambda pending: self.engine.prepare_image(content, pending, pixels=pixels)
+        )
 
     def submit(self, request: Request, work: Work, on_step: OnStep | None = None) -> Job:
         """Queue an HTTP request's work for the engine, in the slot that the request has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from difflib import get_close_matches
 from typing import Any
 
@@ -23,7 +24,16 @@ TYPES = {  # OpenAI's names for kinds of errors; any other of the client's is an
     501: "not_implemented_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 _HTTP_MESSAGES = {404: "there is no such page here", 405: "this page does not support that HTTP method"}
+# Pydantic's messages, in JSON's words.
+_JSON_WORDS = {"False": "false", "True": "true", "None": "null"}
+_SHOWN = 80  # characters of a client's text in a message
 _KINDS = ("str", "bool", "int", "constrained-int")  # in a fault's place: the kind of value that was tried
+
+
+def excerpt(text: str) -> str:
+    """A client's text within a message: without what is not printable, and the beginning of a long one."""
+    shown = "".join(char if char.isprintable() else "\ufffd" for char in text[:_SHOWN])
+    return f'"{shown}{"..." if len(text) > _SHOWN else ""}"'
 
 
 class ApiError(Exception):
@@ -69,7 +79,7 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(error.status_code, message, headers=dict(error.headers or {}))
         case ValidationError():
             return _invalid_body(error)
-        case ValueError():
+        case ValueError() if not isinstance(error, UnicodeError):  # whose messages are Python's
             return ApiError(400, str(error))
     return ApiError(500, "something went wrong; the server's log has the details under this request's id")
 
@@ -97,6 +107,7 @@ def _invalid_body(error: ValidationError) -> ApiError:
     field, rank = fields[chosen], ranks[chosen]
     same = [faults[i]["msg"] for i in range(len(faults)) if (fields[i], ranks[i]) == (field, rank)]
     message = ", or ".join(dict.fromkeys(same))  # a field may take several kinds of value
+    message = re.sub(r"\b(False|True|None)\b", lambda match: _JSON_WORDS[match[0]], message)
     if faults[chosen]["type"] == "extra_forbidden":
         meant = get_close_matches(field, vars(schemas)[error.title].model_fields, n=1)
         message = f"there is no such field here{f'; did you mean {meant[0]}?' if meant else ''}"
@@ -109,7 +120,7 @@ def _field(loc: tuple[int | str, ...]) -> str:
     path: list[str] = []
     for part in map(str, loc):
         if part not in _KINDS and "[" not in part and part not in path[-1:]:  # a kind's name may come twice
-            path.append(part)
+            path.append(excerpt(part).strip('"'))
     return ".".join(path)
 
 

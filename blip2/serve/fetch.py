@@ -19,9 +19,20 @@ REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,252}")
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*")  # a host that ends so is an address, to be written in the usual way
-_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6's public internet
-# Networks whose addresses hold an IPv4 address, to which packets go in the end.
-_CARRIERS = ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32")
+_UNICAST = ipaddress.IPv6Network(
+    "2000::/3"
+)  # all of IPv6's public internet; mapped and translated IPv4 is outside
+# IANA's special-purpose networks within the rest, some of which Python calls global, and not in every version the same:
+# private, shared, of protocols, of documentation, relays and sinks, multicast, reserved; in IPv6 those of protocols
+# (Teredo, which holds an IPv4 address, benchmarks, identifiers), documentation, 6to4, 6bone.
+_SPECIAL = (
+    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 "
+    "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 "
+    "203.0.113.0/24 224.0.0.0/4 240.0.0.0/4 "
+    "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20"
+)
+_SPECIAL_NETWORKS = tuple(map(ipaddress.ip_network, _SPECIAL.split()))
+_ISATAP = 0x5EFE  # before the IPv4 address in an address of a tunnel within a site
 
 
 class FetchError(ValueError):
@@ -29,17 +40,18 @@ class FetchError(ValueError):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is on the public internet."""
+    """Whether an IP address is on the public internet, and is no way round to one that is not."""
     try:
         ip = ipaddress.ip_address(address)
-    except ValueError:  # a zone, such as fe80::1%eth0, is for links
+    except ValueError:
         return False
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return is_public(str(ip.ipv4_mapped))
-        if ip not in _UNICAST or any(ip in net for net in _CARRIERS):
+        tunnel = (
+            int(ip) >> 32 & 0xFDFF_FFFF == _ISATAP
+        )  # one bit says whether the IPv4 address is the only one so
+        if ip not in _UNICAST or ip.scope_id or tunnel:
             return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+    return ip.is_global and not any(ip in network for network in _SPECIAL_NETWORKS)
 
 
 async def resolve_host(host: str, port: int) -> list[str]:

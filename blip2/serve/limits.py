@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from blip2.images import MOST_PIXELS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -40,6 +42,9 @@ class Limits:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number and least <= value < float("inf")):
                 raise ValueError(f"the limit {name} must be a number, {least} or more; got {value!r}")
+
+        if self.pixels > MOST_PIXELS:
+            raise ValueError(f"the limit pixels must be {MOST_PIXELS:,} at most; got {self.pixels!r}")
 
     def changed(self, settings: Iterable[str]) -> Limits:
         """These limits with some set, each written as NAME=NUMBER. Raises ValueError: no such limit, or no number."""

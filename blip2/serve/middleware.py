@@ -168,6 +168,26 @@ class RequestLimits:
                 state["slot"].release()
 
 
+class HeadRequests:
+    """Answers HEAD as GET, without the body: the framework's own routes take GET alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, send_head)
+        finally:
+            scope["method"] = "HEAD"  # for the log
+
+
 class RequestEnd:
     """Ends a request whose time is up or whose client has left, whatever it waits for then; sets its deadline."""
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from numpy.typing import NDArray
 from torch import Tensor
 
 from blip2.generation.options import make_options
-from blip2.images import load_image
 from blip2.inputs import in_batches
 from blip2.predict import Predictor
 from blip2.results import Match, StreamDetokenizer, token_text
@@ -24,7 +23,7 @@ from blip2.serve.bodies import read_form_or_json
 from blip2.serve.context import ServerContext, context_of
 from blip2.serve.errors import ApiError
 from blip2.serve.openapi import documented
-from blip2.serve.streaming import GrowingText, event_stream
+from blip2.serve.streaming import GrowingText, event_stream, finite_logprob, json_response
 from blip2.text import CAPTION_PROMPT
 
 SLICE = 4  # texts matched or embedded between two decoding steps of other requests
@@ -57,7 +56,7 @@ async def _generate(
     context.check_count("num_return_sequences", options.num_return_sequences, limits.sequences)
     context.check_count("num_beams", body.num_beams or 1, limits.num_beams)
     context.check_texts(prompt)
-    work = GenerateRequest(await context.prepare_image(image), (prompt,), options)
+    work = GenerateRequest(await context.prepare_image(request, image), (prompt,), options)
     context.log_content(request, {"prompt": prompt})
 
     def result(outputs: list[TextOutput]) -> dict[str, Any]:
@@ -68,12 +67,14 @@ async def _generate(
                 {"text": token_text(context.decode, token.id, token.before), "logprob": token.logprob}
                 for token in GrowingText.from_output(output, context.decode).tokens
             ]
-            texts.append({"text": str(output.text), "score": output.text.score, "tokens": tokens})
+            logprob = sum(map(finite_logprob, output.text.token_logprobs))
+            scores = {"score": output.text.score, "logprob": logprob}
+            texts.append({"text": str(output.text), **scores, "tokens": tokens})
         count = sum(len(output.text.tokens) for output in outputs)
         return {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
 
     if not body.stream:
-        return JSONResponse(result(await context.result(request, work)))
+        return json_response(result(await context.result(request, work)))
     job, pieces = context.follow(request, work, [GrowingText(StreamDetokenizer(context.decode))])
 
     async def bodies() -> AsyncGenerator[dict[str, Any], None]:
@@ -102,7 +103,7 @@ async def post_match(request: Request) -> Response:
     body, (image,) = await read_form_or_json(request, schemas.MatchRequest)
     context.check_count("texts", len(body.texts), context.limits.texts)
     context.check_texts(*body.texts)
-    pixels = await _matcher_pixels(context, image)
+    pixels = await _matcher_pixels(request, image)
 
     def compute(model: Predictor) -> Generator[None, None, list[Match]]:
         features, fits = model.matcher.encode_images(pixels), list[Match]()
@@ -113,7 +114,7 @@ async def post_match(request: Request) -> Response:
 
     fits = await context.result(request, compute)
     matches = [{"text": text, **asdict(fit)} for text, fit in zip(body.texts, fits, strict=True)]
-    return JSONResponse({"model": context.model_name, "matches": matches})
+    return json_response({"model": context.model_name, "matches": matches})
 
 
 @routes.post("/embed", **documented(schemas.Embeddings, schemas.EmbedRequest, files="images"))
@@ -126,7 +127,7 @@ async def post_embed(request: Request) -> Response:
     context.check_texts(*body.texts)
     if not images and not body.texts:
         raise ApiError(400, "nothing to embed: give images, or texts")
-    pixels = [await _matcher_pixels(context, image) for image in images]
+    pixels = [await _matcher_pixels(request, image) for image in images]
 
     def compute(model: Predictor) -> Generator[None, None, tuple[list[Any], list[Any]]]:
         image_vectors: list[Any] = []
@@ -140,14 +141,17 @@ async def post_embed(request: Request) -> Response:
         return image_vectors, text_vectors
 
     image_vectors, text_vectors = await context.result(request, compute)
-    return JSONResponse({"model": context.model_name, "images": image_vectors, "texts": text_vectors})
+    return json_response({"model": context.model_name, "images": image_vectors, "texts": text_vectors})
 
 
-async def _matcher_pixels(context: ServerContext, image: bytes) -> Tensor:
+async def _matcher_pixels(request: Request, image: bytes) -> Tensor:
     """A file's image as the matcher takes it: float32 [1, 3, S, S]."""
-    matcher = context.engine.predictor.matcher
-    limit = context.limits.pixels
-    return await context.in_thread(lambda: matcher.prepare([load_image(image, max_pixels=limit)]))
+    engine = context_of(request).engine
+    processor = engine.predictor.matcher.image_processor
+    pixels, _ = await context_of(request).in_thread(
+        request, lambda pending: engine.load_pixels(image, processor, pending)
+    )
+    return pixels
 
 
 @routes.post("/explain", **documented(schemas.ExplanationSchema, schemas.ExplainRequest, files="image"))
@@ -160,7 +164,7 @@ async def post_explain(request: Request) -> Response:
     if body.question is not None:
         prompt = context.engine.predictor.asking_prompt(body.question, turns, body.answer)
         text, options = body.answer, make_options("answer")
-    image = await context.prepare_image(content, pixels=True)
+    image = await context.prepare_image(request, content, pixels=True)
     if text is None:  # the model's own, as in Python
         (output,) = await context.result(request, GenerateRequest(image, (prompt,), options))
         text = output.text
@@ -180,7 +184,7 @@ async def post_explain(request: Request) -> Response:
             "attention": _attention_map(body, explanation.attention),
         }
 
-    return JSONResponse(await context.result(request, compute))
+    return json_response(await context.result(request, compute))
 
 
 def _checked_turns(context: ServerContext, body: schemas.ExplainRequest) -> list[tuple[str, str]] | None:

@@ -15,18 +15,18 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from blip2.results import StreamDetokenizer, token_text
 from blip2.serve import schemas
 from blip2.serve.batching_engine import GenerateRequest
 from blip2.serve.bodies import read_image_url, read_json_body
 from blip2.serve.context import ServerContext, context_of
-from blip2.serve.errors import ApiError
+from blip2.serve.errors import ApiError, excerpt
 from blip2.serve.native_api import usage
 from blip2.serve.openapi import documented
-from blip2.serve.streaming import GrowingText, event_stream
-from blip2.text import CAPTION_PROMPT
+from blip2.serve.streaming import GrowingText, event_stream, json_response
+from blip2.text import CAPTION_PROMPT, is_blank
 
 NO_SYSTEM = "system and developer messages are not read: the model's prompt format has no place for them"
 DEFAULT_NEW_TOKENS = 30  # where the client names no number, as in Python
@@ -82,7 +82,7 @@ class ChatFormat:
     def _token(self, token: int, before: int | None, logprob: float) -> dict[str, Any]:
         text = token_text(self.decode, token, before)
         encoded = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": encoded}
+        return {"token": text, "logprob": logprob, "bytes": encoded}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ async def create_chat_completion(request: Request) -> Response:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     new_tokens = _new_tokens(context, body.max_completion_tokens or body.max_tokens)
     url, prompt = _chat_prompt(context, body, new_tokens)
-    image = await context.prepare_image(await read_image_url(request, url))
+    image = await context.prepare_image(request, await read_image_url(request, url))
     work = GenerateRequest(image, (prompt,), body.options(new_tokens), body.top_logprobs or 0)
     context.log_content(request, {"prompt": prompt})
     decode = partial(context.engine.predictor.generator.tokenizer.decode, skip_special=False)
@@ -155,7 +155,7 @@ async def create_completion(request: Request) -> Response:
     context.check_count("the number of prompts times n", texts, context.limits.sequences)
     context.check_texts(*prompts)
     options = body.options(_new_tokens(context, body.max_tokens, prompts))
-    image = await context.prepare_image(await read_image_url(request, body.image))
+    image = await context.prepare_image(request, await read_image_url(request, body.image))
     work = GenerateRequest(image, prompts, options, body.logprobs or 0)
     context.log_content(request, {"prompts": prompts})
     return await _respond(request, body, work, CompletionFormat(context.decode, body.logprobs))
@@ -164,7 +164,7 @@ async def create_completion(request: Request) -> Response:
 @routes.get("/models", **documented(schemas.ModelList))
 async def list_models(request: Request) -> Response:
     """The model that this server has."""
-    return JSONResponse({"object": "list", "data": [_model_entry(context_of(request))]})
+    return json_response({"object": "list", "data": [_model_entry(context_of(request))]})
 
 
 @routes.get("/models/{model}", **documented(schemas.Model))
@@ -173,7 +173,7 @@ async def retrieve_model(request: Request, model: str) -> Response:
     context = context_of(request)
     if model != context.model_name:
         raise ApiError(404, "there is no such model here", param="model", code="model_not_found")
-    return JSONResponse(_model_entry(context))
+    return json_response(_model_entry(context))
 
 
 def _model_entry(context: ServerContext) -> dict[str, Any]:
@@ -185,7 +185,9 @@ def _model_entry(context: ServerContext) -> dict[str, Any]:
 
 def _check(context: ServerContext, body: schemas.CompletionSettings) -> None:
     if body.model != context.model_name:
-        message = f"there is no model {body.model!r} here; this server has {context.model_name!r}"
+        message = (
+            f"there is no model {excerpt(body.model)} here; this server has {excerpt(context.model_name)}"
+        )
         raise ApiError(404, message, param="model", code="model_not_found")
     context.check_count("n", body.n or 1, context.limits.sequences)
     context.check_texts(*body.stops())
@@ -219,14 +221,18 @@ def _chat_prompt(context: ServerContext, body: schemas.ChatRequest, new_tokens: 
         if len(images) > 1:
             raise ApiError(400, "a message may hold one image: the model looks at one", param=f"messages.{i}")
         if message.role == "user":
+            if is_blank(text or "") and (text is not None or not images):
+                reason = "the message has neither text nor image" if text is None else "the question is empty"
+                raise ApiError(400, f"{reason}; write some words", param=f"messages.{i}")
             if images:  # an unanswered question before the image is about it
                 image, turns = images[0], []
+            text = text or ""
             question = text if question is None else f"{question} {text}".strip()
         elif message.role == "assistant":
             if images:
                 raise ApiError(400, "only a user's message brings an image", param=f"messages.{i}")
             if question is not None:
-                turns.append((question, text))
+                turns.append((question, text or ""))
                 question = None
     if image is None:
         part = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
@@ -266,7 +272,7 @@ async def _respond(
         return usage(context, work, sum(text.count for text in texts))
 
     async def bodies() -> AsyncGenerator[dict[str, Any], None]:
-        counted = body.stream_options is not None and body.stream_options.include_usage
+        counted = body.stream_options is not None and bool(body.stream_options.include_usage)
         no_usage = {"usage": None} if counted else {}
         async with aclosing(pieces):
             for chunk in form.first_chunks(len(texts)):
@@ -289,4 +295,4 @@ async def _respond(
         outputs = await context.result(request, work)
         texts = [GrowingText.from_output(output, context.decode) for output in outputs]
     choices = [form.choice(i, text) for i, text in enumerate(texts)]
-    return JSONResponse(head | {"choices": choices, "usage": count(texts)})
+    return json_response(head | {"choices": choices, "usage": count(texts)})

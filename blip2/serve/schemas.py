@@ -5,15 +5,40 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from blip2.generation.options import GenerationOptions, TextKind, bounds_of, make_options
-from blip2.text import CAPTION_PROMPT
+from blip2.text import CAPTION_PROMPT, is_blank
 
-NonEmptyText = Annotated[str, StringConstraints(strip_whitespace=False, min_length=1)]
 MAX_END_TOKENS = 64  # ids that end a text, in one request
 IMAGE = "a data: URL, such as data:image/png;base64,...; an http(s) URL only where the server fetches them"
+
+
+def _not_blank(text: str) -> str:
+    if is_blank(text):
+        raise PydanticCustomError("blank", "there is nothing in it to be read; write some words")
+    return text
+
+
+def _only_null(value: object) -> None:
+    if value is not None:
+        raise PydanticCustomError("unsupported", "there is no such field here; leave it out, or send null")
+
+
+NonEmptyText = Annotated[str, AfterValidator(_not_blank), WithJsonSchema({"type": "string", "minLength": 1})]
+Unsupported = Annotated[
+    None, BeforeValidator(_only_null)
+]  # of OpenAI's API; null, which clients send too, is let pass
 
 
 class Strict(BaseModel):
@@ -102,7 +127,10 @@ class Token(BaseModel):
 
 class GeneratedTextSchema(BaseModel):
     text: str
-    score: float
+    score: float = Field(description="by which texts are compared; see length_penalty")
+    logprob: float = Field(
+        description="the natural logarithm of the probability of the whole text, its end included"
+    )
     tokens: list[Token]
 
 
@@ -178,11 +206,13 @@ class ImageUrl(Strict):
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Unsupported = None
 
 
 class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
+    prompt_cache_breakpoint: Unsupported = None
 
 
 class Message(BaseModel):
@@ -192,16 +222,17 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
 
-    def text_and_images(self) -> tuple[str, list[str]]:
-        """Its text and its images' URLs."""
+    def text_and_images(self) -> tuple[str | None, list[str]]:
+        """Its text, None where it has none, and its images' URLs."""
         if self.content is None or isinstance(self.content, str):
-            return self.content or "", []
+            return self.content, []
         texts = [part.text for part in self.content if isinstance(part, TextPart)]
-        return " ".join(texts), [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+        images = [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+        return " ".join(texts) if texts else None, images
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -261,14 +292,25 @@ class ChatRequest(CompletionSettings):
     service_tier: Literal["auto", "default"] | None = Field(None, description="there is no other")
     safety_identifier: str | None = Field(None, description="not read")
     prompt_cache_key: str | None = Field(None, description="not read")
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    functions: Unsupported = None
+    moderation: Unsupported = None
+    prediction: Unsupported = None
+    prompt_cache_options: Unsupported = None
+    prompt_cache_retention: Unsupported = None
+    reasoning_effort: Unsupported = None
+    verbosity: Unsupported = None
+    web_search_options: Unsupported = None
 
 
 class CompletionRequest(CompletionSettings):
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: str | Annotated[list[str], Field(min_length=1)] | None = Field(description="null: an empty one")
     image: str | None = Field(None, description="the image (the client's extra_body): " + IMAGE)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+    suffix: Unsupported = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -279,7 +321,7 @@ class CompletionRequest(CompletionSettings):
         return prompt
 
     def prompts(self) -> tuple[str, ...]:
-        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+        return tuple(self.prompt) if isinstance(self.prompt, list) else (self.prompt or "",)
 
 
 class TopLogprob(BaseModel):

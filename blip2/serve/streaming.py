@@ -13,8 +13,15 @@ from starlette.responses import Response, StreamingResponse
 
 from blip2.generation.batching import SampledSequence
 from blip2.results import StreamDetokenizer
-from blip2.serve.batching_engine import TextOutput, TopLogprobs
+from blip2.serve.batching_engine import EngineError, TextOutput, TopLogprobs
 from blip2.serve.errors import logged_api_error
+
+LEAST_LOGPROB = -9999.0  # OpenAI's for a probability of 0: JSON has no infinity
+
+
+def finite_logprob(logprob: float) -> float:
+    """A log-probability as JSON can hold it; not a number stays none, which `json_text` refuses."""
+    return LEAST_LOGPROB if logprob < LEAST_LOGPROB else logprob
 
 
 class GeneratedToken(NamedTuple):
@@ -44,7 +51,7 @@ class GrowingText:
         """A text that is finished already."""
         ids = output.text.tokens
         top_logprobs = output.top_logprobs or [[] for _ in ids]
-        tokens = list(map(GeneratedToken, ids, (None, *ids), output.text.token_logprobs, top_logprobs))
+        tokens = list(map(_token, ids, (None, *ids), output.text.token_logprobs, top_logprobs))
         return cls(
             StreamDetokenizer(decode),
             text=str(output.text),
@@ -63,7 +70,7 @@ class GrowingText:
             token, before = row.ids[position], self.tokens[-1].id if self.tokens else None
             piece = self.detokenizer.add(token)
             top_logprobs = row.tops[position] if row.tops else []
-            self.tokens.append(GeneratedToken(token, before, row.logprobs[position], top_logprobs))
+            self.tokens.append(_token(token, before, row.logprobs[position], top_logprobs))
         if last:
             piece += self.detokenizer.end()
             self.finish_reason = "stop" if row.finished else "length"
@@ -79,9 +86,27 @@ class GrowingText:
         return released
 
 
+def _token(id: int, before: int | None, logprob: float, top_logprobs: TopLogprobs) -> GeneratedToken:
+    tops = [(other, finite_logprob(value)) for other, value in top_logprobs]
+    return GeneratedToken(id, before, finite_logprob(logprob), tops)
+
+
 def _overlap(text: str, stop: str) -> int:
     """The longest end of a text with which a stop string begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def json_text(content: Any) -> str:
+    """JSON as every answer has it. Raises EngineError where a number that the model computed is not finite."""
+    try:
+        return json.dumps(content, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise EngineError("the model computed a number that is not finite") from error
+
+
+def json_response(content: Any) -> Response:
+    """An answer in JSON; raises as `json_text`."""
+    return Response(json_text(content), media_type="application/json")
 
 
 def event_stream(request: Request, bodies: AsyncGenerator[dict[str, Any], None]) -> Response:
@@ -94,9 +119,9 @@ def event_stream(request: Request, bodies: AsyncGenerator[dict[str, Any], None])
         try:
             async with aclosing(bodies):
                 async for body in bodies:
-                    yield f"data: {json.dumps(body)}\n\n"
+                    yield f"data: {json_text(body)}\n\n"
         except Exception as error:
-            yield f"data: {json.dumps(logged_api_error(request, error).body())}\n\n"
+            yield f"data: {json_text(logged_api_error(request, error).body())}\n\n"
             return
         yield "data: [DONE]\n\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import stat
 import threading
 from contextlib import ExitStack
@@ -31,6 +32,10 @@ class FileBytes:
             self.size = self._file.seek(0, 2)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+    def status(self) -> os.stat_result:
+        """The open file's size, times and inode."""
+        return os.fstat(self._file.fileno())
 
     def broken(self, problem: str) -> BrokenFileError:
         """The error of a file that is cut short or contradicts itself."""

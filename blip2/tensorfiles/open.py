@@ -110,7 +110,7 @@ def _what_it_is(start: bytes, file: FileBytes) -> str:
 
 
 def _open_index(path: Path, stack: ExitStack) -> Tensors:
-    weight_map = read_json(path, limit=MAX_INDEX_BYTES, unique_names=True).get("weight_map")
+    weight_map = read_json(path, limit=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BrokenFileError(
             f"{path}: no valid index: 'weight_map' must give the file of every tensor; give the path of a tensor file "

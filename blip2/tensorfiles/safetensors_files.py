@@ -30,7 +30,7 @@ def open_safetensors(file: FileBytes) -> StoredTensors:
         raise file.unsupported(
             f"the header announces {length:,} bytes, over {MAX_HEADER_BYTES:,}: no model's file"
         )
-    header = parse_json(file.read(8, length, "the header"), f"{file.path}: its header", unique_names=True)
+    header = parse_json(file.read(8, length, "the header"), f"{file.path}: its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise file.broken("__metadata__ is no table of texts")

@@ -1,8 +1,9 @@
-"""JSON objects of checkpoints, read strictly: of a limited size, valid, an object."""
+"""JSON objects of checkpoints, read strictly: of a limited size, valid, unambiguous, an object."""
 
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ from blip2.tensorfiles.errors import BrokenFileError, CheckpointError, Unsupport
 from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.texts import decode_text
 
-MAX_JSON_BYTES = 64 << 20  # T5's tokenizer.json has 2.4 million
+MAX_JSON_BYTES = 1 << 20  # published settings have 10,000
 
 
-def parse_json(text: bytes, where: str, *, unique_names: bool = False, utf8: bool = True) -> dict[str, Any]:
-    """The JSON object in `text`.
+def parse_json(text: bytes, where: str, *, utf8: bool = True) -> dict[str, Any]:
+    """The JSON object in `text`. What readers could take in two ways is refused: a name that occurs twice in an object,
+    and numbers that are none.
 
     Args:
         where: whose text it is, for the message of an error.
-        unique_names: refuse an object in which a name occurs twice, which readers could take in two ways.
         utf8: UTF-8 without a byte order mark only; else any text file.
 
     Raises:
@@ -27,7 +28,7 @@ def parse_json(text: bytes, where: str, *, unique_names: bool = False, utf8: boo
     """
     try:
         content = text.decode("utf-8") if utf8 else decode_text(text, where)
-        value = json.loads(content, object_pairs_hook=_unique if unique_names else None)
+        value = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise BrokenFileError(f"{where} is no valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
@@ -35,15 +36,12 @@ def parse_json(text: bytes, where: str, *, unique_names: bool = False, utf8: boo
     return value
 
 
-def read_json(
-    path: Path, *, optional: bool = False, limit: int = MAX_JSON_BYTES, unique_names: bool = False
-) -> dict[str, Any]:
+def read_json(path: Path, *, optional: bool = False, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         optional: without the file, give an empty object.
         limit: its size in bytes at most.
-        unique_names: see `parse_json`.
 
     Raises:
         CheckpointError: no such file, or one that cannot be read, is too large or broken.
@@ -52,14 +50,18 @@ def read_json(
         if optional:
             return {}
         raise CheckpointError(f"{path.parent} holds no {path.name}; give the folder a model was saved to")
+    return parse_json(read_small_file(path, limit, "JSON"), str(path), utf8=False)
+
+
+def read_small_file(path: Path, limit: int, what: str) -> bytes:
+    """All of a file of up to `limit` bytes. Raises CheckpointError where it is larger, or cannot be read."""
     with ExitStack() as stack:
         file = FileBytes(path, stack)
         if file.size > limit:
             raise UnsupportedFileError(
-                f"{path}: JSON of {file.size:,} bytes, over {limit:,}; restore the file"
+                f"{path}: {what} of {file.size:,} bytes, over {limit:,}; restore the file"
             )
-        content = file.read(0, file.size, "its JSON")
-        return parse_json(content, str(path), unique_names=unique_names, utf8=False)
+        return file.read(0, file.size, what)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -67,3 +69,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) != len(pairs):
         raise ValueError("a name occurs twice")
     return entries
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number

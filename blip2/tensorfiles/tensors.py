@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,16 +50,20 @@ class TensorFile:
         """The tensor, mapped from the file where its format allows."""
         return self.copied(name)
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """The values of a tensor in order, flat, in pieces; read piece by piece where its format allows."""
-        return blocks(self.copied(name))
+    def blocks(self, name: str, size: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
+        """The values of a tensor in order, flat, in pieces of `size`; read piece by piece where its format allows."""
+        return blocks(self.copied(name), size)
+
+    def sources(self, name: str) -> Iterator[tuple[TensorFile, str]]:
+        """The stored tensors that a tensor is made of, each with its file."""
+        yield self, name
 
 
-def blocks(tensor: Tensor) -> Iterator[Tensor]:
+def blocks(tensor: Tensor, size: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
     """A tensor's values in order, flat, in pieces."""
     flat = tensor.reshape(-1)
-    for start in range(0, len(flat), BLOCK_ELEMENTS):
-        yield flat[start : start + BLOCK_ELEMENTS]
+    for start in range(0, len(flat), size):
+        yield flat[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,12 @@ class StoredTensors(TensorFile):
 
     def __init__(self, file: FileBytes, format: str, tensors: Mapping[str, StoredTensor]) -> None:
         self.format, self._file, self._tensors = format, file, tensors
+        self.path = file.path
         self.info = {name: tensor.info for name, tensor in tensors.items()}
+
+    def status(self) -> os.stat_result:
+        """The open file's size, times and inode."""
+        return self._file.status()
 
     def mapped(self, name: str) -> Tensor:  # where its values are aligned
         tensor, dtype, row = self._tensors[name], self.info[name].dtype, None
@@ -105,13 +115,13 @@ class StoredTensors(TensorFile):
         values = self._shaped(row.view(dtype), tensor)
         return values if tensor.span == values.numel() else values.contiguous()
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str, size: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
         tensor, dtype = self._tensors[name], self.info[name].dtype
         in_order = tensor.strides in (None, torch.empty(tensor.info.shape, device="meta").stride())
         if tensor.start is None or tensor.big_endian or not in_order:
-            yield from super().blocks(name)
+            yield from super().blocks(name, size)
             return
-        width = BLOCK_ELEMENTS * dtype.itemsize
+        width = size * dtype.itemsize
         for done in range(0, tensor.info.nbytes, width):
             block = torch.empty(min(width, tensor.info.nbytes - done), dtype=torch.uint8)
             self._file.read_into(tensor.start + done, block.numpy().data, f"tensor {quoted(name)}")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from blip2.storage import lock_file
+from blip2.tensorfiles.scan import digest_tensors
 from blip2.train import checkpoints, plots
 from blip2.train.metrics import TrainingError, TrainingLog
 from blip2.train.muon import Muon
@@ -115,11 +116,13 @@ _FREE = ("device", "workers", "log_every", "save_every_s", "save_every_steps")
 
 @dataclass(frozen=True)
 class FitResult:
-    """step: optimizer steps done in all; finished: False if a signal ended the run early; losses: the latest means."""
+    """step: optimizer steps done in all; finished: False if a signal ended the run early; losses: the latest means;
+    damaged: the images that could not be read and were passed over, by their names."""
 
     step: int
     finished: bool
     losses: dict[str, float]
+    damaged: tuple[str, ...] = ()
 
 
 def learning_rate(step: int, options: FitOptions) -> float:
@@ -140,7 +143,8 @@ def fit(
 
     Args:
         task: its module is moved to the device and holds the trained weights afterwards.
-        dataset: batch i * accumulate + j is the j-th of step i. With workers it is copied to other processes.
+        dataset: batch i * accumulate + j is the j-th of step i. With workers it is copied to other processes. Under
+            "damaged" a batch may name images that could not be read: they are counted, and reported at the end.
         resume: False: refuse a folder that already holds checkpoints.
 
     Raises:
@@ -163,7 +167,10 @@ class _Run:
         self.task, self.options, self.folder = task, options, folder
         self.device = torch.device(options.device)
         task.module.to(self.device)
-        self.trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
+        parameters = dict(task.module.named_parameters())
+        self.trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        # of what training leaves as it is: a checkpoint does not hold it
+        self.frozen = digest_tensors((n, p) for n, p in parameters.items() if n not in self.trained)
         if not self.trained:
             raise ValueError("the task trains nothing: no parameter of its module requires a gradient")
         self.optimizers = _optimizers(task.parameter_groups(options.weight_decay), options, self.device)
@@ -191,7 +198,8 @@ class _Run:
             self.save()
         training_log.end()
         plots.draw(training_log.path, self.folder / "loss.png")
-        return FitResult(self.step, self.step >= options.steps, dict(training_log.latest))
+        finished, damaged = self.step >= options.steps, tuple(sorted(training_log.damaged))
+        return FitResult(self.step, finished, dict(training_log.latest), damaged)
 
     @contextlib.contextmanager
     def _batches(self, dataset: Dataset) -> Iterator[Iterator[Batch]]:
@@ -222,7 +230,11 @@ class _Run:
         means: dict[str, Tensor] = {}
         rows = 0
         for _ in range(options.accumulate):
-            batch = _to_device(next(batches), self.device)
+            batch = next(batches)
+            if isinstance(batch, Mapping) and "damaged" in batch:
+                self.training_log.damaged |= set(batch["damaged"])
+                batch = {key: value for key, value in batch.items() if key != "damaged"}
+            batch = _to_device(batch, self.device)
             rows += _num_rows(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 losses = self.task.losses(batch, generator)
@@ -246,7 +258,11 @@ class _Run:
         for name, parameter in self.trained.items():
             for key, value in self._optimizer_of(parameter).state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        notes = {"options": _as_json(self.options), "record": self.training_log.state()}
+        notes = {
+            "options": _as_json(self.options),
+            "frozen": self.frozen,
+            "record": self.training_log.state(),
+        }
         checkpoints.save(self.folder, self.step, tensors, notes)
         if time.monotonic() - self.plotted_at >= PLOT_EVERY_S:
             plots.draw(self.training_log.path, self.folder / "loss.png")
@@ -270,6 +286,11 @@ class _Run:
             raise ValueError(
                 f"the checkpoint of step {checkpoint.step} in {self.folder} is of another model: "
                 f"{', '.join(wrong[:4])} ({len(wrong)} tensors in all) differ; train in another folder"
+            )
+        if checkpoint.notes.get("frozen", self.frozen) != self.frozen:
+            raise ValueError(
+                f"the run in {self.folder} began from another model: weights that it does not train differ; "
+                "start from the model it began with, or train in another folder"
             )
         with torch.no_grad():
             for name, tensor in current.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import sys
 import time
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from blip2.storage import replace_file
 
+NO_LOSSES = ("step", "lr", "damaged", "images_per_s")  # the other columns; damaged: of images so far
 RESUME_HINT = "make room and start the same command again, it goes on from the last checkpoint"
+
+log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -28,6 +32,7 @@ class TrainingLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.latest: dict[str, float] = {}
+        self.damaged: set[str] = set()  # images that were passed over so far
         # Tensors of one element, so that adding does not wait for the device.
         self._sums: dict[str, Tensor | float] = {}
         self._count = 0
@@ -62,7 +67,8 @@ class TrainingLog:
         self.latest = {name: float(total) / self._count for name, total in self._sums.items()}
         now = time.monotonic()
         speed = self._rows / max(now - self._since, 1e-9)
-        row = {"step": step, **self.latest, "lr": rate, "images_per_s": round(speed, 2)}
+        more = {"lr": rate, "damaged": len(self.damaged), "images_per_s": round(speed, 2)}
+        row = {"step": step, **self.latest, **more}
         new = not self.path.exists() or self.path.stat().st_size == 0
         try:
             with open(self.path, "a", newline="") as file:
@@ -82,18 +88,26 @@ class TrainingLog:
         print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """End the line of progress."""
+        """End the line of progress, and report the images that were passed over."""
         if sys.stderr.isatty() and self.latest:
             print(file=sys.stderr)
+        if self.damaged:
+            names = sorted(self.damaged)
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            log.warning(
+                "%d images cannot be read and were passed over: %s%s", len(names), ", ".join(names[:3]), more
+            )
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs: the sums since the last row."""
-        return {"sums": {name: float(total) for name, total in self._sums.items()}, "count": self._count}
+        """What resuming needs: the sums since the last row, and what was passed over."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        return {"sums": sums, "count": self._count, "damaged": sorted(self.damaged)}
 
     def restore(self, step: int, state: Mapping[str, Any] | None) -> None:
         """Resume after `step`: rows written later than the checkpoint, and a partly written last one, are dropped."""
         if state is not None:
             self._sums, self._count = dict(state["sums"]), int(state["count"])
+            self.damaged = set(state.get("damaged", ()))
         if not self.path.exists():
             return
         text = self.path.read_text()
@@ -105,7 +119,7 @@ class TrainingLog:
             beside.write_text("".join(kept))
         if len(kept) > 1:
             last = next(csv.DictReader(io.StringIO(kept[0] + kept[-1])))
-            self.latest = {k: float(v) for k, v in last.items() if k not in ("step", "lr", "images_per_s")}
+            self.latest = {k: float(v) for k, v in last.items() if k not in NO_LOSSES}
 
 
 def _duration(seconds: float) -> str:

@@ -8,9 +8,9 @@ import logging
 from functools import cache
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from blip2.train.metrics import NO_LOSSES
 
-_NO_LOSSES = ("step", "lr", "grad_norm", "images_per_s")  # the other columns
+log = logging.getLogger(__name__)
 
 
 @cache  # so that the warning comes once
@@ -34,7 +34,7 @@ def draw(csv_path: Path, png_path: Path) -> None:
     steps = [int(row["step"]) for row in rows]
     figure = Figure(figsize=(8, 5), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    for name in (name for name in rows[0] if name not in _NO_LOSSES):
+    for name in (name for name in rows[0] if name not in (*NO_LOSSES, "grad_norm")):
         losses.plot(steps, [float(row[name]) for row in rows], label=name, linewidth=1)
     losses.set_ylabel("loss")
     losses.legend()

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from blip2.bulk import Inputs, RunSettings, caption_all
-from blip2.bulk.journal import Row
+from blip2.bulk.database import Row
 
 
 def png(seed: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from blip2.bulk import BulkError, Inputs, RunSettings, caption_all
-from blip2.bulk.journal import Row
+from blip2.bulk.database import Row
 from blip2.bulk.run import Describe, Progress
 from blip2.cli import main
 
@@ -96,6 +97,15 @@ def test_text_files_too(folder: Path, say: Describe, tmp_path: Path) -> None:
         done = caption_all(Inputs(sources=[str(folder)]), settings(out, "txt"), say, engine=engine)
         texts.append({path.name: path.read_text() for path in out.glob("*.txt")})
         assert (done.done, done.failed) == (23, 3)
+        (out / "00004.txt").unlink()
+        (out / "00005.txt").write_text("mine")
+        (folder / "00009.png").write_bytes((folder / "00008.png").read_bytes())
+        changed = replace(settings(out, "txt"), prefix="a ")
+        done = caption_all(Inputs(sources=[str(folder)]), changed, say, engine=engine)
+        assert (done.captioned, done.failed, done.edited, done.again) == (1, 2, 1, 19)
+        assert (out / "00004.txt").read_text() == "a " + texts[-1]["00004.txt"]
+        assert (out / "00005.txt").read_text() == "mine"
+        (folder / "00009.png").write_bytes(b"\x89PNG damaged")
     assert texts[0] == texts[1] and len(texts[0]) == 20
 
 

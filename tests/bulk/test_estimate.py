@@ -13,7 +13,8 @@ from PIL import Image
 from small_runs import png, run, say, settings
 
 from blip2.bulk import BulkError, Estimate, Inputs, caption_all, estimate
-from blip2.bulk.journal import Row
+from blip2.bulk.database import Row
+from blip2.images import load_image
 
 
 @pytest.fixture
@@ -49,13 +50,15 @@ def test_the_first_batch_is_no_measure_of_the_others(
         Inputs(sources=[str(folder)]),
         settings(tmp_path / "o.jsonl", parallel_batches=1),
         clock.describe,
-        prepare=lambda image: image,
+        decode_image=load_image,
     )
     assert work == Estimate(inputs=100, done=0, seconds=10 + 96)
     assert clock.described == 12  # until there were five seconds of the usual pace
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     few = Inputs(sources=[str(folder)], limit=3)
-    short = estimate(few, settings(tmp_path / "o.jsonl"), Clock(monkeypatch).describe, prepare=lambda i: i)
+    short = estimate(
+        few, settings(tmp_path / "o.jsonl"), Clock(monkeypatch).describe, decode_image=load_image
+    )
     assert short == Estimate(inputs=3, done=0, seconds=10)
 
 
@@ -67,7 +70,10 @@ def test_batches_are_computed_in_parallel_as_in_the_run(folder: Path, tmp_path: 
         return say(images)
 
     work = estimate(
-        Inputs(sources=[str(folder)], limit=32), settings(tmp_path / "o.jsonl"), describe, prepare=lambda i: i
+        Inputs(sources=[str(folder)], limit=32),
+        settings(tmp_path / "o.jsonl"),
+        describe,
+        decode_image=load_image,
     )
     assert (work.inputs, work.done) == (32, 0)
 
@@ -80,7 +86,9 @@ def test_what_is_done_is_not_counted_again(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def estimated(**changes: object) -> Estimate:
-        return estimate(inputs, settings(out, **changes), Clock(monkeypatch).describe, prepare=lambda i: i)
+        return estimate(
+            inputs, settings(out, **changes), Clock(monkeypatch).describe, decode_image=load_image
+        )
 
     assert estimated(parallel_batches=1) == Estimate(inputs=100, done=40, seconds=10 + 56)
     assert estimated(parallel_batches=1, existing="overwrite").done == 0
@@ -88,5 +96,5 @@ def test_what_is_done_is_not_counted_again(
         estimated(run_config={"model": "n"})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (folder / "000.txt").write_text("mine")
-    assert estimate(inputs, settings(folder, kind="txt"), say, prepare=lambda i: i).done == 1
+    assert estimate(inputs, settings(folder, kind="txt"), say, decode_image=load_image).done == 1
     assert len(run(folder, out)) == 100

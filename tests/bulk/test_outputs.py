@@ -7,14 +7,15 @@ import os
 import signal
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import make_folder, png, run, say, settings
 
-from blip2.bulk import BulkError, Inputs, caption_all, outputs
-from blip2.bulk.journal import Journal
+from blip2 import storage
+from blip2.bulk import BulkError, Inputs, caption_all, outputs, publish
 from blip2.bulk.run import Progress
 from blip2.bulk.sources import parquet_items
 
@@ -228,8 +229,7 @@ def test_every_image_has_a_text_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     mirror = ["o/a/x.txt", "o/a/y..txt", "o/b/deep/x.txt", "o/b/x.txt", "o/s/deep/x.txt"]
     assert texts("o", "a", "b", "s.tar", "t.parquet") == [
         "1", *mirror, "o/t.parquet#1.txt", "o/t.parquet#2.txt"]  # fmt: skip
-    journal = [json.loads(line[9:]) for line in Path("o/.blip2/journal").read_text().splitlines()]
-    refused = next(row for record in journal[1:-1] for row in record if "error" in row)
+    refused = json.loads(Path("o/.blip2/errors.jsonl").read_text())
     assert refused["error"].startswith("a/x.png: a/x.txt is the text file of another image")
     assert texts("p", f"c/{z}.png", "a/../c/../b") == ["0", "p/b/deep/x.txt", "p/b/x.txt", f"p/{z}.txt"]
     assert {*texts(".", "b/x.jpg", "c")} >= {"b/x.txt", f"c/{z}.txt"}
@@ -242,7 +242,7 @@ def test_every_image_has_a_text_file_of_its_own(tmp_path: Path, monkeypatch: pyt
 def test_shards_appear_as_they_are_full(
     batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Journal, "SHARD_SIZE", 3)
+    monkeypatch.setattr(publish, "SHARD_SIZE", 3)
     folder = make_folder(tmp_path / "in", 22)  # two of them are damaged: seven shards, the last of two images
 
     def shards(out: Path) -> list[bytes]:
@@ -286,7 +286,7 @@ def test_shards_appear_as_they_are_full(
 
 def test_shards_of_images_within_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(Journal, "SHARD_SIZE", 3)
+    monkeypatch.setattr(publish, "SHARD_SIZE", 3)
     contents = [png(i) for i in range(10)]
     contents[4] = b"no image"
     table = pa.table({"image": [{"bytes": content, "path": None} for content in contents]})
@@ -308,23 +308,24 @@ def test_a_shard_holds_the_images_that_were_captioned(tmp_path: Path) -> None:
     image = folder / "00002.png"
     content = image.read_bytes()
 
-    def go() -> None:
-        caption_all(Inputs(sources=[str(folder)]), settings(out, kind="webdataset"), say, progress=once)
+    def go(meanwhile: Callable[[], Any] = lambda: None) -> None:
+        def show(progress: Progress) -> None:
+            if progress.done == 5:
+                meanwhile()
 
-    def once(progress: Progress) -> None:
-        if progress.done == 5:
-            image.unlink()
+        caption_all(Inputs(sources=[str(folder)]), settings(out, kind="webdataset"), say, progress=show)
 
+    with pytest.raises(BulkError, match=r"00002.png has changed since it was captioned, and its shard"):
+        go(lambda: image.write_bytes(png(9)))
+    image.unlink()
     with pytest.raises(BulkError, match=r"00002.png: no such file, and its shard is still to be written"):
         go()
-    image.write_bytes(png(9))
-    with pytest.raises(BulkError, match=r"00002.png has changed since it was captioned"):
-        go()
     assert not [*tmp_path.glob("*.tar")]
-    image.write_bytes(content)
-    go()
-    with tarfile.open(tmp_path / "out-000000.tar") as archive:
-        assert archive.extractfile("000000002.png").read() == content  # type: ignore[union-attr]
+    for new in (content, png(8)):  # another image under its name is captioned too
+        image.write_bytes(new)
+        go()
+        with tarfile.open(tmp_path / "out-000000.tar") as archive:
+            assert archive.extractfile("000000002.png").read() == new  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "webdataset"])
@@ -334,7 +335,7 @@ def test_kills_during_publishing_change_nothing(
     """Killed before and after each file takes its place, and with half a file written beside it."""
     if kind == "parquet":
         pytest.importorskip("pyarrow")
-    monkeypatch.setattr(Journal, "SHARD_SIZE", 3)
+    monkeypatch.setattr(publish, "SHARD_SIZE", 3)
     folder = make_folder(tmp_path / "in", 8)
     name = "texts" if kind == "txt" else "out.x"
 
@@ -380,4 +381,4 @@ def _kill_at(place: int, *, half: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         done[0] += 2
 
-    outputs.os.replace = replace  # type: ignore[attr-defined]
+    storage.os.replace = replace  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,6 +15,8 @@ import pytest
 from driving import ROOT, Server, Watched, start, until
 from PIL import Image
 
+import blip2
+
 EXAMPLE = ROOT / "blip2" / "serve" / "page" / "examples" / "triangle-and-square.jpg"
 WIDE, NARROW = {"width": 1280, "height": 860}, {"width": 375, "height": 700}
 
@@ -22,6 +25,11 @@ def caption(page: Any) -> str:
     """The caption, once it is there."""
     page.wait_for_selector("#caption .word")
     return " ".join(page.locator("#caption .word").all_inner_texts())
+
+
+def captions(picture: Path) -> list[blip2.Caption]:
+    """The captions that the page shows, from Python."""
+    return blip2.load(device="cpu").caption(picture, num_return_sequences=4)
 
 
 def choose(page: Any) -> str:
@@ -62,8 +70,11 @@ def test_an_example_is_captioned_with_alternatives(watched: Watched) -> None:
     assert "triangle" in text
     others = page.locator("#alternatives li")
     assert others.count() == 4
-    shares = [int(share.split()[0]) for share in page.locator(".share").all_inner_texts()]
-    assert shares == sorted(shares, reverse=True) and 0 < shares[-1] <= shares[0] <= 100
+    shown = page.locator(".alternative").all_inner_texts()
+    shares = [float(share.split()[0]) for share in page.locator(".share").all_inner_texts()]
+    expected = {str(c): 100 * math.exp(sum(c.token_logprobs)) for c in captions(EXAMPLE)}
+    assert shares == pytest.approx([expected[text] for text in shown], rel=0.1)
+    assert shares == sorted(shares, reverse=True) and sum(shares) <= 100
     other = page.locator(".alternative").nth(2)
     other.click()
     assert caption(page) == other.inner_text()
@@ -275,6 +286,7 @@ def test_a_corrupt_picture_is_reported_in_words_and_the_next_one_works(watched: 
     give(page, "drop", b"no picture at all", "notes.png", "image/png")
     page.wait_for_selector("#unshown:not([hidden])")
     until(page, "document.getElementById('trouble-text').textContent.includes('no image')")
+    assert "b'" not in page.inner_text("#trouble-text")
     watched.expect("status of 400")
     give(page, "drop", EXAMPLE.read_bytes())
     assert "triangle" in caption(page) and page.is_hidden("#trouble") and page.is_hidden("#unshown")

@@ -17,6 +17,7 @@ from serving import Running, data_url
 import blip2
 from blip2.generation.batching import SampledSequence
 from blip2.generation.options import GenerationOptions, TextKind, make_options
+from blip2.imagefiles.workers import DecodedFile
 from blip2.results import StreamDetokenizer, token_text
 from blip2.serve.batching_engine import GenerateRequest
 from blip2.serve.streaming import GrowingText
@@ -172,15 +173,15 @@ def test_a_stream_goes_on_while_a_large_picture_is_made_small_for_explain(
     file = io.BytesIO()
     Image.new("RGB", (3000, 2000), "navy").save(file, "PNG")
     entered, opened = threading.Event(), threading.Event()
-    resize = Image.Image.resize
+    decode = server.engine.workers.decode
 
-    def slow(self: Image.Image, *args: Any, **named: Any) -> Image.Image:
-        if self.size == (3000, 2000):
+    def slow(content: bytes, **options: Any) -> DecodedFile:
+        if content == file.getvalue():
             entered.set()
             assert opened.wait(60)
-        return resize(self, *args, **named)
+        return decode(content, **options)
 
-    monkeypatch.setattr(Image.Image, "resize", slow)
+    monkeypatch.setattr(server.engine.workers, "decode", slow)
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         payload = {"files": {"image": file.getvalue()}, "data": {"text": "a blue square"}}
         explaining = pool.submit(client.post, "/explain", **payload)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,14 +28,22 @@ PRIVATE_V4 = [
     "127.0.0.53", "127.255.255.255", "169.254.0.1", "169.254.169.254", "169.254.170.2", "172.16.0.1",
     "172.31.255.254", "192.0.0.1", "192.0.0.170", "192.0.2.1", "192.168.0.1", "192.168.1.254",
     "192.168.255.255", "198.18.0.1", "198.19.255.255", "198.51.100.7", "203.0.113.9", "224.0.0.1",
-    "239.255.255.250", "240.0.0.1", "255.255.255.255",
+    "239.255.255.250", "240.0.0.1", "255.255.255.255", "192.88.99.0", "192.88.99.1", "192.88.99.255", "192.0.0.9",
+    "192.31.196.1", "192.52.193.77", "192.175.48.6", "192.0.0.255",
 ]  # fmt: skip
 PRIVATE_V6 = [
     "::", "::1", "fe80::1", "febf::1", "fc00::1", "fd00:ec2::254", "fdff::1", "ff02::1", "2001:db8::1",
     "100::1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2002:a9fe:a9fe::", "2001:0:7f00:1::",
-    "fec0::1", "::7f00:1",
+    "fec0::1", "::7f00:1", "::ffff:8.8.8.8", "::ffff:0:8.8.8.8", "64:ff9b::8.8.8.8", "64:ff9b:1:808:808::",
+    "2002:808:808::1", "2001:0:808:808::1", "2001:2::1", "2001:3::1", "2001:4:112::1", "2001:10::1", "2001:20::1",
+    "2001:30::1", "2001:1ff:ffff::1", "2620:4f:8000::1", "3ffe::1", "3fff::1", "3fff:fff:ffff::1", "5f00::1", "4000::1",
+    "100:0:0:1::1", "2600::5efe:10.0.0.1", "2600::200:5efe:8.8.8.8", "2a00::5efe:7f00:1", "ff0e::1", "8000::1",
 ]  # fmt: skip
-PUBLIC = ["93.184.215.14", "8.8.8.8", "1.1.1.1", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]
+PUBLIC = [
+    "93.184.215.14", "8.8.8.8", "1.1.1.1", "192.88.98.255", "192.88.100.0", "192.0.3.0", "223.255.255.255",
+    "100.128.0.1",
+    "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "2001:200::1", "2001:4860:4860::8888", "2003::1", "2a00:1450:4001::1",
+]  # fmt: skip
 
 
 def completed(work: Coroutine[Any, Any, Result]) -> Result:
@@ -156,7 +165,9 @@ def test_there_are_a_thousand_cases() -> None:
 
 def test_only_public_addresses_are_public() -> None:
     assert all(map(is_public, PUBLIC))
-    assert not any(map(is_public, PRIVATE_V4 + PRIVATE_V6 + ["", "x", "fe80::1%eth0", "::ffff:10.0.0.1"]))
+    assert not any(
+        map(is_public, PRIVATE_V4 + PRIVATE_V6 + ["", "x", "fe80::1%eth0", "2600::1%eth0", "::ffff:10.0.0.1"])
+    )
 
 
 def test_no_private_address_is_reached_directly(world: World) -> None:
@@ -279,3 +290,45 @@ def test_images_that_are_fetched_are_counted_first_and_held_within_the_budget(
         assert embed(1000) == 400 and len(fetched) == 2
         assert embed(3) == 503
         assert embed(2) == 200  # what was held is given back
+
+
+@pytest.mark.parametrize("slow", ["resolve", "connect", "read"])
+def test_a_fetch_ends_with_its_request(
+    predictor: blip2.Predictor, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """At the request's deadline, and when the client leaves, whatever the fetch waits for then."""
+    waiting, ended = threading.Event(), threading.Event()
+
+    async def wait(*_: object, **__: object) -> Any:
+        try:
+            waiting.set()
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["8.8.8.8"] if slow != "resolve" else await wait()
+
+    class Backend(httpcore2.AnyIOBackend):
+        async def connect_tcp(self, host: str, port: int, *rest: Any, **more: Any) -> Any:
+            stream = httpcore2.AsyncMockStream([])
+            monkeypatch.setattr(stream, "read", wait)
+            return stream if slow == "read" else await wait()
+
+    monkeypatch.setattr(fetch, "resolve_host", resolve)
+    monkeypatch.setattr(httpcore2, "AnyIOBackend", Backend)
+    body = b'{"image": "http://public.example/a.png"}'
+    with running_server(predictor, Limits(request_seconds=1), fetch_urls=True) as running:
+        with running.client() as client:
+            began = time.monotonic()
+            late = client.post("/caption", content=body, headers={"content-type": "application/json"})
+            assert late.status_code == 504 and 1 <= time.monotonic() - began < 3
+        assert ended.wait(1)
+    waiting.clear()
+    ended.clear()
+    with running_server(predictor, fetch_urls=True) as running:
+        with running.connect() as connection:
+            head = b"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert waiting.wait(10)
+        assert ended.wait(1)

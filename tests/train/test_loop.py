@@ -267,6 +267,21 @@ def test_what_may_change_on_resume(tmp_path: Path) -> None:
     assert fit(Toy(), Noise(), options(8, log_every=1), tmp_path).step == 8
 
 
+@pytest.mark.parametrize("place", [0, 31, 63])
+def test_what_is_not_trained_must_be_the_same(place: int, tmp_path: Path) -> None:
+    """A checkpoint does not hold it: with another model the run would go on to something else."""
+    fit(Toy(), Noise(), options(4), tmp_path)
+    other = Toy()
+    with torch.no_grad():
+        other.module[0].bias[place] += 1e-6
+    with pytest.raises(ValueError, match="began from another model: weights that it does not train differ"):
+        fit(other, Noise(), options(8), tmp_path)
+    other = Toy()
+    with torch.no_grad():
+        other.module[0].weight.zero_()  # trained: the checkpoint's counts
+    assert fit(other, Noise(), options(8), tmp_path).step == 8
+
+
 def test_checkpoints_hold_only_what_is_trained(tmp_path: Path) -> None:
     fit(Toy(), Noise(), options(2), tmp_path)
     checkpoint = checkpoints.load_latest(tmp_path)

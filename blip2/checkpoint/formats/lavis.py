@@ -297,7 +297,7 @@ def check_parts(tensors: Tensors) -> None:
     if not any(name.startswith("vision_model.encoder.layers.0.") for name in tensors):
         missing.append(
             "its image encoder (visual_encoder.*), which was frozen and left out; "
-            "give it as vision= (--vision): EVA-CLIP's eva_vit_g.pth, or clip_vit_L.pth for a _vitL model"
+            "give it as vision=: EVA-CLIP's eva_vit_g.pth, or clip_vit_L.pth for a _vitL model"
         )
     if "itm_head.weight" not in tensors:
         t5 = any(name.startswith("language_model.encoder.") for name in tensors)
@@ -308,7 +308,7 @@ def check_parts(tensors: Tensors) -> None:
             fitting = [name for (width, _), name in _LANGUAGES.items() if shape[:1] == (width,)]
             missing.append(
                 "its language model (opt_model.* or t5_model.*), which was frozen and left out; "
-                f"give it as language= (--language): the folder of {' or '.join(fitting) or 'OPT or T5'}"
+                f"give it as language=: the folder of {' or '.join(fitting) or 'OPT or T5'}"
             )
     if missing:
         raise CheckpointError(f"the file lacks {'; and '.join(missing)}")

@@ -17,6 +17,7 @@ from blip2.checkpoint.layouts import Layout
 from blip2.modeling.config import MAX_SIZE, Blip2Config, MatcherConfig, to_hf
 from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.strict_json import read_json
+from blip2.tokenizerfiles import MAX_TOKENIZER_BYTES
 
 # --- names of tensors -------------------------------------------------------------------------------------------------
 
@@ -154,7 +155,8 @@ def tokenizer_changes(folder: Path, *, paddle: bool) -> dict[str, str]:
     if isinstance(name, str) and name in names:
         settings["tokenizer_class"] = names[name]
         changes["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
-    model = read_json(folder / "tokenizer.json", optional=True).get("model")
+    tokenizer = read_json(folder / "tokenizer.json", optional=True, limit=MAX_TOKENIZER_BYTES)
+    model = tokenizer.get("model")
     has_pairs = (folder / "merges.txt").is_file()
     if paddle and isinstance(model, dict) and model.get("type") == "BPE" and not has_pairs:
         vocabulary, pairs = model.get("vocab"), model.get("merges")

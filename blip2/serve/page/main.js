@@ -154,7 +154,7 @@ async function caption() {
     const reply = await api.post("caption", mine.file, fields, leaving.signal);
     if (mine !== picture) return;
     const captions = different(reply.captions.toSorted((a, b) => b.score - a.score));
-    get("alternatives").replaceChildren(...captions.map(alternative));
+    get("alternatives").replaceChildren(...captions.toSorted((a, b) => b.logprob - a.logprob).map(alternative));
     showCaption(captions[0].text);
     announce(`The caption: ${captions[0].text}`);
   } catch (error) {
@@ -184,13 +184,20 @@ function showCaption(text) {
   }
 }
 
-function alternative({ text, score }) {
+function alternative({ text, logprob }) {
   const item = make("li");
-  const share = make("span", "share", `${Math.round(100 * Math.exp(score))} %`);
-  share.title = "how likely the model finds each of its tokens, on average";
+  const share = make("span", "share", percent(Math.exp(logprob)));
+  share.title = "the probability with which the model writes exactly this text";
   const choose = button(text, () => showCaption(text), "alternative");
   item.append(choose, share);
   return item;
+}
+
+// Two digits, so that a small probability is not shown as none; rounded down, so that all together stay within 100.
+function percent(share) {
+  if (share < 1e-4) return "under 0.01 %";
+  const scale = 10 ** Math.max(0, 1 - Math.floor(Math.log10(100 * share)));
+  return `${Math.floor(100 * share * scale) / scale} %`;
 }
 
 get("caption-again").addEventListener("click", caption);
