@@ -27,7 +27,7 @@ from blip2.serve.limits import Limits
 from blip2.serve.logs import log_event
 
 ACCEPTED_AT_ONCE = 4  # connections taken from the queue in a turn of the event loop
-ACCEPTED_TOO_MANY = 4 * ACCEPTED_AT_ONCE  # turns until one is closed again for which there is no room
+ACCEPTED_TOO_MANY = 4 * ACCEPTED_AT_ONCE  # before the first for which there is no room is closed again
 OTHER_FILES = 20  # that the process may need to open at a time: images, weights, pipes
 FEWEST_CONNECTIONS = 4
 HEAD_BYTES = 16_384  # of a request line and its headers
