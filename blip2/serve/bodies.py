@@ -92,6 +92,9 @@ async def _read_form(request: Request, schema: type[Schema], images: str) -> tup
         max_fields=limits.texts + len(schema.model_fields),
         max_part_size=4 * limits.text_chars + 1024,
     )
+    parser.spool_max_size = (
+        limits.body_bytes
+    )  # the body is in memory as it is: no files, of which there may be few
     try:
         form = await parser.parse()
     except (MultiPartException, ValueError, KeyError, UnicodeError) as error:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import ipaddress
 import json
-import logging
 import os
 import re
 import socket
@@ -25,11 +24,10 @@ from uvicorn.server import ServerState
 
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
-
-log = logging.getLogger("blip2.serve")
+from blip2.serve.logs import log_event
 
 ACCEPTED_AT_ONCE = 4  # connections taken from the queue in a turn of the event loop
-ACCEPTED_TOO_MANY = 4 * ACCEPTED_AT_ONCE  # turns until one is closed again for which there is no room
+ACCEPTED_TOO_MANY = 4 * ACCEPTED_AT_ONCE  # before the first for which there is no room is closed again
 OTHER_FILES = 20  # that the process may need to open at a time: images, weights, pipes
 FEWEST_CONNECTIONS = 4
 HEAD_BYTES = 16_384  # of a request line and its headers
@@ -162,8 +160,7 @@ def fit_open_files(limits: Limits, *, fetch_urls: bool) -> Limits:
     if connections >= limits.connections:
         return limits
     reason = f"this process may open {allowed} files (ulimit -n)"
-    entry = {"event": "limit", "limit": "connections", "lowered_to": connections, "because": reason}
-    log.warning("%s", json.dumps(entry))
+    log_event("limit", limit="connections", lowered_to=connections, because=reason)
     return replace(limits, connections=connections)
 
 

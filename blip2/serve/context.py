@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +17,9 @@ from blip2.serve.batching_engine import Engine, GenerateRequest, Job, OnStep, Pr
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
+from blip2.serve.logs import log_event
 from blip2.serve.metrics import Metrics
 from blip2.serve.streaming import GrowingText
-
-log = logging.getLogger("blip2.serve")
 
 Result = TypeVar("Result")
 Pieces = AsyncGenerator[tuple[int, str], None]  # each of the request's text of that number
@@ -56,7 +53,7 @@ class ServerContext:
     def log_content(self, request: Request, content: dict[str, Any]) -> None:
         """Write a prompt or texts to the log, where that is switched on."""
         if self.log_contents:
-            log.info("%s", json.dumps({"event": "content", "id": request.state.id} | content))
+            log_event("content", id=request.state.id, **content)
 
     def check_texts(self, *texts: str) -> None:
         """Raises ApiError where texts are longer, together, than this server reads."""

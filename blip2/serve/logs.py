@@ -15,17 +15,24 @@ from typing import Any
 log = logging.getLogger("blip2.serve")
 
 
-def log_to_stderr() -> None:
-    """Log to standard error: the server's entries, its libraries', Python's warnings, what ends a thread."""
+def log_to_stderr(*, own_process: bool = True) -> None:
+    """Log to standard error.
+
+    own_process: the process does nothing but serve, and whatever its libraries log, Python's warnings and what ends a
+        thread belong into its log; else the server's entries alone.
+    """
     terminal = sys.stderr.isatty()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_TerminalLines() if terminal else _JsonLines())
-    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
-    for logger in (logging.getLogger(), *loggers):
-        logger.handlers, logger.propagate = [], True
-    logging.getLogger().handlers = [handler]
-    logging.getLogger().setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
+    if not own_process:
+        log.handlers, log.propagate = [handler], False
+        return
+    for name in logging.root.manager.loggerDict:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+    logging.root.handlers = [handler]
+    logging.root.setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING if terminal else logging.INFO)
     logging.getLogger("asyncio").addFilter(_AcceptErrors())

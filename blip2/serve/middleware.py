@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import time
 import uuid
@@ -17,9 +16,8 @@ from blip2.serve.batching_engine import BusyError, TooLateError
 from blip2.serve.errors import ApiError, as_api_error, logged_api_error
 from blip2.serve.keys import Keys
 from blip2.serve.limits import Limits
+from blip2.serve.logs import log_event
 from blip2.serve.metrics import Metrics
-
-log = logging.getLogger("blip2.serve")
 
 OPEN = "/health"  # the only path that needs no key
 UNLIMITED = (OPEN, "/ready", "/metrics")  # never refused because of other requests
@@ -87,7 +85,7 @@ class RequestLog:
             self._metrics.count(route, status or 499, seconds)
             record = {"event": "request", "id": state["id"], "method": scope["method"], "route": route}
             record |= {"status": status or 500, "ms": round(1000 * seconds, 1)}
-            log.info("%s", json.dumps(record | {"client": state.get("client", "refused")}))
+            log_event(**record, client=state.get("client", "refused"))
 
 
 class ApiKeys:

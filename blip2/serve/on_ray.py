@@ -30,7 +30,7 @@ class Replica:
         from blip2.serve.batching_engine import Engine
         from blip2.serve.logs import log_to_stderr
 
-        log_to_stderr()
+        log_to_stderr(own_process=False)
         self._engine = Engine(lambda: blip2.load(model), limits)
         self._app = build_app(
             self._engine,

@@ -14,6 +14,7 @@ import pytest
 
 import blip2
 from blip2.generation.options import GenerationOptions
+from blip2.serve import batching_engine
 from blip2.serve.batching_engine import (
     BusyError,
     Engine,
@@ -425,3 +426,16 @@ def test_limits() -> None:
     for wrong in ("nonsense=1", "queue", "queue=x", "queue=-1", "rows=0", "body_seconds=nan"):
         with pytest.raises(ValueError):
             Limits().changed([wrong])
+
+
+def test_closing_does_not_wait_for_a_step_that_hangs(
+    predictor: blip2.Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching_engine, "CLOSING_SECONDS", 0.1)
+    engine, gate, first = held_up(predictor, queue=1)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 5 and engine.alive and not first.result.done()
+    gate.open.set()
+    with pytest.raises(EngineError):
+        first.result.result(60)
