@@ -21,6 +21,9 @@ NAME, LOCK = "state.sqlite", "lock"
 GO_ON = "run the same command again to go on"
 VERSION = 1
 CHUNK = 256  # rows that are read at a time: no cursor stays open while others write
+# Of an input: image (its name), then hash and texts, or error, or kept (why its text file is left alone); stamp (of
+# the file that holds it); id and at, as COCO's results and shards need them; of its text file sidecar (the name), form
+# (what of the user's is in it) and base (the hash of that alone); known (nothing has changed), again (only to publish).
 Row = dict[str, Any]
 Stamp = tuple[int, int]  # of a file: its size, and the time of its last change in ns
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from blip2.bulk.database import CHUNK, Database, Known, Stamp, from_blob
@@ -42,22 +43,32 @@ def work_items(
     image's is given with that as its problem.
     """
     stream, claims = iter(items), _Claims(database)
-    path, stamp = "", None
-    while some := list(itertools.islice(stream, CHUNK)):
-        for item, known in zip(some, database.find([item.name for item in some]), strict=True):
-            if known is not None and known.content is not None:
-                if item.path != path:  # a tar file or a table has many images
-                    path, stamp = item.path, stamp_of(item.path)
-                if settings.kind != "txt" and (stamp is None or stamp == known.stamp):
+    with ThreadPoolExecutor(settings.threads) as pool:
+        while some := list(itertools.islice(stream, CHUNK)):
+            found = list(zip(some, database.find([item.name for item in some]), strict=True))
+            paths = {item.path for item, known in found if known is not None and known.content is not None}
+            stamps = _stamps(list(paths), pool, settings.threads)
+            for item, known in found:
+                stamp = stamps.get(item.path)
+                done = known is not None and known.content is not None and stamp in (None, known.stamp)
+                if done and settings.kind != "txt":
                     continue
-            if (known is not None and known.id > before) or claims.has(item.name):
-                continue
-            try:
-                work = _work(item, known, stamp, database, settings)
-            except (OutputError, OSError) as error:
-                work = WorkItem(item._replace(problem=str(error)), from_blob((known and known.file) or b""))
-            if work is not None:
-                yield claims.add(work, settings)
+                if (known is not None and known.id > before) or claims.has(item.name):
+                    continue
+                try:
+                    work = _work(item, known, stamp, database, settings)
+                except (OutputError, OSError) as error:
+                    file = from_blob((known and known.file) or b"")
+                    work = WorkItem(item._replace(problem=str(error)), file)
+                if work is not None:
+                    yield claims.add(work, settings)
+
+
+def _stamps(paths: list[str], pool: ThreadPoolExecutor, threads: int) -> dict[str, Stamp | None]:
+    """Of each file its stamp, looked up side by side: over a network each takes a while."""
+    parts = [part for i in range(threads) if (part := paths[i::threads])]
+    stamps = pool.map(lambda part: list(map(stamp_of, part)), parts)
+    return dict(zip(itertools.chain(*parts), itertools.chain(*stamps), strict=True))
 
 
 def _work(
