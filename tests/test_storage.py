@@ -62,7 +62,7 @@ def test_only_a_regular_file_is_replaced(
     assert message in capsys.readouterr().err
     path.rename("results.json") if not path.is_symlink() else Path("results.json").symlink_to(path.readlink())
     with pytest.raises(OutputError):
-        write(Report("captions", "", "m", {}, {}, Protocol(name="x"), [], []), Path())
+        write(Report("captions", "", "m", {}, {}, Protocol(name="x"), [], [], ""), Path())
     assert Path("results.json").lstat().st_mode == before.st_mode
 
 

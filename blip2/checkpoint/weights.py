@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from blip2.storage import replace_file
+from blip2.storage import OutputError, replace_file
 from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.scan import Scan, digest_tensors, join_digests, scan_file
 from blip2.tensorfiles.strict_json import read_json
@@ -131,7 +131,7 @@ def _recall(identity: _Identity) -> Scan | None:
 
 
 def _remember(identity: _Identity, scan: Scan) -> None:
-    with contextlib.suppress(OSError, RuntimeError), replace_file(_cache_file(identity)) as beside:
+    with contextlib.suppress(OSError, OutputError, RuntimeError), replace_file(_cache_file(identity)) as beside:
         beside.write_bytes(_entry(identity, scan))
 
 

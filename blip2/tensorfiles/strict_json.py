@@ -13,6 +13,7 @@ from blip2.tensorfiles.filebytes import FileBytes
 from blip2.tensorfiles.texts import decode_text
 
 MAX_JSON_BYTES = 1 << 20  # published settings have 10,000
+_MAX_JSON_VALUES = 1 << 20  # OPT's tokenizer.json has 250,000; millions of empty lists take seconds
 
 
 def parse_json(text: bytes, where: str, *, utf8: bool = True) -> dict[str, Any]:
@@ -24,8 +25,10 @@ def parse_json(text: bytes, where: str, *, utf8: bool = True) -> dict[str, Any]:
         utf8: UTF-8 without a byte order mark only; else any text file.
 
     Raises:
-        BrokenFileError: no JSON, no object, or a repeated name.
+        BrokenFileError: no JSON, no object, a repeated name, or too many values.
     """
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+        raise BrokenFileError(f"{where} holds more than {_MAX_JSON_VALUES:,} values; restore the file")
     try:
         content = text.decode("utf-8") if utf8 else decode_text(text, where)
         value = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)

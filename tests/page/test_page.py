@@ -280,7 +280,7 @@ def test_a_corrupt_picture_is_reported_in_words_and_the_next_one_works(watched: 
     page = watched.page
     give(page, "drop", EXAMPLE.read_bytes()[:3000], "broken.jpg")
     page.wait_for_selector("#trouble:not([hidden])")
-    assert "damaged" in page.inner_text("#trouble-text")
+    assert "truncated" in page.inner_text("#trouble-text")
     assert page.inner_text("#waiting") == ""
     watched.expect("status of 400")
     give(page, "drop", b"no picture at all", "notes.png", "image/png")
