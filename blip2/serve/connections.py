@@ -81,7 +81,8 @@ def bound_sockets(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     with contextlib.ExitStack() as failing:
         for family, address in addresses:
-            sock = failing.enter_context(_Listener(family, socket.SOCK_STREAM))
+            # Only of a socket that is known as TCP's does asyncio send small answers at once (TCP_NODELAY).
+            sock = failing.enter_context(_Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
             try:
                 _bind(sock, address, port)
             except OSError as error:
