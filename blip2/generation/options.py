@@ -92,7 +92,7 @@ class GenerationOptions:
             named = zip(("temperature", "top_k", "top_p"), shaping, strict=True)
             given = ", ".join(f"{name}={value}" for name, value in named if value is not None)
             raise ValueError(
-                f"do_sample=False, but only samples are shaped by {given}; leave out one or the other"
+                f"only samples are shaped by {given}: leave out do_sample=False, or leave out the others"
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
