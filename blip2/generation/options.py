@@ -89,9 +89,10 @@ class GenerationOptions:
             object.__setattr__(self, "do_sample", shaping != (None, None, None))
         neutral = all(value in (None, off) for value, off in zip(shaping, (1, 0, 1), strict=True))
         if not self.do_sample and not neutral:
+            named = zip(("temperature", "top_k", "top_p"), shaping, strict=True)
+            given = ", ".join(f"{name}={value}" for name, value in named if value is not None)
             raise ValueError(
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} shape only samples: "
-                "leave out do_sample=False, or leave them out"
+                f"only samples are shaped by {given}: leave out do_sample=False, or leave out the others"
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(

@@ -137,10 +137,12 @@ def _send_text(answers: BinaryIO, kind: int, text: str) -> None:
 
 def _send_pixels(answers: BinaryIO, image: Image.Image, size: tuple[int, int]) -> None:
     width, height = image.size
-    answers.write(ANSWER.pack(PIXELS, width, height, *size))
+    head = ANSWER.pack(PIXELS, width, height, *size)
     rows = max(1, _BAND // width)  # a large image is not copied as a whole
     for top in range(0, height, rows):
-        answers.write(image.crop((0, top, width, min(top + rows, height))).tobytes())
+        # the first with the head, so that the parent wakes once
+        answers.write(head + image.crop((0, top, width, min(top + rows, height))).tobytes())
+        head = b""
     answers.flush()
 
 

@@ -31,6 +31,8 @@ COMMAND = (sys.executable, "-P", "-m", protocol.__name__)
 _ENVIRONMENT = ("PATH", "SYSTEMROOT", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _PATIENCE = 3  # times as long as computing may take, by the clock: the processors may have other work
 _START_SECONDS, _STARTS = 60.0, 2  # more than one, in case that something else ended the process
+# A picture goes through a pipe in one piece where it has room: Linux gives 64 KiB, and this to whoever asks.
+_PIPE_BYTES = 2**20
 
 # Statuses of a process. They are minus the signals, which Windows has not.
 _COMPUTED_TOO_LONG, _KILLED = (-getattr(signal, name, 1000) for name in ("SIGPROF", "SIGKILL"))
@@ -281,6 +283,11 @@ class _Worker:
             )
         except OSError as error:
             raise RuntimeError(f"the process that decodes images cannot be started: {error}") from error
+        with contextlib.suppress(ImportError, AttributeError, OSError):  # not every system has it
+            import fcntl
+
+            for pipe in (self.process.stdin, self.process.stdout):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[arg-type]
         self.sound = True  # it waits for a request
         self.lacked_memory = False
         self.status: int | None = None  # with which it ended by itself
@@ -304,8 +311,8 @@ class _Worker:
         """Raises EOFError or OSError where the process is gone, or does not answer as it should."""
         self.sound = False
         side, resample = resize or (0, 0)
-        self._write(protocol.REQUEST.pack(len(content), max_pixels, seconds, memory, side, resample))
-        self._write(content)
+        head = protocol.REQUEST.pack(len(content), max_pixels, seconds, memory, side, resample)
+        self._write(head + content)  # at once, so that the process wakes once
         kind, (width, height, *size), text = self._read_answer()
         if (warned := text) and kind == protocol.WARNED:
             kind, (width, height, *size), text = self._read_answer()

@@ -31,6 +31,8 @@ async def read_body(request: Request) -> bytes:
     engine, limits = context_of(request).engine, context_of(request).limits
     engine.check_room()  # a full queue is reported before the body has arrived
     closing = {"connection": "close"}
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "the body is compressed; send it as it is", headers=closing)
     message = f"the body is larger than {limits.body_bytes:,} bytes; send a smaller image"
     too_large = ApiError(413, message, headers=closing)
     if int(request.headers.get("content-length", "0")) > limits.body_bytes:
@@ -74,6 +76,15 @@ async def read_form_or_json(
     return parsed, [await read_image_url(request, url) for url in urls]
 
 
+class _FormParser(MultiPartParser):
+    """Notes whether a form's end was there, which the framework's does without."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
 async def _read_form(request: Request, schema: type[Schema], images: str) -> tuple[Schema, list[bytes]]:
     body = await read_body(request)
 
@@ -84,7 +95,7 @@ async def _read_form(request: Request, schema: type[Schema], images: str) -> tup
     charset = _CHARSET.search(content_type)
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(400, f"a form is read as UTF-8, not as {excerpt(charset[1])}")
-    parser = MultiPartParser(
+    parser = _FormParser(
         # which keeps every byte: what is no UTF-8 would be guessed
         Headers({"content-type": f"{_CHARSET.sub('', content_type)}; charset=latin-1"}),
         once(),
@@ -94,12 +105,16 @@ async def _read_form(request: Request, schema: type[Schema], images: str) -> tup
     )
     parser.spool_max_size = (
         limits.body_bytes
-    )  # the body is in memory as it is: no files, of which there may be few
+    )  # which are in memory as it is: no files, of which there may be few
     try:
         form = await parser.parse()
     except (MultiPartException, ValueError, KeyError, UnicodeError) as error:
         reason = error.message if isinstance(error, MultiPartException) else "its parts cannot be told apart"
+        if reason.startswith("Part exceeded"):
+            reason = f"a text in it is too long; an image has a file name (curl -F {images}=@FILE)"
         raise ApiError(400, f"the form cannot be read: {reason}") from None
+    if not parser.ended:  # its last parts would be left out in silence
+        raise ApiError(400, "the form cannot be read: it was cut, or does not end with its boundary")
     repeatable = {name for name, field in schema.model_fields.items() if _takes_list(field.annotation)}
     files: list[bytes] = []
     values: dict[str, Any] = {}

@@ -77,14 +77,15 @@ def bound_sockets(host: str, port: int) -> list[socket.socket]:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         raise ValueError(f"--host {host}: there is no such address or host name") from None
-    addresses = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
+    addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)
     sockets: list[socket.socket] = []
     with contextlib.ExitStack() as failing:
         for family, address in addresses:
             # Only of a socket that is known as TCP's does asyncio send small answers at once (TCP_NODELAY).
             sock = failing.enter_context(_Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
             try:
-                _bind(sock, address, port)
+                # with what else an address of IPv6 has: a link's own names the link
+                _bind(sock, (address[0], port, *address[2:]))
             except OSError as error:
                 if error.errno in _ABSENT:  # a name may have addresses of a protocol that this machine lacks
                     continue
@@ -106,12 +107,12 @@ def listen(sockets: Sequence[socket.socket]) -> None:
             raise _not_free(sock.getsockname()[1], error) from None
 
 
-def _bind(sock: socket.socket, address: str, port: int) -> None:
+def _bind(sock: socket.socket, address: tuple[object, ...]) -> None:
     if os.name == "posix":  # elsewhere it would share the port with another program
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind((address, port))
+    sock.bind(address)
 
 
 def _not_free(port: int, error: OSError) -> OSError:

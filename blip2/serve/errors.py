@@ -24,7 +24,6 @@ TYPES = {  # OpenAI's names for kinds of errors; any other of the client's is an
     501: "not_implemented_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 _HTTP_MESSAGES = {404: "there is no such page here", 405: "this page does not support that HTTP method"}
-# Pydantic's messages, in JSON's words.
 _JSON_WORDS = {"False": "false", "True": "true", "None": "null"}
 _SHOWN = 80  # characters of a client's text in a message
 _KINDS = ("str", "bool", "int", "constrained-int")  # in a fault's place: the kind of value that was tried
@@ -80,7 +79,7 @@ def as_api_error(error: BaseException) -> ApiError:
         case ValidationError():
             return _invalid_body(error)
         case ValueError() if not isinstance(error, UnicodeError):  # whose messages are Python's
-            return ApiError(400, str(error))
+            return ApiError(400, _in_json_words(str(error)))
     return ApiError(500, "something went wrong; the server's log has the details under this request's id")
 
 
@@ -107,13 +106,18 @@ def _invalid_body(error: ValidationError) -> ApiError:
     field, rank = fields[chosen], ranks[chosen]
     same = [faults[i]["msg"] for i in range(len(faults)) if (fields[i], ranks[i]) == (field, rank)]
     message = ", or ".join(dict.fromkeys(same))  # a field may take several kinds of value
-    message = re.sub(r"\b(False|True|None)\b", lambda match: _JSON_WORDS[match[0]], message)
+    message = _in_json_words(message)
     if faults[chosen]["type"] == "extra_forbidden":
         meant = get_close_matches(field, vars(schemas)[error.title].model_fields, n=1)
         message = f"there is no such field here{f'; did you mean {meant[0]}?' if meant else ''}"
     return ApiError(
         400, f"{field}: {message}" if field else message, param=field or None, code="invalid_value"
     )
+
+
+def _in_json_words(message: str) -> str:
+    """A message of pydantic's or of Python's API, for who sent JSON."""
+    return re.sub(r"\b(False|True|None)\b", lambda match: _JSON_WORDS[match[0]], message)
 
 
 def _field(loc: tuple[int | str, ...]) -> str:

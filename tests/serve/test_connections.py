@@ -4,6 +4,7 @@ that its log is one of JSON throughout."""
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import re
@@ -326,6 +327,22 @@ def test_addresses_to_open() -> None:
         assert len({sock.getsockname()[1] for sock in sockets}) == 1
         for sock in sockets:
             sock.close()
+
+
+def test_an_address_may_name_its_link() -> None:
+    """As fe80::1%eth0 does; without the link it is no address."""
+    links = [(line.split()[0], line.split()[-1]) for line in own_addresses() if line.startswith("fe80")]
+    if not links:
+        pytest.skip("this machine has no such address")
+    digits, link = links[0]
+    (sock,) = connections.bound_sockets(f"{ipaddress.ip_address(bytes.fromhex(digits))}%{link}", 0)
+    with sock:
+        assert sock.getsockname()[3] == socket.if_nametoindex(link)
+
+
+def own_addresses() -> list[str]:
+    table = Path("/proc/net/if_inet6")
+    return table.read_text().splitlines() if table.exists() else []
 
 
 def test_small_answers_are_sent_at_once() -> None:

@@ -308,6 +308,15 @@ def test_no_message_speaks_python(client: httpx2.Client, images: list[bytes]) ->
         *(("/ask", good | {"stream": value}, 400) for value in ("yes", 1, [True], {})),
         *(("/ask", good | {"num_beams": value}, 400) for value in ("5", 1.5, True, [1], {}, -1, 10**30)),
         *(("/ask", good | {"early_stopping": value}, 400) for value in ("True", 1, [], {})),
+        *(
+            ("/ask", good | options, 400)
+            for options in (
+                {"do_sample": False, "top_p": 0.5},
+                {"do_sample": True, "num_beams": 2},
+                {"stream": True, "num_beams": 2},
+                {"num_return_sequences": 8},
+            )
+        ),
         *(("/ask", good | {"question": value}, 400) for value in (1, True, ["a"], {"a": "b"}, None)),
         *(("/ask", good | {name: 1}, 400) for name in ("\x1b[31m", "a\nb", "é" * 500, "\u202e")),
         *(("/explain", good | {"turns": value}, 400) for value in ("a", {}, [1], [{}], [None], [["a", "b"]])),
@@ -359,6 +368,38 @@ def test_a_form_is_utf_8(client: httpx2.Client, images: list[bytes], charset: st
         assert answer.json()["answers"] == post(client, "/ask", expected)[1]["answers"]
     else:
         assert answer.status_code == 400 and "UTF-8" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kept", [-1, -3, -4, -5, -7, -60, 0], ids=str)
+def test_a_form_that_was_cut_loses_no_part_in_silence(
+    client: httpx2.Client, images: list[bytes], kept: int
+) -> None:
+    fields = ((b'"image"; filename="a"', images[0]), (b'"prompt"', b"the " * 20))
+    parts = (b"--x\r\ncontent-disposition: form-data; name=%s\r\n\r\n%s\r\n" % field for field in fields)
+    form = b"".join(parts) + b"--x--\r\n"
+    answer = client.post(
+        "/caption", content=form[:kept], headers={"content-type": "multipart/form-data; boundary=x"}
+    )
+    whole = kept == -1  # a line end after the last boundary is not needed
+    assert answer.status_code == (200 if whole else 400)
+    assert whole or "cut" in answer.json()["error"]["message"]
+
+
+def test_an_image_in_a_form_without_a_file_name(client: httpx2.Client) -> None:
+    form = (
+        b'--x\r\ncontent-disposition: form-data; name="image"\r\n\r\n' + b"\xff" * 50_000 + b"\r\n--x--\r\n"
+    )
+    answer = client.post("/embed", content=form, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert answer.status_code == 400 and "images=@" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "coding"), [("/ask", "gzip"), ("/embed", "BR"), ("/v1/completions", "x, y")]
+)
+def test_a_compressed_body_is_refused_as_such(client: httpx2.Client, path: str, coding: str) -> None:
+    headers = {"content-type": "application/json", "content-encoding": coding}
+    answer = client.post(path, content=b"\x1f\x8b\x08", headers=headers)
+    assert answer.status_code == 415 and "compressed" in answer.json()["error"]["message"]
 
 
 def test_json_may_begin_with_a_byte_order_mark(client: httpx2.Client, images: list[bytes]) -> None:
