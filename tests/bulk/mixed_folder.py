@@ -40,8 +40,9 @@ NOT_THEIRS = (
 class MixedFolder:
     """What was put into the folder.
 
-    sound: pictures that can be read. wanted: those without a caption, and their text files. kept: text files and their bytes, to stay as they are.
-    damaged: pictures that cannot be read. unreadable: suffixes of pictures of kinds that are not read, with their number.
+    sound: pictures that can be read. wanted: those without a caption, and their text files.
+    kept: text files and their bytes, to stay as they are. damaged: pictures that cannot be read.
+    unreadable: suffixes of pictures of kinds that are not read, with their number.
     """
 
     root: Path

@@ -1,4 +1,4 @@
-"""What users have is captioned exactly where a caption is missing, and what they do to the captions stays, run by run."""
+"""What users have is captioned just where a caption is missing, and what they do to captions stays, run by run."""
 
 from __future__ import annotations
 
