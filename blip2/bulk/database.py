@@ -363,10 +363,11 @@ class Database:
 
     def _content(self, row: Row) -> int:
         key = bytes.fromhex(row["hash"])
-        texts = json.dumps(row["texts"], separators=(",", ":"))
-        self.execute("INSERT OR IGNORE INTO contents (hash, texts) VALUES (?, ?)", key, texts)
-        ((number,),) = self.query("SELECT id FROM contents WHERE hash = ?", key)
-        return int(number)
+        if not (known := self.query("SELECT id FROM contents WHERE hash = ?", key)):
+            texts = json.dumps(row["texts"], separators=(",", ":"))
+            self.execute("INSERT INTO contents (hash, texts) VALUES (?, ?)", key, texts)
+            known = self.query("SELECT last_insert_rowid()")
+        return int(known[0][0])
 
     def rows(self, *, upto: int | None = None, as_published: bool = False) -> Iterator[tuple[int, Row]]:
         """All inputs that have texts or an error, in the order of first sight.
@@ -375,7 +376,8 @@ class Database:
         """
         content, error = ("i.content", "i.error")
         if as_published:
-            content, error = (f"iif(h.input, h.{name}, i.{name})" for name in ("content", "error"))
+            choice = "CASE WHEN h.input IS NULL THEN i.{0} ELSE h.{0} END"
+            content, error = choice.format("content"), choice.format("error")
         sql = (
             f"SELECT i.id, i.name, c.hash, c.texts, {error}, i.more FROM inputs i "
             "LEFT JOIN changed h ON h.input = i.id "

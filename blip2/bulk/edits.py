@@ -61,7 +61,7 @@ def _edits(database: Database, *, of_none: bool = False) -> Iterator[tuple[int, 
 
 def count_edits(database: Database) -> dict[str, int]:
     """How many rows users edited, added and removed; not counting the errors of what has succeeded since."""
-    added_row = f"iif(e.place >= {ADDED}, e.row, NULL)"
+    added_row = f"CASE WHEN e.place >= {ADDED} THEN e.row END"
     ((edited, added, removed),) = database.query(
         f"SELECT count(e.row) - count({added_row}), count({added_row}), count(*) - count(e.row) "
         f"FROM edits e LEFT JOIN inputs i ON i.id = e.input WHERE e.place != {ERROR_ROW} OR i.error IS NOT NULL"

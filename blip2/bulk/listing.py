@@ -69,12 +69,11 @@ def _recorded(items: list[ImageItem], database: Database) -> list[tuple[ImageIte
     if os.getcwd() != database.begun:
         items = [item._replace(name=database.spelled(item.name)[0]) for item in items]
     found = database.find([item.name for item in items])
-    new = {i: database.spelled(items[i].name)[1:] for i, known in enumerate(found) if known is None}
-    if not new or not database.before:
-        return list(zip(items, found, strict=True))
-    spellings = list(itertools.chain(*new.values()))
-    there = dict(zip(spellings, database.find(spellings), strict=True))
-    for i, names in new.items():
+    new = [i for i, known in enumerate(found) if known is None] if database.before else []
+    spellings = {i: database.spelled(items[i].name)[1:] for i in new}
+    names = list(itertools.chain(*spellings.values()))
+    there = dict(zip(names, database.find(names), strict=True)) if names else {}
+    for i, names in spellings.items():
         for name in names:
             if (known := there[name]) is not None:
                 items[i], found[i] = items[i]._replace(name=name), known
