@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -120,6 +121,7 @@ class Database:
     """The database in a folder, opened for this process alone.
 
     before: how many inputs it had when it was opened.
+    begun: the folder where the first run began, from which relative names are; it may have been moved with the output.
 
     Raises:
         BulkError: another run has it, it was begun with other settings, it is damaged or cannot be written.
@@ -151,6 +153,7 @@ class Database:
             if not read_only:
                 self._prepare(run_config or {})
             self.before = self.count
+            self.begun = self._begun()
         except BaseException:
             self.close()
             raise
@@ -167,10 +170,19 @@ class Database:
                     self.execute(statement)
                 self.execute(f"PRAGMA user_version = {VERSION}")
                 self.set("run", run_config)
+                if self.folder is not None:
+                    self.set("begun", [os.getcwd(), _from(os.getcwd(), self.folder)])
         elif version != VERSION:
             raise BulkError(f"{self.path} is of another version of blip2; use that, or name another --out")
         else:
             self._compare(self.get("run"), run_config)
+
+    def _begun(self) -> str:
+        here, places = os.getcwd(), self.get("begun") or []
+        places = [
+            os.path.normpath(os.path.join(os.path.abspath(self.folder or ""), place)) for place in places
+        ]
+        return here if here in places else next(filter(os.path.isdir, places), here)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
@@ -198,14 +210,21 @@ class Database:
     def _refusal(self, error: sqlite3.Error) -> BulkError:
         """What an error of SQLite means to the user."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return BulkError(
-                f"{self.path} is damaged ({error}); bring back a copy, or name another --out. The output is as it was"
-            )
+        if code in (
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
+            sqlite3.SQLITE_ERROR,
+        ):  # the last: a table is gone
+            return self._damaged(error)
         full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
         what = f"the disk is full or fails ({error})" if full else f"cannot be used ({error})"
         remedy = "Make room and " if full else ""
         return BulkError(f"{self.path}: {what}; what was done is kept. {remedy}{GO_ON}")
+
+    def _damaged(self, error: Exception) -> BulkError:
+        return BulkError(
+            f"{self.path} is damaged ({error}); bring back a copy, or name another --out. The output is as it was"
+        )
 
     def query(self, sql: str, *values: Any) -> list[Any]:
         """All rows of a query."""
@@ -235,7 +254,10 @@ class Database:
     def get(self, name: str) -> Any:
         """A value that was set; None where it was not."""
         rows = self.query("SELECT value FROM settings WHERE name = ?", name)
-        return json.loads(rows[0][0]) if rows else None
+        try:
+            return json.loads(rows[0][0]) if rows else None
+        except ValueError as error:
+            raise self._damaged(error) from error
 
     def set(self, name: str, value: Any) -> None:
         """Set a value, within a transaction."""
@@ -272,6 +294,14 @@ class Database:
         elif window:
             self._at = window[-1].id
         return [found.get(key) for key in keys]
+
+    def spelled(self, name: str) -> list[str]:
+        """How a run may have named this file, which one in this folder names so; first of all the name that is used."""
+        if (here := os.getcwd()) != self.begun:
+            name = os.path.join(here, name)
+        path = os.path.abspath(name)
+        relative = _from(path, self.begun)
+        return [name, relative, os.path.join(os.curdir, relative), path]
 
     def _known(self, where: str, *values: Any) -> list[Known]:
         rows = self.query(
@@ -333,10 +363,11 @@ class Database:
 
     def _content(self, row: Row) -> int:
         key = bytes.fromhex(row["hash"])
-        texts = json.dumps(row["texts"], separators=(",", ":"))
-        self.execute("INSERT OR IGNORE INTO contents (hash, texts) VALUES (?, ?)", key, texts)
-        ((number,),) = self.query("SELECT id FROM contents WHERE hash = ?", key)
-        return int(number)
+        if not (known := self.query("SELECT id FROM contents WHERE hash = ?", key)):
+            texts = json.dumps(row["texts"], separators=(",", ":"))
+            self.execute("INSERT INTO contents (hash, texts) VALUES (?, ?)", key, texts)
+            known = self.query("SELECT last_insert_rowid()")
+        return int(known[0][0])
 
     def rows(self, *, upto: int | None = None, as_published: bool = False) -> Iterator[tuple[int, Row]]:
         """All inputs that have texts or an error, in the order of first sight.
@@ -345,7 +376,8 @@ class Database:
         """
         content, error = ("i.content", "i.error")
         if as_published:
-            content, error = (f"iif(h.input, h.{name}, i.{name})" for name in ("content", "error"))
+            choice = "CASE WHEN h.input IS NULL THEN i.{0} ELSE h.{0} END"
+            content, error = choice.format("content"), choice.format("error")
         sql = (
             f"SELECT i.id, i.name, c.hash, c.texts, {error}, i.more FROM inputs i "
             "LEFT JOIN changed h ON h.input = i.id "
@@ -422,6 +454,14 @@ def _row(name: bytes, digest: bytes | None, texts: str | None, error: bytes | No
     if texts is not None and digest is not None:
         return row | {"hash": digest.hex(), "texts": json.loads(texts)}
     return row if error is None else row | {"error": from_blob(error)}
+
+
+def _from(path: str, start: str | Path) -> str:
+    """A path relative to a folder; as it is where that is on another drive."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return path
 
 
 def _locked(folder: Path) -> IO[bytes]:

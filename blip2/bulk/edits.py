@@ -61,7 +61,7 @@ def _edits(database: Database, *, of_none: bool = False) -> Iterator[tuple[int, 
 
 def count_edits(database: Database) -> dict[str, int]:
     """How many rows users edited, added and removed; not counting the errors of what has succeeded since."""
-    added_row = f"iif(e.place >= {ADDED}, e.row, NULL)"
+    added_row = f"CASE WHEN e.place >= {ADDED} THEN e.row END"
     ((edited, added, removed),) = database.query(
         f"SELECT count(e.row) - count({added_row}), count({added_row}), count(*) - count(e.row) "
         f"FROM edits e LEFT JOIN inputs i ON i.id = e.input WHERE e.place != {ERROR_ROW} OR i.error IS NOT NULL"
@@ -104,17 +104,30 @@ def _read(database: Database, path: Path, kind: str) -> list[Any]:
     if kind == "jsonl":
         for i, line in read_text_lines(path):
             if line.strip():
-                value = read_json_text(line, f"{path}, line {i}")
-                name = value.get("image") if isinstance(value, dict) else None
-                database.execute(insert, to_blob(name) if isinstance(name, str) else None, line)
+                row = read_json_text(line, f"{path}, line {i}")
+                if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+                    raise TextFileError(
+                        f"{path}, line {i}: expected an object with the image's name as `image`"
+                    )
+                database.execute(insert, to_blob(row["image"]), line)
     else:
+        needed = _needed(database)
         for row in read_rows(path, ".csv"):
             columns = list(row)
-            if "image" not in row or not ({"caption", "answer"} & row.keys()):
-                raise TextFileError(f"{path}: expected the columns `image` and `caption` or `answer`")
+            if missing := [name for name in needed if name not in row]:
+                raise TextFileError(
+                    f"{path}: expected the columns {', '.join(needed)}; {missing[0]} is missing"
+                )
             database.execute(insert, to_blob(row["image"]), json.dumps(row))
     database.execute("CREATE INDEX temp.images ON theirs (image)")
     return [*text_form(path), columns if kind == "csv" else None]
+
+
+def _needed(database: Database) -> list[str]:
+    """The columns without which rows could neither be told apart nor written: the image's, and those of its texts."""
+    texts = database.query("SELECT texts FROM contents WHERE texts != '[]' LIMIT 1")
+    used = json.loads(texts[0][0])[0] if texts else {}
+    return ["image", *(name for name in ("question", "caption", "answer") if name in used)]
 
 
 def _note(database: Database, number: int, kind: str, ours: list[Line], theirs: list[str]) -> None:

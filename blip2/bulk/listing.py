@@ -45,7 +45,7 @@ def work_items(
     stream, claims = iter(items), _Claims(database)
     with ThreadPoolExecutor(settings.threads) as pool:
         while some := list(itertools.islice(stream, CHUNK)):
-            found = list(zip(some, database.find([item.name for item in some]), strict=True))
+            found = _recorded(some, database)
             paths = {item.path for item, known in found if known is not None and known.content is not None}
             stamps = _stamps(list(paths), pool, settings.threads)
             for item, known in found:
@@ -64,6 +64,23 @@ def work_items(
                     yield claims.add(work, settings)
 
 
+def _recorded(items: list[ImageItem], database: Database) -> list[tuple[ImageItem, Known | None]]:
+    """What is known of each item, which gets the name it is known by: a file is one, however a run names it."""
+    if os.getcwd() != database.begun:
+        items = [item._replace(name=database.spelled(item.name)[0]) for item in items]
+    found = database.find([item.name for item in items])
+    new = [i for i, known in enumerate(found) if known is None] if database.before else []
+    spellings = {i: database.spelled(items[i].name)[1:] for i in new}
+    names = list(itertools.chain(*spellings.values()))
+    there = dict(zip(names, database.find(names), strict=True)) if names else {}
+    for i, names in spellings.items():
+        for name in names:
+            if (known := there[name]) is not None:
+                items[i], found[i] = items[i]._replace(name=name), known
+                break
+    return list(zip(items, found, strict=True))
+
+
 def _stamps(paths: list[str], pool: ThreadPoolExecutor, threads: int) -> dict[str, Stamp | None]:
     """Of each file its stamp, looked up side by side: over a network each takes a while."""
     parts = [part for i in range(threads) if (part := paths[i::threads])]
@@ -80,7 +97,7 @@ def _work(
     file, overwrite = from_blob(known.file), settings.existing == "overwrite"
     if known.failed:
         return WorkItem(item, file, known.style is not None)
-    there = file_hash(settings.out / file)
+    there = file_hash(settings.out / file, known.sha256)
     if known.content is None:
         return (
             WorkItem(item, file, kept="existing")
@@ -111,8 +128,9 @@ class _Claims:
         """Claim the name of an item, and its text file unless that is another image's."""
         name = work.item.name
         if settings.kind == "txt" and not work.file and not work.item.problem:
-            file = sidecar(work.item, settings.out)
-            owner = self._names.get(file) or self._owner(file) or name
+            located = work.item._replace(name=os.path.join(self._database.begun, name))
+            file = sidecar(located, settings.out)
+            owner = self._names.get(file) or self._owner(file, work.item.path) or name
             if owner == name:
                 work = work._replace(file=file)
             else:
@@ -125,16 +143,16 @@ class _Claims:
             self._names[work.file] = name
         return work
 
-    def _owner(self, file: str) -> str | None:
-        """The image whose text file it is; None where that is gone: a.jpg may have become a.png."""
-        owner = self._database.owner(file)
-        try:
-            os.stat(owner or "")
+    def _owner(self, file: str, path: str) -> str | None:
+        """The other image whose text file it is; None where that is gone: a.jpg may have become a.png."""
+        if (owner := self._database.owner(file)) is None:
+            return None
+        try:  # by way of a link it may be the same
+            return None if os.path.samefile(os.path.join(self._database.begun, owner), path) else owner
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            pass  # it is in a tar file, or its name is none of a file
-        return owner
+            return owner  # it is in a tar file, or its name is none of a file
 
     def _forget(self) -> None:
         """Let go of what the database has, of the older half: those are no longer on their way."""

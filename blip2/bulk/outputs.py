@@ -59,7 +59,12 @@ def check_output(out: Path, kind: str) -> None:
         OutputError: it is a link to no regular file, a device, a pipe, a socket or read-only.
         BulkError: it is a file where a folder is to be, or an earlier version's.
     """
-    refuse_old_state(state_folder(out, kind))
+    try:
+        refuse_old_state(state_folder(out, kind))
+    except OSError as error:  # a name that is too long for it, a folder that is closed
+        raise BulkError(
+            f"--out {out}: its database cannot be kept beside it ({error.strerror}); name another"
+        ) from error
     if kind != "txt":
         output_file(out)
     elif (out.exists() or out.is_symlink()) and not out.is_dir():
@@ -77,18 +82,21 @@ def stamp_of(path: Path | str) -> Stamp | None:
     return status.st_size, status.st_mtime_ns
 
 
-def file_hash(path: Path) -> bytes | None:
+def file_hash(path: Path, ours: bytes | None = None) -> bytes | None:
     """The SHA-256 of a file; None where it is not there, or holds nothing but space.
+
+    ours: what was written there, which may be a text that is empty.
 
     Raises:
         OutputError: it is no regular file.
         OSError: it cannot be read.
     """
     stamp = stamp_of(output_file(path))
-    if stamp is None or (stamp[0] <= _BLANK and _is_blank(path)):
+    if stamp is None:
         return None
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return None if digest != ours and stamp[0] <= _BLANK and _is_blank(path) else digest
 
 
 def _is_blank(path: Path) -> bool:
@@ -101,7 +109,7 @@ def _is_blank(path: Path) -> bool:
 def sidecar(item: ImageItem, out: Path) -> str:
     """The text file of an image, relative to `out`: beside the image where that lies in `out`, else as in its root."""
     inside = os.path.relpath(item.name, out)
-    if item.path != item.name or inside.split(os.sep)[0] == os.pardir:
+    if item.size != -1 or inside.split(os.sep)[0] == os.pardir:
         inside = os.path.relpath(item.name, item.root)
         if item.size >= 0:  # of s.tar, the files are in s/
             inside = inside.replace(os.path.basename(item.path) + os.sep, Path(item.path).stem + os.sep, 1)

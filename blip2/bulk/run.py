@@ -152,7 +152,8 @@ def caption_tasks(
         return batch, describe_all(batch.unseen, describe)
 
     # A single one is computed in this thread, where Ctrl-C takes effect at once.
-    described = map(work, batches) if parallel == 1 else _ahead(batches, work, parallel, parallel - 1)
+    # Of several one more has begun, which takes the place of the one that is done while its rows are recorded.
+    described = map(work, batches) if parallel == 1 else _ahead(batches, work, parallel, parallel)
     for batch, texts in described:
         yield [decoded.with_texts(texts, recorded) for decoded in batch.read]
 
@@ -189,10 +190,10 @@ class Decoded:
         return str(self.row.get("hash", self.number))
 
     def with_texts(self, texts: Mapping[str, list[Row]], recorded: Recorded = lambda key: None) -> Row:
-        """The row with its texts: those recorded for the content, else the new ones."""
+        """The row with its texts: the new ones of the content, else those recorded."""
         if self.image is None and "hash" not in self.row:
             return self.row
-        return self.row | {"texts": recorded(self.key) or texts[self.key]}
+        return self.row | {"texts": texts[self.key] if self.key in texts else recorded(self.key)}
 
 
 def decode(task: WorkItem, settings: RunSettings, decode_image: DecodeImage = load_image) -> Decoded:
@@ -254,7 +255,7 @@ class Batch:
 def _batches(stream: Iterable[Decoded], settings: RunSettings, recorded: Recorded) -> Iterator[Batch]:
     """Runs of images, each with so many contents the model has not seen; what needs no model goes along."""
     size, batch = settings.batch_size, Batch([], {})
-    latest = deque([batch], settings.parallel_batches)  # their texts may not be recorded yet
+    latest = deque([batch], settings.parallel_batches + 1)  # their texts may not be recorded yet
     for decoded in stream:
         batch.read.append(decoded)
         if decoded.image is not None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -173,6 +174,71 @@ def test_other_prefixes_and_suffixes_are_published_without_the_model(bench: Benc
     assert bench.described == 0 and bench.files() == files
 
 
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_a_text_that_is_empty_is_there(bench: Bench, text: str) -> None:
+    def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
+        return [[{"caption": text}] for _ in images]
+
+    inputs, options = Inputs(sources=[str(bench.folder)]), settings(bench.out, kind=bench.kind)
+    assert caption_all(inputs, options, describe).captioned == 4
+    before = {path: path.stat().st_mtime_ns for path in bench.paths()}
+    done = caption_all(inputs, options, describe)
+    assert (done.captioned, done.again, done.edited) == (0, 0, 0)
+    assert {path: path.stat().st_mtime_ns for path in bench.paths()} == before
+
+
+HERE = ["in", "./in", "in/../in", "{}/in", "in/*.png"]
+WITHIN = [".", "*.png", "../in", "{}/in", "./"]
+
+
+@pytest.mark.parametrize("first", ["in", "./in", "{}/in", "in/*.png"])
+def test_an_image_is_one_input_however_a_run_names_it(
+    bench: Bench, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go(source: str, out: Path) -> Progress:
+        inputs = Inputs(sources=[source.format(place)])
+        return caption_all(inputs, settings(out, kind=bench.kind, parallel_batches=1), say)
+
+    place, name = bench.place, os.path.relpath(bench.out, bench.place)
+    monkeypatch.chdir(place)
+    assert go(first, Path(name)).captioned == 4
+    before = bench.files()
+    for number, source in enumerate([*HERE, *WITHIN]):
+        if source == WITHIN[0]:
+            monkeypatch.chdir(bench.folder)
+        out = Path(os.path.relpath(bench.out)) if number % 2 else bench.out
+        done = go(source, out)
+        assert (done.captioned, done.again, done.edited, done.existing) == (
+            0,
+            0,
+            0,
+            0,
+        ) and bench.files() == before
+    (bench.folder / "0.png").write_bytes(png(9))
+    (bench.folder / "new.png").write_bytes(png(10))
+    for _ in range(2):
+        done = go(".", bench.out)
+        assert (done.before, done.failed) == (5, 1) or done.before == 6
+    assert len(bench.texts()) == 5 and bench.files() != before
+
+
+def test_folders_that_are_called_the_same_are_not_taken_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go(place: Path) -> Progress:
+        monkeypatch.chdir(place)
+        return caption_all(Inputs(sources=["in"]), settings(place.parent / "o.jsonl"), say)
+
+    all_of_it = tmp_path / "all"
+    for number, name in enumerate(("a", "b", "c")):
+        (all_of_it / name / "in").mkdir(parents=True)
+        (all_of_it / name / "in" / "0.png").write_bytes(png(number))
+        done = go(all_of_it / name)
+        assert (done.captioned, done.before) == (1, number)
+    all_of_it.rename(tmp_path / "moved")
+    assert go(tmp_path / "moved" / "a").done == 0  # names are from where they were
+
+
 # --- what users edit ---
 
 
@@ -292,14 +358,46 @@ def test_what_cannot_be_taken_over_stops_the_run_only_where_it_is_to_be_written(
     assert "5.png" in bench.texts()
 
 
-@pytest.mark.parametrize("field", ["caption", "image"])
-def test_a_table_without_its_columns_is_no_table(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("field", ["image", "question", "caption", "answer"])
+def test_a_table_without_a_column_of_its_texts_stops_the_run(tmp_path: Path, field: str, asked: bool) -> None:
+    def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
+        return [[{"question": "what?", "answer": "a"} if asked else {"caption": "a"}] for _ in images]
+
     bench = Bench(tmp_path, "csv")
+    inputs, options = Inputs(sources=[str(bench.folder)]), settings(bench.out, kind="csv")
+    caption_all(inputs, options, describe)
+    write(bench.out, "csv", [{k: v for k, v in row.items() if k != field} for row in read(bench.out, "csv")])
+    content = bench.out.read_bytes()
+    if field in (("image", "question", "answer") if asked else ("image", "caption")):
+        with pytest.raises(BulkError, match=f"expected the columns image.*; {field} is missing"):
+            caption_all(inputs, settings(bench.out, kind="csv", prefix="a "), describe)
+        assert bench.out.read_bytes() == content
+    else:
+        assert caption_all(inputs, options, describe).edited == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: ["[", *lines, "]"],
+        lambda lines: ["[" + ",".join(lines) + "]"],
+        lambda lines: [*lines, "7"],
+        lambda lines: [lines[0].replace('"image"', '"file"'), *lines[1:]],
+        lambda lines: [json.dumps(json.loads(line), indent=1) for line in lines],
+        lambda lines: [lines[0].replace('"image": "', '"image": null, "x": "'), *lines[1:]],
+    ],
+)
+def test_jsonl_of_anything_but_rows_stops_the_run(
+    tmp_path: Path, change: Callable[[list[str]], list[str]]
+) -> None:
+    bench = Bench(tmp_path, "jsonl")
     bench.go()
-    rows = [{k: v for k, v in row.items() if k not in (field, "answer")} for row in read(bench.out, "csv")]
-    write(bench.out, "csv", rows)
-    with pytest.raises(BulkError, match="expected the columns `image` and `caption`"):
+    bench.out.write_text("\n".join(change(bench.out.read_text().splitlines())))
+    content = bench.out.read_bytes()
+    with pytest.raises(BulkError, match=r"cannot be read any more \(.*, line \d"):
         bench.go(prefix="a ")
+    assert bench.out.read_bytes() == content
 
 
 def test_overwrite_replaces_edits_and_keeps_one_copy(bench: Bench) -> None:
@@ -548,6 +646,19 @@ def test_a_damaged_database_is_refused_in_words(table: Bench, damage: bytes) -> 
     (table.place / f".{table.out.name}.blip2" / "state.sqlite").write_bytes(damage)
     with pytest.raises(BulkError, match=r"state\.sqlite is damaged"):
         table.go()
+    assert table.files() == before
+
+
+@pytest.mark.parametrize(
+    "sql", ["DROP TABLE edits", "DROP TABLE published", "UPDATE settings SET value = '{'"]
+)
+def test_a_database_that_lacks_something_is_refused_in_words(table: Bench, sql: str) -> None:
+    table.go()
+    before = table.files()
+    with sqlite3.connect(table.place / f".{table.out.name}.blip2" / "state.sqlite") as connection:
+        connection.execute(sql)
+    with pytest.raises(BulkError, match=r"state\.sqlite is damaged"):
+        table.go(prefix="a ")
     assert table.files() == before
 
 
