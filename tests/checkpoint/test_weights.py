@@ -132,6 +132,23 @@ def test_scales(mode: str, bad: float, variants: dict[str, Path], tmp_path: Path
             load_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize("large", [3e38, -1e37, 2.7e36])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_scales_of_weights_that_no_float_holds(
+    mode: str, large: float, variants: dict[str, Path], tmp_path: Path
+) -> None:
+    quantize_checkpoint(variants["opt"], tmp_path / "model", mode)  # type: ignore[arg-type]
+    file = tmp_path / "model" / "model.safetensors"
+    honest = load_file(file)
+    scales = [name for name in honest if name.endswith(("_scale", "_scales"))]
+    for name in (scales[0], scales[-1]):
+        state = honest | {name: honest[name].clone()}
+        state[name].view(-1)[-1] = large
+        save_file(state, file)
+        with pytest.raises(CheckpointError, match=rf"'{name}' makes quantized weights up to .* quantize"):
+            load_model(tmp_path / "model")
+
+
 @pytest.mark.parametrize("position", [0, 1, 7, 8, 15, 31, 63, 64, 1000, 2048, 4094, 4095])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e5m2, torch.complex64], ids=str)
 def test_no_place_is_passed_over(position: int, dtype: torch.dtype) -> None:
