@@ -258,6 +258,17 @@ def test_one_value_changed_anywhere(number: int, variants: dict[str, Path], tmp_
     assert digest(tmp_path / "model") == before
 
 
+def test_files_do_not_matter(variants: dict[str, Path], tmp_path: Path) -> None:
+    state = bare_copy(variants["opt"], tmp_path / "one")
+    save_file(state, tmp_path / "one" / "weights of mine.safetensors")
+    bare_copy(variants["opt"], tmp_path / "three")
+    _write_shards(tmp_path / "three", state)
+    assert digest(tmp_path / "one") == digest(tmp_path / "three") == digest(variants["opt"])
+    state["query_tokens"].view(-1)[0] += 1e-4
+    _write_shards(tmp_path / "three", state)
+    assert digest(tmp_path / "three") != digest(variants["opt"])
+
+
 def test_models_in_memory(variants: dict[str, Path]) -> None:
     model = load_model(variants["opt"])
     before = weights.model_digest(model)
