@@ -107,7 +107,7 @@ def _identity(file: StoredTensors) -> _Identity:
 
 def _cache_file(identity: _Identity) -> Path:
     """One file a file of weights: two processes never write the same at once but for the same weights."""
-    return cache_folder() / "weights" / f"{hashlib.sha256(os.fsencode(identity[0])).hexdigest()[:32]}.json"
+    return cache_folder() / "digests" / f"{hashlib.sha256(os.fsencode(identity[0])).hexdigest()[:32]}.json"
 
 
 def cache_folder() -> Path:

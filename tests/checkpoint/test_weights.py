@@ -399,7 +399,7 @@ def test_a_damaged_cache_is_no_error(
     damage: str, passes: list[str], variants: dict[str, Path], tmp_path: Path
 ) -> None:
     load_anew(variants["opt"])
-    (entry,) = (tmp_path / "cache" / "blip2" / "weights").iterdir()
+    (entry,) = (tmp_path / "cache" / "blip2" / "digests").iterdir()
     CACHES[damage](entry)
     load_anew(variants["opt"])
     assert len(passes) == 2
@@ -427,7 +427,7 @@ def test_many_at_once(passes: list[str], variants: dict[str, Path], tmp_path: Pa
     done = len(passes)
     load_anew(variants["opt"])
     assert len(passes) == done
-    assert [path.suffix for path in (tmp_path / "cache" / "blip2" / "weights").iterdir()] == [".json"]
+    assert [path.suffix for path in (tmp_path / "cache" / "blip2" / "digests").iterdir()] == [".json"]
 
 
 def test_a_file_that_changes_while_it_is_read(
