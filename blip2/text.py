@@ -123,6 +123,7 @@ class Tokenizer:
             raise TextError(
                 f"{folder} holds no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or vocab.txt"
             )
+        _check_stripped(backend)
         backend.encode_special_tokens = not parse_special
         if isinstance(backend.model, models.Unigram) and not parse_special:
             _break_special_tokens(backend)
@@ -237,6 +238,19 @@ def _read_wordpiece(folder: Path, config: Mapping[str, Any], unknown: str) -> Ba
     return backend
 
 
+def _check_stripped(backend: Backend) -> None:
+    """Refuse an added token that is white space and takes more of it from the text beside it.
+
+    The library would let every space of a text begin a token that holds all the spaces after it.
+    """
+    for token in backend.get_added_tokens_decoder().values():
+        text = token.content
+        if token.normalized and backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        if (token.lstrip or token.rstrip) and not text.strip():
+            raise TextError(f"the added token {quoted(token.content)} is white space with lstrip or rstrip")
+
+
 def _break_special_tokens(backend: Backend) -> None:
     """Keep special tokens in text from being found: a unigram model has them among its pieces. Split off their first
     letter."""
@@ -281,8 +295,9 @@ def _add_tokens(backend: Backend, folder: Path, listed: Any, tokens: Mapping[str
     check_added([{"content": token.content, "id": i} for i, token in added.items()])
     known = {token.content for token in added.values()}
     unlisted = [token for token in tokens.values() if token.content not in known]
-    for token in [*(added[i] for i in sorted(added)), *unlisted]:
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    backend.add_tokens(
+        [*(added[i] for i in sorted(added)), *unlisted]
+    )  # at once: each call looks at all again
     for i, token in added.items():
         if (index := backend.token_to_id(token.content)) != i:
             raise TextError(

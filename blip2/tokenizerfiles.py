@@ -184,6 +184,9 @@ def _check_template(step: Mapping[str, Any]) -> None:
     for name in ("single", "pair"):
         if not isinstance(step.get(name), list) or len(step[name]) > _MAX_TEMPLATE:
             raise _refused(f"a template that is no list of up to {_MAX_TEMPLATE} tokens")
+    texts = [piece for piece in step["single"] if not isinstance(piece, dict) or "Sequence" in piece]
+    if len(texts) > 1:  # each is a copy
+        raise _refused("a template that repeats the text")
     tokens = step.get("special_tokens")
     if not isinstance(tokens, dict) or len(tokens) > _MAX_TEMPLATE:
         raise _refused(f"a template with more than {_MAX_TEMPLATE} special tokens")

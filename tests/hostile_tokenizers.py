@@ -127,6 +127,21 @@ def honest() -> Iterator[tuple[str, Files]]:
     forms |= {"t5, transformers 5": bare, "bert": bert(), "bert, old": untyped}
     for name, form in forms.items():
         yield name, {"tokenizer.json": _dump(form)}
+    for form in (
+        opt,
+        t5,
+        bert,
+    ):  # hundreds of users' own, and RoBERTa's mask, which takes the space before it
+        raw = form()
+        count = len(raw["model"]["vocab"])
+        named = [token["content"] for token in raw["added_tokens"]]
+        more = _added(*named, *(f"<{i}>" for i in range(count, count + 600)))[len(named) :]
+        more = [token | {"id": count + i, "normalized": True} for i, token in enumerate(more)]
+        more[0] |= {"lstrip": True, "rstrip": True}
+        yield (
+            f"{form.__name__} with 600 added tokens",
+            {"tokenizer.json": _dump(raw | {"added_tokens": raw["added_tokens"] + more})},
+        )
     words = json.dumps(opt()["model"]["vocab"]).encode()
     yield "opt, slow", {"vocab.json": words, "merges.txt": "#version: 0.2\na b\nĠ a\n".encode()}
     yield "bert, slow", {"vocab.txt": "\n".join(bert()["model"]["vocab"]).encode()}
@@ -148,6 +163,7 @@ def _tokenizers() -> Iterator[tuple[str, Any]]:
     yield from _steps()
     yield from _models()
     yield from _extremes()
+    yield from _multiplied()
     yield from _lies()
     yield from _bombs()
 
@@ -332,6 +348,24 @@ def _extremes() -> Iterator[tuple[str, Any]]:
     yield "a suffix", opt(end_of_word_suffix="</w>", continuing_subword_prefix="##")
 
 
+def _multiplied() -> Iterator[tuple[str, Any]]:
+    """What makes much of a text: copies of it, tokens that each take all the white space that follows."""
+    for form in (opt, t5, bert):
+        name = form()["model"]["type"]
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        for count in (2, 8, 16):
+            step = _template("", "") | {"single": [text] * count}
+            yield f"{name}: the text {count} times", form() | {"post_processor": step}
+        for blank in (" ", "  ", "\u3000", "\t", "x", "\u0301 "):
+            for flag in ("lstrip", "rstrip"):
+                more = [token | {flag: True, "special": False} for token in _added(blank)]
+                yield f"{name}: {flag} of {blank!a}", form() | {"added_tokens": more}
+                spaces = {"type": "Replace", "pattern": {"String": "x"}, "content": " "}
+                more = [token | {"normalized": True} for token in more]
+                raw = form() | {"added_tokens": more, "normalizer": spaces}
+                yield f"{name}: {flag} of {blank!a} made a space", raw
+
+
 def _lies() -> Iterator[tuple[str, Any]]:
     """Every value of three honest tokenizers, made something else."""
     number = 0
@@ -419,6 +453,9 @@ def _other_files() -> Iterator[tuple[str, Files]]:
         named = {"added_tokens_decoder": {index: {"content": "x"}}}
         yield f"added id {index[:9]}", words | {"tokenizer_config.json": _dump(named)}
     many = {"added_tokens_decoder": {str(18 + i): {"content": f"t{i}"} for i in range(6000)}}
+    size = len(opt()["model"]["vocab"])
+    most = {str(size + i): {"content": f"t{i}", "special": i % 2 == 0} for i in range(4096)}
+    yield "most added tokens", slow | {"tokenizer_config.json": _dump({"added_tokens_decoder": most})}
     yield "many added tokens", words | {"tokenizer_config.json": _dump(many)}
     for content in (
         b"a\n",

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from blip2.quantization.formats import LARGEST, QuantizedFile
 from blip2.storage import OutputError, replace_file
 from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.scan import Scan, digest_tensors, join_digests, scan_file
@@ -53,17 +54,21 @@ def check_range(tensors: Tensors, name: str, dtype: torch.dtype) -> None:
     """Refuse a tensor that holds values beyond the range of the dtype it is about to be converted to.
 
     Raises:
-        CheckpointError: it does; the message names it.
+        CheckpointError: it does, or a quantized one stands for such values; the message names it.
     """
-    if torch.finfo(dtype).max >= torch.finfo(tensors.info(name).dtype).max:
+    quantized = isinstance(tensors.file(name), QuantizedFile)
+    if not quantized and torch.finfo(dtype).max >= torch.finfo(tensors.info(name).dtype).max:
         return
     for file, stored in tensors.file(name).sources(name):
         assert isinstance(file, StoredTensors)
-        largest = _scanned(file).large.get(stored, 0.0)
+        largest = _scanned(file).large.get(stored, 0.0) * LARGEST.get(stored.rpartition(".")[2], 1)
         if not math.isfinite(torch.tensor(largest, dtype=torch.float64).to(dtype).item()):
+            holds, help = "holds values", "load it in a wider dtype"
+            if quantized:
+                holds, help = "makes quantized weights", "quantize the model anew with blip2 quantize"
             raise CheckpointError(
-                f"{file.path}: tensor {quoted(stored)} holds values up to {largest:.3g}, beyond the range of {dtype} "
-                f"({torch.finfo(dtype).max:.3g}); load it in a wider dtype"
+                f"{file.path}: tensor {quoted(stored)} {holds} up to {largest:.3g}, beyond the range of {dtype} "
+                f"({torch.finfo(dtype).max:.3g}); {help}"
             )
 
 
@@ -102,7 +107,7 @@ def _identity(file: StoredTensors) -> _Identity:
 
 def _cache_file(identity: _Identity) -> Path:
     """One file a file of weights: two processes never write the same at once but for the same weights."""
-    return cache_folder() / "weights" / f"{hashlib.sha256(os.fsencode(identity[0])).hexdigest()[:32]}.json"
+    return cache_folder() / "digests" / f"{hashlib.sha256(os.fsencode(identity[0])).hexdigest()[:32]}.json"
 
 
 def cache_folder() -> Path:

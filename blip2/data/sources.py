@@ -250,6 +250,11 @@ def _sample(row: Any, root: Path, source: str) -> Sample:
     return Sample(str(name if identity is None else identity), place, captions, question, answers)
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is text; one with surrogates, which are no Unicode characters, is none."""
+    return isinstance(value, str) and (value.isprintable() or not re.search("[\ud800-\udfff]", value))
+
+
 def _first(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
@@ -260,10 +265,8 @@ def _texts(value: Any, source: str) -> tuple[str, ...]:
     texts = []
     for item in values:
         text = item.get("answer") if isinstance(item, Mapping) else item
-        if not isinstance(text, str):
-            raise DataError(f"{source}: expected a text, got {text!r}")
-        if not text.isprintable() and re.search("[\ud800-\udfff]", text):
-            raise DataError(f"{source}: a text holds surrogates, which are no Unicode characters: {text!r}")
+        if not is_text(text):
+            raise DataError(f"{source}: expected a text, got {repr(text)[:80]}")
         if text and not text.isspace():
             texts.append(text)
     return tuple(texts)

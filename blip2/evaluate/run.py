@@ -163,16 +163,14 @@ def _report(
     model_name: str,
 ) -> Report:
     """The report of a task without the items whose images are damaged."""
-    left_out: tuple[str, ...] = ()
     notes = [summary(_DAMAGED, list(damaged.values()))]
     if isinstance(task, Scenes):
         report = scenes_report(model, task.without(damaged), settings, model_name=model_name)
     else:
         report = task_report(model, task.without(damaged), settings, model_name=model_name)
-        left_out = task.left_out
-        notes += [summary("rows that cannot be used, left out of the scores", left_out), *task.notes]
+        notes += [summary("rows that cannot be used, left out of the scores", report.left_out), *task.notes]
     notes = [*report.notes, *filter(None, notes)]
-    return replace(report, notes=notes, damaged=list(damaged.values()), left_out=left_out)
+    return replace(report, notes=notes, damaged=list(damaged.values()))
 
 
 def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Scenes:
@@ -190,12 +188,15 @@ def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Sc
 def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, model_name: str) -> Report:
     """Evaluate a model on a task; raises ValueError if the model cannot do it."""
     protocol = PROTOCOLS[settings.protocol][task.kind]
+    left_out = list(task.left_out)
     if task.kind == "retrieval":
         metrics, outcomes, notes = _retrieval(model.matcher, task.items, protocol, settings)
         pixels = model.matcher.image_processor.size
     else:
-        score = _captions if task.kind == "captions" else _questions
-        metrics, outcomes, notes = score(model, task, protocol, settings)
+        if task.kind == "captions":
+            metrics, outcomes, notes = _captions(model, task, protocol, settings)
+        else:
+            metrics, outcomes, notes = _questions(model, task, protocol, settings, left_out)
         pixels = model.generator.image_processor.size
     if protocol.image_px not in (None, pixels):
         notes.append(
@@ -205,7 +206,18 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
         notes.append(f"the first {len(task.items)} of the set alone")
     figures = published(task.name, model_name) if settings.protocol == "paper" else {}
     weights = model.digest(matcher=task.kind == "retrieval")
-    return Report(task.name, task.about, model_name, metrics, figures, protocol, outcomes, notes, weights)
+    return Report(
+        task.name,
+        task.about,
+        model_name,
+        metrics,
+        figures,
+        protocol,
+        outcomes,
+        notes,
+        weights,
+        left_out=tuple(left_out),
+    )
 
 
 # --- captions ---
@@ -252,22 +264,38 @@ RULES: dict[str, Callable[[str, Sequence[str]], float]] = {
 }
 
 
-def _questions(model: Predictor, task: EvalTask, protocol: Protocol, settings: EvalSettings) -> Scored:
+def _questions(
+    model: Predictor, task: EvalTask, protocol: Protocol, settings: EvalSettings, left_out: list[str]
+) -> Scored:
+    """Questions that this model cannot be asked, such as one that is too long, are noted in `left_out`."""
+
+    def answer(batch: Sequence[EvalItem]) -> list[tuple[EvalItem, str, Sequence[Ranked]]]:
+        try:
+            if not settings.answers:
+                texts = answer_questions(model, batch, protocol.options)
+                return [(item, text, ()) for item, text in zip(batch, texts, strict=True)]
+            images, questions = [item.image for item in batch], [item.question for item in batch]
+            ranked = model.rank(images, questions, settings.answers, batch_size=min(8, settings.batch_size))
+        except ValueError as error:
+            if len(batch) > 1:
+                return [row for item in batch for row in answer([item])]
+            if len(task.items) == 1:
+                raise
+            left_out.append(f"{batch[0].id}: {error}")
+            return []
+        texts = [best.answer if best.probability >= settings.abstain else "" for best, *_ in ranked]
+        return list(zip(batch, texts, ranked, strict=True))
+
     outcomes: list[Outcome] = []
     for batch in _batches(task.items, settings, "questions"):
-        rankings: Sequence[Sequence[Ranked]] = [()] * len(batch)
-        if settings.answers:
-            images, questions = [item.image for item in batch], [item.question for item in batch]
-            rankings = model.rank(images, questions, settings.answers, batch_size=min(8, settings.batch_size))
-            answers = [best.answer if best.probability >= settings.abstain else "" for best, *_ in rankings]
-        else:
-            answers = answer_questions(model, batch, protocol.options)
-        for item, text, ranked in zip(batch, answers, rankings, strict=True):
+        for item, text, ranked in answer(batch):
             score = RULES[task.rule](text, item.answers)
             scores: Metrics = {"accuracy": score}
             if ranked:
                 scores["probability"] = ranked[0].probability
             outcomes.append(Outcome(item, text, scores, score, tuple(ranked[:5])))
+    if task.items and not outcomes:
+        raise DataError(summary("questions that cannot be asked, and no others", left_out))
     notes = [f"each answer is chosen among {len(settings.answers)}"] if settings.answers else []
     metrics = _by_kind("accuracy", outcomes)
     if settings.answers and settings.abstain > 0:
@@ -372,7 +400,7 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
         notes.append(f"CIDEr is left out: {error}")
     questions = EvalTask("scenes", "questions", scenes.questions)
     longer = replace(protocols["questions"], options={**protocols["questions"].options, "max_new_tokens": 12})
-    _, answers, _ = _questions(model, questions, longer, settings)
+    _, answers, _ = _questions(model, questions, longer, settings, [])
     metrics |= _by_kind("unseen questions, exact match", answers)
     try:
         table, _, few = _retrieval(model.matcher, scenes.retrieval, protocols["retrieval"], settings)

@@ -6,12 +6,12 @@ Needs only the standard library when imported.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from blip2.data.sources import DataError, read_annotations, read_sample_set, summary
+from blip2.data.sources import DataError, is_text, read_annotations, read_sample_set, summary
 from blip2.imagefiles.advice import left_out_text
 from blip2.imagefiles.listing import ImageItem
 
@@ -143,7 +143,7 @@ def read_task(
     left_out: list[str] = []
     if name == "gqa":
         items, about, kind, rule = (
-            _gqa(first, images or second),
+            _gqa(first, images or second, left_out),
             "GQA's balanced test-dev",
             "questions",
             "gqa",
@@ -154,9 +154,9 @@ def read_task(
     elif name == "nocaps":
         items, about = _coco(read_annotations(first), images or second, left_out), "NoCaps' validation set"
     elif name.endswith("coco"):
-        items, about = _karpathy(first, images or data), "COCO, Karpathy's test split"
+        items, about = _karpathy(first, images or data, left_out), "COCO, Karpathy's test split"
     else:
-        items, about = _karpathy(first, images or second), "Flickr30k's test split"
+        items, about = _karpathy(first, images or second, left_out), "Flickr30k's test split"
     if "retrieval" in name:
         kind = "retrieval"
     usable = _with_references(items, kind, left_out, least=4 if rule == "vqa" else 1)
@@ -169,16 +169,19 @@ def _with_references(
     """The items of a kind that can be scored; those without texts, or with less than `least` answers, are noted."""
     usable = []
     for item in items:
-        if bool(item.question) != (kind == "questions") and (item.question or item.captions):
-            continue  # of a set with both kinds
         texts, what = (item.answers, "answers") if kind == "questions" else (item.captions, "captions")
-        if kind == "questions" and not item.question:
+        if odd := [text for text in (item.question, *texts) if not is_text(text)]:
+            left_out.append(f"{item.id} holds {repr(odd[0])[:80]}, which is no text")
+        elif bool(item.question) != (kind == "questions") and (item.question or item.captions):
+            continue  # of a set with both kinds
+        elif kind == "questions" and not item.question:
             left_out.append(f"{item.id} has no question")
         elif len(texts) < (least if kind == "questions" else 1):
             fewer = f", fewer than {least}" if least > 1 else ""
             left_out.append(f"{item.id} has {len(texts)} {what}{fewer}")
         else:
-            usable.append(item)
+            # as predictions have it: a number that JSON knows, or a text
+            usable.append(item if type(item.id) is int else replace(item, id=str(item.id)))
     return usable
 
 
@@ -194,55 +197,89 @@ def files_needed(name: str, data: Path | None) -> str:
     return "; ".join(lines if data else [*lines, "name the folder with --data DIR"])
 
 
-def _karpathy(path: Path, images: Path) -> Iterator[EvalItem]:
-    for row in read_annotations(path)["images"]:
-        if row["split"] == "test":
-            file = images / row.get("filepath", "") / row["filename"]
-            if not file.exists() and (images / row["filename"]).exists():
-                file = images / row["filename"]
-            texts = tuple(" ".join(sentence["raw"].split()) for sentence in row["sentences"])
-            yield EvalItem(row.get("cocoid", Path(row["filename"]).stem), file, texts)
+def _read_each(
+    rows: Iterable[Any], what: str, read: Callable[[Any], EvalItem | None], left_out: list[str]
+) -> Iterator[EvalItem]:
+    """The items that `read` makes of rows; a row that is not in its published form is noted."""
+    for place, row in enumerate(rows, 1):
+        try:
+            item = read(row)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            left_out.append(f"{what} {place} is not in its published form ({reason})")
+        else:
+            if item is not None:
+                yield item
+
+
+def _karpathy(path: Path, images: Path, left_out: list[str]) -> Iterator[EvalItem]:
+    def read(row: Any) -> EvalItem | None:
+        if row["split"] != "test":
+            return None
+        file = images / row.get("filepath", "") / row["filename"]
+        if not file.exists() and (images / row["filename"]).exists():
+            file = images / row["filename"]
+        texts = tuple(" ".join(sentence["raw"].split()) for sentence in row["sentences"])
+        return EvalItem(row.get("cocoid", Path(row["filename"]).stem), file, texts)
+
+    yield from _read_each(read_annotations(path)["images"], "image", read, left_out)
 
 
 def _coco(content: Mapping[str, Any], images: Path, left_out: list[str]) -> Iterator[EvalItem]:
     """COCO's captions file; NoCaps' also has a domain for each image."""
     texts: dict[Any, list[str]] = {}
-    for place, row in enumerate(content["annotations"], 1):
-        if isinstance(row.get("caption"), str) and row["caption"].strip() and "image_id" in row:
-            texts.setdefault(row["image_id"], []).append(row["caption"])
-        else:
-            left_out.append(f"annotation {place} has no caption or no image_id")
-    for place, row in enumerate(content["images"], 1):
-        if "id" not in row or not isinstance(row.get("file_name"), str):
-            left_out.append(f"image {place} has no id or no file_name")
-        elif row["id"] in texts:
-            kind = str(row.get("domain", ""))
-            yield EvalItem(row["id"], images / row["file_name"], tuple(texts.pop(row["id"])), kind=kind)
+
+    def collect(row: Any) -> None:
+        number, caption = row["image_id"], row["caption"]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError("no caption")
+        texts.setdefault(number, []).append(caption)
+
+    def read(row: Any) -> EvalItem | None:
+        file = images / row["file_name"]
+        if row["id"] not in texts:
+            return None
+        kind = str(row.get("domain") or "")
+        return EvalItem(row["id"], file, tuple(texts.pop(row["id"])), kind=kind)
+
+    list(_read_each(content["annotations"], "annotation", collect, left_out))
+    yield from _read_each(content["images"], "image", read, left_out)
     left_out += [f"an annotation belongs to image {number}, which is not listed" for number in texts]
 
 
 def _vqa(questions: Path, annotations: Path, images: Path, left_out: list[str]) -> Iterator[EvalItem]:
     content = read_annotations(questions)
     subtype = content.get("data_subtype", "val2014")
-    annotation_of = {row["question_id"]: row for row in read_annotations(annotations)["annotations"]}
-    for row in content["questions"]:
+    annotation_of: dict[Any, Any] = {}
+
+    def collect(row: Any) -> None:
+        annotation_of[row["question_id"]] = row
+
+    def read(row: Any) -> EvalItem | None:
         annotation = annotation_of.get(row["question_id"])
         if annotation is None:
             left_out.append(f"{annotations} has no answers to question {row['question_id']}")
-            continue
-        yield EvalItem(
+            return None
+        return EvalItem(
             row["question_id"],
             images / (row.get("image") or f"COCO_{subtype}_{row['image_id']:012d}.jpg"),
             question=row["question"],
             answers=tuple(answer["answer"] for answer in annotation["answers"]),
-            kind=annotation.get("answer_type", ""),
+            kind=str(annotation.get("answer_type") or ""),
         )
 
+    list(_read_each(read_annotations(annotations)["annotations"], "annotation", collect, left_out))
+    yield from _read_each(content["questions"], "question", read, left_out)
 
-def _gqa(questions: Path, images: Path) -> Iterator[EvalItem]:
-    for id_, row in read_annotations(questions).items():
-        image = images / f"{row['imageId']}.jpg"
-        yield EvalItem(id_, image, question=row["question"], answers=(row["answer"],))
+
+def _gqa(questions: Path, images: Path, left_out: list[str]) -> Iterator[EvalItem]:
+    def read(entry: tuple[str, Any]) -> EvalItem:
+        name, row = entry
+        return EvalItem(
+            name, images / f"{row['imageId']}.jpg", question=row["question"], answers=(row["answer"],)
+        )
+
+    yield from _read_each(read_annotations(questions).items(), "question", read, left_out)
 
 
 def _easy_vqa(data: Path | None) -> EvalTask:
@@ -276,9 +313,9 @@ def _common_form(name: str, data: Path, images: Path | None, annotations: Path |
                 f"{data} holds questions alone: name the file of their answers with --annotations"
             )
         items = _vqa(data, annotations, root, left_out)
-    elif content.get("images") and "sentences" in content["images"][0]:
-        items = _karpathy(data, root)
-    elif "annotations" in content and "images" in content:
+    elif "images" in content and "annotations" not in content:
+        items = _karpathy(data, root, left_out)
+    elif "images" in content:
         items = _coco(content, root, left_out)
     else:
         samples = read_sample_set(data, images)

@@ -139,6 +139,10 @@ QuantizedWeight = Int8Weight | Int4Weight
 
 INT8, INT4 = "weight_int8", "weight_int4"
 PARTS = {Int8Weight: (INT8, "weight_scale"), Int4Weight: (INT4, "weight_scales", "weight_zeros")}
+LARGEST = {
+    "weight_scale": 128,
+    "weight_scales": 255,
+}  # how many times a scale a weight may be, whatever a file says
 
 
 def parts_of(name: str, shape: tuple[int, ...], kind: type[QuantizedWeight]) -> dict[str, TensorInfo]:

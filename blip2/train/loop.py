@@ -78,6 +78,17 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "bias" not in name
 
 
+_LEAST = {"steps": 1, "accumulate": 1, "log_every": 1, "workers": 0, "warmup_steps": 0, "lr": 0, "min_lr": 0}
+_LEAST |= {
+    "warmup_lr": 0,
+    "weight_decay": 0,
+    "betas": 0,
+    "clip_norm": 0,
+    "save_every_s": 0,
+    "save_every_steps": 1,
+}
+
+
 @dataclass(frozen=True)
 class FitOptions:
     """How a task is trained. Steps are optimizer steps, each over `accumulate` batches."""
@@ -100,10 +111,11 @@ class FitOptions:
     save_every_steps: int | None = None
 
     def __post_init__(self) -> None:
-        minima = {"steps": 1, "accumulate": 1, "log_every": 1, "workers": 0, "warmup_steps": 0}
-        for name, least in minima.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name, least in _LEAST.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value is not None and not least <= value < math.inf:
+                    raise ValueError(f"{name} is {values}, must be {least} or more, and finite")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}, must be 'fp32' or 'bf16'")
 

@@ -132,6 +132,23 @@ def test_scales(mode: str, bad: float, variants: dict[str, Path], tmp_path: Path
             load_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize("large", [3e38, -1e37, 2.7e36])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_scales_of_weights_that_no_float_holds(
+    mode: str, large: float, variants: dict[str, Path], tmp_path: Path
+) -> None:
+    quantize_checkpoint(variants["opt"], tmp_path / "model", mode)  # type: ignore[arg-type]
+    file = tmp_path / "model" / "model.safetensors"
+    honest = load_file(file)
+    scales = [name for name in honest if name.endswith(("_scale", "_scales"))]
+    for name in (scales[0], scales[-1]):
+        state = honest | {name: honest[name].clone()}
+        state[name].view(-1)[-1] = large
+        save_file(state, file)
+        with pytest.raises(CheckpointError, match=rf"'{name}' makes quantized weights up to .* quantize"):
+            load_model(tmp_path / "model")
+
+
 @pytest.mark.parametrize("position", [0, 1, 7, 8, 15, 31, 63, 64, 1000, 2048, 4094, 4095])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e5m2, torch.complex64], ids=str)
 def test_no_place_is_passed_over(position: int, dtype: torch.dtype) -> None:
@@ -239,6 +256,17 @@ def test_one_value_changed_anywhere(number: int, variants: dict[str, Path], tmp_
     flat[place] = torch.nextafter(flat[place], torch.tensor(-9.0))
     save_file(dict(reversed(state.items())), file)
     assert digest(tmp_path / "model") == before
+
+
+def test_files_do_not_matter(variants: dict[str, Path], tmp_path: Path) -> None:
+    state = bare_copy(variants["opt"], tmp_path / "one")
+    save_file(state, tmp_path / "one" / "weights of mine.safetensors")
+    bare_copy(variants["opt"], tmp_path / "three")
+    _write_shards(tmp_path / "three", state)
+    assert digest(tmp_path / "one") == digest(tmp_path / "three") == digest(variants["opt"])
+    state["query_tokens"].view(-1)[0] += 1e-4
+    _write_shards(tmp_path / "three", state)
+    assert digest(tmp_path / "three") != digest(variants["opt"])
 
 
 def test_models_in_memory(variants: dict[str, Path]) -> None:
@@ -371,7 +399,7 @@ def test_a_damaged_cache_is_no_error(
     damage: str, passes: list[str], variants: dict[str, Path], tmp_path: Path
 ) -> None:
     load_anew(variants["opt"])
-    (entry,) = (tmp_path / "cache" / "blip2" / "weights").iterdir()
+    (entry,) = (tmp_path / "cache" / "blip2" / "digests").iterdir()
     CACHES[damage](entry)
     load_anew(variants["opt"])
     assert len(passes) == 2
@@ -399,7 +427,7 @@ def test_many_at_once(passes: list[str], variants: dict[str, Path], tmp_path: Pa
     done = len(passes)
     load_anew(variants["opt"])
     assert len(passes) == done
-    assert [path.suffix for path in (tmp_path / "cache" / "blip2" / "weights").iterdir()] == [".json"]
+    assert [path.suffix for path in (tmp_path / "cache" / "blip2" / "digests").iterdir()] == [".json"]
 
 
 def test_a_file_that_changes_while_it_is_read(

@@ -208,7 +208,11 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path, capsys: pytest
         assert message in capsys.readouterr().err
     for task, file, message in (
         ("coco", "dataset_coco.json", "no 'images'"),
-        ("gqa", "testdev_balanced_questions.json", "eval gqa: a file of"),
+        (
+            "gqa",
+            "testdev_balanced_questions.json",
+            "eval gqa: the data hold nothing to score; left out: 1 (question 1",
+        ),
         ("scenes", "scenes/scenes.json", "no 'singles'"),
     ):
         (data / file).write_text('{"x": 1}')

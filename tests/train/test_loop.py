@@ -335,3 +335,13 @@ def test_bf16_runs(tmp_path: Path) -> None:
 def test_wrong_options(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         FitOptions(**({"steps": 1} | wrong))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1])
+@pytest.mark.parametrize(
+    "name", ["steps", "lr", "min_lr", "warmup_lr", "weight_decay", "clip_norm", "save_every_s", "betas"]
+)
+def test_numbers_that_no_run_can_have(name: str, value: float) -> None:
+    changed: Any = (0.9, value) if name == "betas" else value
+    with pytest.raises(ValueError, match=f"^{name} is .*, must be [01] or more, and finite"):
+        FitOptions(**{"steps": 3, name: changed})
