@@ -25,7 +25,7 @@ from blip2.imagefiles.errors import FinalImageError
 from blip2.imagefiles.errors import ImageError as ImageError
 from blip2.imagefiles.jpeg import next_restart
 from blip2.imagefiles.names import is_url
-from blip2.imagefiles.pixels import decode_image, read_content
+from blip2.imagefiles.pixels import decode_image, read_content, strips
 from blip2.imagefiles.warned import naming
 
 MAX_BYTES = 512 * 2**20  # of one image file
@@ -167,8 +167,7 @@ def _read_endless(
 
 def _checksum(image: Image.Image) -> int:
     """Of the pixels, without another copy of them."""
-    checksum, rows = 0, max(1, 2**20 // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    checksum = 0
+    for _, strip in strips(image):
         checksum = zlib.crc32(strip.tobytes(), checksum)
     return checksum

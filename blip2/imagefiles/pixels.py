@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,14 +217,19 @@ def _to_rgb(image: Image.Image, copy: bool) -> Image.Image:
 
 def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """What `convert` makes of an image, without its memory for the whole of it."""
-    width, height = image.size
-    rows = max(1, _STRIP // width)
-    if rows >= height:
+    if image.width * image.height <= _STRIP:
         return convert(image)
     rgb = Image.new("RGB", image.size)
-    for top in range(0, height, rows):
-        rgb.paste(convert(image.crop((0, top, width, min(top + rows, height)))), (0, top))
+    for top, strip in strips(image):
+        rgb.paste(convert(strip), (0, top))
     return rgb
+
+
+def strips(image: Image.Image, pixels: int = _STRIP) -> Iterator[tuple[int, Image.Image]]:
+    """The rows of an image, about so many pixels at a time, and where they begin."""
+    rows = max(1, pixels // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _grey(image: Image.Image, transparent: object) -> Image.Image:

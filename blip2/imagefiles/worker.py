@@ -138,11 +138,11 @@ def _send_text(answers: BinaryIO, kind: int, text: str) -> None:
 
 
 def _send_pixels(answers: BinaryIO, image: Image.Image, size: tuple[int, int]) -> None:
-    width, height = image.size
-    answers.write(ANSWER.pack(PIXELS, width, height, *size))
-    rows = max(1, _BAND // width)
-    for top in range(0, height, rows):
-        answers.write(image.crop((0, top, width, min(top + rows, height))).tobytes())
+    from blip2.imagefiles.pixels import strips
+
+    answers.write(ANSWER.pack(PIXELS, *image.size, *size))
+    for _, strip in strips(image, _BAND):
+        answers.write(strip.tobytes())
     answers.flush()
 
 
