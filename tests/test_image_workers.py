@@ -328,6 +328,15 @@ def test_nothing_of_the_users_is_run_or_handed_on(
     assert capfd.readouterr() == ("", "")
 
 
+@needs_linux
+def test_a_folder_that_is_gone_stops_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with ImageWorkers(1) as pool:
+        assert pool.decode(FILES["png"]).size == (61, 47)
+
+
 # --- clients ---
 
 

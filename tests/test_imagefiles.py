@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -12,6 +13,7 @@ import tarfile
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,20 @@ def jpeg_segment(kind: int, data: bytes) -> bytes:
     return bytes((0xFF, kind)) + struct.pack(">H", len(data) + 2) + data
 
 
+def jpeg_strips(side: int, scans: int, strips: int) -> bytes:
+    """A TIFF whose strips are all the same progressive JPEG."""
+    data = flat("RGB", "JPEG", side, side, progressive=True, subsampling=0)
+    last = data.rindex(b"\xff\xda")
+    data = data[:last] + data[last:-2] * (scans - data.count(b"\xff\xda") + 1) + b"\xff\xd9"
+    own = {256: side, 257: side * strips, 258: [8, 8, 8], 259: 7, 262: 6, 277: 3, 278: side}
+    return tiff(own | {273: [8] * strips, 279: [len(data)] * strips}, data)
+
+
+def flat(mode: str, kind: str, width: int, height: int, **options: object) -> bytes:
+    Image.new(mode, (width, height)).save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
 PNG, JPEG, GIF = encoded("PNG"), encoded("JPEG"), encoded("GIF", "P")
 SCAN = bytes.fromhex("ffda0008010100013f1000000000")
 TABLES = jpeg_segment(0xDB, (b"\0" + b"\1" * 64) * 1_000)
@@ -129,6 +145,9 @@ TABLES = jpeg_segment(0xDB, (b"\0" + b"\1" * 64) * 1_000)
         "own kinds": (b"PyRGBA\n900 900\n3\n" + bytes(3_240_000), "PNM of a kind other than P1 to P6"),
         "items": (avif_items(12_000), "AVIF of more items than pictures have"),
         "properties": (avif_items(0, 150_000), "AVIF of more items than pictures have"),
+        "components": (JPEG[:20] + jpeg_segment(0xC0, b"\x08\0\x10\0\x10\3" + b"\1\x11\0" * 21_000) * 300 + JPEG[20:],
+            "JPEG with a frame header of 63,008 bytes"),
+        "scans of strips": (jpeg_strips(400, 60, 120), "TIFF with 7,200 scans of JPEG"),
         "chunks of WebP": (b"RIFF\0\0\0\0WEBP" + b"ICCP\0\0\0\0" * 150_000, "WebP of more than 100,000 chunks"),
     }.values(),
 )  # fmt: skip
@@ -238,7 +257,13 @@ def test_big_endian_bigtiff() -> None:
             assert load_image(grey_tiff(data, order=order, big=big)).tobytes() == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"progressive": True}, {"quality": 100}, {"restart_marker_rows": 1}),
+        *({"restart_marker_blocks": 7}, {"restart_marker_blocks": 1}),
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_jpeg_without_its_end_is_read_and_a_truncated_one_refused(
     mode: str, options: dict[str, object]
@@ -249,9 +274,32 @@ def test_a_jpeg_without_its_end_is_read_and_a_truncated_one_refused(
         assert (loaded.size, loaded.tobytes()) == ((47, 61), load_image(content).tobytes())
     assert load_image(content + b"garbage").tobytes() == load_image(content).tobytes()
     scan = content.rindex(b"\xff\xda")
-    for end in (len(content) - 40, (scan + len(content)) // 2, scan, scan - 1):
+    for end in (*range(len(content) - 40, len(content) - 20), (scan + len(content)) // 2, scan, scan - 1):
         with pytest.raises(ImageError, match=r"truncated|damaged"):
             load_image(content[:end])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(JPEG, PNG, GIF, encoded("GIF", "P", transparency=1), turned("WEBP", "RGBA"), encoded("TIFF")),
+        *(grey_tiff(big=True), b"P2 9 9 999\n" + b"789 " * 81, bmp_runs(9, 9, b"\3\5\0\6abcdef\0\0" * 9)),
+        *(b"RIFF\0\0\0\0WEBPVP8X\0\0\0\0", b"GIF89a" + bytes(7) + b"!\xf9\4", avif_items(3, 3)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_file_that_ends_anywhere_is_read_or_refused(content: bytes) -> None:
+    for end in range(1, min(len(content), 900) + 1):
+        with contextlib.suppress(ImageError):
+            load_image(content[:end])
+
+
+def test_a_webp_of_many_frames_is_refused_soon() -> None:
+    frames = b"ANMF\xbe\0\0\0" + bytes(190)
+    begun = time.process_time()
+    with pytest.raises(ImageError, match="its header cannot be read"):
+        load_image(b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\2" + bytes(9) + frames * 99_000)
+    assert time.process_time() - begun < 2
 
 
 # --- the same pixels where a file is rewritten ---------------------------------------------------------------------
@@ -324,11 +372,6 @@ def peak_mb(content: bytes, folder: Path) -> tuple[float, str]:
     return float(mb), result
 
 
-def flat(mode: str, kind: str, width: int, height: int, **options: object) -> bytes:
-    Image.new(mode, (width, height)).save(file := io.BytesIO(), kind, **options)
-    return file.getvalue()
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the kernel tells no peak of memory here")
 @pytest.mark.parametrize(
     ("mode", "kind", "options", "expected"),
@@ -337,16 +380,48 @@ def flat(mode: str, kind: str, width: int, height: int, **options: object) -> by
         ("RGB", "JPEG", {"exif": EXIF}, "(4500, 4500)"),
         ("RGB", "JPEG", {"progressive": True}, "(4500, 4500)"),
         ("P", "GIF", {"transparency": 0, "disposal": 2}, "(9000, 9000)"),
-        ("RGBA", "PNG", {}, "617 MiB of memory, the limit is 480"),
+        ("RGBA", "PNG", {}, "618 MiB of memory, the limit is 480"),
         ("RGB", "TIFF", {"compression": "tiff_lzw"}, "(9000, 9000)"),
         ("1", "TIFF", {"compression": "group4"}, "(9000, 9000)"),
-        ("RGB", "WEBP", {"lossless": True, "method": 0}, "1,235 MiB of memory, the limit is 480"),
+        ("RGB", "WEBP", {"lossless": True, "method": 0}, "1,236 MiB of memory, the limit is 480"),
     ],
 )
 def test_memory_is_bounded(
     mode: str, kind: str, options: dict[str, object], expected: str, tmp_path: Path
 ) -> None:
     mb, result = peak_mb(flat(mode, kind, 9_000, 9_000, **options), tmp_path)
+    assert expected in result
+    assert mb < 512
+
+
+def png_of(width: int, height: int, color: int, bits: int = 8) -> bytes:
+    """A black PNG that is to be turned, of any size."""
+    size = (1 + (width * bits * {0: 1, 4: 2, 6: 4}[color] + 7) // 8) * height
+    packer = zlib.compressobj(1)
+    data = [packer.compress(bytes(min(2**24, size - at))) for at in range(0, size, 2**24)]
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    pixels = b"".join(data) + packer.flush()
+    chunks = ((b"IHDR", header), (b"eXIf", EXIF.tobytes()[6:]), (b"IDAT", pixels), (b"IEND", b""))
+    return PNG[:8] + b"".join(chunk(kind, content) for kind, content in chunks)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the kernel tells no peak of memory here")
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: png_of(7_900, 7_900, 6), "(7900, 7900)"),
+        (lambda: png_of(8_900, 8_900, 0, 16), "(8900, 8900)"),
+        (lambda: png_of(1, 80_000_000, 0, 1), "decoded in 1,831 MiB of memory"),
+        (lambda: png_of(80_000_000, 1, 0, 1), "decoded in 1,831 MiB of memory"),
+        (lambda: grey_tiff(zlib.compress(bytes(10**6)), t256=1, t257=5 * 10**7, t278=10**6), "MiB of memory"),
+        (lambda: bmp_runs(1, 80_000_000, b"\0\2\0\xff" * 320_000), "decoded in 1,831 MiB of memory"),
+        (lambda: bmp_runs(5, 6_000_000, b"\0\2\0\xff" * 24_000), "(5, 6000000)"),
+    ],
+)  # fmt: skip
+def test_memory_of_turned_and_narrow_images_is_bounded(
+    make: Callable[[], bytes], expected: str, tmp_path: Path
+) -> None:
+    mb, result = peak_mb(make(), tmp_path)
     assert expected in result
     assert mb < 512
 

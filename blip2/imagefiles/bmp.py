@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import struct
 
+import numpy as np
+
 from blip2.imagefiles.cost import MAX_PIXELS, Cost
 
 MAX_RUN_BYTES = 2**23  # of a file with run lengths
@@ -39,7 +41,8 @@ def bare_bmp(content: bytes) -> tuple[bytes, int]:
     data = int.from_bytes(content[10:14], "little") if start else 0
     if data in (0, start + size):
         data = start + size + 4 * colors
-    if not 0 < width * abs(height) <= MAX_PIXELS:
+    row = width + -width % 4
+    if not 0 < row * abs(height) <= MAX_PIXELS:
         return content, 1
     pixels = _expand(content, data, width, width * abs(height), compression == _RLE4)
     if pixels is None:
@@ -50,9 +53,10 @@ def bare_bmp(content: bytes) -> tuple[bytes, int]:
         _HEADER.pack(_HEADER.size, width, height, 1, 8, 0, 0, dots_x, dots_y, 256, 0),
         palette,
     ]
-    if padding := bytes(-width % 4):
-        rows = (pixels[at : at + width] + padding for at in range(0, len(pixels), width))
-        return b"".join([*parts, *rows]), 1
+    if row > width:
+        rows = np.zeros((abs(height), row), np.uint8)
+        rows[:, :width] = np.frombuffer(pixels, np.uint8).reshape(-1, width)
+        return b"".join([*parts, rows.data]), 1
     return b"".join([*parts, pixels]), 1
 
 
@@ -66,7 +70,7 @@ def _run_header(content: bytes) -> tuple[int, ...] | None:
     return header if known and header[5] in (_RLE8, _RLE4) else None
 
 
-def _expand(content: bytes, place: int, width: int, count: int, four_bits: bool) -> bytes | None:
+def _expand(content: bytes, place: int, width: int, count: int, four_bits: bool) -> bytes | bytearray | None:
     """The pixels that run lengths from `place` on stand for, a byte each; None where they are too few.
 
     What a run has beyond the end of its row is dropped, and skipped pixels are 0, as Pillow has it.
@@ -99,4 +103,5 @@ def _expand(content: bytes, place: int, width: int, count: int, four_bits: bool)
             some = some.hex().encode().translate(_HALVES)[:value] if four_bits else some
             pixels[at : at + len(some)] = some
             at, x, place = at + len(some), x + value, place + size + (place + size) % 2
-    return bytes(pixels[:count]) if at >= count else None
+    del pixels[count:]
+    return pixels if at >= count else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MAX_PIXELS = 89_000_000  # a third of a GiB once decoded; Pillow itself warns from 89,478,485 on
 MAX_PARTS = 100_000  # chunks, segments, tiles, strips
+MAX_SCANNED_PIXELS = 1_000_000_000  # scans of a JPEG x pixels
 MAX_METADATA = 2**20  # bytes of it that Pillow may be given to read
 
 

@@ -23,8 +23,9 @@ from blip2.imagefiles.checks import bare_file, check_file
 from blip2.imagefiles.cost import MAX_PIXELS as MAX_PIXELS
 from blip2.imagefiles.errors import FinalImageError
 from blip2.imagefiles.errors import ImageError as ImageError
+from blip2.imagefiles.jpeg import next_restart
 from blip2.imagefiles.names import is_url
-from blip2.imagefiles.pixels import decode_image, read_content
+from blip2.imagefiles.pixels import decode_image, read_content, strips
 from blip2.imagefiles.warned import naming
 
 MAX_BYTES = 512 * 2**20  # of one image file
@@ -154,20 +155,19 @@ def _read_endless(
     """A JPEG that lacks its end marker, as `read_content`. One that lacks pixels too raises ImageError."""
 
     def read(filling: bytes) -> Image.Image:
-        ended = content.rstrip(b"\xff") + filling * 1024 + b"\xff\xd9"
+        ended = b"".join([content.rstrip(b"\xff"), filling, next_restart(content), filling, b"\xff\xd9"])
         return read_content(ended, orientation, name=name, exif=exif, max_pixels=max_pixels, memory=memory)
 
     # Missing pixels would be made of what follows.
     checksum = _checksum(read(b""))
-    if checksum != _checksum(read(b"\x55")) or checksum != _checksum(image := read(b"\xaa")):
+    if checksum != _checksum(read(b"\x55" * 1024)) or checksum != _checksum(image := read(b"\xaa" * 1024)):
         raise FinalImageError(f"{name}: the image is truncated")
     return image
 
 
 def _checksum(image: Image.Image) -> int:
     """Of the pixels, without another copy of them."""
-    checksum, rows = 0, max(1, 2**20 // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    checksum = 0
+    for _, strip in strips(image):
         checksum = zlib.crc32(strip.tobytes(), checksum)
     return checksum

@@ -33,7 +33,7 @@ def bare_gif(content: bytes) -> tuple[bytes, int]:
         place += 1
         if is_picture:
             return (b"".join([*kept, content[start:place], b";"]) if place <= len(content) else content), 1
-        if content[start + 1 : start + 2] == bytes([_CONTROL]) and place - first == 6:
+        if content[start + 1 : start + 2] == bytes([_CONTROL]) and place - first == 6 <= len(content) - first:
             # How the picture is removed before the next one does not matter here, and costs memory.
             kept.append(
                 content[start : first + 1] + bytes([content[first + 1] & 1]) + content[first + 2 : place]

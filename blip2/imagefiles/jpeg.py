@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from blip2.imagefiles.cost import MAX_METADATA, MAX_PARTS, Cost
+from blip2.imagefiles.cost import MAX_METADATA, MAX_PARTS, MAX_SCANNED_PIXELS, Cost
 from blip2.imagefiles.tiff import exif_orientation
 
 MAX_SCANS = 100  # of a progressive JPEG: encoders write 6 to 14, and each costs as much as the whole picture
-MAX_SCANNED_PIXELS = 1_000_000_000  # scans x pixels
 
 _SEGMENT = re.compile(rb"\xff([^\x00\xff])")
 _SCAN_END = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in a scan's data: no stuffed byte and no restart
@@ -35,14 +34,16 @@ def check_jpeg(content: bytes) -> Cost:
             scans += 1
             if scans > MAX_SCANS or (scans > 16 and scans * pixels > MAX_SCANNED_PIXELS):
                 raise ValueError(f"a JPEG of {scans} scans or more, each of which costs as much as a picture")
-            if len(data) >= 6 and data[-1] & 15 == 0:  # to the last bit
+            if 6 <= len(data) <= 14 and data[-1] & 15 == 0:  # to the last bit
                 seen |= {(part, k) for part in data[3:-3:2] for k in range(data[-3], min(data[-2], 63) + 1)}
+        elif len(data) > 20:  # Pillow reads all of them
+            raise ValueError(f"a JPEG with a frame header of {len(data):,} bytes")
         else:
             size = int.from_bytes(data[3:5], "big") * int.from_bytes(data[5:7], "big")
             sampling = [(both >> 4) * (both & 15) for both in data[9::3]]
             memory = max(memory, 2 * size * sum(sampling) // max([1, *sampling]))  # of all coefficients
             pixels, progressive = max(pixels, size), progressive or kind in _PROGRESSIVE
-            wanted = {(part, k) for part in data[8::3] for k in range(64)}
+            wanted = wanted or {(part, k) for part in data[8::3] for k in range(64)}
     return Cost(
         rewrite=_is_costly_before_scans(content),
         memory=memory if progressive or scans > 1 else 0,
@@ -81,6 +82,13 @@ def bare_jpeg(content: bytes) -> tuple[bytes, int]:
         if whole or (kind not in _APP and kind != _COMMENT):
             kept.append(content[begin:end])
     return content, orientation
+
+
+def next_restart(content: bytes) -> bytes:
+    """The restart marker that comes next where a JPEG ends within its last scan; decoders ignore one too many."""
+    scan = content.rfind(bytes((0xFF, _SCAN)))
+    last = max((content.rfind(bytes((0xFF, kind)), max(scan, 0)), kind) for kind in range(0xD0, 0xD8))
+    return bytes((0xFF, 0xD0 if last[0] < 0 else 0xD0 + (last[1] + 1) % 8))
 
 
 def _segments(content: bytes) -> Iterator[Segment]:

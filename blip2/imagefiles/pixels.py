@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,7 +118,10 @@ def decode_image(
     turn = _TURNS.get(orientation or _orientation(image)) if exif else None
     limit.check(image, turned=turn is not None)
     try:
-        return _to_rgb(image if turn is None else image.transpose(turn), copy=keep and turn is None)
+        upright = image if turn is None else image.transpose(turn)
+        if upright is not image and not keep:
+            image.close()  # its memory is needed
+        return _to_rgb(upright, copy=upright is image and keep)
     except Exception as error:
         reason = f" ({error})" if image.mode in ("F", "I") else ""
         raise ImageError(
@@ -144,7 +147,7 @@ class _Limit:
         shown = f"{self.name}: {width}x{height} px is {pixels:,} pixels"
         if pixels > self.max_pixels:
             raise FinalImageError(f"{shown}, the limit is {self.max_pixels:,}; make it smaller")
-        if (needed := _needed(image, pixels, memory, turned)) > self.memory:
+        if (needed := _needed(image, image.size, memory, turned)) > self.memory:
             takes = f"decoded in {needed >> 20:,} MiB of memory, the limit is {self.memory >> 20:,}"
             raise FinalImageError(f"{shown}, {takes}; make it smaller")
 
@@ -157,18 +160,26 @@ class _Limit:
                 f"{'a progressive' if memory else 'any'} JPEG, at reduced scale too; make it smaller"
             )
         for scale in (1, 2, 4, 8):
-            pixels = -(-width // scale) * -(-height // scale)
-            if pixels <= self.max_pixels and _needed(image, pixels, memory, turned) <= self.memory:
+            size = -(-width // scale), -(-height // scale)
+            if size[0] * size[1] <= self.max_pixels and _needed(image, size, memory, turned) <= self.memory:
                 return scale
         self.check(image, memory, turned)  # raises
         return 8
 
 
-def _needed(image: Image.Image, pixels: int, memory: int, turned: bool) -> int:
+def _needed(image: Image.Image, size: tuple[int, int], memory: int, turned: bool) -> int:
     """The most bytes that are held at a time while an image is loaded, turned and converted."""
+
+    def held(pixel: int, width: int, height: int) -> int:
+        return height * (
+            8 + -(-pixel * width // 4) * 4
+        )  # rows have a pointer, and end at a multiple of 4 bytes
+
     own = _BYTES.get(image.mode, 4)
+    loaded, upright = held(own, *size), held(own, *(size[::-1] if turned else size))
     converted = image.mode != "RGB" or "transparency" in image.info
-    return max(own * pixels + memory, own * (1 + turned) * pixels, (own + 4 * converted) * pixels)
+    rgb = held(4, *(size[::-1] if turned else size)) if converted else 0
+    return max(loaded + memory, loaded + upright if turned else 0, upright + rgb)
 
 
 # --- orientation and colors ----------------------------------------------------------------------------------------
@@ -206,14 +217,19 @@ def _to_rgb(image: Image.Image, copy: bool) -> Image.Image:
 
 def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """What `convert` makes of an image, without its memory for the whole of it."""
-    width, height = image.size
-    rows = max(1, _STRIP // width)
-    if rows >= height:
+    if image.width * image.height <= _STRIP:
         return convert(image)
     rgb = Image.new("RGB", image.size)
-    for top in range(0, height, rows):
-        rgb.paste(convert(image.crop((0, top, width, min(top + rows, height)))), (0, top))
+    for top, strip in strips(image):
+        rgb.paste(convert(strip), (0, top))
     return rgb
+
+
+def strips(image: Image.Image, pixels: int = _STRIP) -> Iterator[tuple[int, Image.Image]]:
+    """The rows of an image, about so many pixels at a time, and where they begin."""
+    rows = max(1, pixels // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _grey(image: Image.Image, transparent: object) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from blip2.imagefiles.cost import MAX_METADATA, MAX_PARTS, Cost
+from blip2.imagefiles.cost import MAX_METADATA, MAX_PARTS, MAX_SCANNED_PIXELS, Cost
 
 MAX_TAGS = 1_000
 MAX_TILE = 2**24  # pixels of one tile, where the picture itself has fewer
@@ -15,6 +15,7 @@ _INTEGERS = dict(zip((1, 3, 4, 6, 8, 9, 13, 16, 17, 18), "BHLbhlLQqQ", strict=Tr
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _ORIENTATION, _SAMPLES, _ROWS = 256, 257, 258, 259, 274, 277, 278
 _STRIPS, _STRIP_SIZES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES = 273, 279, 322, 323, 324, 325
 _COLORMAP, _JPEG_TABLES = 320, 347
+_JPEG = (6, 7)
 _FAX = (2, 3, 4)  # compressions whose decoder notes every change of color in a row
 # What decides pixels; all else, such as a color profile or other directories, is beside them.
 _NEEDED = frozenset(
@@ -103,6 +104,15 @@ def check_tiff(content: bytes) -> Cost:
         pixels = part_width * part_height or width * min(height, number(_ROWS, height))
         memory = pixels * number(_SAMPLES, 1) * max(number(_BITS, 1), 8) // 8
         memory += 16 * max(width, part_width) if number(_COMPRESSION) in _FAX else 0
+        if number(_COMPRESSION) in _JPEG:
+            starts, sizes = numbers(_STRIPS) + numbers(_TILES), numbers(_STRIP_SIZES) + numbers(_TILE_SIZES)
+            scans = sum(
+                content.count(b"\xff\xda", at, at + size) for at, size in zip(starts, sizes, strict=False)
+            )
+            if scans > 4 * len(starts) and scans * pixels > MAX_SCANNED_PIXELS:
+                raise ValueError(
+                    f"a TIFF with {scans:,} scans of JPEG, each of which costs as much as a picture"
+                )
     # Pillow misreads big-endian BigTIFF.
     return Cost(directory.beside > MAX_METADATA or (directory.big and directory.order == ">"), memory)
 

@@ -20,16 +20,17 @@ def check_webp(content: bytes) -> Cost:
 
 def bare_webp(content: bytes) -> tuple[bytes, int]:
     """A WebP without what decides no pixel, such as a color profile, and its EXIF orientation."""
-    kept, orientation = b"", 1
+    kept, orientation = [b"WEBP"], 1
     for kind, start, end in _chunks(content):
         if kind == b"EXIF":
             orientation = exif_orientation(content[start + 8 : end])
-        elif kind == b"VP8X":
+        elif kind == b"VP8X" and end > start + 8:
             flags = content[start + 8] & _KEPT_FLAGS
-            kept += content[start : start + 8] + bytes([flags]) + content[start + 9 : end]
+            kept.append(content[start : start + 8] + bytes([flags]) + content[start + 9 : end])
         elif kind in _PIXELS:
-            kept += content[start:end]
-    return b"RIFF" + struct.pack("<L", len(kept) + 4) + b"WEBP" + kept, orientation
+            kept.append(content[start:end])
+    body = b"".join(kept)
+    return b"RIFF" + struct.pack("<L", len(body)) + body, orientation
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -27,7 +27,9 @@ REQUEST = struct.Struct("<QQdQIi")
 ANSWER = struct.Struct("<5I")
 READY, NOT_READY, PIXELS, REFUSED, NO_MEMORY, WARNED = range(6)
 
-_BAND = 4 * 2**20  # pixels sent at a time
+_BAND = (
+    2**14
+)  # pixels sent at a time: what is larger is made of new memory, which costs as much as copying it
 
 
 def answer_requests() -> None:
@@ -136,12 +138,11 @@ def _send_text(answers: BinaryIO, kind: int, text: str) -> None:
 
 
 def _send_pixels(answers: BinaryIO, image: Image.Image, size: tuple[int, int]) -> None:
-    width, height = image.size
-    head = ANSWER.pack(PIXELS, width, height, *size)
-    rows = max(1, _BAND // width)  # a large image is not copied as a whole
-    for top in range(0, height, rows):
-        # the first with the head, so that the parent wakes once
-        answers.write(head + image.crop((0, top, width, min(top + rows, height))).tobytes())
+    from blip2.imagefiles.pixels import strips
+
+    head = ANSWER.pack(PIXELS, *image.size, *size)
+    for _, strip in strips(image, _BAND):  # a large image is not copied as a whole
+        answers.write(head + strip.tobytes())  # the first with the head, so that the parent wakes once
         head = b""
     answers.flush()
 

@@ -267,11 +267,15 @@ class _Worker:
     """A process and the pipes to it, used by one thread at a time."""
 
     def __init__(self) -> None:
-        home, places = str(Path(__file__).parents[2]), [place for place in sys.path if place]
-        places = places if home in places else [home, *places]
-        own = {"PYTHONPATH": os.pathsep.join(places), "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         try:
+            home = str(Path(__file__).parents[2])
+            places = [os.path.abspath(place) for place in sys.path if os.path.exists(place)]
+            own = {
+                "PYTHONPATH": os.pathsep.join(places if home in places else [home, *places]),
+                "OPENBLAS_NUM_THREADS": "1",
+                "MALLOC_ARENA_MAX": "1",
+            }
             self.process = subprocess.Popen(
                 COMMAND,
                 bufsize=0,
@@ -279,6 +283,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=kept | own,
+                cwd=os.sep,  # the parent's may be gone
                 start_new_session=True,  # Ctrl-C is the parent's
             )
         except OSError as error:
