@@ -131,7 +131,10 @@ def _recall(identity: _Identity) -> Scan | None:
 
 
 def _remember(identity: _Identity, scan: Scan) -> None:
-    with contextlib.suppress(OSError, OutputError, RuntimeError), replace_file(_cache_file(identity)) as beside:
+    with (
+        contextlib.suppress(OSError, OutputError, RuntimeError),
+        replace_file(_cache_file(identity)) as beside,
+    ):
         beside.write_bytes(_entry(identity, scan))
 
 
