@@ -169,8 +169,11 @@ class Database:
                 self.set("run", run_config)
         elif version != VERSION:
             raise BulkError(f"{self.path} is of another version of blip2; use that, or name another --out")
-        else:
+        elif self.query("SELECT 1 FROM inputs LIMIT 1"):
             self._compare(self.get("run"), run_config)
+        else:  # the run that began it ended before its first result, over a wrong option for one
+            with self.transaction():
+                self.set("run", run_config)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]

@@ -172,8 +172,8 @@ def _check_list(source: str, size: int, modified_ns: int) -> None:
     try:
         with open(source, "rb") as file:
             while block := file.read(1 << 20):
-                if b"\n" not in block and len(block) == 1 << 20:
-                    break  # too long a line, perhaps
+                if b"\0" in block or (b"\n" not in block and len(block) == 1 << 20):
+                    break  # no text, or too long a line, perhaps
                 decoder.decode(block)
             else:
                 decoder.decode(b"", final=True)
