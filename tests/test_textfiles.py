@@ -161,7 +161,7 @@ def test_text_files_that_are_added_to(before: bytes | str, old: str, existing: A
 def test_utf16_without_a_mark_is_no_text(content: bytes, tmp_path: Path) -> None:
     (path := tmp_path / "a.txt").write_bytes(content)
     for read in (read_text, lambda path: list(read_text_lines(path)), READERS["list"], READERS["questions"]):
-        with pytest.raises(ValueError, match="a.txt, line 1: a zero byte, as in UTF-16"):
+        with pytest.raises(ValueError, match=r"a\.txt, line 1: a zero byte, as in UTF-16"):
             read(path)
 
 

@@ -70,12 +70,12 @@ match a.png b.png rose --model M | TEXT "b.png" is the name of a file here: give
 match a.png rose d/ --model M | TEXT "d/" is the name of a folder here
 match a.png rose link --model M | TEXT "link" is the name of a file here
 match a.png ABSOLUTE --model M | is the name of a file here
-match a.png c.png rose --model M | TEXT "c.png" looks like the name of an image: give several images as a folder
+match a.png c.png rose --model M | TEXT "c.png" looks like the name of an image: give several
 match a.png https://x.org/b --model M | TEXT "https://x.org/b" looks like the name of an image
 match a.png no/Photo.JPEG --model M | TEXT "no/Photo.JPEG" looks like the name of an image
 ask a.png s3://x/c.webp --model W | QUESTION "s3://x/c.webp" looks like the name of an image: it comes last
 ask a.png QUESTION\udce9 --out o.csv --model W | the QUESTION holds bytes that are no Unicode
-caption a.png --batch-size 99999999999999999999 | --batch-size must be a whole number from 1 to 1,000,000,000,000,000; got
+caption a.png --batch-size 99999999999999999999 | --batch-size must be a whole number from 1 to
 embed a.png --limit 0 --model M | --limit must be a whole number from 1
 explain a.png -o a.png --model W | -o a.png: this is the image itself; name another file
 explain a.png -o ./d/../a.png --model W | this is the image itself
