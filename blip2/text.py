@@ -37,7 +37,7 @@ SHORT_QUESTION_PROMPT = "Question: {} Short answer:"
 MAX_WORDS = 50
 MAX_TEXT = (
     1 << 15
-)  # characters; no model reads as many tokens, and encoding a hundred times as many takes gigabytes
+)  # characters: more than any model reads, and encoding a hundred times as many takes gigabytes
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -333,15 +333,7 @@ def _library_errors(problem: str) -> Iterator[None]:
 # --- prompts -------------------------------------------------------------------------------------------------------
 
 
-_SHOWS_NOTHING = (
-    "Cc",
-    "Cf",
-    "Zs",
-    "Zl",
-    "Zp",
-    "Mn",
-    "Me",
-)  # categories: control, format, space, and marks on a letter
+_SHOWS_NOTHING = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me")  # control, format, space, and marks on a letter
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters by category, drawn as space
 
 

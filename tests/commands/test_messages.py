@@ -127,6 +127,13 @@ def test_options_are_named_as_they_are_typed() -> None:
     assert as_typed("num_beams=1", {}) == "num_beams=1"
 
 
+@pytest.mark.parametrize("limit", ["nope=3", "num_beams=0", "num_beams=x", "beams=3"])
+def test_limits_of_the_server_are_named_as_they_are_typed(limit: str, run: Run) -> None:
+    done = run("serve", "--limit", limit)
+    assert done.status == 2 and done.err.startswith("blip2: ") and "num_beams" in done.err
+    assert "--num-beams" not in done.err.replace(limit, "")
+
+
 @pytest.mark.parametrize("text", ["", " \t", "\u200b", "\x07\x1b", "\u3164"])
 def test_empty_texts_are_refused(
     text: str, run: Run, generator_folder: Path, matcher_folder: Path, pictures: list[Path]
