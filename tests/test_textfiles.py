@@ -121,6 +121,7 @@ TABLES = {
     "expected after '\"'": 'image,caption\na.jpg,"x"y\n',
     "row 1 (to line 2): field larger": f"image,caption\na.jpg,{'x' * 200_000}\n",
     "names each column once": "image,image\n1,2\n",
+    "a carriage return alone; end lines with LF or CRLF": "image,caption\ra.jpg,b\r",
     "once, not []": "",
 }
 

@@ -192,12 +192,14 @@ def _check_table(source: str, size: int, modified_ns: int) -> None:
 
 def _check_rows(rows: Iterable[Any], source: str) -> None:
     """Raises BulkError where there are rows and not one names an image."""
-    count = usable = 0
+    count, usable, first = 0, 0, None
     for row in rows:
+        first = row if count == 0 else first
         count += 1
         usable += isinstance(_path_of(row), str) or is_failed_row(row)
     if count and not usable:
-        expected = f"expected one of {', '.join(PATH_COLUMNS)}"
+        got = ", ".join(map(repr, first)) if isinstance(first, dict) else _kind(first)
+        expected = f"expected one of {', '.join(PATH_COLUMNS)}, got {got[:200]}"
         raise BulkError(f"{source}, row 1 names no image; {expected}; neither does any other row")
 
 
