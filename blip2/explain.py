@@ -113,6 +113,8 @@ def explain(
     Raises:
         ValueError: no words, or more than the language model reads.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text to explain, got {type(text).__name__}")
     tokens, prompt_ids = _tokens(model, tokenizer, text), tokenizer.encode(prompt)
     spans = split_words(tokens, tokenizer.decode)
     if not spans or is_blank(text):

@@ -43,8 +43,8 @@ def unnest(rows: list[list[T]], many: bool, several: bool) -> T | list[T] | list
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
     """Items in batches of `size`, each with the index of its first item."""
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"batch_size must be a whole number, 1 or more; got {size!r}")
     return ((i, items[i : i + size]) for i in range(0, len(items), size))
 
 

@@ -81,6 +81,9 @@ def load(
     Raises:
         ValueError: no such model, damaged or unfitting files, or a device this machine does not have.
     """
+    for option, value in (("name", name), ("matcher", matcher), ("vision", vision), ("language", language)):
+        if value == "":  # of a variable that was never set; it would be the current folder
+            raise ValueError(f"{option} is empty; name a model or a folder")
     torch_device = device_of(device)
     max_pixels = MAX_PIXELS if max_pixels is None else check_max_pixels(max_pixels)
     shown = DEFAULT if name is None else str(name)
@@ -144,9 +147,7 @@ class Predictor:
     def generator(self) -> LoadedModel:
         """The model that writes. Raises ValueError where only a matcher was loaded."""
         if isinstance(self._loaded.model, Blip2Matcher):
-            raise ValueError(
-                "this model only matches images and texts; load one that writes, such as 'opt-2.7b'"
-            )
+            raise ValueError("this model only matches; load one that writes, such as 'opt-2.7b'")
         return self._loaded
 
     @property
@@ -173,9 +174,7 @@ class Predictor:
         loaded = self._loaded
         if isinstance(loaded.model, Blip2):
             if self._load_matcher is None:
-                raise NoMatcherError(
-                    "this model was loaded without a matcher; name one: blip2.load(..., matcher='itm')"
-                )
+                raise NoMatcherError("this model has no matcher; name one: blip2.load(..., matcher='itm')")
             loaded = self._load_matcher()
         if not isinstance(loaded.model, Blip2Matcher):
             raise ValueError("the model given as matcher= writes text; matchers are 'itm' and 'itm-coco'")
@@ -335,9 +334,10 @@ class Predictor:
         Raises:
             ValueError: no answers, an empty answer or question, or not as many questions as images.
         """
-        offered = list(dict.fromkeys(answer.strip() for answer in answers))
-        if not offered or any(map(is_blank, offered)):
-            raise ValueError("answers to rank: give one or more, none of them empty")
+        offered = [] if isinstance(answers, str) else list(answers)
+        if not offered or any(not isinstance(answer, str) or is_blank(answer) for answer in offered):
+            raise ValueError("answers to rank: give a list of one or more texts, none of them empty")
+        offered = list(dict.fromkeys(answer.strip() for answer in offered))
         ids = [self.generator.tokenizer.encode(" " + answer, frame=False) for answer in offered]
         listed = as_list(images)
         prompts = self._question_prompts(question, len(listed))
@@ -382,9 +382,7 @@ class Predictor:
         if question is None and (answer is not None or turns is not None):
             raise ValueError("answer= needs the question it answers, turns= the one that came next")
         if isinstance(image, EncodedImage) or is_many(image):
-            raise ValueError(
-                "explain takes one image itself: an encoded image no longer shows where things were"
-            )
+            raise ValueError("explain takes one image itself: encoded, it no longer shows where things were")
         picture = open_image(image, 0, self.max_pixels)
         if question is None:
             prompt, written = CAPTION_PROMPT, self.caption(picture) if text is None else text
@@ -404,9 +402,7 @@ class Predictor:
     def explain_in_slices(self, pixels: Tensor, prompt: str, text: str) -> Generator[None, None, Explained]:
         """Why `text` follows `prompt` for pixels [1, 3, S, S]: yields between passes."""
         if self.generator.precision in MODES:
-            raise ValueError(
-                "there is no gradient through quantized weights; load the model without quantize="
-            )
+            raise ValueError("quantized weights pass no gradient on; load the model without quantize=")
         return explain(self.model, self.generator.tokenizer, pixels, prompt, text)
 
     def _read(
@@ -482,10 +478,8 @@ class Predictor:
     def _question_prompts(self, question: Texts, images: int) -> list[str]:
         questions: list[str] = as_list(question) * (1 if is_many(question) else images)
         if len(questions) != images:
-            raise ValueError(
-                f"{len(questions)} questions for {images} images; give one, or one for each image"
-            )
-        return [self.question_prompt(text) for text in questions]
+            raise ValueError(f"{len(questions)} questions for {images} images; give one, or one for each")
+        return [self.question_prompt(text) for text in _check_texts(questions, "question")]
 
     def question_prompt(self, question: str) -> str:
         """The prompt that `ask` gives this model for a question. Raises TextError where it is empty."""
@@ -529,7 +523,7 @@ class Predictor:
         Returns:
             One image and one text: a `Match`. One of them a list: a list. Both: for each image a list over the texts.
         """
-        table = self.matcher.match(as_list(images), _texts(texts), batch_size=batch_size)
+        table = self.matcher.match(as_list(images), _check_texts(texts), batch_size=batch_size)
         return unnest(table, is_many(images), is_many(texts))
 
     def embed(self, images: ImageSource | Many[ImageSource], *, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -542,13 +536,17 @@ class Predictor:
 
     def embed_text(self, texts: Texts) -> Tensor:
         """Text embeddings for search, float32, of length 1: [E] for one text, [B, E] for a list."""
-        embeddings = self.matcher.embed_text(_texts(texts))
+        embeddings = self.matcher.embed_text(_check_texts(texts))
         return embeddings if is_many(texts) else embeddings[0]
 
 
-def _texts(texts: Texts) -> list[str]:
-    """One or many -> a list of texts, none of them empty. Raises TextError."""
-    return [check_text(text, "text") for text in as_list(texts)]
+def _check_texts(texts: Texts, what: str = "text") -> list[str]:
+    """One or many -> a list of texts, none of them empty. Raises TextError, which numbers them."""
+    several = len(as_list(texts)) > 1
+    return [
+        check_text(text, f"{what} number {i}" if several else what)
+        for i, text in enumerate(as_list(texts), 1)
+    ]
 
 
 class Chat:

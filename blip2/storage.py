@@ -262,6 +262,8 @@ def read_rows(path: str | Path, suffix: str = "") -> Iterator[Any]:
             row += 1
     except csv.Error as error:
         where = f"{path}, row {row} (to line {reader.line_num})"
+        if str(error).startswith("new-line"):  # of Python's, with advice for who opens the file in Python
+            raise TextFileError(f"{where}: a carriage return alone; end lines with LF or CRLF") from None
         raise TextFileError(f"{where}: {error}; are double quotes missing?") from None
 
 

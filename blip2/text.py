@@ -37,7 +37,7 @@ SHORT_QUESTION_PROMPT = "Question: {} Short answer:"
 MAX_WORDS = 50
 MAX_TEXT = (
     1 << 15
-)  # characters; no model reads as many tokens, and encoding a hundred times as many takes gigabytes
+)  # characters: more than any model reads, and encoding a hundred times as many takes gigabytes
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -157,12 +157,9 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TextError(f"expected text, got {type(text).__name__}")
-        if not text.isascii() and re.search("[\ud800-\udfff]", text):  # a lone surrogate
-            raise TextError("the text holds bytes that are no Unicode characters; is it typed as UTF-8?")
         if max_length is not None:
             text = text[:MAX_TEXT]
-        if len(text) > MAX_TEXT:
-            raise TextError(f"the text has {len(text):,} characters, over {MAX_TEXT:,}; shorten it")
+        _check_encodable(text, "text")
         with _library_errors("the text cannot be encoded"):
             encoding = self._backend.encode(text, add_special_tokens=False)
             if max_length is not None:
@@ -351,15 +348,7 @@ def _library_errors(problem: str) -> Iterator[None]:
 # --- prompts -------------------------------------------------------------------------------------------------------
 
 
-_SHOWS_NOTHING = (
-    "Cc",
-    "Cf",
-    "Zs",
-    "Zl",
-    "Zp",
-    "Mn",
-    "Me",
-)  # categories: control, format, space, and marks on a letter
+_SHOWS_NOTHING = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me")  # control, format, space, and marks on a letter
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters by category, drawn as space
 
 
@@ -369,13 +358,21 @@ def is_blank(text: str) -> bool:
 
 
 def check_text(text: str, what: str = "question") -> str:
-    """The text. Raises TextError where it is blank, or no text at all. what: its kind, for the message."""
+    """The text. Raises TextError where it is blank, cannot be encoded or is no text at all. what: for the message."""
     if not isinstance(text, str):
         raise TextError(f"expected a {what}, got {type(text).__name__}")
     if is_blank(text):
         held = f"holds only {text[:20]!a}" if text else "is empty"
         raise TextError(f"the {what} {held}; write some words")
+    _check_encodable(text, what)
     return text
+
+
+def _check_encodable(text: str, what: str) -> None:
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # a lone surrogate
+        raise TextError(f"the {what} holds bytes that are no Unicode characters; is it typed as UTF-8?")
+    if len(text) > MAX_TEXT:
+        raise TextError(f"the {what} has {len(text):,} characters, over {MAX_TEXT:,}; shorten it")
 
 
 def question_prompt(question: str, *, short: bool = False) -> str:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -455,11 +456,42 @@ def test_an_empty_text_is_refused_by_every_method(model: Predictor, text: str, p
         lambda: model.embed_text(["a cat", text]),
         lambda: chat.send(text),
         lambda: chat.send(text, stream=True),
+        lambda: model.explain(image, question="what?", answer=text),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"empty|holds only"):
             call()
     assert chat.turns == ()
+    with pytest.raises(ValueError, match="question number 2 "):
+        calls[1]()
+
+
+def test_arguments_of_another_kind_are_refused_in_words(
+    model: Predictor, generator_folder: Path, pictures: list[Path]
+) -> None:
+    image, wrong, load = pictures[0], [None, 5, b"yes"], partial(blip2.load, generator_folder)
+    calls: list[tuple[Callable[..., object], list[Any], str]] = [
+        (lambda answers: model.rank(image, "what?", answers), ["yes", "", b"yes", []], "none of them empty"),
+        (lambda text: model.rank(image, "what?", ["yes", text]), wrong, "none of them empty"),
+        (lambda text: model.explain(image, text=text), [5, b"yes", ["yes"]], "expected a text"),
+        (
+            lambda text: model.explain(image, question="what?", answer=text),
+            [5, ["yes"]],
+            "expected (a )?text",
+        ),
+        (
+            lambda size: model.caption(image, batch_size=size),
+            ["3", 1.5, 0],
+            "batch_size must be a whole number",
+        ),
+        (lambda name: blip2.load(name), [""], "name is empty"),
+        (lambda name: load(matcher=name), [""], "matcher is empty"),
+        (lambda name: load(vision=name), [""], "vision is empty"),
+    ]
+    for call, arguments, says in calls:
+        for argument in arguments:
+            with pytest.raises(ValueError, match=says):
+                call(argument)
 
 
 def test_similarity_is_the_best_product_of_embeddings(model: Predictor, pictures: list[Path]) -> None:

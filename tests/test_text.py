@@ -153,7 +153,7 @@ def test_prompts() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["?", "a", "漢", " \u200bé", "\u0301a", "\U0001f339", "\ue000", "\ud800"])
+@pytest.mark.parametrize("text", ["?", "a", "漢", " \u200bé", "\u0301a", "\U0001f339", "\ue000"])
 def test_text_that_shows_something(text: str) -> None:
     assert check_text(text) == text
 

@@ -67,7 +67,8 @@ DOORS: list[tuple[str, str, str, Any, type[Exception]]] = [
     ("preprocessor_config.json", '{\n"do_resize": true}', "preprocessor", 224, blip2.ImageError),
     ("config.json", '{\n"é": "ü"}', "config", {"é": "ü"}, CheckpointError),
 ]  # fmt: skip
-BAD = [b"caf\xe9 au lait", b"\xed\xa0\x80", b"\x93quoted\x94", b"\xc3"]
+BAD = [b"caf\xe9 au lait", b"\xed\xa0\x80", b"\x93quoted\x94", b"\xc3", b"a.jpg\0b.jpg\0"]
+UNMARKED = ["a rose\n".encode("utf-16-le"), "a rose\r\n".encode("utf-16-be"), "a".encode("utf-32-le")]
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -83,7 +84,9 @@ def test_every_door(door: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture)
         path.write_bytes(text.encode() + b"\n" + bad + b"\n")
         with pytest.raises(error) as caught:
             READERS[reader](path)
-        message = f"{name}, line {text.count(chr(10)) + 2}: byte 0x"
+        message = (
+            f"{name}, line {text.count(chr(10)) + 2}: {'a zero byte' if bad[-1:] == bytes(1) else 'byte 0x'}"
+        )
         # A caption file is one image's: that image is left out, and here no other one is left.
         assert message in (caplog.text if name == "c.txt" else str(caught.value))
 
@@ -118,6 +121,7 @@ TABLES = {
     "expected after '\"'": 'image,caption\na.jpg,"x"y\n',
     "row 1 (to line 2): field larger": f"image,caption\na.jpg,{'x' * 200_000}\n",
     "names each column once": "image,image\n1,2\n",
+    "a carriage return alone; end lines with LF or CRLF": "image,caption\ra.jpg,b\r",
     "once, not []": "",
 }
 
@@ -134,7 +138,7 @@ def test_tables_are_strict(message: str, tmp_path: Path) -> None:
         read_samples(tmp_path / "a.csv")
 
 
-@pytest.mark.parametrize("before", [*BAD, b"a\nb\r\nc", *FORMS])
+@pytest.mark.parametrize("before", [*BAD, *UNMARKED, b"a\nb\r\nc", *FORMS])
 @pytest.mark.parametrize("old", ["a rose\n", "a rose\nred\n\n", f"{ODD}\n", " \n"])
 @pytest.mark.parametrize("existing", ["append", "prepend"])
 def test_text_files_that_are_added_to(before: bytes | str, old: str, existing: Any, tmp_path: Path) -> None:
@@ -152,6 +156,14 @@ def test_text_files_that_are_added_to(before: bytes | str, old: str, existing: A
     else:
         assert "a.txt" in json.loads((tmp_path / ".blip2" / "errors.jsonl").read_text())["error"]
     assert (tmp_path / "a.txt").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", UNMARKED)
+def test_utf16_without_a_mark_is_no_text(content: bytes, tmp_path: Path) -> None:
+    (path := tmp_path / "a.txt").write_bytes(content)
+    for read in (read_text, lambda path: list(read_text_lines(path)), READERS["list"], READERS["questions"]):
+        with pytest.raises(ValueError, match=r"a\.txt, line 1: a zero byte, as in UTF-16"):
+            read(path)
 
 
 @pytest.mark.parametrize("form", FORMS)

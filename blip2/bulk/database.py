@@ -174,8 +174,11 @@ class Database:
                     self.set("begun", [os.getcwd(), _from(os.getcwd(), self.folder)])
         elif version != VERSION:
             raise BulkError(f"{self.path} is of another version of blip2; use that, or name another --out")
-        else:
+        elif self.query("SELECT 1 FROM inputs LIMIT 1"):
             self._compare(self.get("run"), run_config)
+        else:  # the run that began it ended before its first result, over a wrong option for one
+            with self.transaction():
+                self.set("run", run_config)
 
     def _begun(self) -> str:
         here, places = os.getcwd(), self.get("begun") or []

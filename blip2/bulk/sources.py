@@ -172,8 +172,8 @@ def _check_list(source: str, size: int, modified_ns: int) -> None:
     try:
         with open(source, "rb") as file:
             while block := file.read(1 << 20):
-                if b"\n" not in block and len(block) == 1 << 20:
-                    break  # too long a line, perhaps
+                if b"\0" in block or (b"\n" not in block and len(block) == 1 << 20):
+                    break  # no text, or too long a line, perhaps
                 decoder.decode(block)
             else:
                 decoder.decode(b"", final=True)
@@ -192,12 +192,14 @@ def _check_table(source: str, size: int, modified_ns: int) -> None:
 
 def _check_rows(rows: Iterable[Any], source: str) -> None:
     """Raises BulkError where there are rows and not one names an image."""
-    count = usable = 0
+    count, usable, first = 0, 0, None
     for row in rows:
+        first = row if count == 0 else first
         count += 1
         usable += isinstance(_path_of(row), str) or is_failed_row(row)
     if count and not usable:
-        expected = f"expected one of {', '.join(PATH_COLUMNS)}"
+        got = ", ".join(map(repr, first)) if isinstance(first, dict) else _kind(first)
+        expected = f"expected one of {', '.join(PATH_COLUMNS)}, got {got[:200]}"
         raise BulkError(f"{source}, row 1 names no image; {expected}; neither does any other row")
 
 

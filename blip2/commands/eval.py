@@ -16,7 +16,7 @@ from pathlib import Path
 from blip2.commands import terminal
 from blip2.commands.arguments import add_model, add_output, option
 from blip2.commands.streams import visible
-from blip2.evaluate.tasks import TASK_NAMES
+from blip2.evaluate.names import TASK_NAMES
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

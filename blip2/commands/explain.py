@@ -8,6 +8,7 @@ blip2 explain photo.jpg --question "how many dogs are there?" -o out.png
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     if not target.parent.is_dir():
         raise ValueError(f"-o {args.out}: there is no folder {target.parent}")
     output_file(target)  # an error now where it can be no file
+    if args.image != "-" and target.exists() and os.path.exists(args.image) and target.samefile(args.image):
+        raise ValueError(f"-o {args.out}: this is the image itself; name another file")
     image = sys.stdin.buffer.read() if args.image == "-" else args.image
     model = terminal.load_named(args)
     try:

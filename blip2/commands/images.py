@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from blip2.images import ImageProcessor
     from blip2.predict import Predictor
 
+MOST = 10**15  # of images; itertools.islice, for one, takes no number of any size
+
 
 def inputs_of(args: argparse.Namespace, *, strict: bool = False) -> Inputs:
     """The images that the arguments name. strict: one that is not there is an error, and no failed image."""
     from blip2.bulk import Inputs
 
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise ValueError("--batch-size and --limit must be at least 1")
+    for option, number in (("--batch-size", args.batch_size), ("--limit", args.limit)):
+        if number is not None and not 1 <= number <= MOST:
+            raise ValueError(f"{option} must be a whole number from 1 to {MOST:,}; got {number}")
     sources = [args.images] if isinstance(args.images, str) else args.images
     return Inputs(
         sources=sources,

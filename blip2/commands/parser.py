@@ -87,8 +87,10 @@ def build_parser() -> CommandParser:
         )
         module.configure(command)
         options = (action for action in command._actions if action.option_strings)
-        flags |= {action.dest: max(action.option_strings, key=len) for action in options}
-        command.set_defaults(run=module.run, flags=flags)
+        own = {action.dest: max(action.option_strings, key=len) for action in options}
+        flags |= own
+        # What other commands have as options may be names of serve's limits, which are typed as they are.
+        command.set_defaults(run=module.run, flags=own if name == "serve" else flags)
     return parser
 
 

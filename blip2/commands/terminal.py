@@ -45,19 +45,18 @@ def report_error(args: argparse.Namespace, name: str, message: str) -> None:
 
 def read_lines(option: str, name: str) -> list[str]:
     """The lines of an option's file, white space around them removed. Raises ValueError where there are none."""
-    from blip2.text import is_blank
+    from blip2.text import TextError, check_text
 
-    lines: list[str] = []
+    lines, where = list[str](), ""
     try:
         for number, line in read_text_lines(name):
-            if line.strip() and is_blank(line):
-                raise ValueError(
-                    f"{option} {name}, line {number}: holds only {line[:20]!a}; write some words"
-                )
-            lines += filter(None, [line.strip()])
-    except (OSError, TextFileError) as error:
-        reason = getattr(error, "strerror", error)
-        raise ValueError(f"{option} {name}: cannot be read ({reason})") from error
+            if line.strip():
+                where = f"{name}, line {number}: "
+                lines.append(check_text(line, "line").strip())
+    except OSError as error:
+        raise ValueError(f"{option} {name}: cannot be read ({error.strerror})") from error
+    except (TextFileError, TextError) as error:
+        raise ValueError(f"{option} {where * isinstance(error, TextError)}{error}") from error
     if not lines:
         raise ValueError(f"{option} {name}: the file holds none; write one a line")
     return lines
@@ -70,13 +69,18 @@ def check_words(text: str, what: str, advice: str) -> None:
         what: what it must be, as the usage writes it.
         advice: how several images are given.
     """
+    from blip2.imagefiles.names import is_image_name
     from blip2.text import check_text
 
     check_text(text, what)
+    kind = ""
     if os.path.lexists(text):
-        kind = "folder" if os.path.isdir(text) else "file"
+        kind = f"is the name of a {'folder' if os.path.isdir(text) else 'file'} here"
+    elif len(text.split()) == 1 and text == text.rstrip() and ("://" in text or is_image_name(text)):
+        kind = "looks like the name of an image"  # that is not there, or a URL
+    if kind:
         meant = "if it is meant as text, put a space after it"
-        raise ValueError(f'{what} "{text}" is the name of a {kind} here: {advice}; {meant}')
+        raise ValueError(f'{what} "{text}" {kind}: {advice}; {meant}')
 
 
 @contextlib.contextmanager

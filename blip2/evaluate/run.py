@@ -97,7 +97,7 @@ def evaluate(
 
     Args:
         load: returns the model; called after the data have been read.
-        name: one of `tasks.TASK_NAMES`.
+        name: one of `names.TASK_NAMES`.
         model_name: for the report and the published figures.
 
     Raises:

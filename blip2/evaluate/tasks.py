@@ -1,7 +1,4 @@
-"""What can be evaluated, and its data: files as they were published, or in one of the common forms.
-
-Needs only the standard library when imported.
-"""
+"""What can be evaluated, and its data: files as they were published, or in one of the common forms."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from blip2.data.sources import DataError, is_text, read_annotations, read_sample_set, summary
+from blip2.evaluate.names import TASK_FILES
 from blip2.imagefiles.advice import left_out_text
 from blip2.imagefiles.listing import ImageItem
 
@@ -70,55 +68,13 @@ def sound_items(items: Iterable[EvalItem], damaged: Container[ImageFile]) -> lis
     return [item for item in items if not (isinstance(item.image, ImageFile) and item.image in damaged)]
 
 
-# Task -> the files it needs under the data folder, each with a description. A folder's name ends with "/".
-_VAL2014 = ("val2014/", "COCO's 2014 validation images, COCO_val2014_*.jpg")
-TASK_FILES: dict[str, tuple[tuple[str, str], ...]] = {
-    "coco": (("dataset_coco.json", "Karpathy's split (caption_datasets.zip)"), _VAL2014),
-    "nocaps": (
-        ("nocaps_val_4500_captions.json", "NoCaps' validation captions with their domains"),
-        ("images/", "NoCaps' validation images, by the file_name the captions' file gives"),
-    ),
-    "flickr30k": (
-        ("dataset_flickr30k.json", "Karpathy's split (caption_datasets.zip)"),
-        ("flickr30k-images/", "Flickr30k's images, 1000092795.jpg and on"),
-    ),
-    "vqav2": (
-        ("v2_OpenEnded_mscoco_val2014_questions.json", "VQAv2's validation questions"),
-        ("v2_mscoco_val2014_annotations.json", "their answers, ten to a question"),
-        _VAL2014,
-    ),
-    "okvqa": (
-        ("OpenEnded_mscoco_val2014_questions.json", "OK-VQA's validation questions"),
-        ("mscoco_val2014_annotations.json", "their answers, ten to a question"),
-        _VAL2014,
-    ),
-    "gqa": (
-        ("testdev_balanced_questions.json", "GQA's balanced test-dev questions"),
-        ("images/", "GQA's images, by their ids: n161313.jpg"),
-    ),
-    "easyvqa": (
-        ("easy_vqa/data/test/questions.json", "easy-VQA's test questions; `pip install easy-vqa` is enough"),
-        ("easy_vqa/data/test/images/", "its images, 0.png and on"),
-    ),
-    "scenes": (
-        (
-            "scenes/scenes.json",
-            "composed scenes with captions and questions, which default_model/make_scenes.py of the source writes",
-        ),
-        ("scenes/images/", "their images"),
-    ),
-}
-TASK_FILES["retrieval-coco"], TASK_FILES["retrieval-flickr30k"] = TASK_FILES["coco"], TASK_FILES["flickr30k"]
-TASK_NAMES = (*TASK_FILES, "default", "captions", "questions")
-
-
 def read_task(
     name: str, data: Path | None, *, images: Path | None = None, annotations: Path | None = None
 ) -> EvalTask:
     """The items of a task.
 
     Args:
-        name: one of `TASK_NAMES` except "scenes" and "default", which `scenes.read_scenes` reads.
+        name: one of `names.TASK_NAMES` except "scenes" and "default", which `scenes.read_scenes` reads.
         data: the folder with the files of `TASK_FILES`; for "captions" and "questions" a file or folder of any common
             form: COCO's captions, Karpathy's split, VQA's questions, JSON, JSONL or CSV rows, images with text files.
         images: the folder of the images, if it is not the usual one.

@@ -29,6 +29,11 @@ def decode_text(content: bytes, name: str, encoding: str = "", line: int = 1) ->
         line += content[: error.start].decode(error.encoding, "replace").count("\n")
         byte = f"byte 0x{content[error.start]:02x}"
         raise TextFileError(f"{name}, line {line}: {byte} is no {error.encoding}; save it as UTF-8") from None
+    if "\0" in text:  # valid UTF-8, but what UTF-16 without a mark looks like, or what is no text at all
+        line += text[: text.index("\0")].count("\n")
+        raise TextFileError(
+            f"{name}, line {line}: a zero byte, as in UTF-16 without a mark; save it as UTF-8"
+        )
     return text.removeprefix("\ufeff") if line == 1 else text
 
 

@@ -101,6 +101,19 @@ def test_a_second_run_and_other_settings_are_refused(tmp_path: Path) -> None:
     run(folder, out, run_config={"model": "m"})
 
 
+def test_a_run_without_a_result_binds_no_other(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "in", 5), tmp_path / "out.jsonl"
+
+    def fail(images: Sequence[Image.Image]) -> list[list[Row]]:
+        raise ValueError("lower max_new_tokens")
+
+    with pytest.raises(ValueError, match="lower"):
+        caption_all(Inputs(sources=[str(folder)]), settings(out, run_config={"tokens": 9999}), fail)
+    run(folder, out, run_config={"tokens": 9})
+    with pytest.raises(BulkError, match="tokens was 9, now 8"):
+        run(folder, out, run_config={"tokens": 8})
+
+
 def test_new_images_are_added_and_equal_ones_described_once(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "in", 15), tmp_path / "out.jsonl"
     seen: list[bytes] = []

@@ -70,6 +70,16 @@ match a.png b.png rose --model M | TEXT "b.png" is the name of a file here: give
 match a.png rose d/ --model M | TEXT "d/" is the name of a folder here
 match a.png rose link --model M | TEXT "link" is the name of a file here
 match a.png ABSOLUTE --model M | is the name of a file here
+match a.png c.png rose --model M | TEXT "c.png" looks like the name of an image: give several
+match a.png https://x.org/b --model M | TEXT "https://x.org/b" looks like the name of an image
+match a.png no/Photo.JPEG --model M | TEXT "no/Photo.JPEG" looks like the name of an image
+ask a.png s3://x/c.webp --model W | QUESTION "s3://x/c.webp" looks like the name of an image: it comes last
+ask a.png QUESTION\udce9 --out o.csv --model W | the QUESTION holds bytes that are no Unicode
+caption a.png --batch-size 99999999999999999999 | --batch-size must be a whole number from 1 to
+embed a.png --limit 0 --model M | --limit must be a whole number from 1
+explain a.png -o a.png --model W | -o a.png: this is the image itself; name another file
+explain a.png -o ./d/../a.png --model W | this is the image itself
+explain b.png -o link.png --model W | -o link.png: this is the image itself
 """
 CASES = [line.split(" | ") for line in WRONG.strip().splitlines()]
 
@@ -82,6 +92,7 @@ def test_messages_fit_the_command_line(
     for name in ("a.png", "b.png"):
         Path(name).write_bytes(pictures[0].read_bytes())
     Path("link").symlink_to("b.png")
+    Path("link.png").symlink_to("b.png")
     if "lacks.pth" in command:
         import torch
 
@@ -114,6 +125,13 @@ def test_options_are_named_as_they_are_typed() -> None:
     ):  # fmt: skip
         assert as_typed(name, flags) == name
     assert as_typed("num_beams=1", {}) == "num_beams=1"
+
+
+@pytest.mark.parametrize("limit", ["nope=3", "num_beams=0", "num_beams=x", "beams=3"])
+def test_limits_of_the_server_are_named_as_they_are_typed(limit: str, run: Run) -> None:
+    done = run("serve", "--limit", limit)
+    assert done.status == 2 and done.err.startswith("blip2: ") and "num_beams" in done.err
+    assert "--num-beams" not in done.err.replace(limit, "")
 
 
 @pytest.mark.parametrize("text", ["", " \t", "\u200b", "\x07\x1b", "\u3164"])

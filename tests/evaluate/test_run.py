@@ -12,11 +12,12 @@ import pytest
 import blip2
 from blip2.cli import main
 from blip2.data.sources import DataError
+from blip2.evaluate.names import TASK_FILES, TASK_NAMES
 from blip2.evaluate.protocols import PROTOCOLS, PUBLISHED, published
 from blip2.evaluate.report import predictions, report_summary, write
 from blip2.evaluate.run import EvalSettings, evaluate
 from blip2.evaluate.scenes import counts_right, named_things, names_all
-from blip2.evaluate.tasks import TASK_FILES, TASK_NAMES, read_task
+from blip2.evaluate.tasks import read_task
 from blip2.generation.options import GenerationOptions, make_options
 
 TEN = [{"answer": text} for text in ["a cat"] * 6 + ["cat"] * 3 + ["dog"]]
