@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 
 _MARKED = {  # in this order: UTF-32's mark begins with UTF-16's
@@ -10,6 +11,10 @@ _MARKED = {  # in this order: UTF-32's mark begins with UTF-16's
 }  # fmt: skip
 for _encoding in _MARKED.values():  # codecs are imported now, so that reading a file imports nothing
     codecs.lookup(_encoding)
+
+
+# A zero byte at an end of a line is valid UTF-8, but what UTF-16 without a mark and lists of `find -print0` look like.
+_ZERO = re.compile(r"\A\0|\n\0|\0\r?\n|\0\Z")
 
 
 class TextFileError(ValueError):
@@ -29,8 +34,8 @@ def decode_text(content: bytes, name: str, encoding: str = "", line: int = 1) ->
         line += content[: error.start].decode(error.encoding, "replace").count("\n")
         byte = f"byte 0x{content[error.start]:02x}"
         raise TextFileError(f"{name}, line {line}: {byte} is no {error.encoding}; save it as UTF-8") from None
-    if "\0" in text:  # valid UTF-8, but what UTF-16 without a mark looks like, or what is no text at all
-        line += text[: text.index("\0")].count("\n")
+    if "\0" in text and (zero := _ZERO.search(text)):
+        line += text[: zero.start() + 1].count("\n")
         raise TextFileError(
             f"{name}, line {line}: a zero byte, as in UTF-16 without a mark; save it as UTF-8"
         )

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -361,7 +362,8 @@ def test_small_answers_are_sent_at_once() -> None:
             await asyncio.open_connection(*sock.getsockname())
             return await accepted.get()
 
-    assert asyncio.run(serve_one())
+    with ThreadPoolExecutor(1) as thread:  # another test's event loop may run in this one
+        assert thread.submit(lambda: asyncio.run(serve_one())).result()
 
 
 # --- the log --------------------------------------------------------------------------------------------------------
