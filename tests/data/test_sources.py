@@ -161,7 +161,7 @@ def test_a_folder_with_links_and_a_shard(tmp_path: Path, kind: str) -> None:
     (top / "d.txt").write_bytes(b"caf\xe9")
     (top / "e.txt").unlink()
     (top / "f.txt").write_text("\n  \n")
-    for name in ("x.heic", "b/y.heic", "z.svg", "@eaDir/a.jpg"):
+    for name in ("x.jp2", "b/y.jp2", "z.svg", "@eaDir/a.jpg"):
         (top / name).parent.mkdir(exist_ok=True)
         (top / name).touch()
     (top / "link").symlink_to(outside)
@@ -185,7 +185,7 @@ def test_a_folder_with_links_and_a_shard(tmp_path: Path, kind: str) -> None:
         assert sample.captions[0] == f"of {name}"
         read = sample.image.read if isinstance(sample.image, ImageItem) else sample.image.read_bytes
         assert read() == f"of {name}".encode()
-    assert content.left_out == {".heic": 2, ".svg": 1}
+    assert content.left_out == {".jp2": 2, ".svg": 1}
     reasons = ("d.txt, line 1: byte 0xe9", "there is no e.txt", "neither a caption nor a question")
     assert len(content.problems) == 3 and all(
         any(why in text for text in content.problems) for why in reasons
