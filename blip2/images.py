@@ -18,11 +18,8 @@ from blip2.imagefiles.decode import MOST_PIXELS as MOST_PIXELS
 from blip2.imagefiles.decode import ImageError as ImageError
 from blip2.imagefiles.decode import ImageSource as ImageSource
 from blip2.imagefiles.decode import check_max_pixels as check_max_pixels
-from blip2.imagefiles.decode import check_size as check_size
 from blip2.imagefiles.decode import load_image as load_image
 from blip2.imagefiles.names import SUFFIXES as SUFFIXES
-from blip2.imagefiles.names import is_hidden as is_hidden
-from blip2.imagefiles.names import is_image_name as is_image_name
 from blip2.modeling.config import MAX_IMAGE_PX
 from blip2.tensorfiles.errors import CheckpointError, quoted
 from blip2.tensorfiles.strict_json import read_json

@@ -76,8 +76,8 @@ class SampleSet:
 
     def notes(self) -> list[str]:
         """What was passed over, in lines; none where there is nothing."""
-        lines = [summary("rows and images that cannot be used", self.problems)]
-        return [line for line in (*lines, left_out_text(self.left_out)) if line]
+        unusable = summary("rows and images that cannot be used", self.problems)
+        return [line for line in (unusable, left_out_text(self.left_out)) if line]
 
 
 def summary(what: str, problems: Sequence[str]) -> str:

@@ -93,15 +93,18 @@ def walk_images(
         for name in sorted(files):
             path = os.path.join(place, name)
             inner = os.path.relpath(path, folder)
-            if not (_fits(inner, include) if include else is_image_name(name)):
-                if not include and _is_unreadable(name) and not _fits(inner, exclude):
-                    left_out[os.path.splitext(name)[1].lower()] += 1
-            elif not is_hidden(name) and not _fits(inner, exclude):
+            if is_hidden(name) or _fits(inner, exclude):
+                continue
+            if _fits(inner, include) if include else is_image_name(name):
                 yield path
+            elif not include:
+                _count_unreadable(name, left_out)
 
 
-def _is_unreadable(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in UNREADABLE and not is_hidden(name)
+def _count_unreadable(name: str, left_out: Counter[str]) -> None:
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in UNREADABLE:
+        left_out[suffix] += 1
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:
@@ -115,13 +118,13 @@ def tar_images(source: str, left_out: Counter[str]) -> Iterator[ImageItem]:
     with tarfile.open(source, "r:") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
-            if not member.isreg():
+            if not member.isreg() or is_hidden(member.name):
                 continue
             if is_image_name(member.name):
                 name = f"{source}/{member.name}"
                 yield ImageItem(name, source, member.offset_data, member.size, root=root)
-            elif _is_unreadable(member.name):
-                left_out[os.path.splitext(member.name)[1].lower()] += 1
+            else:
+                _count_unreadable(member.name, left_out)
 
 
 def path_in(root: str, name: str) -> str:

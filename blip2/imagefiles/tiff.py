@@ -98,14 +98,14 @@ def check_tiff(content: bytes) -> Cost:
         raise ValueError(f"a TIFF of {width}x{height} px in tiles of {part_width}x{part_height} px")
     if number(_COMPRESSION, 1) == 1:
         memory = 0  # read in small pieces
-    elif sum(numbers(_STRIP_SIZES)) + sum(numbers(_TILE_SIZES)) > 4 * len(content) + MAX_METADATA:
+    elif sum(sizes := numbers(_STRIP_SIZES) + numbers(_TILE_SIZES)) > 4 * len(content) + MAX_METADATA:
         raise ValueError("a TIFF whose parts are together larger than the file")
     else:
         pixels = part_width * part_height or width * min(height, number(_ROWS, height))
         memory = pixels * number(_SAMPLES, 1) * max(number(_BITS, 1), 8) // 8
         memory += 16 * max(width, part_width) if number(_COMPRESSION) in _FAX else 0
         if number(_COMPRESSION) in _JPEG:
-            starts, sizes = numbers(_STRIPS) + numbers(_TILES), numbers(_STRIP_SIZES) + numbers(_TILE_SIZES)
+            starts = numbers(_STRIPS) + numbers(_TILES)
             scans = sum(
                 content.count(b"\xff\xda", at, at + size) for at, size in zip(starts, sizes, strict=False)
             )
