@@ -192,7 +192,16 @@ OVERLAPS = noun_groups("""
     milk can, bottle, jug, bucket, barrel
     cocktail shaker, bottle, cup, salt shaker, pepper grinder
     bottle, baby bottle, hairspray, lotion, perfume, sunscreen
-    pot, frying pan, wok, kettle, slow cooker, coffee pot
+    pot, frying pan, wok, kettle, slow cooker, coffee pot, teapot
+    mashed potatoes, potato, french fries
+    corn, popcorn
+    bagel, croissant, bread
+    carousel, ferris wheel
+    cloth, paper towels
+    bow, knot
+    door, gate
+    ceiling, dome, roof
+    cowboy hat, sombrero, top hat
     trash can, recycling bin, bucket, barrel
     vase, pot, potted plant, bowl
     bowl, plate, tray, wok, pot, mortar and pestle, soup
@@ -326,7 +335,7 @@ OVERLAPS = noun_groups("""
     wall, fence, gate, railing
     birdhouse, mailbox, beehive
     lighthouse, tower, water tower, windmill, church
-    obelisk, tower, pedestal, statue, totem pole, stone monument, gravestone, cross
+    obelisk, tower, pedestal, statue, totem pole, stone monument, gravestone, cross, plaque
     pole, flag, maypole, torch, totem pole, road sign
     traffic light, road sign, stop sign, parking meter
     fountain, well, geyser, statue
