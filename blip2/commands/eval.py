@@ -1,9 +1,10 @@
-"""Score a model on a benchmark, or on captions and questions of your own.
+"""Score a model on a benchmark, or on captions, questions and photographs of your own.
 
 blip2 eval easyvqa
 blip2 eval scenes --data data
 blip2 eval coco --data coco --model opt-6.7b-coco --protocol paper --out results
 blip2 eval captions --data captions.json --images photos
+blip2 eval photos --data photos
 blip2 eval vqav2 --data vqa --model opt-2.7b --answers answers.txt --abstain 0.3
 """
 

@@ -77,6 +77,8 @@ def materials(
     rows = [{"image": picture.name, "captions": ["a red cat"]} for picture in pictures[:3]]
     (folder / "captions.json").write_text(json.dumps(rows))
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    named = [{"image": picture.name, "names": ["cat"]} for picture in pictures[:3]]
+    (folder / "photos" / "photos.jsonl").write_text("\n".join(map(json.dumps, named)))
     if find_spec("pyarrow"):
         import pyarrow
         import pyarrow.parquet

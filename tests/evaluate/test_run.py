@@ -25,7 +25,7 @@ TEN = [{"answer": text} for text in ["a cat"] * 6 + ["cat"] * 3 + ["dog"]]
 
 @pytest.fixture
 def data(tmp_path: Path, pictures: list[Path]) -> Path:
-    """Small sets in the forms of COCO, NoCaps, Flickr30k, VQA, GQA, easy-VQA and of the scenes, over five pictures."""
+    """Small sets, as those of COCO, NoCaps, Flickr30k, VQA, GQA, easy-VQA, scenes, photographs, over five pictures."""
     bytes_ = [picture.read_bytes() for picture in pictures]
 
     def images(folder: str, names: list[str]) -> None:
@@ -78,6 +78,7 @@ def data(tmp_path: Path, pictures: list[Path]) -> Path:
     two = [row, row | {"image": "images/1.png", "captions": ["two dogs"]}]
     sets = {"singles": [row], "multi": two, "questions": [question], "retrieval": two}
     save("scenes/scenes.json", {"nouns": {"cat": "cats"}} | sets)
+    save("photos.jsonl", {"image": "images/a.jpg", "names": ["cat"]})
     return tmp_path
 
 
