@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,94 +17,8 @@ from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.opt import Opt, OptDecoderLayer
 from blip2.modeling.qformer import QFormerLayer
 from blip2.modeling.vision import ImageEncoder, VisionBlock
-from blip2.train.loop import Task
-from default_model import losses
 
 Batch = Mapping[str, Tensor]
-
-
-class WordBag(nn.Module):
-    """The simplest text encoder: the mean of a text's word embeddings.
-
-    It costs next to nothing, so that every image can be compared with all names.
-    """
-
-    def __init__(self, vocabulary: int, embedding: int) -> None:
-        super().__init__()
-        self.words = nn.Embedding(vocabulary, embedding)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids int64 and mask [B, T] -> [B, E], not normalised."""
-        weight = mask.float().unsqueeze(-1)
-        out: Tensor = (self.words(ids) * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return out
-
-
-class ImageTextEncoders(nn.Module):
-    """Image encoder and text encoder with a shared embedding space, E wide."""
-
-    def __init__(self, vision: ImageEncoder, text: WordBag) -> None:
-        super().__init__()
-        width, shared = vision.config.hidden_size, text.words.embedding_dim
-        self.vision, self.text = vision, text
-        self.image_projection = nn.Linear(width, shared, bias=False)
-        self.patch_projection = nn.Linear(width, shared, bias=False)
-        self.place = nn.Linear(width, 2)
-        scale = math.log(1 / 0.07)  # CLIP's initial value
-        self.image_scale = nn.Parameter(torch.tensor(scale))
-        self.patch_scale = nn.Parameter(torch.tensor(scale))
-
-
-class ContrastivePretrain(Task):
-    """Image encoder from captions and from places: CLIP's loss on images, `region_loss` and `place_loss` on patches.
-
-    Contrast alone makes an encoder forget where a patch is, as names do not depend on it. Counting, ordering and every
-    question of place do, and a Q-Former cannot find what the features do not contain.
-
-    Batch: pixels [B, 3, S, S]; ids int64 and mask [B, T], a caption each; phrase_ids int64 and phrase_mask [P, T], the
-    different phrases that name objects in these images; regions int64 [B, N - 1], the phrase of each patch's object
-    (row by row), -1 for none; places [B, N - 1, 2], the middle of that object (of the patch itself if none), column
-    and row as shares of the image's side; optionally text_ids int64 [B], equal for equal captions, and keep int64
-    [B, K], the patches to encode; leaving out the others makes training faster.
-    """
-
-    def __init__(
-        self, encoders: ImageTextEncoders, *, clip_weight: float = 0.25, muon_scale: float = 6.0
-    ) -> None:
-        """`muon_scale`: the encoder's matrices are trained by Muon, at this multiple of the others' learning rate."""
-        self.module = self.encoders = encoders
-        self.clip_weight, self.muon_scale = clip_weight, muon_scale
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        named = dict(self.module.named_parameters())
-        matrices = [name for name, p in named.items() if name.startswith("vision.layers.") and p.ndim == 2]
-        return [
-            {
-                "params": [named[name] for name in matrices],
-                "weight_decay": weight_decay,
-                "muon": True,
-                "lr_scale": self.muon_scale,
-            },
-            {"params": [p for name, p in named.items() if name not in matrices], "weight_decay": 0.0},
-        ]
-
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        both = self.encoders
-        keep, regions, places = batch.get("keep"), batch["regions"], batch["places"]
-        features = both.vision(batch["pixels"], keep=keep)  # [B, N or K + 1, W], the class position first
-        if keep is not None:
-            regions = regions.gather(1, keep)
-            places = places.gather(1, keep.unsqueeze(-1).expand(-1, -1, 2))
-        image = both.image_projection(features[:, 0])  # [B, E]
-        patches = both.patch_projection(features[:, 1:])  # [B, N - 1, E]
-        clip = losses.clip_loss(
-            image, both.text(batch["ids"], batch["mask"]), both.image_scale, batch.get("text_ids")
-        )
-        phrases = both.text(batch["phrase_ids"], batch["phrase_mask"])  # [P, E]
-        region = losses.region_loss(patches, phrases, regions, both.patch_scale)
-        place = losses.place_loss(both.place(features[:, 1:]), places)
-        loss = region + self.clip_weight * clip + place
-        return {"loss": loss, "clip": clip, "region": region, "place": place}
 
 
 def init_mimetic(vision: ImageEncoder, seed: int) -> None:

@@ -1,11 +1,9 @@
-"""Pre-training for the queries of a small Q-Former and for the language model that reads them.
+"""How the small model's parts learn before they are trained together.
 
-BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where; its language model
-is pre-trained on text from the web. Small models with thousands of images get this from their initial weights and from
-images whose objects and places are known: a query attends to its part of the image (`init_query_attention`) and learns
-to name the object whose middle is there (`QueryPretrain`); the vectors by which queries are read become the language
-model's word embeddings (`init_word_embeddings`), and it learns to write about images (`LanguagePretrain`); fine-tuning
-keeps the queries' objective (`QueryFinetune`).
+BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where; its language model is
+pre-trained on text from the web. Here every query has something to say (slots.py): the language model first learns to read
+prefixes made of the facts themselves (`SlotLanguage`, no images), then image encoder and queries learn to write such prefixes
+(`QueryPretrain`); fine-tuning trains every part on texts and keeps that objective (`QueryFinetune`).
 """
 
 from __future__ import annotations
@@ -22,84 +20,146 @@ from blip2.modeling.blip2 import Blip2
 from blip2.modeling.opt import Opt
 from blip2.modeling.qformer import QFormer, QFormerLayer
 from blip2.train.loop import Task
+from blip2.train.losses import matmul_fp32
 from blip2.train.tasks import Finetune, Stage2, layerwise_groups, train_only
 from default_model import losses
-from default_model.pretrain import ImageTextEncoders
+from default_model.recipe import PARTS
+from default_model.slots import EMPTY, OBJECT, PHOTOGRAPH, SlotPrefix, centres
 
 Batch = Mapping[str, Tensor]
+READ_SCALE = 8.0  # of the product of a slot's words and a noun's, of length about one, in the names' loss
+SLOT_NOISE = 0.05  # of each of 256 values of a prefix while the language model learns to read, beside words of length one
+MISNAMED = 0.08  # of the language model's slots get another slot's words mixed in
 
 
-class QueryReaders(nn.Module):
-    """Heads that read queries: the name of what each shows, where that is, and whether there is anything."""
+class SlotLanguage(Stage2):
+    """A language model that learns to read what the queries are to say; no image is involved.
 
-    def __init__(self, encoders: ImageTextEncoders) -> None:
-        """`encoders`: as wide as the queries; its heads for patches go on to read queries."""
-        super().__init__()
-        self.text, self.projection, self.place = encoders.text, encoders.patch_projection, encoders.place
-        self.scale = encoders.patch_scale
-        self.shown = nn.Linear(encoders.place.in_features, 1)
-
-    def phrases(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Phrases, int64 ids and mask [P, T] -> the vector that identifies each, of length one: [P, E]."""
-        return F.normalize(self.text(ids, mask).float(), dim=-1)
-
-    def losses(self, queries: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The losses of queries [B, Q, W]; see `QueryPretrain` for the batch."""
-        parts, places = batch["parts"], batch["places"]
-        full, known = parts >= 0, parts != UNKNOWN
-        phrases = self.phrases(batch["phrase_ids"], batch["phrase_mask"])
-        names = F.normalize(self.projection(queries[full]).float(), dim=-1)  # [K, E]
-        scale = self.scale.clamp(max=losses.MAX_LOGIT_SCALE).exp()
-        name = F.cross_entropy(names @ phrases.mT * scale, parts[full])
-        shown = F.binary_cross_entropy_with_logits(
-            self.shown(queries[known]).squeeze(-1).float(), full[known].float()
-        )
-        place = losses.place_loss(self.place(queries)[full], places[full])
-        return {"name": name, "shown": shown, "place": place}
-
-
-class ReadModel(nn.Module):
-    """A generating model and the heads that read its queries while it is trained."""
-
-    def __init__(self, model: Blip2, readers: QueryReaders) -> None:
-        super().__init__()
-        self.model, self.readers = model, readers
-
-
-class QueryPretrain(Task):
-    """Queries from places: the object whose middle is in a query's part of the image, and where that is.
-
-    Trains the Q-Former and the readers.
-
-    Batch: pixels [B, 3, S, S]; phrase_ids int64 and phrase_mask [P, T], all phrases that name objects; parts int64
-    [B, Q], the phrase of the object in each query's part, -1 for none, `UNKNOWN` without labels; places [B, Q, 2], its
-    middle, column and row as shares of the image's side.
+    Trains the language model and the slots' own vectors. Batch: texts as `Stage2` takes them, and slots.
     """
 
-    def __init__(self, both: ReadModel, *, muon_scale: float | None = None) -> None:
-        self.module = self.both = both
-        self.muon_scale = muon_scale
-        train_only(both, [both.model.qformer, both.readers])
+    def __init__(self, model: Blip2, slots: SlotPrefix, *, muon_scale: float | None = None) -> None:
+        super().__init__(model, muon_scale=muon_scale)
+        train_only(model, [model.language])
+        self.slots = slots
+        self.module = nn.ModuleDict({"model": model, "slots": slots})
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        with torch.no_grad():
-            features = self.both.model.vision(batch["pixels"])
-        parts = self.both.readers.losses(self.both.model.qformer(features), batch)
-        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+        prefix = self.slots(embeddings(self.model), batch)  # [B, Q, W]
+        shape, device = prefix.shape, prefix.device
+        other = torch.randperm(shape[1], generator=generator, device=generator.device).to(device)
+        misnamed = torch.rand(shape[:2], generator=generator, device=generator.device).to(device) < MISNAMED
+        prefix = torch.where(misnamed.unsqueeze(-1), 0.7 * prefix + 0.3 * prefix[:, other], prefix)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(device)
+        return {"loss": self.prefix_loss(prefix + SLOT_NOISE * noise, batch)}
 
 
-class LanguagePretrain(Stage2):
-    """A language model that learns to write from frozen queries: its text is about images from the first step on.
+def embeddings(model: Blip2) -> Tensor:
+    """The language model's word embeddings, [V, W]."""
+    assert isinstance(model.language, Opt)
+    return model.language.embed_tokens.weight
 
-    Trains the language model and the projection; image encoder and Q-Former are frozen. Batch: as `Stage2`'s.
+
+class CellReaders(nn.Module):
+    """Heads that read the image encoder's features of each cell, while it is trained: what is there, and where that is."""
+
+    def __init__(self, width: int, words: int) -> None:
+        """`width`: of the features; `words`: of the language model's embeddings."""
+        super().__init__()
+        self.names, self.place = nn.Linear(width, words), nn.Linear(width, 2)
+
+    def losses(self, features: Tensor, nouns: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """features [B, 64, W], nouns [N, W_words]; batch: cell_nouns and cell_places."""
+        known = batch["cell_nouns"] >= 0
+        if not known.any():
+            zero = features.sum() * 0
+            return {"cell": zero, "where": zero}
+        read = self.names(features[known])
+        cell = F.cross_entropy(read_logits(read, nouns), batch["cell_nouns"][known])
+        where = losses.place_loss(self.place(features[known]).sigmoid(), batch["cell_places"][known])
+        return {"cell": cell, "where": where}
+
+
+def read_logits(slots: Tensor, words: Tensor) -> Tensor:
+    """How well words [N, W] fit slots [K, W]: [K, N], in float32."""
+    return READ_SCALE * matmul_fp32(slots.float(), words.float().mT)
+
+
+class SlotLosses(nn.Module):
+    """How far the queries' prefix is from what the slots are to say.
+
+    nouns: the words of all nouns, as tokens with weights [N, T].
     """
 
-    def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:
-        super().__init__(model, muon_scale=muon_scale)
-        train_only(model, [model.projection, model.language])
+    nouns_ids: Tensor
+    nouns_weights: Tensor
+
+    def __init__(self, slots: SlotPrefix, nouns_ids: Tensor, nouns_weights: Tensor) -> None:
+        super().__init__()
+        self.slots = slots
+        self.register_buffer("nouns_ids", nouns_ids, persistent=False)
+        self.register_buffer("nouns_weights", nouns_weights, persistent=False)
+
+    def nouns(self, words: Tensor) -> Tensor:
+        """[N, W], from the language model's embeddings."""
+        return torch.einsum("ntw,nt->nw", words[self.nouns_ids], self.nouns_weights)
+
+    def losses(self, prefix: Tensor, words: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """prefix [B, Q, W]; words: the language model's embeddings, whose gradient is not taken."""
+        words = words.detach()
+        target = self.slots(words, batch).detach().float()  # [B, Q, W]
+        kinds = batch["slot_kinds"]
+        error = (prefix.float() - target).square().sum(-1)  # [B, Q]
+        weight = torch.where(kinds == EMPTY, 0.25, 1.0) * batch["slots_known"]
+        slot = (error * weight).sum() / weight.sum()
+        nouns = self.nouns(words)
+        named = (kinds == OBJECT) | (kinds == PHOTOGRAPH)
+        aim = (matmul_fp32(target[named], nouns.float().mT) * READ_SCALE).softmax(-1)
+        logits = read_logits(prefix[named], nouns)
+        name = (-(aim * logits.log_softmax(-1)).sum(-1) + (aim * aim.clamp(min=1e-9).log()).sum(-1)).mean()
+        return {"slot": slot, "name": name}
+
+
+class QueryModel(nn.Module):
+    """The generating model, the heads that read its image features, and what its queries are to say."""
+
+    def __init__(self, model: Blip2, readers: CellReaders, slots: SlotLosses) -> None:
+        super().__init__()
+        self.model, self.readers, self.slots = model, readers, slots
+
+    def losses(self, features: Tensor, prefix: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """features: the image encoder's [B, 65, W]; prefix: the projected queries."""
+        words = embeddings(self.model)
+        nouns = self.slots.nouns(words.detach())
+        return self.slots.losses(prefix, words, batch) | self.readers.losses(features[:, 1:], nouns, batch)
+
+
+WEIGHTS = {"slot": 0.5, "name": 1.0, "cell": 1.0, "where": 0.5}
+
+
+class QueryPretrain(Task):
+    """Image encoder, Q-Former and projection, from what each query and each cell is to say.
+
+    Batch: pixels [B, 3, S, S], slots, cell_nouns and cell_places.
+    """
+
+    def __init__(self, both: QueryModel, *, muon_scale: float | None = None) -> None:
+        self.module = self.both = both
+        self.muon_scale = muon_scale
+        model = both.model
+        train_only(both, [model.vision, model.qformer, model.projection, both.readers])
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        model = self.both.model
+        features = model.vision(batch["pixels"])
+        parts = self.both.losses(features, model.project(model.qformer(features)), batch)
+        return {"loss": torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum(), **parts}
 
 
 class QueryFinetune(Finetune):
@@ -112,18 +172,19 @@ class QueryFinetune(Finetune):
 
     def __init__(
         self,
-        both: ReadModel,
+        both: QueryModel,
         *,
         read_weight: float = 0.3,
         language_muon_scale: float | None = None,
         vision_layer_decay: float = 1.0,
         muon_scale: float | None = None,
     ) -> None:
-        """`read_weight`: of the readers' losses. `language_muon_scale`: `muon_scale` of the language model."""
+        """`read_weight`: of the queries' losses. `language_muon_scale`: `muon_scale` of the language model."""
         super().__init__(
             both.model, vision_layer_decay=vision_layer_decay, train_language=True, muon_scale=muon_scale
         )
-        self.module, self.readers = both, both.readers
+        self.module = self.both = both
+        both.slots.requires_grad_(False)
         self.read_weight, self.language_muon_scale = read_weight, language_muon_scale
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -132,42 +193,21 @@ class QueryFinetune(Finetune):
         groups = layerwise_groups(model, weight_decay, self.vision_layer_decay, self.muon_scale)
         language.requires_grad_(True)
         groups += layerwise_groups(language, weight_decay, muon_scale=self.language_muon_scale)
-        return [*groups, *layerwise_groups(self.readers, 0.0)]
+        return [*groups, *layerwise_groups(self.both.readers, 0.0)]
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        queries = self.model.qformer(self.model.vision(batch["pixels"]))
-        text = self.text_loss(queries, batch)
-        parts = self.readers.losses(queries, batch)
-        loss = text + self.read_weight * torch.stack(list(parts.values())).sum()
-        return {"loss": loss, "text": text, **parts}
+        model = self.model
+        features = model.vision(batch["pixels"])
+        prefix = model.project(model.qformer(features))
+        text = self.prefix_loss(prefix, batch)
+        parts = self.both.losses(features, prefix, batch)
+        read = torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum()
+        return {"loss": text + self.read_weight * read, "text": text, **parts}
 
-
-UNKNOWN = -2  # in a batch's parts: an image without labels of objects and places
 
 POSITION_SIGMA = 0.1  # of a query's attention around the middle of its part, as a share of the image's side
 VALUE_GAIN = 2.0  # of the attended patches in a query, beside 1 of the query's own embedding
 OBJECTNESS_LOGIT = 4.0  # by how much a patch that shows an object outscores one that does not, in nats
-
-
-def assign_parts(middles: Tensor, queries: int) -> Tensor:
-    """The query for each object of one image: int64 [K], all different.
-
-    Parts are the cells of a square grid, row by row. An object belongs to the part its middle is in, or to the nearest
-    that is still free.
-
-    Args:
-        middles: [K, 2], column and row as shares of the image's side; K <= queries.
-        queries: the number of parts, a square number.
-    """
-    side = math.isqrt(queries)
-    distance = torch.cdist(middles.float(), _centres(side))  # [K, Q]
-    inside = ((middles * side).long().clamp(0, side - 1) * torch.tensor([1, side])).sum(1)
-    distance[torch.arange(len(middles)), inside] = 0.0
-    taken: list[int] = []
-    for row in distance:
-        row[taken] = math.inf
-        taken.append(int(row.argmin()))
-    return torch.tensor(taken, dtype=torch.int64)
 
 
 def init_query_attention(
@@ -192,18 +232,18 @@ def init_query_attention(
     """
     config, count = qformer.config, qformer.query_tokens.shape[1]
     width, heads = config.hidden_size, config.num_attention_heads
-    side, size = math.isqrt(count), width // heads
-    if side * side != count or width != config.encoder_hidden_size or size < 4 or count > width:
+    side, size = math.isqrt(PARTS), width // heads
+    if width != config.encoder_hidden_size or size < 4 or count > width:
         raise ValueError(
             f"{count} queries {width} wide in {heads} heads cannot be aimed at image features "
-            f"{config.encoder_hidden_size} wide: the number must be square and at most the width, "
-            "the widths equal, a head four or wider"
+            f"{config.encoder_hidden_size} wide: at most as many as they are wide, the widths equal, a head four or wider"
         )
     squares = middles.square().sum(1, keepdim=True)
     weight, bias = _ridge(features, torch.cat([middles, squares, shown.float()[:, None]], dim=1))  # to [K, 4]
     precision = 1 / (2 * POSITION_SIGMA**2)
-    shared = torch.tensor([[-precision, OBJECTNESS_LOGIT]]).expand(count, -1)
-    codes = torch.cat([2 * precision * _centres(side), shared], dim=1)  # [Q, 4]
+    shared = torch.tensor([[-precision, OBJECTNESS_LOGIT]]).expand(PARTS, -1)
+    codes = torch.zeros(count, 4)  # those beyond the parts attend everywhere
+    codes[:PARTS] = torch.cat([2 * precision * centres(side), shared], dim=1)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.linalg.qr(torch.randn(width, count, generator=generator))[0].mT * math.sqrt(width)
     first = qformer.layers[0]
@@ -222,60 +262,29 @@ def init_query_attention(
         cross.output.dense.weight.copy_(VALUE_GAIN * torch.eye(width))
 
 
-def init_word_embeddings(
-    model: Blip2,
-    readers: QueryReaders,
-    queries: Tensor,
-    full: Tensor,
-    names: Tensor,
-    bags: Sequence[list[int]],
-) -> None:
-    """Initialize word embeddings and projection so that a projected query is near the words of what it shows. In place.
+def init_word_embeddings(language: Opt, names: Tensor, bags: Sequence[Sequence[int]], seed: int) -> None:
+    """Give the words of names embeddings that add up to the names' vectors. In place, after `init_weights`.
 
-    A name's tokens get embeddings that add up to the vector that identifies it for the readers; the projection keeps
-    that space. So before any training the word nearest to a projected query names what it shows, and the head, which
-    shares the embeddings, can write it. No linear map could take queries to random word embeddings: there are more
-    names than dimensions.
+    So a name is the same vector in every letter case and number, before any training.
 
     Args:
-        model: after `init_weights`; its language model an OPT, at least three wider than the readers' space.
-        queries: [K, W], of many images.
-        full: bool [K], whether each shows an object.
-        names: [C, E], the readers' vectors of C names.
-        bags: the tokens of each name.
+        names: [C, E], one vector of length one for each bag, E at most the language model's width.
+        bags: the tokens of each name's form.
+        seed: of the directions that the vectors take in the embeddings' space.
     """
-    language = model.language
-    assert isinstance(language, Opt)
-    width, space = language.config.hidden_size, names.shape[1]
-    names = names - names.mean(0)
-    names = names / names.norm(dim=1).mean()
+    width = language.config.hidden_size
     tokens = torch.zeros(len(bags), language.config.vocab_size)  # how often each name has each token
-    for row, bag in zip(tokens, bags, strict=True):
-        row += torch.bincount(torch.tensor(bag), minlength=len(row))
+    for row, found in zip(tokens, bags, strict=True):
+        row += torch.bincount(torch.tensor(found), minlength=len(row))
     # The shortest embeddings that (nearly) add up to the names.
-    words = tokens.mT @ torch.linalg.solve(tokens @ tokens.mT + 0.1 * torch.eye(len(bags)), names)  # [V, E]
-    noise = torch.randn(width, width, generator=torch.Generator().manual_seed(WORD_SEED))
-    directions = torch.linalg.qr(noise)[0]  # [W, W]
+    used = tokens.any(0)
+    some = tokens[:, used]
+    gram = some.mT @ some + 0.05 * torch.eye(some.shape[1])
+    words = torch.linalg.solve(gram, some.mT @ names)  # [V', E]
+    noise = torch.randn(width, width, generator=torch.Generator().manual_seed(seed))
+    directions = torch.linalg.qr(noise)[0][:, : names.shape[1]]  # [W, E]
     with torch.no_grad():
-        language.embed_tokens.weight += words @ directions[:, :space].mT
-        # Names in the readers' space, places and objectness in directions of their own.
-        reading = torch.cat([readers.projection.weight, readers.place.weight, readers.shown.weight])
-        read = queries @ reading.mT  # [K, E + 3]
-        middle = torch.cat([read[full, :space].mean(0), read[:, space:].mean(0)])
-        length = (read[full, :space] - middle[:space]).norm(dim=1).mean()
-        gain = torch.cat([(NAME_GAIN / length).expand(space), OTHER_GAIN / read[:, space:].std(0)])
-        model.projection.weight.copy_(directions[:, : space + 3] @ (gain[:, None] * reading))
-        model.projection.bias.copy_(directions[:, : space + 3] @ (-gain * middle))
-
-
-WORD_SEED = 7
-NAME_GAIN, OTHER_GAIN = 1.5, 0.7  # lengths of a projected query's parts; words have length 1
-
-
-def _centres(side: int) -> Tensor:
-    """The middles of a square grid's cells, row by row: [side * side, 2], column and row in 0..1."""
-    steps = (torch.arange(side) + 0.5) / side
-    return torch.cartesian_prod(steps, steps).flip(1)
+        language.embed_tokens.weight[used] += words @ directions.mT
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float = 1e-2) -> tuple[Tensor, Tensor]:

@@ -268,6 +268,10 @@ class Composer:
             return rng.choice(self._names)
         return self.cutouts.rows[rng.randrange(len(self.cutouts.rows))].noun
 
+    def sprite(self, rng: random.Random, id: str, share: float, side: int) -> Image.Image:
+        """A cut-out as scenes show it, RGBA: flipped, turned, its colours moved a little; longest side `share * side`."""
+        return self._sprite(rng, self._thing(self._index(id)), share, side)
+
     def _thing(self, index: int) -> _Thing:
         row = self.cutouts.rows[index]
         return _Thing(row.id, row.noun, row.colour or None, index)

@@ -1,13 +1,14 @@
 """Makes the default model: `python -m default_model.stages STAGE DIR`, one command a stage, each resumable.
 
-    vision      image encoder, contrastively from scenes            -> DIR/vision
-    queries     each query describes a part of the image            -> DIR/queries
-    language    OPT that writes from frozen queries                 -> DIR/language
-    stage1      ITC + ITM + ITG, image encoder frozen               -> DIR/stage1
-    stage2      captions through the frozen language model          -> DIR/stage2
-    stage2-raw  the same without stage 1, for the comparison        -> DIR/stage2-raw
-    finetune    captions, questions and chat, all parts trained     -> DIR/finetune
-    export      the two folders that ship with the package          -> DIR/default, DIR/default-matcher
+    names       what the stem keeps of its maps, and the names it gives      -> DIR/stem.safetensors, DIR/evidence.json
+    features    training's pictures as the stem sees them                    -> DIR/features
+    language    OPT that reads what queries are to say; no images            -> DIR/language
+    queries     image encoder and queries that say it                        -> DIR/queries
+    finetune    captions, questions and chat, all parts trained              -> DIR/finetune
+    stage1      ITC + ITM + ITG, the matcher                                 -> DIR/stage1
+    stage2      captions through the frozen language model, from stage 1     -> DIR/stage2
+    stage2-raw  the same without stage 1, for the comparison                 -> DIR/stage2-raw
+    export      the two folders that ship with the package                   -> DIR/default, DIR/default-matcher
 
 DIR holds the output of `python -m default_model.materials DIR` and `python -m default_model.vocab DIR`.
 A killed stage resumes from its last checkpoint when the command is repeated.
@@ -29,40 +30,27 @@ from blip2.checkpoint.save import save_model
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.layers import cpu_has_bf16
 from blip2.modeling.opt import Opt
-from blip2.modeling.qformer import QFormer
-from blip2.modeling.vision import ImageEncoder
 from blip2.train import FitOptions, Task, fit
 from blip2.train.loop import Dataset
 from blip2.train.tasks import Stage1, Stage2
 from default_model import recipe
-from default_model.batches import (
-    CaptionBatches,
-    InstructionBatches,
-    MatchBatches,
-    SceneBatches,
-    Tokenizers,
-    VisionBatches,
-)
+from default_model.batches import InstructionBatches, LanguageBatches, MatchBatches, QueryBatches, Tokenizers
 from default_model.colours import COLOURS
 from default_model.language import standard
-from default_model.pretrain import (
-    ContrastivePretrain,
-    ImageTextEncoders,
-    WordBag,
-    init_matching_heads,
-    init_mimetic,
-    init_weights,
-    qformer_from_matcher,
-)
+from default_model.namer import name_codes
+from default_model.pretrain import init_matching_heads, init_mimetic, init_weights, qformer_from_matcher
 from default_model.queries import (
-    LanguagePretrain,
+    CellReaders,
     QueryFinetune,
+    QueryModel,
     QueryPretrain,
-    QueryReaders,
-    ReadModel,
+    SlotLanguage,
+    SlotLosses,
     init_query_attention,
     init_word_embeddings,
 )
+from default_model.slots import NAME_GAIN, SlotPrefix, bag
+from default_model.vocab import name_bags
 
 WEIGHTS = "weights.safetensors"
 
@@ -100,139 +88,73 @@ def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
     module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
 
 
-def _load_queries(qformer: QFormer, folder: Path) -> None:
-    """Load the query branch trained by the stage `queries`; a text branch stays unchanged."""
-    tensors, prefix = load_file(folder / "queries" / WEIGHTS), "model.qformer."
-    trained = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    qformer.load_state_dict({n: trained.get(n, t) for n, t in qformer.state_dict().items()})
-
-
-def train_vision(folder: Path, steps: int | None, device: str) -> None:
-    data = VisionBatches(folder, recipe.VISION_CROWDED, recipe.VISION_HALVED)
-    encoders = ImageTextEncoders(ImageEncoder(recipe.VISION), WordBag(data.vocabulary, embedding=192))
-    init_weights(encoders, seed=0)
-    init_mimetic(encoders.vision, seed=0)
-    _train(
-        ContrastivePretrain(encoders, muon_scale=recipe.MUON_SCALE),
-        data,
-        recipe.VISION_OPTIONS,
-        folder / "vision",
-        steps,
-        device,
-    )
-
-
-def read_model(folder: Path, words: Tokenizers) -> ReadModel:
-    """The generating model and its queries' readers: the image encoder trained, the rest with initial weights."""
+def generator(words: Tokenizers) -> Blip2:
+    """The generating model with initial weights."""
     language = recipe.language_config(len(words.language), words.newline)
     model = Blip2(recipe.generator_config(language, words.image))
     init_weights(model, seed=3)
-    vocabulary = VisionBatches(folder, 0, 0).vocabulary
-    encoders = ImageTextEncoders(model.vision, WordBag(vocabulary, embedding=recipe.VISION.hidden_size))
-    _load(encoders, folder / "vision")
-    readers = QueryReaders(encoders)
-    init_weights(readers.shown, seed=4)
-    return ReadModel(model, readers)
-
-
-def train_queries(folder: Path, steps: int | None, device: str) -> None:
-    both = read_model(folder, Tokenizers.load(folder))
-    # scenes the encoder was not trained on
-    samples = VisionBatches(folder, 0, 0)
-    batches = [samples[recipe.VISION_OPTIONS.steps + i] for i in range(12)]
-    with torch.inference_mode():
-        features = torch.cat([both.model.vision(batch["pixels"])[:, 1:].flatten(0, 1) for batch in batches])
-    middles = torch.cat([batch["places"].flatten(0, 1) for batch in batches])
-    shown = torch.cat([batch["regions"].flatten() >= 0 for batch in batches])
-    init_query_attention(both.model.qformer, features, middles, shown, seed=4)
-    task = QueryPretrain(both, muon_scale=recipe.QFORMER_MUON_SCALE)
-    _train(task, SceneBatches(folder), recipe.QUERIES_OPTIONS, folder / "queries", steps, device)
+    init_mimetic(model.vision, seed=0)
+    assert isinstance(model.language, Opt)
+    init_matching_heads(model.language, seed=1)
+    return model
 
 
 def train_language(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
-    both = read_model(folder, words)
-    _load(both, folder / "queries")
-    model, scenes = both.model, SceneBatches(folder)
+    model = generator(words)
     assert isinstance(model.language, Opt)
-    init_matching_heads(model.language, seed=1)
-    batches = [scenes[recipe.QUERIES_OPTIONS.steps + i] for i in range(16)]
+    categories = {noun: entry.category for noun, entry in standard().nouns.items()}
+    codes = name_codes(categories | dict.fromkeys(COLOURS, "color"))
+    singular = {entry.plural: noun for noun, entry in standard().nouns.items()}
+    vectors: list[Tensor] = []
+    bags: list[list[int]] = []
+    for name, forms in name_bags(standard(), lambda text: words.language.encode(text, frame=False)).items():
+        bags += forms
+        vectors += [codes[name if name in codes else singular[name]]] * len(forms)
+    init_word_embeddings(model.language, torch.stack(vectors), bags, seed=7)
+    model.language.tie()
+    slots = SlotPrefix(model.language.config.hidden_size)
+    init_weights(slots, seed=5, std=0.2)
+    task = SlotLanguage(model, slots, muon_scale=recipe.MUON_SCALE)
+    _train(task, LanguageBatches(folder, words), recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
+
+
+def query_model(folder: Path, words: Tokenizers) -> QueryModel:
+    """The generating model with the trained language model, and what its queries are to say."""
+    model = generator(words)
+    slots = SlotPrefix(model.config.language.width)
+    _load(nn.ModuleDict({"model": model, "slots": slots}), folder / "language")
+    model.language.tie()
+    bags = [bag(words.language, noun) for noun in standard().all]
+    ids = torch.zeros(len(bags), max(map(len, bags)), dtype=torch.int64)
+    weights = torch.zeros(ids.shape)
+    for row, weight, tokens in zip(ids, weights, bags, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+        weight[: len(tokens)] = NAME_GAIN
+    readers = CellReaders(recipe.VISION.hidden_size, model.config.language.width)
+    init_weights(readers, seed=4)
+    return QueryModel(model, readers, SlotLosses(slots, ids, weights))
+
+
+def train_queries(folder: Path, steps: int | None, device: str) -> None:
+    words = Tokenizers.load(folder)
+    both = query_model(folder, words)
+    data = QueryBatches(folder, words, recipe.QUERY_SHARES)
+    batch = data[-1]
     with torch.inference_mode():
-        queries = torch.cat([model.qformer(model.vision(b["pixels"])) for b in batches]).flatten(0, 1)
-        phrases = both.readers.phrases(batches[0]["phrase_ids"], batches[0]["phrase_mask"])  # [P, E]
-    full = torch.cat([b["parts"].flatten() >= 0 for b in batches])
-    names = name_vectors(scenes.parts.phrases, phrases)
-    bags = [words.language.encode(f" {name}", frame=False) for name in names]
-    init_word_embeddings(model, both.readers, queries, full, torch.stack(list(names.values())), bags)
-    model.language.tie()
-    task = LanguagePretrain(model, muon_scale=recipe.MUON_SCALE)
-    data = InstructionBatches(folder, words, "language")
-    _train(task, data, recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
-
-
-def name_vectors(phrases: dict[str, int], vectors: Tensor) -> dict[str, Tensor]:
-    """Every noun, in the singular and the plural, and every color -> the mean vector of the phrases with it."""
-    nouns = standard().nouns
-
-    def mean(selected: set[str]) -> Tensor:
-        return vectors[[i for phrase, i in phrases.items() if phrase in selected]].mean(0)
-
-    names: dict[str, Tensor] = {}
-    for noun in nouns:
-        coloured = {f"{colour} {noun}" for colour in COLOURS}
-        names[noun] = names[nouns[noun].plural] = mean({noun} | coloured)
-    for colour in COLOURS:
-        if colour not in names:  # "orange" is a noun too
-            names[colour] = mean({phrase for phrase in phrases if phrase.startswith(f"{colour} ")})
-    return names
-
-
-def train_stage1(folder: Path, steps: int | None, device: str) -> None:
-    words = Tokenizers.load(folder)
-    matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
-    init_weights(matcher, seed=2)
-    _load(matcher.vision, folder / "vision", "vision.")
-    _load_queries(matcher.qformer, folder)
-    task = Stage1(matcher, words.dec, muon_scale=recipe.QFORMER_MUON_SCALE)
-    _train(task, MatchBatches(folder, words), recipe.STAGE1_OPTIONS, folder / "stage1", steps, device)
-
-
-def generator(folder: Path, words: Tokenizers) -> Blip2:
-    """The generating model before stage 2: image encoder, queries and language model are trained."""
-    model = Blip2(
-        recipe.generator_config(recipe.language_config(len(words.language), words.newline), words.image)
-    )
-    _load(model, folder / "language")
-    model.language.tie()
-    return model
-
-
-def train_stage2(folder: Path, steps: int | None, device: str, *, name: str = "stage2") -> None:
-    words = Tokenizers.load(folder)
-    model = generator(folder, words)
-    if name == "stage2":
-        matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
-        _load(matcher, folder / "stage1")
-        qformer_from_matcher(matcher, model)
-    _train(
-        Stage2(model, muon_scale=recipe.QFORMER_MUON_SCALE),
-        CaptionBatches(folder, words),
-        recipe.STAGE2_OPTIONS,
-        folder / name,
-        steps,
-        device,
-    )
-
-
-def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
-    train_stage2(folder, steps, device, name="stage2-raw")
+        features = both.model.vision(batch["pixels"])[:, 1:].flatten(0, 1)
+    grid = (torch.arange(recipe.VISION.grid) + 0.5) / recipe.VISION.grid
+    middles = torch.cartesian_prod(grid, grid).flip(1).repeat(len(batch["pixels"]), 1)
+    shown = batch["cell_nouns"].flatten() >= 0
+    init_query_attention(both.model.qformer, features, middles, shown, seed=4)
+    task = QueryPretrain(both, muon_scale=recipe.QFORMER_MUON_SCALE)
+    _train(task, data, recipe.QUERIES_OPTIONS, folder / "queries", steps, device)
 
 
 def train_finetune(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
-    both = read_model(folder, words)
+    both = query_model(folder, words)
     _load(both, folder / "queries")
-    _load(both.model, folder / "language")
     both.model.language.tie()
     # The language model is trained too: frozen, one as small as this cannot compensate for errors of the queries.
     task = QueryFinetune(
@@ -241,14 +163,47 @@ def train_finetune(folder: Path, steps: int | None, device: str) -> None:
         vision_layer_decay=0.8,
         muon_scale=recipe.FINETUNE_MUON_SCALE,
     )
-    data = InstructionBatches(folder, words)
+    data = InstructionBatches(folder, words, recipe.TEXT_SHARES)
     _train(task, data, recipe.FINETUNE_OPTIONS, folder / "finetune", steps, device)
+
+
+def train_stage1(folder: Path, steps: int | None, device: str) -> None:
+    words = Tokenizers.load(folder)
+    matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
+    init_weights(matcher, seed=2)
+    _load(matcher.vision, folder / "finetune", "model.vision.")
+    trained = load_file(folder / "queries" / WEIGHTS)
+    ours = {n.removeprefix("model.qformer."): t for n, t in trained.items()}
+    state = matcher.qformer.state_dict()
+    matcher.qformer.load_state_dict({n: ours.get(n, t) for n, t in state.items()})
+    task = Stage1(matcher, words.dec, muon_scale=recipe.QFORMER_MUON_SCALE)
+    data = MatchBatches(folder, words, recipe.MATCH_SHARES)
+    _train(task, data, recipe.STAGE1_OPTIONS, folder / "stage1", steps, device)
+
+
+def train_stage2(folder: Path, steps: int | None, device: str, *, name: str = "stage2") -> None:
+    words = Tokenizers.load(folder)
+    both = query_model(folder, words)
+    _load(both, folder / "queries")
+    model = both.model
+    model.language.tie()
+    if name == "stage2":
+        matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
+        _load(matcher, folder / "stage1")
+        qformer_from_matcher(matcher, model)
+    task = Stage2(model, muon_scale=recipe.QFORMER_MUON_SCALE)
+    data = InstructionBatches(folder, words, recipe.TEXT_SHARES, "caption")
+    _train(task, data, recipe.STAGE2_OPTIONS, folder / name, steps, device)
+
+
+def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
+    train_stage2(folder, steps, device, name="stage2-raw")
 
 
 def export(folder: Path, steps: int | None, device: str) -> None:
     """Write both models as they ship: fp16, in Hugging Face's layout, with their tokenizers."""
     words = Tokenizers.load(folder)
-    model = generator(folder, words)
+    model = generator(words)
     _load(model, folder / "finetune", "model.")
     model.language.tie()
     matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
@@ -258,13 +213,12 @@ def export(folder: Path, steps: int | None, device: str) -> None:
 
 
 STAGES = {
-    "vision": train_vision,
-    "queries": train_queries,
     "language": train_language,
+    "queries": train_queries,
+    "finetune": train_finetune,
     "stage1": train_stage1,
     "stage2": train_stage2,
     "stage2-raw": train_stage2_raw,
-    "finetune": train_finetune,
     "export": export,
 }
 

@@ -14,17 +14,16 @@ from typing import TypeVar
 from blip2.data.sources import DataError, summary
 from blip2.evaluate.answers import exact_match, gqa_accuracy, normalised_match, vqa_accuracy
 from blip2.evaluate.captions import caption_scores
-from blip2.evaluate.photos import flagged, names_one, photo_metrics, read_photos
 from blip2.evaluate.protocols import PAPER_TASKS, PROTOCOLS, Protocol, published
 from blip2.evaluate.retrieval import match_tables, ranks, recalls
-from blip2.evaluate.scenes import Scenes, counts_right, names_all, read_scenes
+from blip2.evaluate.scenes import LETTER_CASES, Scenes, counts_right, in_case, names_all, read_scenes
 from blip2.evaluate.tasks import EvalItem, EvalTask, ImageFile, read_task, sound_items
 from blip2.generation.options import GenerateKwargs
 from blip2.imagefiles.decode import ImageError, load_image
 from blip2.inputs import in_batches
 from blip2.matching import Matcher
 from blip2.predict import Predictor
-from blip2.results import Caption, Ranked
+from blip2.results import Ranked
 
 _DAMAGED = "images that cannot be read, left out of the scores"
 
@@ -179,8 +178,6 @@ def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Sc
     try:
         if name == "scenes":
             return read_scenes(data).first(settings.limit)
-        if name == "photos":
-            return read_photos(data, settings.images).first(settings.limit)
         task = read_task(name, data, images=settings.images, annotations=settings.annotations)
         return task.first(settings.limit)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -198,8 +195,6 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
     else:
         if task.kind == "captions":
             metrics, outcomes, notes = _captions(model, task, protocol, settings)
-        elif task.kind == "photos":
-            metrics, outcomes, notes = _photos(model, task.items, protocol, settings)
         else:
             metrics, outcomes, notes = _questions(model, task, protocol, settings, left_out)
         pixels = model.generator.image_processor.size
@@ -230,12 +225,13 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
 
 def write_captions(
     model: Predictor, items: Sequence[EvalItem], protocol: Protocol, settings: EvalSettings, label: str
-) -> list[Caption]:
+) -> list[str]:
     """A caption for each item."""
-    captions: list[Caption] = []
+    captions: list[str] = []
     for batch in _batches(items, settings, label):
         images = [item.image for item in batch]
-        captions += model.caption(images, prompt=protocol.prompt, batch_size=len(batch), **protocol.options)
+        texts = model.caption(images, prompt=protocol.prompt, batch_size=len(batch), **protocol.options)
+        captions += map(str, texts)
     return captions
 
 
@@ -256,26 +252,6 @@ def _captions(model: Predictor, task: EvalTask, protocol: Protocol, settings: Ev
         for item, text, row in zip(items, captions, scores.per_image, strict=True)
     ]
     return metrics, outcomes, notes
-
-
-# --- photographs ---
-
-
-def _photos(
-    model: Predictor, items: Sequence[EvalItem], protocol: Protocol, settings: EvalSettings
-) -> Scored:
-    captions = write_captions(model, items, protocol, settings, "photographs")
-    named = [names_one(text, item.names) for item, text in zip(items, captions, strict=True)]
-    flags = [flagged(text) for text in captions]
-    outcomes = []
-    for item, text, right, flag in zip(items, captions, named, flags, strict=True):
-        scores: Metrics = {"named": float(right)}
-        if flag is not None:
-            scores["flagged"] = float(flag)
-        outcomes.append(Outcome(item, text, scores, float(right)))
-    metrics = photo_metrics(items, named, flags)
-    some = any(value is None for value in metrics.values())
-    return metrics, outcomes, ["a share of no captions is not defined"] if some else []
 
 
 # --- questions ---
@@ -340,12 +316,12 @@ def answer_questions(model: Predictor, items: Sequence[EvalItem], options: Gener
     return [str(answer) for answer in answers]
 
 
-def _by_kind(name: str, outcomes: Sequence[Outcome]) -> Metrics:
+def _by_kind(name: str, outcomes: Sequence[Outcome], part: str = "  of which") -> Metrics:
     """The mean accuracy of all outcomes, and of each kind if there are several."""
     kinds: dict[str, list[float]] = defaultdict(list)
     for outcome in outcomes:
         kinds[outcome.item.kind].append(outcome.quality)
-    parts = {f"  of which {kind}": _mean(scores) for kind, scores in kinds.items() if len(kinds) > 1}
+    parts = {f"{part} {kind}": _mean(scores) for kind, scores in kinds.items() if len(kinds) > 1}
     return {name: _mean([outcome.quality for outcome in outcomes])} | parts
 
 
@@ -426,6 +402,10 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     longer = replace(protocols["questions"], options={**protocols["questions"].options, "max_new_tokens": 12})
     _, answers, _ = _questions(model, questions, longer, settings, [])
     metrics |= _by_kind("unseen questions, exact match", answers)
+    if scenes.natural:
+        natural, answered = _natural_questions(model, scenes, longer, settings)
+        metrics |= natural
+        answers += answered
     try:
         table, _, few = _retrieval(model.matcher, scenes.retrieval, protocols["retrieval"], settings)
         notes += few
@@ -440,6 +420,39 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     protocol, outcomes = protocols["captions"], singles + multi + answers
     about = "composed scenes"
     return Report("scenes", about, model_name, metrics, {}, protocol, outcomes, notes, model.digest())
+
+
+def _natural_questions(
+    model: Predictor, scenes: Scenes, protocol: Protocol, settings: EvalSettings
+) -> tuple[Metrics, list[Outcome]]:
+    """Questions as people ask them; and whether the letter case changes the answer.
+
+    A description is right if it names everything. Each question is also asked in the other letter cases: the answers
+    that differ from that in lower case are counted.
+    """
+    asked = [
+        replace(item, question=in_case(item.question.lower(), case))
+        for item in scenes.natural
+        for case in LETTER_CASES
+    ]
+    options: GenerateKwargs = {**protocol.options, "max_new_tokens": 30}  # for descriptions
+    texts: list[str] = []
+    for batch in _batches(asked, settings, "natural questions"):
+        texts += answer_questions(model, batch, options)
+    answers = {(item.id, item.question): text for item, text in zip(asked, texts, strict=True)}
+    outcomes, changed = [], []
+    for i, item in enumerate(scenes.natural):
+        text = answers[item.id, item.question]
+        right = (
+            normalised_match(text, item.answers)
+            if item.answers
+            else names_all(text, item.things, scenes.nouns)
+        )
+        outcomes.append(Outcome(item, text, {"accuracy": right}, right))
+        lower, *others = texts[i * len(LETTER_CASES) : (i + 1) * len(LETTER_CASES)]
+        changed += [float(other != lower) for other in others]
+    kinds = _by_kind("questions, natural wordings", outcomes, "  of which natural")
+    return kinds | {"answers that change with letter case": _mean(changed)}, outcomes
 
 
 def _batches(items: Sequence[T], settings: EvalSettings, label: str) -> Iterator[Sequence[T]]:
