@@ -202,9 +202,10 @@ class StemReadout(nn.Module):
         evidence = 0
         if "readout.evidence.weight" in shapes:
             evidence, names = (_size(shapes, "readout.evidence.weight", dim) for dim in range(2))
-            classes, learned = (_size(shapes, f"readout.{name}.weight", 0) for name in ("classifier", "prototypes"))
+            classes = _size(shapes, "readout.classifier.weight", 0)
             self.classifier = nn.Linear(head, classes)
-            self.prototypes = nn.Linear(classes + head, learned)
+            if "readout.prototypes.weight" in shapes:
+                self.prototypes = nn.Linear(classes + head, names - classes)
             self.evidence = nn.Linear(names, evidence, bias=False)
         if (values := coarse + 4 * detail + evidence) != CELL_VALUES:
             raise ConfigError(
@@ -224,16 +225,18 @@ class StemReadout(nn.Module):
         return torch.cat(parts, dim=-1).permute(0, 3, 1, 2)
 
     def probabilities(self, head: Tensor) -> Tensor:
-        """What the whole image shows: the head's mean [B, H] -> [B, K + P], of which a half each add up to 1 / 2.
+        """What the whole image shows: the mean of the head [B, H] -> probabilities [B, K], or [B, K + P] with prototypes.
 
-        The first half is the classifier's. The other compares its soft answers, and the head, with those of pictures of
-        things that it has no class for.
+        Prototypes are of things that the classifier has no class for: its soft answers (square roots of probabilities), and
+        the head, are compared with those of known pictures. Classifier and prototypes get one half of the probability each.
         """
-        assert self.classifier is not None and self.prototypes is not None
+        assert self.classifier is not None
         logits = self.classifier(head)
+        if self.prototypes is None:
+            return logits.softmax(-1)
         profile = (logits / PROFILE_TEMPERATURE).softmax(-1).sqrt()
-        learned = self.prototypes(torch.cat([profile, head], dim=-1)).softmax(-1)
-        return torch.cat([logits.softmax(-1), learned], dim=-1) / 2
+        compared = self.prototypes(torch.cat([profile, head], dim=-1))
+        return torch.cat([logits.softmax(-1), compared.softmax(-1)], dim=-1) / 2
 
 
 def _size(shapes: Shapes, name: str, dim: int) -> int:
