@@ -17,11 +17,11 @@ from default_model.colours import COLOURS
 from default_model.materials import Cutouts, read_table
 from default_model.queries import UNKNOWN, assign_parts
 from default_model.scenes import SHAPES, Composer, Scene
+from default_model.wordings import typed
 
 IGNORE_INDEX = -100
 CROWDED = (12, 18, 28, 42)  # weights of 1 to 4 objects: more of them for the same computing
 EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
-QUESTION_WEIGHTS = (2, 1, 2, 3, 4)  # of each of language.KINDS: highest for what takes longest to learn
 # Column and row of every patch, [N - 1, 2].
 PATCHES = torch.cartesian_prod(*[torch.arange(recipe.VISION.grid)] * 2).flip(1)
 IMAGE_PROCESSOR = ImageProcessor(size=recipe.IMAGE_PX)
@@ -261,19 +261,15 @@ Row = tuple[list[int], list[int]]  # ids, labels
 
 
 def caption_of(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> str:
-    return language.caption(picture, rng) if isinstance(picture, Scene) else picture.caption
+    return language.standard().caption(picture, rng) if isinstance(picture, Scene) else picture.caption
 
 
 def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:
     """Up to `most` questions with their answers; sometimes a conversation in which they build on each other."""
-    if not isinstance(picture, Scene):
-        return rng.sample(picture.questions, min(len(picture.questions), rng.randint(2, most)))
-    if rng.random() < 0.25:
-        return language.conversation(picture, rng)
-    kinds = rng.choices(language.KINDS, QUESTION_WEIGHTS, k=rng.randint(2, most))
-    drawn = [language.standard().question(picture, rng, kind) for kind in (*kinds, "presence")]
-    answers = {qa.question: qa.answer for qa in drawn if qa is not None}
-    return list(answers.items())[:most]
+    if isinstance(picture, Scene):
+        return language.standard().turns(picture, rng, most)
+    drawn = rng.sample(picture.questions, min(len(picture.questions), rng.randint(2, most)))
+    return [(typed(question, rng), answer) for question, answer in drawn]
 
 
 def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:
