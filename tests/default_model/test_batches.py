@@ -26,8 +26,8 @@ def words(language: Language, tmp_path_factory: pytest.TempPathFactory) -> Token
     text = list(islice(language.text_corpus(random.Random(0)), 500))
     for name in ("language", "matcher"):
         (folder / f"tokenizer-{name}").mkdir()
-    save_language(train_language(iter(text)), folder / "tokenizer-language")
-    save_matcher(train_matcher(iter(text)), folder / "tokenizer-matcher")
+    save_language(train_language(iter(text), language), folder / "tokenizer-language")
+    save_matcher(train_matcher(iter(text), language), folder / "tokenizer-matcher")
     return Tokenizers.load(folder)
 
 
