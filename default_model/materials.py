@@ -26,6 +26,7 @@ STAMPS = "tuxpaint-stamps-default"
 OPENMOJI = "openmoji@17.0.0"
 EASY_VQA = "easy-vqa==1.0"
 TABLE = Path(__file__).with_name("objects.csv")
+PICTURES = Path(__file__).with_name("pictures.csv")
 CUTOUT_PX = 96  # longest side of a cut-out, as many pixels as most objects get in a 128 px image
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blip2.modeling.stem import PROFILE_TEMPERATURE
 from default_model.imagenet import read_imagenet
-from default_model.materials import read_table
+from default_model.materials import PICTURES, read_table
 
 CODE = 128  # values of a name's code
 COARSE, FINE = 320, 80  # channels kept of the stem's two maps: COARSE + 4 FINE + CODE = 768
@@ -44,9 +44,9 @@ class Names:
 
 
 def standard_names() -> Names:
-    """Those of imagenet.csv and objects.csv. Plain shapes are not among them."""
+    """Those of imagenet.csv, objects.csv and pictures.csv. Plain shapes are not among them."""
     classes = read_imagenet()
-    learned = tuple(sorted({row.noun for row in read_table()}))
+    learned = tuple(sorted({row.noun for row in (*read_table(), *read_table(PICTURES))}))
     return Names(
         tuple(row.noun for row in classes) + learned,
         tuple(row.breed for row in classes) + ("",) * len(learned),
