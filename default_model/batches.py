@@ -1,4 +1,4 @@
-"""Training batches of every stage, pure functions of a position: pictures as the stem sees them, and texts about them."""
+"""Training batches of every stage, pure functions of a position: pictures as the stem sees them, texts about them."""
 
 from __future__ import annotations
 
@@ -151,7 +151,9 @@ class Imagined:
 
 
 class Pictures:
-    """Stored pictures, and photographs whose evidence is imagined. Files are read at the first use, in the data process."""
+    """Stored pictures, and photographs whose evidence is imagined. Files are read at the first use, in the data
+    process.
+    """
 
     def __init__(self, folder: Path, weights: dict[str, float]) -> None:
         """weights: of "scene", "easy", "photograph", "pasted" and "imagined"."""

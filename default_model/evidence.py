@@ -1,8 +1,8 @@
 """What the stem may say of a photograph: probabilities of names, imagined for any noun.
 
-Training has no photographs of most nouns. What the rest of the model sees of one is mainly the stem's probabilities, and
-those can be imagined: how sharp they are is taken from unlabelled photographs, which names they confuse from how alike
-their codes' classes are.
+Training has no photographs of most nouns. What the rest of the model sees of one is mainly the stem's probabilities,
+and those can be imagined: how sharp they are is taken from unlabelled photographs, which names they confuse from how
+alike their codes' classes are.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Evidence:
         alike: Sequence[Sequence[int]],
         patterns: Sequence[tuple[Sequence[float], Sequence[float]]],
     ) -> None:
-        """alike: for each name, those it may be confused with, the likeliest first, of classes and of cut-outs' nouns alike.
+        """alike: for each name, those it may be confused with, the likeliest first, of classes and of cut-outs' nouns
+        alike.
 
         patterns: of unlabelled photographs: the sorted probabilities of the classes, and of the cut-outs' nouns.
         """

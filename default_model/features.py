@@ -1,8 +1,8 @@
 """The training pictures as the stem sees them: composed and folded once, kept in DIR/features.
 
 A kind of picture is a row of shards of `SHARD` pictures: KIND-0000.safetensors with `cells` [n, 768, 8, 8] in fp16, and
-KIND-0000.json with the facts of each. Picture `i` of a kind is a pure function of its number, so a killed run goes on with
-the first shard that is missing.
+KIND-0000.json with the facts of each. Picture `i` of a kind is a pure function of its number, so a killed run goes on
+with the first shard that is missing.
 
     scene        one to four objects on a painted background         (composer, split "train")
     easy         easy-VQA's training images
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ from torch import Tensor
 from blip2.images import random_resized_crop
 from blip2.modeling.stem import Stem
 from default_model import easyvqa
+from default_model.backgrounds import POOL, background
+from default_model.kinds import Kind
 from default_model.materials import Cutouts
 from default_model.scenes import GRID, IMAGE_PX, Composer, Placed, Scene
 
-Kind = Literal["scene", "easy", "photograph", "pasted"]
 Pixels = NDArray[np.uint8]
 SHARD = 512
 STEM_PX = 256
@@ -57,6 +58,24 @@ class Painter:
             IMAGE_PX: Composer(Cutouts.load(self.folder)),
             STEM_PX: Composer(Cutouts.load(self.folder / "cutouts-224.npz")),
         }
+
+    @cached_property
+    def gallery(self) -> Composer:
+        """Every cut-out that may be pasted on a photograph: those of both tables, but no drawings in outline."""
+        sharp, pictures = self.sizes[STEM_PX].cutouts, Cutouts.load(self.folder / "pictures.npz")
+        kept = [i for i, row in enumerate(sharp.rows) if row.source != "openmoji"]
+        return Composer(
+            Cutouts(
+                tuple(sharp.rows[i] for i in kept) + pictures.rows,
+                tuple(sharp.images[i] for i in kept) + pictures.images,
+            )
+        )
+
+    @cached_property
+    def everything(self) -> Composer:
+        """The cut-outs of both tables."""
+        sharp, pictures = self.sizes[STEM_PX].cutouts, Cutouts.load(self.folder / "pictures.npz")
+        return Composer(Cutouts(sharp.rows + pictures.rows, sharp.images + pictures.images))
 
     @cached_property
     def easy_images(self) -> list[easyvqa.EasyImage]:
@@ -90,18 +109,39 @@ class Painter:
         return random_resized_crop(image, STEM_PX, np.random.default_rng(rng.getrandbits(32)), scale=CROP)
 
     def _pasted(self, rng: random.Random) -> tuple[Pixels, dict[str, Any]]:
-        composer = self.sizes[STEM_PX]
-        row = rng.choice([row for row in composer.cutouts.rows if row.source == "stamps"])
+        rows = self.gallery.cutouts.rows
+        nouns = self.gallery.names
+        noun = rng.choice(nouns)
+        row = rng.choice([row for row in rows if row.noun == noun])
         canvas = self._crop(rng)
         many = rng.random() < 0.35
         for _ in range(rng.randint(6, 24) if many else 1):
-            share = rng.uniform(0.22, 0.4) if many else rng.uniform(0.55, 1.0)
-            sprite = composer.sprite(rng, row.id, share, STEM_PX)
-            low, wide, high = -0.15 if many else 0.0, STEM_PX - sprite.width, STEM_PX - sprite.height
-            x = rng.randint(round(low * STEM_PX), max(1, wide - round(low * STEM_PX)))
-            y = rng.randint(round(low * STEM_PX), max(1, high - round(low * STEM_PX)))
+            share = rng.uniform(0.22, 0.4) if many else rng.uniform(0.5, 1.0)
+            sprite = self.gallery.sprite(rng, row.id, share, STEM_PX)
+            out = STEM_PX // 7 if many else 0  # of the image, at its edges
+            x = rng.randint(-out, max(1 - out, STEM_PX - sprite.width + out))
+            y = rng.randint(-out, max(1 - out, STEM_PX - sprite.height + out))
             canvas.paste(sprite, (x, y), sprite)
-        return np.asarray(canvas), {"noun": row.noun, "colour": row.colour, "many": many}
+        return np.asarray(canvas), {"noun": noun, "colour": row.colour, "many": many}
+
+    def specimen(self, i: int) -> tuple[Pixels, NDArray[np.bool_], str]:
+        """Cut-out `i % n` alone, large, on a photograph or a painted background: image, cells [8, 8] it covers, its
+        noun.
+        """
+        rng = random.Random(f"specimen {i}")
+        composer = self.everything
+        row = composer.cutouts.rows[i % len(composer.cutouts.rows)]
+        if rng.random() < 0.5:
+            canvas = self._crop(rng)
+        else:
+            canvas = Image.fromarray(background(rng.randrange(POOL), "train", STEM_PX)[0])
+        sprite = composer.sprite(rng, row.id, rng.uniform(0.5, 1.0), STEM_PX)
+        x, y = (rng.randint(0, max(1, STEM_PX - length)) for length in sprite.size)
+        mask = Image.new("L", (STEM_PX, STEM_PX))
+        mask.paste(sprite.getchannel("A"), (x, y))
+        canvas.paste(sprite, (x, y), sprite)
+        shares = np.asarray(mask.resize((GRID, GRID), Image.Resampling.BOX))
+        return np.asarray(canvas), shares >= min(77, int(shares.max())), row.noun
 
 
 def fold_pictures(painter: Painter, stem: Stem, kind: Kind, numbers: Iterable[int], path: Path) -> None:
@@ -131,6 +171,32 @@ def fold_pictures(painter: Painter, stem: Stem, kind: Kind, numbers: Iterable[in
         flush()
     save_file({"cells": torch.cat(cells)}, path.with_suffix(".safetensors"))
     path.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def specimen_features(painter: Painter, stem: Stem, count: int) -> tuple[Tensor, list[str], Tensor]:
+    """Of `count` specimens: the head's mean over the cells each covers [N, H], their nouns, and some fine positions [M,
+    F].
+    """
+    heads: list[Tensor] = []
+    fines: list[Tensor] = []
+    nouns: list[str] = []
+    for start in range(0, count, STEM_BATCH):
+        drawn = [painter.specimen(i) for i in range(start, min(count, start + STEM_BATCH))]
+        fine, head = stem.maps(stem_pixels([image for image, _, _ in drawn]))
+        masks = torch.from_numpy(np.stack([cells for _, cells, _ in drawn])).float()
+        heads.append(torch.einsum("bhij,bij->bh", head, masks) / masks.sum((1, 2))[:, None])
+        fines.append(fine.flatten(2).mT[:, start // STEM_BATCH % 16 :: 16].flatten(0, 1))
+        nouns += [noun for _, _, noun in drawn]
+    return torch.cat(heads), nouns, torch.cat(fines)
+
+
+def photograph_heads(painter: Painter, stem: Stem, count: int) -> Tensor:
+    """The head's mean over parts of unlabelled photographs, [count, H]."""
+    heads = []
+    for start in range(0, count, STEM_BATCH):
+        images = [painter.draw("photograph", i)[0] for i in range(start, min(count, start + STEM_BATCH))]
+        heads.append(stem.maps(stem_pixels(images))[1].mean((2, 3)))
+    return torch.cat(heads)
 
 
 def stem_cells(stem: Stem, images: list[Pixels]) -> tuple[Tensor, Tensor]:

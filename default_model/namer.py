@@ -1,9 +1,10 @@
 """What the stem says of the whole picture: ImageNet's classes and the cut-outs' nouns, as one set of names.
 
 The stem's own classifier knows 1,000 classes. Nouns that only cut-outs show (tomato, pear, man) are compared with
-prototypes: the mean, over pictures of the noun, of the classifier's soft answers (how it errs about a tomato is much the
-same for cut-outs and for photographs) and of the features. Both sides are centred, cut-outs by their mean and photographs by
-that of unlabelled ones: without it the step from cut-outs to photographs is larger than any difference of nouns.
+prototypes: the mean, over pictures of the noun, of the classifier's soft answers (how it errs about a tomato is much
+the same for cut-outs and for photographs) and of the features. Both sides are centred, cut-outs by their mean and
+photographs by that of unlabelled ones: without it the step from cut-outs to photographs is larger than any difference
+of nouns.
 
 The probabilities of all names are passed on as a sum of name codes, each of `CODE` values.
 """
@@ -117,8 +118,8 @@ def fit_coarse(
 ) -> tuple[Tensor, Tensor]:
     """Weight [C, H] and bias [C] of `StemReadout.coarse`: the directions that tell nouns and classes apart, whitened.
 
-    Of the head's features within one noun made white, the subspace in which the classifier's rows and the nouns' means have
-    most of their length; every channel then varies by about one.
+    Of the head's features within one noun made white, the subspace in which the classifier's rows and the nouns' means
+    have most of their length; every channel then varies by about one.
 
     Args: as for `fit_prototypes`.
     """
@@ -138,9 +139,42 @@ def fit_coarse(
 
 
 def fit_fine(maps: Tensor, channels: int = FINE) -> tuple[Tensor, Tensor]:
-    """Weight [C, F] and bias [C] of `StemReadout.fine`: the principal components of positions [N, F], each varying by one."""
+    """Weight [C, F] and bias [C] of `StemReadout.fine`: the principal components of positions [N, F], each varying by
+    one.
+    """
     mean = maps.mean(0)
     vectors, lengths, _ = torch.linalg.svd((maps - mean).mT / len(maps) ** 0.5, full_matrices=False)
     floor = lengths[0] * 0.1  # what varies little is mostly noise: not enlarged further
     kept = (vectors[:, :channels] / lengths[:channels].clamp(min=floor)).mT
     return kept, -(kept @ mean)
+
+
+def alike(
+    names: Names, pictures: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, count: int = 30
+) -> list[list[int]]:
+    """For every name the classes and then the learned names that it is most easily taken for, `count` of each.
+
+    Classes are compared by the classifier's rows, learned names by its mean soft answers.
+
+    Args: as for `fit_prototypes`.
+    """
+    rows = F.normalize(weight - weight.mean(0), dim=1)
+    means = class_means(profile(pictures @ weight.mT + bias), labels)
+    means = F.normalize(means - means.mean(0), dim=1)
+    first = names.classes
+    likeness = torch.zeros(len(names.nouns), len(names.nouns))
+    likeness[:first, :first] = rows @ rows.mT
+    likeness[first:, :first], likeness[:first, first:] = means, means.mT
+    likeness[first:, first:] = means @ means.mT
+    likeness.fill_diagonal_(-torch.inf)
+    return [
+        row[:first].topk(count).indices.tolist() + (row[first:].topk(count).indices + first).tolist()
+        for row in likeness
+    ]
+
+
+def patterns(probabilities: Tensor, classes: int, count: int = 12) -> list[tuple[list[float], list[float]]]:
+    """How sharp the probabilities [N, K + P] of photographs are: the sorted ones of both halves."""
+    halves = (probabilities[:, :classes], probabilities[:, classes:])
+    sharp, soft = (half.sort(descending=True).values[:, :count].round(decimals=4).tolist() for half in halves)
+    return list(zip(sharp, soft, strict=True))

@@ -1,9 +1,9 @@
 """How the small model's parts learn before they are trained together.
 
-BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where; its language model is
-pre-trained on text from the web. Here every query has something to say (slots.py): the language model first learns to read
-prefixes made of the facts themselves (`SlotLanguage`, no images), then image encoder and queries learn to write such prefixes
-(`QueryPretrain`); fine-tuning trains every part on texts and keeps that objective (`QueryFinetune`).
+BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where; its language model
+is pre-trained on text from the web. Here every query has something to say (slots.py): the language model first learns
+to read prefixes made of the facts themselves (`SlotLanguage`, no images), then image encoder and queries learn to write
+such prefixes (`QueryPretrain`); fine-tuning trains every part on texts and keeps that objective (`QueryFinetune`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from default_model.slots import EMPTY, OBJECT, PHOTOGRAPH, SlotPrefix, centres
 
 Batch = Mapping[str, Tensor]
 READ_SCALE = 8.0  # of the product of a slot's words and a noun's, of length about one, in the names' loss
-SLOT_NOISE = 0.05  # of each of 256 values of a prefix while the language model learns to read, beside words of length one
+# of each of 256 values of a prefix while the language model learns to read, beside words of length one
+SLOT_NOISE = 0.05
 MISNAMED = 0.08  # of the language model's slots get another slot's words mixed in
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
 from blip2.train.loop import FitOptions
+from default_model.kinds import Kind
 
 IMAGE_PX = 128
 PARTS = 16  # a square number: each of these queries starts with one part of the image
@@ -69,12 +70,15 @@ QFORMER_MUON_SCALE = 3.0  # for the Q-Former, whose initial weights should not c
 FINETUNE_MUON_SCALE = 1.5  # at 6 the image encoder forgets, and the loss does not fall until the rate does
 FINETUNE_LANGUAGE_MUON_SCALE = 5.0
 
-SCENES, PHOTOGRAPHS, PASTED = 30_000, 6_144, 6_144  # pictures kept as the stem sees them, beside easy-VQA's
+SPECIMENS = 4  # of every cut-out, for the names the stem gives
+PHOTOGRAPH_PARTS = 1_024  # of unlabelled photographs, for the same
+# Pictures kept as the stem sees them; 98 KB each.
+PICTURES: dict[Kind, int] = {"scene": 32_768, "easy": 4_000, "photograph": 4_096, "pasted": 8_192}
 QUERY_SHARES = {"scene": 0.6, "easy": 0.05, "photograph": 0.1, "pasted": 0.1, "imagined": 0.15}
 TEXT_SHARES = {"scene": 0.55, "easy": 0.07, "photograph": 0.08, "pasted": 0.1, "imagined": 0.2}
 MATCH_SHARES = {"scene": 0.7, "easy": 0.05, "photograph": 0.0, "pasted": 0.1, "imagined": 0.15}
 
-LANGUAGE_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5)
+LANGUAGE_OPTIONS = replace(_COMMON, steps=4_000, lr=1e-3, min_lr=1e-5)
 QUERIES_OPTIONS = replace(_COMMON, steps=4_000, lr=1e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=2_500, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)

@@ -172,6 +172,11 @@ class Composer:
         self._names = sorted(self._by_noun)
         self.nouns = nouns_of(cutouts.rows)
 
+    @property
+    def names(self) -> list[str]:
+        """The cut-outs' nouns, sorted."""
+        return self._names
+
     def row(self, id: str) -> ObjectRow:
         """The table's row of a cut-out."""
         return self.cutouts.rows[self._index(id)]
@@ -269,7 +274,7 @@ class Composer:
         return self.cutouts.rows[rng.randrange(len(self.cutouts.rows))].noun
 
     def sprite(self, rng: random.Random, id: str, share: float, side: int) -> Image.Image:
-        """A cut-out as scenes show it, RGBA: flipped, turned, its colours moved a little; longest side `share * side`."""
+        """A cut-out as scenes show it, RGBA: flipped, turned, colours moved a little; longest side `share * side`."""
         return self._sprite(rng, self._thing(self._index(id)), share, side)
 
     def _thing(self, index: int) -> _Thing:

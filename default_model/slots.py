@@ -1,8 +1,8 @@
 """What each query is to say, from the facts of a picture: the prefix that the language model first learns to read.
 
-`PARTS` queries stand for the cells of a square grid over the picture: each names the object whose middle is in its cell, with
-its colour and its place. The last query stands for the whole picture: what a photograph shows, with the probabilities the
-stem gives, or that this is a scene.
+`PARTS` queries stand for the cells of a square grid over the picture: each names the object whose middle is in its
+cell, with its colour and its place. The last query stands for the whole picture: what a photograph shows, with the
+probabilities the stem gives, or that this is a scene.
 
 A slot is written as tokens with weights, so that it is the language model's own embeddings that carry the names.
 """

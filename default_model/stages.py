@@ -17,6 +17,7 @@ A killed stage resumes from its last checkpoint when the command is repeated.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +31,25 @@ from blip2.checkpoint.save import save_model
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.layers import cpu_has_bf16
 from blip2.modeling.opt import Opt
+from blip2.stemfiles import STEM_FILE
 from blip2.train import FitOptions, Task, fit
 from blip2.train.loop import Dataset
 from blip2.train.tasks import Stage1, Stage2
 from default_model import recipe
 from default_model.batches import InstructionBatches, LanguageBatches, MatchBatches, QueryBatches, Tokenizers
 from default_model.colours import COLOURS
+from default_model.features import Painter, make_features, photograph_heads, specimen_features
 from default_model.language import standard
-from default_model.namer import name_codes
+from default_model.namer import (
+    alike,
+    evidence_matrix,
+    fit_coarse,
+    fit_fine,
+    fit_prototypes,
+    name_codes,
+    patterns,
+    standard_names,
+)
 from default_model.pretrain import init_matching_heads, init_mimetic, init_weights, qformer_from_matcher
 from default_model.queries import (
     CellReaders,
@@ -50,9 +62,19 @@ from default_model.queries import (
     init_word_embeddings,
 )
 from default_model.slots import NAME_GAIN, SlotPrefix, bag
+from default_model.stem import (
+    blank_readout,
+    build_stem,
+    fetch,
+    fold_batch_norms,
+    published_weights,
+    stem_tensors,
+    write_stem,
+)
 from default_model.vocab import name_bags
 
 WEIGHTS = "weights.safetensors"
+FINE_CHANNELS = 120  # of the stem's map of stride 16
 
 
 def main() -> None:
@@ -86,6 +108,64 @@ def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
     """Load a finished stage's weights, or those whose names begin with a prefix."""
     tensors = load_file(folder / WEIGHTS)
     module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+
+
+def make_names(folder: Path, steps: int | None, device: str) -> None:
+    """What the stem keeps of its maps, and the names it gives, from specimens of every cut-out; a few minutes."""
+    if (folder / "evidence.json").exists():
+        return
+    published = published_weights(fetch(folder))
+    trunk, weight, bias = fold_batch_norms(published), published["_fc.weight"], published["_fc.bias"]
+    blank = build_stem(stem_tensors(trunk, blank_readout(weight.shape[1], FINE_CHANNELS)))
+    painter, names = Painter(folder), standard_names()
+    pictures, nouns, positions = specimen_features(
+        painter, blank, recipe.SPECIMENS * len(painter.everything.cutouts.rows)
+    )
+    labels = torch.tensor([names.learned.index(noun) for noun in nouns])
+    photographs = photograph_heads(painter, blank, recipe.PHOTOGRAPH_PARTS)
+    categories = {noun: entry.category for noun, entry in standard().nouns.items()}
+    prototypes = fit_prototypes(pictures, labels, photographs, weight, bias)
+    coarse, details = fit_coarse(pictures, labels, weight), fit_fine(positions)
+    tensors = stem_tensors(
+        trunk,
+        {
+            "classifier.weight": weight,
+            "classifier.bias": bias,
+            "prototypes.weight": prototypes[0],
+            "prototypes.bias": prototypes[1],
+            "coarse.weight": coarse[0],
+            "coarse.bias": coarse[1],
+            "fine.weight": details[0],
+            "fine.bias": details[1],
+            "evidence.weight": evidence_matrix(names, name_codes(categories)),
+        },
+    )
+    write_stem(folder, tensors, fetch(folder))
+    stem = build_stem(load_file(folder / STEM_FILE))
+    content = {
+        "alike": alike(names, pictures, labels, weight, bias),
+        "patterns": patterns(stem.readout.probabilities(photographs), names.classes),
+    }
+    (folder / "evidence.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_all_features(folder: Path, steps: int | None, device: str) -> None:
+    """The pictures of every kind, by two processes."""
+    context = torch.multiprocessing.get_context("spawn")
+    halves = [context.Process(target=_make_features, args=(folder, i, 2)) for i in range(2)]
+    for process in halves:
+        process.start()
+    for process in halves:
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"a process ended with {process.exitcode}; repeat the command to go on")
+
+
+def _make_features(folder: Path, part: int, parts: int) -> None:
+    torch.set_num_threads(1)
+    stem = build_stem(load_file(folder / STEM_FILE))
+    for kind, count in recipe.PICTURES.items():
+        make_features(folder, stem, kind, count, (part, parts))
 
 
 def generator(words: Tokenizers) -> Blip2:
@@ -213,6 +293,8 @@ def export(folder: Path, steps: int | None, device: str) -> None:
 
 
 STAGES = {
+    "names": make_names,
+    "features": make_all_features,
     "language": train_language,
     "queries": train_queries,
     "finetune": train_finetune,

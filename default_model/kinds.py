@@ -1,0 +1,7 @@
+"""The kinds of pictures that training keeps as the stem sees them; features.py says what each is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kind = Literal["scene", "easy", "photograph", "pasted"]
