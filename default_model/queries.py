@@ -24,7 +24,7 @@ from blip2.train.losses import matmul_fp32
 from blip2.train.tasks import Finetune, Stage2, layerwise_groups, train_only
 from default_model import losses
 from default_model.recipe import PARTS
-from default_model.slots import EMPTY, OBJECT, PHOTOGRAPH, SlotPrefix, centres
+from default_model.slots import EMPTY, OBJECT, PHOTOGRAPH, SlotPrefix, centres, slot_words
 
 Batch = Mapping[str, Tensor]
 READ_SCALE = 8.0  # of the product of a slot's words and a noun's, of length about one, in the names' loss
@@ -65,7 +65,7 @@ def embeddings(model: Blip2) -> Tensor:
 
 
 class CellReaders(nn.Module):
-    """Heads that read the image encoder's features of each cell, while it is trained: what is there, and where that is."""
+    """Heads that read the image encoder's features of each cell while it is trained: what is there, and where it is."""
 
     def __init__(self, width: int, words: int) -> None:
         """`width`: of the features; `words`: of the language model's embeddings."""
@@ -118,7 +118,7 @@ class SlotLosses(nn.Module):
         slot = (error * weight).sum() / weight.sum()
         nouns = self.nouns(words)
         named = (kinds == OBJECT) | (kinds == PHOTOGRAPH)
-        aim = (matmul_fp32(target[named], nouns.float().mT) * READ_SCALE).softmax(-1)
+        aim = read_logits(slot_words(words, batch)[named], nouns).softmax(-1)
         logits = read_logits(prefix[named], nouns)
         name = (-(aim * logits.log_softmax(-1)).sum(-1) + (aim * aim.clamp(min=1e-9).log()).sum(-1)).mean()
         return {"slot": slot, "name": name}
@@ -138,7 +138,7 @@ class QueryModel(nn.Module):
         return self.slots.losses(prefix, words, batch) | self.readers.losses(features[:, 1:], nouns, batch)
 
 
-WEIGHTS = {"slot": 0.5, "name": 1.0, "cell": 1.0, "where": 0.5}
+WEIGHTS = {"slot": 0.3, "name": 1.5, "cell": 1.0, "where": 0.5}
 
 
 class QueryPretrain(Task):
@@ -237,7 +237,7 @@ def init_query_attention(
     if width != config.encoder_hidden_size or size < 4 or count > width:
         raise ValueError(
             f"{count} queries {width} wide in {heads} heads cannot be aimed at image features "
-            f"{config.encoder_hidden_size} wide: at most as many as they are wide, the widths equal, a head four or wider"
+            f"{config.encoder_hidden_size} wide: at most as many as they are wide, widths equal, a head four or wider"
         )
     squares = middles.square().sum(1, keepdim=True)
     weight, bias = _ridge(features, torch.cat([middles, squares, shown.float()[:, None]], dim=1))  # to [K, 4]

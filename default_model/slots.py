@@ -120,11 +120,15 @@ class SlotPrefix(nn.Module):
 
     def forward(self, embeddings: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """The language model's embeddings [V, W], and a batch as `SlotEncoder.encode` gives it -> [B, Q, W]."""
-        words = torch.einsum("bqtw,bqt->bqw", embeddings[batch["slot_ids"]], batch["slot_weights"])
         kinds = batch["slot_kinds"]
         place = self.place(waves(batch["slot_places"])) * (kinds == OBJECT).unsqueeze(-1)
-        out: Tensor = words + place + self.kinds[kinds]
+        out: Tensor = slot_words(embeddings, batch) + place + self.kinds[kinds]
         return out
+
+
+def slot_words(embeddings: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The words of slots alone: [B, Q, W]."""
+    return torch.einsum("bqtw,bqt->bqw", embeddings[batch["slot_ids"]], batch["slot_weights"])
 
 
 def waves(places: Tensor) -> Tensor:

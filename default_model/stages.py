@@ -68,6 +68,7 @@ from default_model.stem import (
     fetch,
     fold_batch_norms,
     published_weights,
+    share_stem,
     stem_tensors,
     write_stem,
 )
@@ -194,7 +195,7 @@ def train_language(folder: Path, steps: int | None, device: str) -> None:
     init_word_embeddings(model.language, torch.stack(vectors), bags, seed=7)
     model.language.tie()
     slots = SlotPrefix(model.language.config.hidden_size)
-    init_weights(slots, seed=5, std=0.2)
+    init_weights(slots, seed=5, std=0.03)  # a place then is about as long as a word
     task = SlotLanguage(model, slots, muon_scale=recipe.MUON_SCALE)
     _train(task, LanguageBatches(folder, words), recipe.LANGUAGE_OPTIONS, folder / "language", steps, device)
 
@@ -281,15 +282,23 @@ def train_stage2_raw(folder: Path, steps: int | None, device: str) -> None:
 
 
 def export(folder: Path, steps: int | None, device: str) -> None:
-    """Write both models as they ship: fp16, in Hugging Face's layout, with their tokenizers."""
+    """Write both models as they ship: fp16, in Hugging Face's layout, with tokenizers and the stem, stored once."""
     words = Tokenizers.load(folder)
     model = generator(words)
     _load(model, folder / "finetune", "model.")
     model.language.tie()
     matcher = Blip2Matcher(recipe.matcher_config(len(words.matcher)))
     _load(matcher, folder / "stage1")
+    processor = write_stem(folder, load_file(folder / STEM_FILE), fetch(folder))
     for name, part, tokenizer in (("default", model, "language"), ("default-matcher", matcher, "matcher")):
-        save_model(part, folder / name, tokenizer=folder / f"tokenizer-{tokenizer}", dtype="fp16")
+        save_model(
+            part,
+            folder / name,
+            tokenizer=folder / f"tokenizer-{tokenizer}",
+            image_processor=processor,
+            dtype="fp16",
+        )
+    share_stem(folder / "default-matcher", "default")
 
 
 STAGES = {
