@@ -33,7 +33,7 @@ from blip2.modeling.stem import Stem
 from default_model import easyvqa
 from default_model.backgrounds import POOL, background
 from default_model.kinds import Kind
-from default_model.materials import Cutouts
+from default_model.materials import PICTURES, Cutouts
 from default_model.scenes import GRID, IMAGE_PX, Composer, Placed, Scene
 
 Pixels = NDArray[np.uint8]
@@ -62,7 +62,7 @@ class Painter:
     @cached_property
     def gallery(self) -> Composer:
         """Every cut-out that may be pasted on a photograph: those of both tables, but no drawings in outline."""
-        sharp, pictures = self.sizes[STEM_PX].cutouts, Cutouts.load(self.folder / "pictures.npz")
+        sharp, pictures = self.sizes[STEM_PX].cutouts, Cutouts.load(self.folder / "pictures.npz", PICTURES)
         kept = [i for i, row in enumerate(sharp.rows) if row.source != "openmoji"]
         return Composer(
             Cutouts(
@@ -74,7 +74,7 @@ class Painter:
     @cached_property
     def everything(self) -> Composer:
         """The cut-outs of both tables."""
-        sharp, pictures = self.sizes[STEM_PX].cutouts, Cutouts.load(self.folder / "pictures.npz")
+        sharp, pictures = self.sizes[STEM_PX].cutouts, Cutouts.load(self.folder / "pictures.npz", PICTURES)
         return Composer(Cutouts(sharp.rows + pictures.rows, sharp.images + pictures.images))
 
     @cached_property

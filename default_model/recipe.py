@@ -70,10 +70,10 @@ QFORMER_MUON_SCALE = 3.0  # for the Q-Former, whose initial weights should not c
 FINETUNE_MUON_SCALE = 1.5  # at 6 the image encoder forgets, and the loss does not fall until the rate does
 FINETUNE_LANGUAGE_MUON_SCALE = 5.0
 
-SPECIMENS = 4  # of every cut-out, for the names the stem gives
-PHOTOGRAPH_PARTS = 1_024  # of unlabelled photographs, for the same
+SPECIMENS = 2  # of every cut-out, for the names the stem gives
+PHOTOGRAPH_PARTS = 512  # of unlabelled photographs, for the same
 # Pictures kept as the stem sees them; 98 KB each.
-PICTURES: dict[Kind, int] = {"scene": 32_768, "easy": 4_000, "photograph": 4_096, "pasted": 8_192}
+PICTURES: dict[Kind, int] = {"scene": 32_768, "easy": 4_000, "photograph": 3_072, "pasted": 6_144}
 QUERY_SHARES = {"scene": 0.6, "easy": 0.05, "photograph": 0.1, "pasted": 0.1, "imagined": 0.15}
 TEXT_SHARES = {"scene": 0.55, "easy": 0.07, "photograph": 0.08, "pasted": 0.1, "imagined": 0.2}
 MATCH_SHARES = {"scene": 0.7, "easy": 0.05, "photograph": 0.0, "pasted": 0.1, "imagined": 0.15}

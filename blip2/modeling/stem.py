@@ -39,6 +39,7 @@ STRIDE = 32  # of the head: the side of a cell in the image
 PATCH = 16  # the side of a cell in the folded image
 CELL_VALUES = 3 * PATCH * PATCH
 PROFILE_TEMPERATURE = 3.0  # of the classifier's soft answers that are compared
+PROTOTYPE_SHARE = 0.4  # at 0.5 photographs of what the classifier knows lose their names
 _BATCH = 8  # images computed at a time: of more the maps leave the processor's cache
 
 
@@ -228,7 +229,7 @@ class StemReadout(nn.Module):
         """What the whole image shows: the mean of the head [B, H] -> probabilities [B, K], or [B, K + P] with prototypes.
 
         Prototypes are of things that the classifier has no class for: its soft answers (square roots of probabilities), and
-        the head, are compared with those of known pictures. Classifier and prototypes get one half of the probability each.
+        the head, are compared with those of known pictures. They get `PROTOTYPE_SHARE` of the probability.
         """
         assert self.classifier is not None
         logits = self.classifier(head)
@@ -236,7 +237,8 @@ class StemReadout(nn.Module):
             return logits.softmax(-1)
         profile = (logits / PROFILE_TEMPERATURE).softmax(-1).sqrt()
         compared = self.prototypes(torch.cat([profile, head], dim=-1))
-        return torch.cat([logits.softmax(-1), compared.softmax(-1)], dim=-1) / 2
+        parts = (1 - PROTOTYPE_SHARE) * logits.softmax(-1), PROTOTYPE_SHARE * compared.softmax(-1)
+        return torch.cat(parts, dim=-1)
 
 
 def _size(shapes: Shapes, name: str, dim: int) -> int:
