@@ -169,7 +169,7 @@ def fold_pictures(painter: Painter, stem: Stem, kind: Kind, numbers: Iterable[in
             flush()
     if waiting:
         flush()
-    save_file({"cells": torch.cat(cells)}, path.with_suffix(".safetensors"))
+    save_file({"cells": torch.cat(cells).contiguous()}, path.with_suffix(".safetensors"))
     path.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
 
 
