@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from blip2.stemfiles import STEM_FILES
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.text import TOKENIZER_FILES
 
@@ -14,6 +15,7 @@ HUB_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    *STEM_FILES,
     *TOKENIZER_FILES,
     "model.safetensors",
     "model.safetensors.index.json",
