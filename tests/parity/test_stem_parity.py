@@ -37,6 +37,7 @@ def test_equal_captions_for_equal_pixels(folders: tuple[Path, Path], pictures: l
     theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(
         folders[0], dtype=torch.float32
     ).eval()
+    theirs.eval()  # type: ignore[no-untyped-call]
     words = ours.generator.tokenizer.encode("a photo of")
     ids = torch.tensor([[theirs.config.image_token_index] * theirs.config.num_query_tokens + words])
     for path in pictures:
@@ -50,7 +51,8 @@ def test_equal_captions_for_equal_pixels(folders: tuple[Path, Path], pictures: l
 
 def test_equal_matches_for_equal_pixels(folders: tuple[Path, Path], pictures: list[Path]) -> None:
     ours = blip2.load(folders[1], device="cpu")
-    theirs = transformers.Blip2ForImageTextRetrieval.from_pretrained(folders[1], dtype=torch.float32).eval()
+    theirs = transformers.Blip2ForImageTextRetrieval.from_pretrained(folders[1], dtype=torch.float32)
+    theirs.eval()  # type: ignore[no-untyped-call]
     ids, mask = ours.matcher.encode(["a cat"])
     for path in pictures:
         pixels = to_pixels([load_image(path)], ours.matcher.image_processor)
