@@ -64,7 +64,7 @@ def resolve_path(name_or_path: str | Path, revision: str | None = None) -> Path:
     which = name if revision is None else f"{name} at revision {revision!r}"
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-        if not any(folder.glob("*.safetensors")):
+        if not any(folder.glob("model*.safetensors")):
             patterns = [*HUB_FILES, *OLDER_FILES]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         return folder
