@@ -18,6 +18,7 @@ from blip2.modeling.config import Blip2Config, MatcherConfig, Mode
 from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.registry import default_dtype, resolve_alias
 from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.scan import join_digests
 from blip2.text import Tokenizer
 
 
@@ -36,7 +37,8 @@ class LoadedModel:
     @cached_property
     def digest(self) -> str:
         """What tells the weights, as they were loaded, from all others: one value changed anywhere gives another."""
-        return self.file_digest or model_digest(self.model)
+        weights, stem = self.file_digest or model_digest(self.model), self.image_processor.stem
+        return weights if stem is None else join_digests(map(bytes.fromhex, (weights, stem.digest)))
 
     @property
     def precision(self) -> str:
@@ -64,7 +66,7 @@ def load_components(
             dtype = default_dtype(checkpoint.tensors.numel)
             if dtype == "bf16" and device.type == "cuda":
                 dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        image_processor, tokenizer = load_processors(files, vision=vision, language=language)
+        image_processor, tokenizer = load_processors(files, vision=vision, language=language, device=device)
         model, weights = load_checkpoint(checkpoint, parse_dtype(dtype), device, quantize, prepack=True)
         _check_fit(model.config, image_processor, tokenizer)
     return LoadedModel(model, image_processor, tokenizer, weights)
@@ -76,8 +78,8 @@ def _check_fit(
     """Refuse images of a size, and ids of words, that the model does not take."""
     size, words = config.vision.image_size, _vocabulary(config)
     problem = ""
-    if image_processor.size != size:
-        problem = f"images are made {image_processor.size} px, but the image encoder takes {size}"
+    if image_processor.pixels_size != size:
+        problem = f"images are made {image_processor.pixels_size} px, but the image encoder takes {size}"
     elif (largest := tokenizer.largest_id()) >= words:
         problem = f"the tokenizer gives ids up to {largest:,}, but the model knows {words:,} words"
     if problem:

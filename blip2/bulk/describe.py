@@ -13,7 +13,7 @@ from PIL import Image
 from blip2.bulk.database import Row
 from blip2.bulk.run import DecodeImage, Describe
 from blip2.imagefiles.workers import ImageWorkers
-from blip2.images import MAX_PIXELS, ImageProcessor, load_image
+from blip2.images import MAX_PIXELS, ImageProcessor, ProcessedImage, load_image, process
 
 if TYPE_CHECKING:
     from blip2.predict import Predictor
@@ -43,22 +43,23 @@ def make_captioner(
     options = {"num_return_sequences": 1} | options  # of each image a list of texts
     loaded: list[Predictor] = []
 
-    def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
+    def describe(decoded: Sequence[Image.Image]) -> list[list[Row]]:
         if not loaded:
             loaded.append(load())
-        model, keywords = loaded[0], options | {"batch_size": len(images)}
+        model, keywords = loaded[0], options | {"batch_size": len(decoded)}
+        images = process(decoded, model.generator.image_processor)  # once, for the matcher too
         texts: list[tuple[str, list[Any]]]
         if questions:
-            encoded = model.encode(list(images), batch_size=len(images))
+            encoded = model.encode(images, batch_size=len(images))
             texts = [(question, model.ask(encoded, question, **keywords)) for question in questions]
         else:
-            texts = [("", model.caption(list(images), **keywords))]
+            texts = [("", model.caption(images, **keywords))]
         return [
             rows(model, image, [(question, text) for question, lists in texts for text in lists[i]])
             for i, image in enumerate(images)
         ]
 
-    def rows(model: Predictor, image: Image.Image, texts: list[tuple[str, Any]]) -> list[Row]:
+    def rows(model: Predictor, image: ProcessedImage, texts: list[tuple[str, Any]]) -> list[Row]:
         result: list[Row] = []
         written = [str(text) for _, text in texts]  # by the model: an empty one is compared too
         fits = model.matcher.match([image], written)[0] if match or keep_best else []

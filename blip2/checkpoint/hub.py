@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from blip2.stemfiles import STEM_FILES
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.text import TOKENIZER_FILES
 
@@ -14,6 +15,7 @@ HUB_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    *STEM_FILES,
     *TOKENIZER_FILES,
     "model.safetensors",
     "model.safetensors.index.json",
@@ -62,7 +64,7 @@ def resolve_path(name_or_path: str | Path, revision: str | None = None) -> Path:
     which = name if revision is None else f"{name} at revision {revision!r}"
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-        if not any(folder.glob("*.safetensors")):
+        if not any(folder.glob("model*.safetensors")):
             patterns = [*HUB_FILES, *OLDER_FILES]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         return folder

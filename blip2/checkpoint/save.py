@@ -43,7 +43,8 @@ def save_model(
     Args:
         folder: the new folder; it must not exist yet, or be empty.
         tokenizer: the folder whose tokenizer files are copied.
-        image_processor: how images are prepared; None is BLIP-2's own way at the model's image size.
+        image_processor: how images are prepared; None is BLIP-2's own way at the model's image size. The file of its
+            stem is copied.
         dtype: of the stored weights; None as they are in the model.
         shard_bytes: start another file when one would grow beyond this.
 
@@ -55,6 +56,8 @@ def save_model(
     target_dtype = parse_dtype(dtype)
     info = {n: TensorInfo(tuple(t.shape), target_dtype or t.dtype) for n, t in state.items()}
     files: dict[str, Content] = {**settings(model.config, info, tied, tokenizer, image_processor)}
+    if image_processor is not None:
+        files |= image_processor.files()
     if tokenizer is not None:
         files |= tokenizer_files(Path(tokenizer))
 
