@@ -64,6 +64,8 @@ def test_only_data_is_downloaded(hub: Callable[[object], list[dict[str, Any]]], 
     (tmp_path / "stem.safetensors").touch()  # no weights of the model
     assert resolve_path("facebook/opt-2.7b") == tmp_path
     assert calls[-1]["allow_patterns"] == [*HUB_FILES, *OLDER_FILES]
+    assert resolve_path("facebook/opt-2.7b", only="calibration.json") == tmp_path
+    assert len(calls) == 4 and calls[-1]["allow_patterns"] == ["calibration.json"]
 
     def wanted(file: str) -> bool:
         return any(fnmatch(file, pattern) for pattern in HUB_FILES)
