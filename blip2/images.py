@@ -32,9 +32,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 RGB = tuple[float, float, float]
 
-STEM_PROCESSOR = (
-    "Blip2StemImageProcessor"  # a class that transformers does not have, so that it refuses to open it
-)
+# transformers has no such class, so that it refuses to make pixels that the model would misread
+STEM_PROCESSOR = "Blip2StemImageProcessor"
 _STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")  # what BLIP-2 does to every image
 
 
@@ -244,7 +243,7 @@ def read_image_settings(folder: str | Path) -> Mapping[str, Any]:
     """How a checkpoint's folder says that images are prepared; empty where it says nothing.
 
     Raises:
-        ImageError: unreadable settings, or such as only a part of another version would understand.
+        ImageError: unreadable settings, or a stem that does not go with the kind of image processor they name.
     """
     raw = _read_json(Path(folder) / "processor_config.json").get("image_processor")
     if not isinstance(raw, Mapping):

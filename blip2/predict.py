@@ -453,6 +453,7 @@ class Predictor:
                     output.ids, output.scores, output.token_logprobs, output.finished, strict=True
                 )
             ]
+            self.generator.judge(texts)
             results += [texts[i : i + count] for i in range(0, len(texts), count)]
         return results
 

@@ -206,7 +206,9 @@ def _stored_stem(folder: Path) -> StemFacts | None:
         return None
     file = folder / raw["stem"]["file"]
     tensors, parameters = _stored_tensors(file)
-    return StemFacts(raw["stem"]["origin"], raw["size"]["height"], tensors, parameters, file.stat().st_size)
+    return StemFacts(
+        raw["stem"].get("origin", ""), raw["size"]["height"], tensors, parameters, file.stat().st_size
+    )
 
 
 def _stored_tensors(file: Path) -> tuple[int, int]:

@@ -69,7 +69,8 @@ def seen(model: blip2.Predictor, path: Path) -> Tensor:
     ) / 128
     stem = model.generator.image_processor.stem
     assert stem is not None
-    return stem.network(pixels)
+    folded: Tensor = stem.network(pixels)
+    return folded
 
 
 # --- captions, answers, matches ------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_bulk_reads_each_picture_once_for_both_models(
     assert rows == [5]
     key = "answer" if questions else "caption"
     for image, texts in zip(images, described, strict=True):
-        expected = [model.ask(image, q) for q in questions] or [model.caption(image)]
+        expected = [str(model.ask(image, q)) for q in questions] or [str(model.caption(image))]
         assert [row[key] for row in texts] == expected
         for row in texts:
             assert row["match"] == pytest.approx(model.match(image, row[key]).probability, abs=1e-3)

@@ -29,6 +29,7 @@ def make_captioner(
     score: bool = False,
     match: bool = False,
     keep_best: bool = False,
+    abstain: float | None = None,
 ) -> Describe:
     """A function from images to the rows of their texts.
 
@@ -39,6 +40,8 @@ def make_captioner(
         score: the rows hold the log-probability of the whole text too.
         match: the rows hold the probability that text and image fit (ITM), by the model's matcher.
         keep_best: of an image's texts only the one that fits best is kept.
+        abstain: a caption whose probability of being right is below this is left out: its row has `abstained` instead.
+            For calibrated models, whose captions' rows have that probability in any case.
     """
     options = {"num_return_sequences": 1} | options  # of each image a list of texts
     loaded: list[Predictor] = []
@@ -70,10 +73,21 @@ def make_captioner(
                 row["logprob"] = sum(text.token_logprobs)
             if fits:
                 row["match"] = fits[i].probability
+            if not questions and text.probability_right is not None:
+                row["probability_right"] = text.probability_right
             result.append(row)
-        return [max(result, key=lambda row: float(row["match"]))] if keep_best else result
+        if keep_best:
+            result = [max(result, key=lambda row: float(row["match"]))]
+        return result if abstain is None else [_without_doubtful(row, abstain) for row in result]
 
     return describe
+
+
+def _without_doubtful(row: Row, least: float) -> Row:
+    """A caption's row, without the caption where that is less likely to be right."""
+    if row["probability_right"] >= least:
+        return row
+    return {name: value for name, value in row.items() if name != "caption"} | {"abstained": True}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ again. Values are changed by nothing but a `dtype`.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from blip2.calibration import FILE as CALIBRATION
+from blip2.calibration import Calibration
 from blip2.checkpoint.formats.lavis import LAVIS, to_lavis_config
 from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP, to_paddle_config, tokenizer_changes
 from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
@@ -39,6 +42,8 @@ from blip2.tensorfiles.writers import PDPARAMS, SAFETENSORS, TORCH, FileKind, Re
 Format = Literal["hf", "paddle", "lavis"]
 KINDS: Mapping[str, FileKind] = {"hf": SAFETENSORS, "paddle": PDPARAMS, "lavis": TORCH}
 SMALLEST_EXACT = "smallest-exact"
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what is done, bytes since the last call, bytes in all
 
@@ -238,4 +243,16 @@ def new_checkpoint(
     files |= image_processor.files()
     if tokenizer is not None:
         files |= {**tokenizer_files(tokenizer), **tokenizer_changes(tokenizer, paddle=to == "paddle")}
+    files |= _calibration_files(checkpoint.folder, to)
     return new_model_folder(folder, files, KINDS[to], info, read, shard_bytes)
+
+
+def _calibration_files(folder: Path, to: Format) -> dict[str, Content]:
+    """The calibration of a checkpoint's folder, where it has one and the format can hold it."""
+    calibration = Calibration.load(folder)  # nothing broken is passed on
+    if calibration is None:
+        return {}
+    if to != "hf":
+        log.warning("%s is left out: %s's layout has no place for it", folder / CALIBRATION, to)
+        return {}
+    return {CALIBRATION: calibration.to_dict()}

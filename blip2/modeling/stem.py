@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.modeling.config import ConfigError
+from blip2.modeling.config import MAX_LAYERS, ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -38,9 +37,10 @@ FINE_STAGE = 4  # whose map has stride 16, from 0
 STRIDE = 32  # of the head: the side of a cell in the image
 PATCH = 16  # the side of a cell in the folded image
 CELL_VALUES = 3 * PATCH * PATCH
-PROFILE_TEMPERATURE = 3.0  # of the classifier's soft answers that are compared
-PROTOTYPE_SHARE = 0.4  # at 0.5 photographs of what the classifier knows lose their names
-_BATCH = 8  # images computed at a time: of more the maps leave the processor's cache
+_BATCH = 4  # images computed at a time: of more the maps leave the processor's cache
+_PACKED_PX = (
+    256  # side of the images that weights are packed for; with others they would be packed anew at each call
+)
 
 
 class Stem(nn.Module):
@@ -56,7 +56,7 @@ class Stem(nn.Module):
         width, kernel = (_size(shapes, "first.weight", dim) for dim in (0, 2))
         self.first = StemConv(3, width, kernel, stride=2)
         self.blocks, starts = nn.ModuleList(), list[int]()  # the first block of each stage
-        for number in count():
+        for number in range(MAX_LAYERS):
             name = f"blocks.{number}"
             if f"{name}.project.weight" not in shapes:
                 break
@@ -103,10 +103,11 @@ class Stem(nn.Module):
 
         No result changes. The weights can no longer be read or moved to another device.
         """
-        if _cpu_fuses():
-            for module in self.modules():
-                if isinstance(module, StemConv):
-                    module.pack()
+        image_px = _PACKED_PX
+        for module in self.modules() if _cpu_fuses() else ():  # in the order in which they compute
+            if isinstance(module, StemConv):
+                module.pack(image_px)
+                image_px //= module.stride
         return self
 
 
@@ -133,8 +134,10 @@ class StemConv(nn.Module):
         self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, active: bool = True
     ) -> None:
         super().__init__()
-        if kernel % 2 == 0:
-            raise ConfigError(f"a stem's convolutions are 1, 3, 5, ... px wide, not {kernel}")
+        if kernel % 2 == 0 or kernel < stride:
+            raise ConfigError(
+                f"a stem's convolutions of stride {stride} are an odd number of px wide, not {kernel}"
+            )
         self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(outputs))
         self.kernel, self.stride, self.groups, self.active = kernel, stride, groups, active
@@ -142,34 +145,32 @@ class StemConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, S, S] -> [B, outputs, S / stride, S / stride]."""
-        padding = self._padding
-        if self.stride == 2:  # an odd padding for an even side: the pixel more comes after
-            before = self.kernel // 2 - 1
-            x = F.pad(x, (before, before + 1, before, before + 1))
         if self._packed is None:
-            out = F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups)
+            out = F.conv2d(x, self._padded(), self.bias, self.stride, self.kernel // 2, groups=self.groups)
             return out.clamp_(0, 6) if self.active else out
         clamp: tuple[str, list[float], str] = (
             ("hardtanh", [0.0, 6.0], "") if self.active else ("none", [], "")
         )
-        steps = [self.stride, self.stride]
         fused: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed, self.bias, [padding, padding], steps, [1, 1], self.groups, *clamp
+            x, self._packed, self.bias, *self._geometry(), *clamp
         )
         return fused
 
-    def pack(self) -> None:
-        """Keep the weight in oneDNN's layout alone."""
-        weight, padding = self.weight.detach(), self._padding
-        shown = [_BATCH, weight.shape[1] * self.groups, 64, 64]  # some input, to choose the layout by
-        self._packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, [padding, padding], [self.stride, self.stride], [1, 1], self.groups, shown
-        )
+    def pack(self, image_px: int) -> None:
+        """Keep the weight in oneDNN's layout alone, the one for maps of so many px."""
+        weight = self._padded().detach()
+        inputs = [_BATCH, weight.shape[1] * self.groups, image_px, image_px]
+        self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry(), inputs)
         self.weight.data = weight.new_empty(0)
 
-    @property
-    def _padding(self) -> int:
-        return 0 if self.stride == 2 else self.kernel // 2
+    def _padded(self) -> Tensor:
+        """The weight, with zeros above and on the left at stride 2: there "same" pads one pixel more after than before,
+        so that the map would have to be copied to be padded. [outputs, inputs / groups, K, K]."""
+        return F.pad(self.weight, (1, 0, 1, 0)) if self.stride == 2 else self.weight
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Padding, strides, dilation and groups as oneDNN takes them."""
+        return [self.kernel // 2] * 2, [self.stride] * 2, [1, 1], self.groups
 
 
 class StemBlock(nn.Module):
@@ -199,15 +200,12 @@ class StemReadout(nn.Module):
         super().__init__()
         coarse, detail = (_size(shapes, f"readout.{name}.weight", 0) for name in ("coarse", "fine"))
         self.coarse, self.fine = nn.Linear(head, coarse), nn.Linear(fine, detail)
-        self.classifier = self.prototypes = self.evidence = None
+        self.classifier = self.evidence = None
         evidence = 0
         if "readout.evidence.weight" in shapes:
-            evidence, names = (_size(shapes, "readout.evidence.weight", dim) for dim in range(2))
-            classes = _size(shapes, "readout.classifier.weight", 0)
+            evidence, classes = (_size(shapes, "readout.evidence.weight", dim) for dim in range(2))
             self.classifier = nn.Linear(head, classes)
-            if "readout.prototypes.weight" in shapes:
-                self.prototypes = nn.Linear(classes + head, names - classes)
-            self.evidence = nn.Linear(names, evidence, bias=False)
+            self.evidence = nn.Linear(classes, evidence, bias=False)
         if (values := coarse + 4 * detail + evidence) != CELL_VALUES:
             raise ConfigError(
                 f"a stem reads {CELL_VALUES} values a cell: coarse + 4 x fine + evidence; "
@@ -220,25 +218,11 @@ class StemReadout(nn.Module):
         details: Tensor = self.fine(fine.permute(0, 2, 3, 1))  # [B, 2 R, 2 R, D]
         squares = details.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)  # [B, R, R, 2, 2, D]
         parts = [self.coarse(places), squares.flatten(3)]
-        if self.evidence is not None:
-            evidence = self.evidence(self.probabilities(places.mean((1, 2))))  # [B, E]
+        if self.classifier is not None and self.evidence is not None:
+            probabilities = self.classifier(places.mean((1, 2))).softmax(-1)  # [B, K]
+            evidence = self.evidence(probabilities)  # [B, E]
             parts.append(evidence[:, None, None].expand(*places.shape[:3], -1))
         return torch.cat(parts, dim=-1).permute(0, 3, 1, 2)
-
-    def probabilities(self, head: Tensor) -> Tensor:
-        """What the whole image shows: the mean of the head [B, H] -> probabilities [B, K], or [B, K + P] with prototypes.
-
-        Prototypes are of things that the classifier has no class for: its soft answers (square roots of probabilities), and
-        the head, are compared with those of known pictures. They get `PROTOTYPE_SHARE` of the probability.
-        """
-        assert self.classifier is not None
-        logits = self.classifier(head)
-        if self.prototypes is None:
-            return logits.softmax(-1)
-        profile = (logits / PROFILE_TEMPERATURE).softmax(-1).sqrt()
-        compared = self.prototypes(torch.cat([profile, head], dim=-1))
-        parts = (1 - PROTOTYPE_SHARE) * logits.softmax(-1), PROTOTYPE_SHARE * compared.softmax(-1)
-        return torch.cat(parts, dim=-1)
 
 
 def _size(shapes: Shapes, name: str, dim: int) -> int:

@@ -61,7 +61,7 @@ async def _generate(
 
     def result(outputs: list[TextOutput]) -> dict[str, Any]:
         context.log_content(request, {key: [output.text for output in outputs]})
-        texts = []
+        texts: list[dict[str, Any]] = []
         for output in outputs:
             tokens = [
                 {"text": token_text(context.decode, token.id, token.before), "logprob": token.logprob}
@@ -70,8 +70,13 @@ async def _generate(
             logprob = sum(map(finite_logprob, output.text.token_logprobs))
             scores = {"score": output.text.score, "logprob": logprob}
             texts.append({"text": str(output.text), **scores, "tokens": tokens})
+        captions = [output.text.token_logprobs for output in outputs]
+        probabilities, warnings = context.judge(captions) if key == "captions" else ([], [])
+        for text, probability in zip(texts, probabilities):
+            text["probability_right"] = probability
         count = sum(len(output.text.tokens) for output in outputs)
-        return {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
+        answer = {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
+        return answer | ({"warnings": warnings} if warnings else {})
 
     if not body.stream:
         return json_response(result(await context.result(request, work)))

@@ -63,11 +63,12 @@ class Published(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = fine = F.relu6(self._bn0(self._conv_stem(x)))
         for number, block in enumerate(self._blocks):
+            layers = dict(block.named_children())
             y = x
-            if hasattr(block, "_expand_conv"):
-                y = F.relu6(block._bn0(block._expand_conv(y)))
-            y = F.relu6(block._bn1(block._depthwise_conv(y)))
-            y = block._bn2(block._project_conv(y))
+            if "_expand_conv" in layers:
+                y = F.relu6(layers["_bn0"](layers["_expand_conv"](y)))
+            y = F.relu6(layers["_bn1"](layers["_depthwise_conv"](y)))
+            y = layers["_bn2"](layers["_project_conv"](y))
             x = x + y if x.shape == y.shape else y
             fine = x if number == self.ends[4] else fine
         return fine, F.relu6(self._bn1(self._conv_head(x)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,14 @@ def test_an_image_does_not_depend_on_its_batch(tensors: dict[str, Tensor], packe
     together = stem(pixels)
     alone = torch.cat([stem(row[None]) for row in pixels])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_disturb_each_other(tensors: dict[str, Tensor]) -> None:
+    stem, batches = build(tensors).pack(), torch.randn(24, 2, 3, 64, 64).unbind()
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(stem, batches))
+    for folded, pixels in zip(together, batches, strict=True):
+        assert torch.equal(folded, stem(pixels))
 
 
 def test_it_passes_no_gradient(tensors: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,11 +35,10 @@ def test_plain_pixels_are_refused(folders: tuple[Path, Path]) -> None:
 
 def test_equal_captions_for_equal_pixels(folders: tuple[Path, Path], pictures: list[Path]) -> None:
     ours = blip2.load(folders[0], device="cpu")
-    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(
-        folders[0], dtype=torch.float32
-    ).eval()
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(folders[0], dtype=torch.float32)
+    theirs.eval()  # type: ignore[no-untyped-call]
     words = ours.generator.tokenizer.encode("a photo of")
-    ids = torch.tensor([[theirs.config.image_token_index] * theirs.config.num_query_tokens + words])
+    ids: Any = torch.tensor([[theirs.config.image_token_index] * theirs.config.num_query_tokens + words])
     for path in pictures:
         pixels = to_pixels([load_image(path)], ours.generator.image_processor)
         with torch.inference_mode():
@@ -50,7 +50,8 @@ def test_equal_captions_for_equal_pixels(folders: tuple[Path, Path], pictures: l
 
 def test_equal_matches_for_equal_pixels(folders: tuple[Path, Path], pictures: list[Path]) -> None:
     ours = blip2.load(folders[1], device="cpu")
-    theirs = transformers.Blip2ForImageTextRetrieval.from_pretrained(folders[1], dtype=torch.float32).eval()
+    theirs = transformers.Blip2ForImageTextRetrieval.from_pretrained(folders[1], dtype=torch.float32)
+    theirs.eval()  # type: ignore[no-untyped-call]
     ids, mask = ours.matcher.encode(["a cat"])
     for path in pictures:
         pixels = to_pixels([load_image(path)], ours.matcher.image_processor)
