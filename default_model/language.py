@@ -14,7 +14,7 @@ from default_model.asking import Asker
 from default_model.captions import photo_caption, scene_caption
 from default_model.corpus import text_corpus
 from default_model.grammar import Grammar
-from default_model.imagenet import TABLE, ImageNetClass, read_imagenet
+from default_model.imagenet import ImageNetClass, read_imagenet
 from default_model.materials import ObjectRow, read_table
 from default_model.photo import Photo
 from default_model.photo_questions import PhotoQuestions
@@ -154,5 +154,5 @@ def language_of(rows: Iterable[ObjectRow], classes: Iterable[ImageNetClass] = ()
 
 @lru_cache(maxsize=1)
 def standard() -> Language:
-    """The language of objects.csv and, where it is there, imagenet.csv."""
-    return language_of(read_table(), read_imagenet() if TABLE.is_file() else ())
+    """The language of objects.csv and imagenet.csv."""
+    return language_of(read_table(), read_imagenet())

@@ -25,13 +25,9 @@ class PhotoQuestions(Asker):
         return self.photo.noun
 
     def _absent(self) -> str | None:
-        """A noun of something that such a photograph hardly shows."""
-        category = self.photo.category
-        pool = self.grammar.unlikely_beside(category) if category is not None else []
-        noun = self.rng.choice(pool) if pool else None
-        if noun is not None and self.photo.noun is not None and self.grammar.related(noun, self.photo.noun):
-            return None
-        return noun
+        """A noun of something that is not on the photograph, as far as its facts tell."""
+        pool = self.grammar.not_shown(self.photo.noun, self.photo.category)
+        return self.rng.choice(pool) if pool else None
 
     def _is_a(self, category: str) -> bool | None:
         """Whether the thing is of a category, None where that is not known."""
