@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from default_model.grammar import Grammar
+from default_model.colours import COLOURS
+from default_model.grammar import Grammar, a_category, category_plural
 from default_model.qa import KINDS, QA
 from default_model.wordings import Split, ask
 
@@ -22,6 +23,7 @@ REPLIES = {  # to what is no question about the picture
     "about": "i can describe the picture and answer questions about it",
     "other": "i can only talk about the picture",
 }
+ABSENT = 0.15  # of questions about a color, a place, a breed: of something that is not there
 GARBLED = 0.3  # of gibberish: letters at random
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -93,6 +95,31 @@ class Asker(ABC):
         forms = ("it", "its_breed") if it else ("what", "breed")
         animal = self.grammar.category(noun) == "animal"
         return self.ask(f"breed.{forms[animal and self.chance(0.5)]}", answer, one=noun)
+
+    def color_of(self, noun: str, answer: str) -> QA:
+        return self.ask("color.one", answer, the=self.grammar.the(noun))
+
+    def color_check(self, noun: str, colour: str) -> QA:
+        """Whether something has its color, or whether it has another one."""
+        yes = self.chance(0.5)
+        asked = colour if yes else self.rng.choice([c for c in COLOURS if c not in (colour, noun)])
+        return self.ask("color.check", YES if yes else NO, the=self.grammar.the(noun), color=asked)
+
+    def present(self, noun: str, yes: bool) -> QA:
+        """Whether there is something of that name."""
+        answer, draw = YES if yes else NO, self.rng.random()
+        if draw < 0.25:
+            return self.ask("presence.any", answer, many=self.grammar.many(noun))
+        if draw < 0.4 and " " not in self.grammar.nouns[noun].article:
+            return self.ask("presence.bare", answer, one=noun)
+        return self.ask("presence.one", answer, a=self.grammar.one(noun))
+
+    def present_category(self, category: str, yes: bool) -> QA:
+        """Whether there is something of a category."""
+        answer = YES if yes else NO
+        if self.chance(0.5):
+            return self.ask("presence.any", answer, many=category_plural(category))
+        return self.ask("presence.one", answer, a=a_category(category))
 
     def chance(self, share: float) -> bool:
         return self.rng.random() < share

@@ -5,19 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 
+from default_model.overlaps import same_thing
 from default_model.scenes import Noun
-from default_model.words import (
-    ANIMALS,
-    ASKABLE,
-    CATEGORY_PLURALS,
-    COMMONPLACE,
-    FAMILIES,
-    OUTDOORS,
-    OVERLAPS,
-    RARELY_BESIDE,
-    UNCLEAR,
-    UNIT_PLURALS,
-)
+from default_model.together import may_show
+from default_model.words import ANIMALS, ASKABLE, CATEGORY_PLURALS, UNCLEAR, UNIT_PLURALS
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
@@ -35,7 +26,7 @@ class Grammar:
             self.by_category.setdefault(self.nouns[name].category, []).append(name)
         self.categories = tuple(c for c in ASKABLE if any(self.is_a(noun, c) for noun in self.all))
         self._related = self._names_alike()
-        self._unlikely: dict[str, list[str]] = {}
+        self._not_shown: dict[tuple[str | None, str | None], list[str]] = {}
 
     # -- noun phrases
 
@@ -90,13 +81,10 @@ class Grammar:
         for noun in self.all:
             for word in _stems(noun):
                 sharing.setdefault(word, set()).add(noun)
-        for group in OVERLAPS:
-            for noun in group:
-                sharing.setdefault(f"overlap {noun}", set()).update(group)
         alike = {}
         for noun in self.all:
-            keys = (*_stems(noun), f"overlap {noun}")
-            related = set().union(*(sharing.get(key, ()) for key in keys))
+            related = set().union(*(sharing[word] for word in _stems(noun)))
+            related |= {other for other in self.all if same_thing(noun, other)}
             related |= {self.nouns[noun].category, *self.by_category.get(noun, ())}
             alike[noun] = frozenset(related)
         return alike
@@ -113,20 +101,17 @@ class Grammar:
                 return noun
         return next(noun for noun in self.all if noun not in present)
 
-    def unlikely_beside(self, category: str) -> list[str]:
-        """Nouns of things that a photograph of something of a category hardly shows too."""
-        if category not in self._unlikely:
-            family = next((group for group in FAMILIES if category in group), (category,))
-            place = "outdoors" if category in OUTDOORS else "food" if category in FAMILIES[1] else "other"
-            away = RARELY_BESIDE["animal" if category in ANIMALS else place]
-            self._unlikely[category] = [
-                noun
-                for other in away
-                if other not in family
-                for noun in self.by_category.get(other, ())
-                if noun not in COMMONPLACE
+    def not_shown(self, noun: str | None, category: str | None) -> list[str]:
+        """Nouns of what a photograph of a noun, or of anything of a category, does not show."""
+        key = (noun, category if noun is None else None)
+        if key not in self._not_shown:
+            possible = self.by_category.get(category or "", []) if noun is None else [noun]
+            self._not_shown[key] = [
+                other
+                for other in (self.all if possible else ())
+                if not any(may_show(one, other) or self.related(one, other) for one in possible)
             ]
-        return self._unlikely[category]
+        return self._not_shown[key]
 
 
 def with_article(word: str) -> str:

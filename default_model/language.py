@@ -119,7 +119,9 @@ class Language(Grammar):
                 qa = asker.question(kind, opening=not drawn)
             if qa is not None:
                 drawn.append(qa)
-        return drawn or [asker._description(True)]
+        description = asker.question("description")
+        assert description is not None
+        return drawn or [description]
 
     def _asker(self, picture: Scene | Photo, rng: random.Random, split: Split) -> Asker:
         if isinstance(picture, Photo):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from default_model.asking import CANNOT_TELL, NO, YES, Asker, Focus, Option, Turn
+from default_model.asking import ABSENT, CANNOT_TELL, NO, YES, Asker, Focus, Option, Turn
 from default_model.captions import hedge, photo_caption
-from default_model.colours import COLOURS
 from default_model.grammar import Grammar, a_category, category_plural, with_article
 from default_model.photo import Photo
 from default_model.qa import QA
@@ -25,13 +24,9 @@ class PhotoQuestions(Asker):
         return self.photo.noun
 
     def _absent(self) -> str | None:
-        """A noun of something that such a photograph hardly shows."""
-        category = self.photo.category
-        pool = self.grammar.unlikely_beside(category) if category is not None else []
-        noun = self.rng.choice(pool) if pool else None
-        if noun is not None and self.photo.noun is not None and self.grammar.related(noun, self.photo.noun):
-            return None
-        return noun
+        """A noun of something that is not on the photograph, as far as its facts tell."""
+        pool = self.grammar.not_shown(self.photo.noun, self.photo.category)
+        return self.rng.choice(pool) if pool else None
 
     def _is_a(self, category: str) -> bool | None:
         """Whether the thing is of a category, None where that is not known."""
@@ -52,18 +47,15 @@ class PhotoQuestions(Asker):
 
     def _color(self, opening: bool) -> QA | None:
         colour, noun = self.photo.colour, self.photo.noun
-        if self.chance(0.15) and (absent := self._absent()) is not None:
-            return self.ask("color.one", self.grammar.no(absent), the=self.grammar.the(absent))
+        if self.chance(ABSENT) and (absent := self._absent()) is not None:
+            return self.color_of(absent, self.grammar.no(absent))
         if colour is None or (noun is None and not opening):
             return None
         if noun is None or (opening and self.chance(0.4)):
             return self.ask("color.it", colour)
-        the = self.grammar.the(noun)
         if colour != noun and self.chance(0.2):
-            yes = self.chance(0.5)
-            asked = colour if yes else self.rng.choice([c for c in COLOURS if c not in (colour, noun)])
-            return self.ask("color.check", YES if yes else NO, the=the, color=asked)
-        return self.ask("color.one", colour, the=the)
+            return self.color_check(noun, colour)
+        return self.color_of(noun, colour)
 
     def _count(self, opening: bool) -> QA | None:
         noun = self._absent()
@@ -78,24 +70,13 @@ class PhotoQuestions(Asker):
         )
 
     def _presence(self, opening: bool) -> QA | None:
-        yes, answer = self.chance(0.5), {True: YES, False: NO}
-        noun = self.photo.noun if yes else self._absent()
-        if yes and (noun is None or self.chance(0.15)):
-            fitting = [c for c in self.grammar.categories if self._is_a(c) and c != "food"]
-            if not fitting:
-                return None
-            category = self.rng.choice(fitting)
-            if self.chance(0.5):
-                return self.ask("presence.any", YES, many=category_plural(category))
-            return self.ask("presence.one", YES, a=a_category(category))
-        if noun is None:
-            return None
-        draw = self.rng.random()
-        if draw < 0.25:
-            return self.ask("presence.any", answer[yes], many=self.grammar.many(noun))
-        if draw < 0.4 and " " not in self.grammar.nouns[noun].article:
-            return self.ask("presence.bare", answer[yes], one=noun)
-        return self.ask("presence.one", answer[yes], a=self.grammar.one(noun))
+        if self.chance(0.5):
+            absent = self._absent()
+            return None if absent is None else self.present(absent, False)
+        fitting = [c for c in self.grammar.categories if self._is_a(c)]
+        if fitting and (self.photo.noun is None or self.chance(0.15)):
+            return self.present_category(self.rng.choice(fitting), True)
+        return None if self.photo.noun is None else self.present(self.photo.noun, True)
 
     def _category(self, opening: bool) -> QA | None:
         return self.pick((3, self._which), (3.0 * opening, self._check))
@@ -134,7 +115,7 @@ class PhotoQuestions(Asker):
         )
 
     def _breed(self, opening: bool) -> QA | None:
-        if self.chance(0.15) and (absent := self._absent()) in self.grammar.breeds:
+        if self.chance(ABSENT) and (absent := self._absent()) in self.grammar.breeds:
             return self.ask_breed(absent, self.grammar.no(absent))
         noun = self.photo.noun
         if noun is None or noun not in self.grammar.breeds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from functools import cached_property
 
-from default_model.asking import CANNOT_TELL, NO, NOTHING, YES, Asker, Focus, Option, Turn
+from default_model.asking import ABSENT, CANNOT_TELL, NO, NOTHING, YES, Asker, Focus, Option, Turn
 from default_model.captions import scene_caption, some
 from default_model.colours import COLOURS
 from default_model.facts import (
@@ -24,8 +24,6 @@ from default_model.grammar import Grammar, a_category, category_plural, listed
 from default_model.qa import QA
 from default_model.scenes import Scene, relation
 from default_model.wordings import Split
-
-ABSENT = 0.15  # of questions about a color, a place: of something that is not there
 
 
 class SceneQuestions(Asker):
@@ -100,28 +98,18 @@ class SceneQuestions(Asker):
         known = [g for g in self.named if g.colour is not None]
         if self.chance(ABSENT):
             noun = self._absent()
-            return self._color_of(noun, self.grammar.no(noun))
+            return self.color_of(noun, self.grammar.no(noun))
         if not known:
             return None
         group = self.rng.choice(known)
         assert group.colour is not None
-        if self.chance(0.2):
-            return self._color_check(group.noun, group.colour)
+        if group in self.alone and group.colour != group.noun and self.chance(0.2):
+            return self.color_check(group.noun, group.colour)
         if opening and len(self.named) == 1 and self.chance(0.4):
             return self.ask("color.it" if group in self.alone else "color.them", group.colour)
         if group in self.alone:
-            return self._color_of(group.noun, group.colour)
+            return self.color_of(group.noun, group.colour)
         return self.ask("color.many", group.colour, those=f"the {self.grammar.many(group.noun)}")
-
-    def _color_of(self, noun: str, answer: str) -> QA:
-        return self.ask("color.one", answer, the=self.grammar.the(noun))
-
-    def _color_check(self, noun: str, colour: str) -> QA | None:
-        if len([g for g in self.alone if g.noun == noun]) == 0 or colour == noun:
-            return None
-        yes = self.chance(0.5)
-        asked = colour if yes else self.rng.choice([c for c in COLOURS if c not in (colour, noun)])
-        return self.ask("color.check", YES if yes else NO, the=self.grammar.the(noun), color=asked)
 
     # -- numbers
 
@@ -183,24 +171,11 @@ class SceneQuestions(Asker):
 
     def _present_category(self, yes: bool) -> QA | None:
         category = self._draw_category(yes)
-        if category is None or category == "food":
-            return None
-        if self.chance(0.5):
-            return self.ask("presence.any", YES if yes else NO, many=category_plural(category))
-        return self.ask("presence.one", YES if yes else NO, a=a_category(category))
+        return None if category is None else self.present_category(category, yes)
 
     def _present_noun(self, yes: bool) -> QA:
         noun = self.rng.choice(self.named).noun if yes else self._absent()
         return self.present(noun, yes)
-
-    def present(self, noun: str, yes: bool) -> QA:
-        """Whether there is something of that name."""
-        answer, draw = YES if yes else NO, self.rng.random()
-        if draw < 0.25:
-            return self.ask("presence.any", answer, many=self.grammar.many(noun))
-        if draw < 0.4 and " " not in self.grammar.nouns[noun].article:
-            return self.ask("presence.bare", answer, one=noun)
-        return self.ask("presence.one", answer, a=self.grammar.one(noun))
 
     # -- places
 
@@ -343,7 +318,7 @@ class SceneQuestions(Asker):
         if not known:
             return None
         group = self.rng.choice(known)
-        return self._color_of(group.noun, group.colour or ""), Focus(group.noun, 1)
+        return self.color_of(group.noun, group.colour or ""), Focus(group.noun, 1)
 
     def _follow_ups(self, last: QA, focus: Focus | None) -> list[Option[Turn]]:
         options: list[Option[Turn]] = [(0.5, lambda: (self._description(), focus)), (0.4, self._small_talk)]

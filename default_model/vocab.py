@@ -66,7 +66,7 @@ def name_bags(language: Language, encode: Callable[[str], list[int]]) -> dict[st
 
 
 def _name_words(language: Language) -> list[str]:
-    """What the names are split into before BPE, in every letter case: " dog", " DOG", " t", "-", "shirt"."""
+    """The words that names are split into before BPE, in every letter case: " dog", " DOG", " t", "shirt"."""
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = {
         form[slice(*span)]
@@ -74,7 +74,7 @@ def _name_words(language: Language) -> list[str]:
         for form in (f" {in_case(name, case)}" for case in LETTER_CASES)
         for _, span in splitter.pre_tokenize_str(form)
     }
-    return sorted(words)
+    return sorted(word for word in words if word.strip().isalpha())
 
 
 def train_language(text: Iterator[str], language: Language) -> Tokenizer:
@@ -108,8 +108,10 @@ def train_matcher(text: Iterator[str], language: Language) -> Tokenizer:
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
-    for line in chain(text, names(language) * NAME_WEIGHT):
-        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    for weight, lines in ((1, text), (NAME_WEIGHT, names(language))):
+        for line in lines:
+            for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)):
+                counts[word] += weight
     characters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
     inner = ["##" + c for c in characters if c.isalnum()]
     entries = [*BERT_SPECIALS, *characters, *inner]

@@ -26,22 +26,13 @@ WORDS = {
     "tell": "tell me|can you tell me|could you tell me|please tell me|say",
 }
 POLITE = (
-    "please,",
-    "hi,",
-    "hello,",
-    "hey,",
-    "ok,",
-    "okay,",
-    "so",
-    "now",
-    "well,",
-    "excuse me,",
-    "sorry,",
+    "please,", "hi,", "hello,", "hey,", "ok,", "okay,", "so", "now", "well,", "excuse me,", "sorry,",
     "here is a picture.",
-)
+)  # fmt: skip
+BRIEF = ("answer in one word.", "answer briefly.", "be brief.", "keep it short.", "no long answer please.")
 THANKS = ("please", "thanks", "thank you", "for me", "in your opinion", "exactly", "now")
 CASE_WEIGHTS = (40, 35, 10, 15)  # of LETTER_CASES in training
-POLITE_SHARE, MARK_DROPPED, MISTAKES = 0.12, 0.3, 0.04
+POLITE_SHARE, MARK_DROPPED, MISTAKES, GREY = 0.12, 0.3, 0.04, 0.3
 
 
 @lru_cache(maxsize=1)
@@ -85,18 +76,21 @@ def ask(form: str, rng: random.Random, split: Split = "train", **slots: str) -> 
     wording = rng.choice(rng.choice(wordings()[form, split]))
     if split == "train" and rng.random() < MISTAKES:
         wording = _mistyped(wording, rng)
-    return wording.format(**slots)
+    text = wording.format(**slots)
+    return text.replace("gray", "grey") if "gray" in text and rng.random() < GREY else text
 
 
 def typed(question: str, rng: random.Random) -> str:
-    """The question as somebody may type it: politely, without its mark, in any letter case."""
+    """The question as somebody may type it: politely, with an instruction, without its mark, in any letter case."""
     mark = question[-1:] if question[-1:] in ("?", ".", "!") else ""
     words = question.removesuffix(mark)
-    if words and rng.random() < POLITE_SHARE:
-        if rng.random() < 0.7:
-            words = f"{rng.choice(POLITE)} {words}"
-        else:
-            words = f"{words} {rng.choice(THANKS)}"
+    draw = rng.random() if words else 1.0
+    if draw < 0.6 * POLITE_SHARE:
+        words = f"{rng.choice(POLITE)} {words}"
+    elif draw < 0.8 * POLITE_SHARE:
+        words = f"{words} {rng.choice(THANKS)}"
+    elif draw < POLITE_SHARE:
+        words, mark = f"{words}{mark} {rng.choice(BRIEF)}".removesuffix("."), "."
     draw = rng.random()
     if draw < MARK_DROPPED:
         mark = ""

@@ -1,4 +1,4 @@
-"""How the composer's nouns are related: categories, and names that may both be true."""
+"""Categories of nouns: which of them questions name, and where people disagree."""
 
 from __future__ import annotations
 
@@ -40,78 +40,3 @@ UNCLEAR = {
     },
     "weapon": {"tool", "household item", "sports item", "vehicle", "thing in space", "vehicle part", "toy"},
 }  # fmt: skip
-# What a photograph of one thing hardly shows too, by where it may be taken; but nothing of the thing's own family, and
-# nothing that is everywhere.
-RARELY_BESIDE = {
-    "outdoors": ("musical instrument", "weapon"),
-    "animal": ("fruit", "vegetable", "food", "vehicle", "musical instrument", "weapon"),
-    "food": ("animal", "vehicle", "musical instrument"),
-    "other": ("animal", "bird", "insect", "fish", "vehicle", "musical instrument", "weapon"),
-}
-FAMILIES = (
-    ANIMALS,
-    ("fruit", "vegetable", "food", "drink", "plant", "flower"),
-    ("vehicle", "vehicle part", "weapon"),
-)
-OUTDOORS = (
-    "place", "thing in nature", "thing in town", "plant", "flower", "person", "building", "road sign", "sports item",
-    "vehicle",
-)  # fmt: skip
-COMMONPLACE = {
-    "dog", "cat", "horse", "bird", "fish", "fly", "car", "truck", "bicycle", "boat", "bread", "knife", "cow", "pig",
-    "rabbit",    "sheep", "lamb", "crab", "lobster", "shrimp", "snail", "octopus", "egg",
-}  # fmt: skip
-# Words that may be true of the same object: none is used in a question about an absent object if another is present.
-OVERLAPS = (
-    {"boat", "sailboat", "ship", "submarine"},
-    {"circle", "oval"},
-    {"square", "rectangle", "diamond"},
-    {"chicken", "rooster", "chick", "roast turkey", "turkey"},
-    {"cup", "drinking glass", "wine glass", "kettle", "teapot", "pitcher", "bottle"},
-    {"sheep", "lamb", "ram"},
-    {"bull", "cow", "bison", "yak", "gnu"},
-    {"house", "cabin", "barn", "castle", "fort", "tower", "church", "igloo"},
-    {"tent", "tepee", "circus tent"},
-    {"monitor", "television", "laptop"},
-    {"bow", "bow tie"},
-    {"shirt", "t-shirt", "jacket"},
-    {"jeans", "pants"},
-    {"moon", "planet"},
-    {"egg", "easter egg"},
-    {"santa claus", "santa hat", "elf hat"},
-    {"leaf", "holly", "clover"},
-    {
-        "man",
-        "doctor",
-        "nurse",
-        "scientist",
-        "police officer",
-        "firefighter",
-        "astronaut",
-        "dancer",
-        "mermaid",
-    },
-    {"train", "train car"},
-    {"parachute", "hot air balloon", "balloon"},
-    {"airplane", "fighter jet"},
-    {"guitar", "violin", "cello"},
-    {"mouse", "rat", "hamster"},
-    {"chimpanzee", "monkey", "gorilla"},
-    {"clock", "watch", "stopwatch"},
-    {"snail", "slug", "shell"},
-    {"crow", "blackbird", "magpie", "lark", "swallow"},
-    {"cheetah", "tiger", "lion", "cat"},
-    {"deer", "reindeer", "antelope"},
-    {"potted plant", "palm tree", "cactus"},
-    {"cement mixer", "cement truck"},
-    {"dog", "wolf", "fox"},
-    {"bee", "wasp", "fly"},
-    {"butterfly", "moth"},
-    {"handbag", "suitcase", "backpack"},
-    {"bicycle", "tricycle", "motorcycle", "scooter"},
-    {"donkey", "horse"},
-    {"orange", "apricot", "peach", "lemon", "lime", "mango"},
-    {"plum", "cherry"},
-    {"sword", "knife"},
-    {"pen", "pencil", "marker"},
-)

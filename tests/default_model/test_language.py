@@ -10,10 +10,12 @@ from default_model.captions import hedge
 from default_model.corpus import imagined, imagined_photo
 from default_model.evaluation import counts_right, named_objects, names_object
 from default_model.facts import PHRASES
-from default_model.language import Language
+from default_model.language import Language, standard
+from default_model.overlaps import same_thing
 from default_model.photo import Photo
 from default_model.qa import KINDS
 from default_model.scenes import Composer, Placed, Scene, relation
+from default_model.together import may_show
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,19 @@ def test_a_photograph_is_called_what_is_known(language: Language) -> None:
     assert hedge(Photo()) == "something i do not know"
     with pytest.raises(ValueError, match="needs the noun"):
         Photo(breed="beagle")
+
+
+def test_absent_things_fit_nothing_that_is_there() -> None:
+    everything, rng = standard(), random.Random(0)
+    assert len(everything.nouns) > 800
+    for noun in everything.all:
+        other = everything.absent([noun, "dog"], rng)
+        assert not same_thing(noun, other) and not {*noun.split()} & {*other.split()}
+        assert other not in ("dog", "hot dog", "wolf", "animal")
+        assert not any(may_show(noun, other) for other in everything.not_shown(noun, None))
+    unknown = everything.not_shown(None, "animal")
+    assert "violin" in unknown and not {"ball", "grass", "dog", "wolf", "tree"} & {*unknown}
+    assert everything.not_shown(None, None) == []
 
 
 def test_turns_are_short_and_of_every_kind(language: Language, scenes: list[Scene]) -> None:

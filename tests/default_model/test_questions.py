@@ -158,16 +158,15 @@ def test_yes_no_and_numbers_are_balanced(language: Language, scenes: list[Scene]
     assert {"0", "1", "2", "3", "4"} <= set(answers["count"])
 
 
-def test_no_wording_betrays_yes_or_no(composer: Composer, language: Language) -> None:
+def test_no_wording_betrays_yes_or_no(language: Language, scenes: list[Scene]) -> None:
     """Every wording of a form of yes-or-no question is met with both answers."""
     seen: dict[str, set[str]] = defaultdict(set)
     forms: dict[str, Counter[str]] = defaultdict(Counter)
     for seed in range(6_000):
-        rng = random.Random(seed)
-        asker = Recorded(language, composer.compose(seed % 300, "test"), rng, "test")
+        asker = Recorded(language, scenes[seed % len(scenes)], random.Random(seed), "test")
         qa = asker.question(("presence", "position", "category", "color")[seed % 4])
         if qa is not None and qa.answer in ("yes", "no"):
-            wording = qa.question
+            wording = qa.question.replace("grey", "gray")
             for slot in sorted(asker.slots.values(), key=len, reverse=True):
                 wording = wording.replace(slot, "_") if slot else wording
             wording = re.sub("picture|image|photograph|photo|things|objects|items", "_", wording)

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from blip2.text import Tokenizer
 from default_model import vocab
-from default_model.language import Language
+from default_model.language import Language, standard
 from default_model.vocab import (
     name_bags,
     names,
@@ -68,3 +70,26 @@ def test_every_line_can_be_read_back(text: list[str], language: Language) -> Non
     pieces = train_matcher(iter(text), language)
     unknown = pieces.token_to_id("[UNK]")
     assert not [name for name in names(language) if unknown in pieces.encode(name.upper()).ids]
+
+
+def test_the_vocabularies_hold_the_words_of_all_nouns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = standard()
+    lines = list(islice(everything.text_corpus(random.Random(0)), 1_000))
+    monkeypatch.setattr(vocab, "NAME_WEIGHT", 3_000 * len(lines) // vocab.LINES)  # as much in relation
+    save_language(train_language(iter(lines), everything), tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    bags = name_bags(everything, lambda name: tokenizer.encode(name, frame=False))
+    split = {
+        name
+        for name, forms in bags.items()
+        for bag in forms
+        if len(bag) != len(re.split("(?=[ -])|(?<=-)", name))
+    }
+    assert not split
+    pieces = train_matcher(iter(lines), everything)
+    assert all(
+        len(pieces.encode(name, add_special_tokens=False).ids) == len(re.findall("[a-z]+|-", name))
+        for name in names(everything)
+    )
