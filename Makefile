@@ -91,7 +91,7 @@ default-model: $(VENV)/.train ## make the default model anew: hours; goes on whe
 	for stage in $(STAGES); do $(BIN)/python -m default_model.stages $$stage $(RUN) || exit; done
 
 eval-data: $(VENV)/.eval ## what `blip2 eval default` needs, into ./data: easy-VQA, and scenes composed of downloaded pictures
-	$(BIN)/python -m default_model.materials $(DATA)
+	$(BIN)/python -m default_model.materials $(DATA) --scenes
 	$(BIN)/python -m default_model.make_scenes $(DATA)
 
 clean: ## remove the virtual environment and what tools left behind

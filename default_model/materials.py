@@ -1,9 +1,9 @@
 """Fetches the pictures the default model is trained on, and cuts them out: `python -m default_model.materials DIR`.
 
-Which pictures are used, and what they are called, is in tables beside this file: objects.csv, the cut-outs that scenes are
-composed of; pictures.csv, more pictures of the same nouns and of others, renders and cut-out photographs; photographs.csv,
-photographs without names. Each package comes through its ordinary client. `--scenes` fetches what objects.csv needs alone.
-It needs `pip install resvg_py zstandard`. Existing files are kept, so the command can be repeated.
+Which pictures are used, and what they are called, is in tables beside this file: objects.csv, the cut-outs that scenes
+are composed of; pictures.csv, renders and cut-out photographs of the same nouns and of others; photographs.csv,
+photographs without names. Each package comes through its ordinary client; `--scenes` fetches only what objects.csv
+needs. It needs `pip install resvg_py zstandard`. Existing files are kept, so the command can be repeated.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def build(folder: Path, side: int = CUTOUT_PX) -> Cutouts:
 
 
 def build_pictures(folder: Path, side: int = PICTURE_PX) -> Cutouts:
-    """Cuts out every picture of pictures.csv; the longest side is `side` px, less where that would enlarge it over 2 times."""
+    """Cuts out every picture of pictures.csv: longest side `side` px, but enlarged 2 times at most."""
     rows, images = read_table(PICTURES), []
     for row in rows:
         image = _trim(soften(_open_picture(folder, row)), Path(row.file))

@@ -1,7 +1,7 @@
 """Files inside Qt's binary resource files (.rcc), in which GCompris keeps its pictures.
 
-All numbers are big-endian. A header of "qres", the version and the offsets of three parts: the tree, whose first entry is the
-root folder; the data, each file a length and so many bytes; the names, each a length, a hash and UTF-16.
+All numbers are big-endian. A header of "qres", the version and the offsets of three parts: the tree, whose first entry
+is the root folder; the data, each file a length and so many bytes; the names, each a length, a hash and UTF-16.
 """
 
 from __future__ import annotations
