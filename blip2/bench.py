@@ -317,7 +317,8 @@ def _apart(side: Contender, batches: tuple[int, ...]) -> dict[str, float]:
 
 def predicted_peak(side: Contender) -> float:
     """The memory that `blip2 doctor` predicts for a side."""
-    model = KnownModel(side.folder, "", "", *stored_model(Path(side.folder)))
+    config, parameters, disk_bytes, stem = stored_model(Path(side.folder))
+    model = KnownModel(side.folder, "", "", config, parameters, disk_bytes, stem=stem)
     return model.memory_bytes(side.quantize or side.dtype)
 
 

@@ -23,6 +23,7 @@ from blip2.registry import (
     KnownModel,
     default_dtype,
     default_model,
+    describe_stem,
     known_models,
     readable,
     resolve_alias,
@@ -68,6 +69,7 @@ class Checkup:
     disk_bytes: int
     memory_bytes: dict[str, int]
     here: bool  # its weights are on this machine
+    stem: str  # the network that images go through first; empty without one
     problems: tuple[str, ...]
     hints: tuple[str, ...]
 
@@ -125,8 +127,8 @@ def _find(name: str) -> KnownModel:
         if not isinstance(cached, str):
             raise ValueError(f"{name}: neither a folder nor a model known here or cached; see `blip2 models`")
         path = Path(cached).parent
-    config, parameters, disk_bytes = stored_model(path)
-    return KnownModel(name, "", "", config, parameters, disk_bytes)
+    config, parameters, disk_bytes, stem = stored_model(path)
+    return KnownModel(name, "", "", config, parameters, disk_bytes, stem=stem)
 
 
 def _examine(model: KnownModel, machine: Machine) -> Checkup:
@@ -161,7 +163,8 @@ def _examine(model: KnownModel, machine: Machine) -> Checkup:
             "slow here: this processor has no bf16 arithmetic and there is no GPU; try --quantize int8"
         )
     about = (model.name, model.alias, model.use, model.parameters, model.disk_bytes)
-    return Checkup(*about, needs, here, tuple(problems), tuple(hints))
+    stem = "" if model.stem is None else describe_stem(model.stem)
+    return Checkup(*about, needs, here, stem, tuple(problems), tuple(hints))
 
 
 def _is_here(name: str) -> bool:
@@ -241,5 +244,7 @@ def report_lines(machine: Machine, checkups: list[Checkup]) -> list[str]:
     for checkup in checkups:
         memory = ", ".join(f"{readable(size)} in {dtype}" for dtype, size in checkup.memory_bytes.items())
         lines.append(f"  {checkup.name}: {'CANNOT RUN' if checkup.problems else 'ok'}; memory {memory}")
+        if checkup.stem:
+            lines.append(f"    images go through {checkup.stem} first")
         lines += [f"    {note}" for note in (*checkup.problems, *checkup.hints)]
     return lines

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from blip2.calibration import Calibration
 from blip2.checkpoint import load_processors, resolve_path
 from blip2.checkpoint.load import load_checkpoint, parse_dtype
-from blip2.checkpoint.source import open_checkpoint
+from blip2.checkpoint.source import folder_of, open_checkpoint
 from blip2.checkpoint.weights import model_digest
 from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, Mode
 from blip2.quantization.linear import Int4Linear, Int8Linear
 from blip2.registry import default_dtype, resolve_alias
+from blip2.results import Caption, GeneratedText
 from blip2.tensorfiles.errors import CheckpointError
+from blip2.tensorfiles.scan import join_digests
 from blip2.text import Tokenizer
 
 
@@ -26,17 +30,27 @@ class LoadedModel:
     """A loaded checkpoint: the model and how its images and texts are prepared.
 
     file_digest: the digest of its files' weights; empty where the model was made in memory.
+    calibration: how likely its captions are right; None where that is not known.
     """
 
     model: Blip2 | Blip2Matcher
     image_processor: ImageProcessor
     tokenizer: Tokenizer
     file_digest: str = ""
+    calibration: Calibration | None = None
 
     @cached_property
     def digest(self) -> str:
         """What tells the weights, as they were loaded, from all others: one value changed anywhere gives another."""
-        return self.file_digest or model_digest(self.model)
+        weights, stem = self.file_digest or model_digest(self.model), self.image_processor.stem
+        return weights if stem is None else join_digests(map(bytes.fromhex, (weights, stem.digest)))
+
+    def judge(self, texts: Sequence[GeneratedText]) -> None:
+        """Note in each caption how likely it is right, where that is known."""
+        for text in texts:
+            if self.calibration is not None and isinstance(text, Caption):
+                text.probability_right = self.calibration.probability_right(text.token_logprobs)
+                text.warnings = self.calibration.warnings([text.probability_right])
 
     @property
     def precision(self) -> str:
@@ -64,10 +78,11 @@ def load_components(
             dtype = default_dtype(checkpoint.tensors.numel)
             if dtype == "bf16" and device.type == "cuda":
                 dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        image_processor, tokenizer = load_processors(files, vision=vision, language=language)
+        image_processor, tokenizer = load_processors(files, vision=vision, language=language, device=device)
+        calibration = None if checkpoint.is_matcher else Calibration.load(folder_of(files))
         model, weights = load_checkpoint(checkpoint, parse_dtype(dtype), device, quantize, prepack=True)
         _check_fit(model.config, image_processor, tokenizer)
-    return LoadedModel(model, image_processor, tokenizer, weights)
+    return LoadedModel(model, image_processor, tokenizer, weights, calibration)
 
 
 def _check_fit(
@@ -76,8 +91,8 @@ def _check_fit(
     """Refuse images of a size, and ids of words, that the model does not take."""
     size, words = config.vision.image_size, _vocabulary(config)
     problem = ""
-    if image_processor.size != size:
-        problem = f"images are made {image_processor.size} px, but the image encoder takes {size}"
+    if image_processor.pixels_size != size:
+        problem = f"images are made {image_processor.pixels_size} px, but the image encoder takes {size}"
     elif (largest := tokenizer.largest_id()) >= words:
         problem = f"the tokenizer gives ids up to {largest:,}, but the model knows {words:,} words"
     if problem:

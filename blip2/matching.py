@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from blip2.images import MAX_PIXELS, ImageProcessor, ImageSource, to_pixels
+from blip2.images import MAX_PIXELS, ImageProcessor, ImageSource, ProcessedImage, to_pixels
 from blip2.inputs import BATCH_SIZE, in_batches, open_image
 from blip2.modeling.blip2 import Blip2Matcher
 from blip2.results import EncodedImage, Match
@@ -46,7 +47,11 @@ class Matcher:
 
     @torch.inference_mode()
     def match(
-        self, images: Sequence[ImageSource], texts: Sequence[str], *, batch_size: int = BATCH_SIZE
+        self,
+        images: Sequence[ImageSource | ProcessedImage],
+        texts: Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
     ) -> list[list[Match]]:
         """How well texts fit images: for each image a list over the texts."""
         table: list[list[Match]] = []
@@ -61,7 +66,7 @@ class Matcher:
 
     @torch.inference_mode()
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
-        """Read images, pixels [B, 3, S, S], for any number of texts."""
+        """Read images, what the image encoder takes of them [B, 3, S, S], for any number of texts."""
         features = self.model.vision(pixels.to(self.device))
         return ImageFeatures(features, self.model.image_embeddings(features).float())
 
@@ -94,20 +99,24 @@ class Matcher:
             embeddings.append(self.model.text_embeddings(*self.encode(batch)).float().cpu())
         return torch.cat(embeddings)
 
-    def prepare(self, images: Sequence[ImageSource | EncodedImage], start: int = 0) -> Tensor:
-        """Pixels [B, 3, S, S]; `start` is the index of the first image in what the user passed.
+    def prepare(
+        self, images: Sequence[ImageSource | ProcessedImage | EncodedImage], start: int = 0
+    ) -> Tensor:
+        """What the image encoder takes, [B, 3, S, S]; `start` is the index of the first image in what the user passed.
 
         Raises:
             ImageError: an image that cannot be read; the message names it.
             ValueError: an encoded image.
         """
-        opened = []
+        opened = list[Image.Image | ProcessedImage]()
         for i, image in enumerate(images):
             if isinstance(image, EncodedImage):
                 raise ValueError(
                     "the matcher reads images with its own encoder; give it the image, not its encoding"
                 )
-            opened.append(open_image(image, start + i, self.max_pixels))
+            if not isinstance(image, ProcessedImage):
+                image = open_image(image, start + i, self.max_pixels)
+            opened.append(image)
         return to_pixels(opened, self.image_processor)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

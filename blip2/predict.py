@@ -18,7 +18,7 @@ from blip2.explain import Explained, Explanation, explain
 from blip2.generation.decoding import generate, stream
 from blip2.generation.options import GenerateKwargs, GenerationOptions, make_options
 from blip2.generation.ranking import answer_logprobs
-from blip2.images import MAX_PIXELS, ImageSource, check_max_pixels, to_pixels
+from blip2.images import MAX_PIXELS, ImageSource, ProcessedImage, check_max_pixels, process, to_pixels
 from blip2.inputs import BATCH_SIZE, Many, as_list, in_batches, is_many, open_image, unnest
 from blip2.loading import LoadedModel, device_of, load_components
 from blip2.matching import Matcher
@@ -29,7 +29,7 @@ from blip2.registry import DEFAULT, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER, defa
 from blip2.results import Answer, Caption, EncodedImage, Match, Ranked, detokenize_stream
 from blip2.text import CAPTION_PROMPT, chat_prompt, check_text, is_blank, question_prompt
 
-Image = ImageSource | EncodedImage
+Image = ImageSource | ProcessedImage | EncodedImage
 Texts = str | Many[str]
 Text = TypeVar("Text", Caption, Answer)
 
@@ -384,14 +384,15 @@ class Predictor:
         if isinstance(image, EncodedImage) or is_many(image):
             raise ValueError("explain takes one image itself: encoded, it no longer shows where things were")
         picture = open_image(image, 0, self.max_pixels)
+        (processed,) = process([picture], self.generator.image_processor)
         if question is None:
-            prompt, written = CAPTION_PROMPT, self.caption(picture) if text is None else text
+            prompt, written = CAPTION_PROMPT, self.caption(processed) if text is None else text
         else:
             prompt = self.asking_prompt(question, turns, answer)
             if answer is None:
-                answer = self._write(Answer, [picture], [prompt], make_options("answer"), 1)[0][0]
+                answer = self._write(Answer, [processed], [prompt], make_options("answer"), 1)[0][0]
             written = answer
-        slices = self.explain_in_slices(to_pixels([picture], self.generator.image_processor), prompt, written)
+        slices = self.explain_in_slices(processed.pixels[None], prompt, written)
         try:
             while True:
                 next(slices)
@@ -416,7 +417,7 @@ class Predictor:
         if any(isinstance(image, EncodedImage) and image.prefix.shape[-1] != width for image in images):
             raise ValueError("an encoded image comes from another model; encode it with this one")
         opened = [
-            open_image(image, start + i, self.max_pixels)
+            image if isinstance(image, ProcessedImage) else open_image(image, start + i, self.max_pixels)
             for i, image in enumerate(images)
             if not isinstance(image, EncodedImage)
         ]
@@ -452,6 +453,7 @@ class Predictor:
                     output.ids, output.scores, output.token_logprobs, output.finished, strict=True
                 )
             ]
+            self.generator.judge(texts)
             results += [texts[i : i + count] for i in range(0, len(texts), count)]
         return results
 

@@ -14,6 +14,7 @@ from blip2.modeling.config import (
     MatcherConfig,
     OptConfig,
     QFormerConfig,
+    StemFacts,
     T5Config,
     VisionConfig,
     read_config,
@@ -29,6 +30,7 @@ PRECISIONS = ("fp32", "bf16", *MODES)  # that memory is estimated for
 # Of a value stored in int4, and read by a product: a scale of 16 bits and a zero of 8 for 128 weights.
 INT4_BYTES = 0.5 + 3 / 128
 INT4_MEMORY = 0.62  # as OpenVINO holds a value, with what it works with; torch's kernel takes 0.53
+STEM_WORKING_BYTES = 16 * 2**20  # a stem's largest maps of an image of 256 px
 PROCESS_BYTES = 300 * 2**20  # Python with torch and the libraries, before any weight; 257 MiB measured
 
 
@@ -39,6 +41,7 @@ class KnownModel:
     name: as on the Hugging Face Hub, or "default". alias: the short name. lavis: its name and type in LAVIS.
     parameters: those of the published ones are checked against the built model (tests/test_registry.py).
     disk_bytes: the published weights, which are fp32; the default model's and its matcher's files.
+    stem: the network that images go through first, counted in both.
     """
 
     name: str
@@ -48,6 +51,12 @@ class KnownModel:
     parameters: int
     disk_bytes: int
     lavis: str = ""
+    stem: StemFacts | None = None
+
+    @property
+    def image_px(self) -> int:
+        """Side of the square that images are squashed to."""
+        return self.config.vision.image_size if self.stem is None else self.stem.image_px
 
     def memory_bytes(self, dtype: str) -> int:
         """Memory for one image with five beams of thirty new tokens, in a dtype or quantized: an estimate."""
@@ -59,21 +68,25 @@ class KnownModel:
             positions = self.config.num_query_tokens + prompt + num_beams * new
             working += 2 * language.keys_per_position * positions * width  # keys and values
             working += 4 * num_beams * language.vocab_size * 4  # scores are float32 whatever the dtype
+        if self.stem is not None:  # in fp32 whatever the dtype
+            working += 4 * self.stem.parameters + STEM_WORKING_BYTES
         return PROCESS_BYTES + self._weight_bytes(dtype) + working
 
     def _weight_bytes(self, dtype: str) -> int:
+        """Bytes of the weights, a stem's aside."""
+        parameters = self.parameters - (0 if self.stem is None else self.stem.parameters)
         if dtype in BYTES:
-            return self.parameters * BYTES[dtype]
+            return parameters * BYTES[dtype]
         vision = self.config.vision
         kept = 2 * vision.hidden_size * vision.intermediate_size  # in bf16, where the processor has it
         if isinstance(self.config, MatcherConfig):
             table = self.config.qformer.vocab_size * self.config.qformer.hidden_size  # stays fp32
-            return self.parameters + kept + 3 * table
+            return parameters + kept + 3 * table
         language = self.config.language
         # the head is packed for its product: where it is the word embeddings' weight, that is in memory twice
         head = language.vocab_size * language.width if language.tie_word_embeddings else 0
         saved = 0.0 if dtype == "int8" else 1 - int4_bytes(language, INT4_MEMORY)
-        return self.parameters + kept + head - int(saved * language.matrix_values())
+        return parameters + kept + head - int(saved * language.matrix_values())
 
 
 def int4_bytes(language: LanguageConfig, inner: float = INT4_BYTES) -> float:
@@ -175,20 +188,40 @@ def folder_model(folder: Path, *more: Path, name: str, use: str = "") -> KnownMo
     try:
         raw = json.loads((folder / "config.json").read_bytes())
         weights = [file for directory in (folder, *more) for file in directory.glob("*.safetensors")]
-        parameters = sum(_stored_parameters(file) for file in weights)
+        stem = _stored_stem(folder)
+        parameters = sum(_stored_tensors(file)[1] for file in weights)
         disk_bytes = sum(file.stat().st_size for file in weights)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: cannot be read as a model's folder ({error})") from error
     if not weights:
         raise ValueError(f"{name}: {folder} holds a config.json but no weights (*.safetensors)")
-    return KnownModel(name, "", use, read_config(raw), parameters, disk_bytes)
+    return KnownModel(name, "", use, read_config(raw), parameters, disk_bytes, stem=stem)
 
 
-def _stored_parameters(file: Path) -> int:
-    """The number of parameters in a safetensors file, from its header: eight bytes of length, then JSON."""
+def _stored_stem(folder: Path) -> StemFacts | None:
+    """The stem in a model's folder, as preprocessor_config.json names it; what is wrong with it is found by loading."""
+    settings = folder / "preprocessor_config.json"
+    raw = json.loads(settings.read_bytes()) if settings.is_file() else {}
+    if "stem" not in raw:
+        return None
+    file = folder / raw["stem"]["file"]
+    tensors, parameters = _stored_tensors(file)
+    return StemFacts(
+        raw["stem"].get("origin", ""), raw["size"]["height"], tensors, parameters, file.stat().st_size
+    )
+
+
+def _stored_tensors(file: Path) -> tuple[int, int]:
+    """How many tensors and parameters a safetensors file holds, from its header: eight bytes of length, then JSON."""
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
+    return len(shapes), sum(map(math.prod, shapes))
+
+
+def describe_stem(stem: StemFacts) -> str:
+    """A stem for people: 'EfficientNet-Lite2, Apache-2.0 (12 MiB)'."""
+    return f"{stem.origin or 'a stem of unknown origin'} ({readable(stem.disk_bytes)})"
 
 
 def readable(size: int | None) -> str:

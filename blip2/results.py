@@ -41,7 +41,18 @@ class GeneratedText(str):
 
 
 class Caption(GeneratedText):
-    """What is in an image: a str with .score, .tokens and .token_logprobs (see `GeneratedText`)."""
+    """What is in an image: a str with .score, .tokens and .token_logprobs (see `GeneratedText`).
+
+    probability_right: 0..1, how likely it is right, by the model's calibration.json; None where the model has none.
+    warnings: why it may well be wrong, in words; empty where nothing speaks against it, or nothing is known.
+    """
+
+    probability_right: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        probability = math.nan if self.probability_right is None else self.probability_right
+        return _html(self, score=self.score, probability_right=probability)
 
 
 class Answer(GeneratedText):

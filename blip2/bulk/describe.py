@@ -13,7 +13,7 @@ from PIL import Image
 from blip2.bulk.database import Row
 from blip2.bulk.run import DecodeImage, Describe
 from blip2.imagefiles.workers import ImageWorkers
-from blip2.images import MAX_PIXELS, ImageProcessor, load_image
+from blip2.images import MAX_PIXELS, ImageProcessor, ProcessedImage, load_image, process
 
 if TYPE_CHECKING:
     from blip2.predict import Predictor
@@ -29,6 +29,7 @@ def make_captioner(
     score: bool = False,
     match: bool = False,
     keep_best: bool = False,
+    abstain: float | None = None,
 ) -> Describe:
     """A function from images to the rows of their texts.
 
@@ -39,26 +40,29 @@ def make_captioner(
         score: the rows hold the log-probability of the whole text too.
         match: the rows hold the probability that text and image fit (ITM), by the model's matcher.
         keep_best: of an image's texts only the one that fits best is kept.
+        abstain: a caption whose probability of being right is below this is left out: its row has `abstained` instead.
+            For calibrated models, whose captions' rows have that probability in any case.
     """
     options = {"num_return_sequences": 1} | options  # of each image a list of texts
     loaded: list[Predictor] = []
 
-    def describe(images: Sequence[Image.Image]) -> list[list[Row]]:
+    def describe(decoded: Sequence[Image.Image]) -> list[list[Row]]:
         if not loaded:
             loaded.append(load())
-        model, keywords = loaded[0], options | {"batch_size": len(images)}
+        model, keywords = loaded[0], options | {"batch_size": len(decoded)}
+        images = process(decoded, model.generator.image_processor)  # once, for the matcher too
         texts: list[tuple[str, list[Any]]]
         if questions:
-            encoded = model.encode(list(images), batch_size=len(images))
+            encoded = model.encode(images, batch_size=len(images))
             texts = [(question, model.ask(encoded, question, **keywords)) for question in questions]
         else:
-            texts = [("", model.caption(list(images), **keywords))]
+            texts = [("", model.caption(images, **keywords))]
         return [
             rows(model, image, [(question, text) for question, lists in texts for text in lists[i]])
             for i, image in enumerate(images)
         ]
 
-    def rows(model: Predictor, image: Image.Image, texts: list[tuple[str, Any]]) -> list[Row]:
+    def rows(model: Predictor, image: ProcessedImage, texts: list[tuple[str, Any]]) -> list[Row]:
         result: list[Row] = []
         written = [str(text) for _, text in texts]  # by the model: an empty one is compared too
         fits = model.matcher.match([image], written)[0] if match or keep_best else []
@@ -69,10 +73,21 @@ def make_captioner(
                 row["logprob"] = sum(text.token_logprobs)
             if fits:
                 row["match"] = fits[i].probability
+            if not questions and text.probability_right is not None:
+                row["probability_right"] = text.probability_right
             result.append(row)
-        return [max(result, key=lambda row: float(row["match"]))] if keep_best else result
+        if keep_best:
+            result = [max(result, key=lambda row: float(row["match"]))]
+        return result if abstain is None else [_without_doubtful(row, abstain) for row in result]
 
     return describe
+
+
+def _without_doubtful(row: Row, least: float) -> Row:
+    """A caption's row, without the caption where that is less likely to be right."""
+    if row["probability_right"] >= least:
+        return row
+    return {name: value for name, value in row.items() if name != "caption"} | {"abstained": True}
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from PIL import Image
 
 from blip2.bulk.database import GO_ON, BulkError, Row, Stamp, refuse_old_state
+from blip2.bulk.settings import RunSettings
 from blip2.bulk.sources import IN_TABLE, ImageItem, parquet_items
 from blip2.images import SUFFIXES, ImageError
 from blip2.storage import NO_PYARROW, TextFileError, encode_text, output_file, read_text
@@ -25,9 +26,18 @@ from blip2.storage import NO_PYARROW, TextFileError, encode_text, output_file, r
 _BY_SUFFIX = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco", ".tar": "webdataset"}
 _BLANK = 64  # bytes that may be no more than marks and line ends
 COLUMNS = ("image", "question", "caption", "answer", "score", "logprob", "match", "hash", "error")
-NUMBERS = ("score", "logprob", "match")  # of these
-# Encoding, mark, line end and columns of a table, as we write it until a user saves it in another form.
-FORMS: dict[str, list[Any]] = {"jsonl": ["utf-8", "", "\n", None], "csv": ["utf-8", "", "\r\n", COLUMNS]}
+JUDGED = ("probability_right", "abstained")  # further columns where the model is calibrated
+NUMBERS = ("score", "logprob", "match", "probability_right")  # of these
+
+
+def columns_of(settings: RunSettings) -> tuple[str, ...]:
+    """The columns of a table."""
+    return COLUMNS if settings.threshold is None else (*COLUMNS, *JUDGED)
+
+
+def table_form(settings: RunSettings) -> list[Any]:
+    """Encoding, mark, line end and columns of a table, as we write it until a user saves it in another form."""
+    return ["utf-8", "", *(["\n", None] if settings.kind == "jsonl" else ["\r\n", columns_of(settings)])]
 
 
 def format_of(out: Path, requested: str | None) -> str:
@@ -124,9 +134,17 @@ def styled(text: Row, prefix: str, suffix: str) -> Row:
     return text | {key: f"{prefix}{text[key]}{suffix}"} if key in text else text
 
 
-def text_of(text: Row) -> str:
-    """The caption or the answer in a text's row."""
-    return str(text["answer"] if "answer" in text else text["caption"])
+def texts_of(rows: Iterable[Row]) -> list[str]:
+    """The captions or the answers in rows of texts, without those that were left out."""
+    return [
+        str(row["answer"] if "answer" in row else row["caption"]) for row in rows if "abstained" not in row
+    ]
+
+
+def is_flagged(row: Row, threshold: float | None) -> bool:
+    """Whether an input has captions of a calibrated model, and all of them are less likely to be right than that."""
+    judged = [text["probability_right"] for text in row.get("texts", ()) if "probability_right" in text]
+    return threshold is not None and bool(judged) and max(judged) < threshold
 
 
 def flat(rows: Iterable[Row], prefix: str = "", suffix: str = "") -> Iterator[Row]:
@@ -154,7 +172,8 @@ def table_line(row: Row, kind: str) -> str:
     """A flat row as a line of JSONL; of CSV, its cells as a JSON object."""
     if kind == "jsonl":
         return json_line(row)
-    return json.dumps({name: valid(str(row[name])) if name in row else "" for name in COLUMNS})
+    row = row | ({"abstained": "true"} if "abstained" in row else {})
+    return json.dumps({name: valid(str(row[name])) if name in row else "" for name in (*COLUMNS, *JUDGED)})
 
 
 def write_table(lines: Iterable[str], path: Path, form: Sequence[Any]) -> None:
@@ -177,25 +196,26 @@ def _coco_id(name: str) -> int | str:
 
 
 def write_coco(rows: Iterable[Row], path: Path, style: tuple[str, str]) -> None:
-    """COCO's results file: [{"image_id", "caption"}, ...]; failed images are not in it."""
+    """COCO's results file: [{"image_id", "caption"}, ...]; failed images and those without a caption are not in it."""
     comma = ""
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write("[")
         for row in rows:
-            for text in row.get("texts", ())[:1]:
+            for text in texts_of(styled(text, *style) for text in row.get("texts", ())[:1]):
                 number = row.get("id", _coco_id(row["image"]))
-                result = {"image_id": number, "caption": text_of(styled(text, *style))}
+                result = {"image_id": number, "caption": text}
                 file.write(comma + json_line(result))
                 comma = ",\n"
         file.write("]\n")
 
 
-def write_parquet(rows: Iterable[Row], path: Path, style: tuple[str, str]) -> None:
+def write_parquet(rows: Iterable[Row], path: Path, style: tuple[str, str], columns: Sequence[str]) -> None:
     """The rows of `flat` as a table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.float64() if name in NUMBERS else pa.string()) for name in COLUMNS])
+    types = dict.fromkeys(NUMBERS, pa.float64()) | {"abstained": pa.bool_()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
     with pq.ParquetWriter(path, schema) as writer:
         block: list[Row] = []
         for row in flat(rows, *style):
@@ -209,8 +229,9 @@ def write_parquet(rows: Iterable[Row], path: Path, style: tuple[str, str]) -> No
 def text_content(row: Row, style: tuple[str, str], form: Sequence[Any] | None) -> bytes:
     """What an image's text file holds, a line a text; with a form, beside the user's text and written as that is."""
     before, after, written = form or ("", "", ())
-    texts = [text_of(text) for text in flat([row], *style)]
-    return encode_text(before + "\n".join(texts) + after + "\n", *written)
+    texts = texts_of(flat([row], *style))
+    content = before + "\n".join(texts) + after if texts else f"{before}{after}".strip()
+    return encode_text(content + "\n", *written)
 
 
 def write_errors(rows: Iterable[Row], file: TextIO) -> None:
@@ -237,7 +258,7 @@ def write_shard(rows: Iterable[tuple[int, Row]], path: Path, old: Path, style: t
             record = json_line({"image": row["image"], "hash": row["hash"], "texts": texts})
             for ending, content in (
                 (_ending(row["image"], image), image),
-                (".txt", "\n".join(map(text_of, texts)).encode(errors="backslashreplace")),
+                (".txt", "\n".join(texts_of(texts)).encode(errors="backslashreplace")),
                 (".json", record.encode()),
             ):
                 member = tarfile.TarInfo(f"{i:09d}{ending}")

@@ -36,7 +36,8 @@ class _ChangedMeanwhileError(Exception):
 class Output:
     """The files of a run.
 
-    counts: inputs that were captioned or failed; files made again; what was left alone: texts that are edited, added,
+    counts: inputs that were captioned or failed, and of the former those whose captions may well be wrong (flagged);
+        captions that were left out (abstained); files made again; what was left alone: texts that are edited, added,
         removed, or were there before (existing); edits that were replaced; and, as 1, a file of the user's that was.
     note: what else the user should know.
     """
@@ -76,6 +77,10 @@ class Output:
                     continue
                 changed = self.record(row)
                 self.counts["captioned"] += changed and "texts" in row
+                self.counts["flagged"] += changed and outputs.is_flagged(row, self.settings.threshold)
+                self.counts["abstained"] += changed * sum(
+                    "abstained" in text for text in row.get("texts", ())
+                )
                 self.counts["again"] += "again" in row
                 self.counts["failed"] += "error" in row
             if self.database.get("finished"):
@@ -275,10 +280,12 @@ class Table(Output):
         form = self.old.form if self.old else None
         if kind in FORMS_THAT_PARSE:
             lines = (line for *_, some in table_rows(database, kind, style) for _, line in some)
-            outputs.write_table(lines, beside, form or outputs.FORMS[kind])
+            outputs.write_table(lines, beside, form or outputs.table_form(self.settings))
+        elif kind == "coco":
+            outputs.write_coco((row for _, row in database.rows()), beside, style)
         else:
-            write = outputs.write_coco if kind == "coco" else outputs.write_parquet
-            write((row for _, row in database.rows()), beside, style)
+            columns = outputs.columns_of(self.settings)
+            outputs.write_parquet((row for _, row in database.rows()), beside, style, columns)
         digest = file_hash(beside)
         self.new = Published(digest or b"", None, style, database.count, form)
         with database.transaction():

@@ -46,6 +46,7 @@ class Progress:
     """How far a run is: inputs of this run, those of earlier ones, and how many of this run's failed.
 
     captioned, again: inputs whose texts are new; files that were written again with known ones.
+    flagged, abstained: of the new ones, inputs whose captions may well be wrong; captions that were left out.
     edited, added, removed, existing: what of the user's was left alone: edited text files, shards and rows, added rows,
         removed rows, text files that were there before.
     replaced: edits of the user's that were replaced; foreign: files that no run had written. All are kept as .bak.
@@ -56,6 +57,8 @@ class Progress:
     before: int
     failed: int
     captioned: int = 0
+    flagged: int = 0
+    abstained: int = 0
     again: int = 0
     edited: int = 0
     added: int = 0

@@ -20,6 +20,8 @@ class RunSettings:
     prefix, suffix: put around each text when it is published; where they change, all that is not edited is published
         anew. Not used for "stdout".
     existing: what happens to a text file that is there already; overwrite makes a finished output of any kind anew.
+    threshold: P(right) below which a caption counts as flagged; None: the model is not calibrated, and nothing is said
+        of that.
     batch_size: images computed at a time. parallel_batches: batches computed at once, each in a thread.
     threads: that read and decode images.
     """
@@ -30,6 +32,7 @@ class RunSettings:
     prefix: str = ""
     suffix: str = ""
     existing: Existing = "skip"
+    threshold: float | None = None
     batch_size: int = 8
     parallel_batches: int = 1
     threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))

@@ -6,6 +6,7 @@ again. Values are changed by nothing but a `dtype`.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from blip2.calibration import FILE as CALIBRATION
+from blip2.calibration import Calibration
 from blip2.checkpoint.formats.lavis import LAVIS, to_lavis_config
 from blip2.checkpoint.formats.paddle import PADDLEMIX, PADDLENLP, to_paddle_config, tokenizer_changes
 from blip2.checkpoint.key_mapping import HF_HEAD, to_hugging_face
@@ -24,11 +27,12 @@ from blip2.checkpoint.load import match_state_dict, our_names, parse_dtype
 from blip2.checkpoint.remap import from_hf_layout, rename_tensors, same_bits
 from blip2.checkpoint.save import SHARD_BYTES, new_model_folder, settings, tokenizer_files
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
-from blip2.checkpoint.verify import compare_logits, compare_tensors
+from blip2.checkpoint.verify import compare_logits, compare_stems, compare_tensors
 from blip2.checkpoint.weights import check_weights
-from blip2.images import ImageProcessor
+from blip2.images import ImageProcessor, read_image_settings
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig
+from blip2.stemfiles import STEM_FILE
 from blip2.storage import Content
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.strict_json import read_json
@@ -38,6 +42,8 @@ from blip2.tensorfiles.writers import PDPARAMS, SAFETENSORS, TORCH, FileKind, Re
 Format = Literal["hf", "paddle", "lavis"]
 KINDS: Mapping[str, FileKind] = {"hf": SAFETENSORS, "paddle": PDPARAMS, "lavis": TORCH}
 SMALLEST_EXACT = "smallest-exact"
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what is done, bytes since the last call, bytes in all
 
@@ -85,8 +91,8 @@ def convert(
 
     Raises:
         ValueError: an unknown format or dtype, or shards for LAVIS, which has none.
-        CheckpointError: a source that is broken or lacks something, a value that the dtype cannot hold, a target that
-            exists, a full disk, or a result that is not what was written.
+        CheckpointError: a source that is broken or lacks something, a stem where `to` is not "hf", a value that the
+            dtype cannot hold, a target that exists, a full disk, or a result that is not what was written.
     """
     if to not in KINDS:
         raise ValueError(f"to={to!r} is not known; choose one of {', '.join(KINDS)}")
@@ -98,6 +104,8 @@ def convert(
     report = progress or (lambda what, done, total: None)
     with open_checkpoint(source, vision=vision, language=language) as checkpoint:
         original = normalize(checkpoint)
+        if to != "hf":
+            _refuse_stem(checkpoint, to)
         if verify:  # outputs of weights that are not finite cannot be compared
             check_weights(checkpoint.tensors)
         layout = {"hf": HUGGING_FACE, "paddle": PADDLENLP, "lavis": LAVIS}[to]
@@ -117,7 +125,7 @@ def convert(
             if verify:
                 with open_checkpoint(beside) as written:
                     count = compare_tensors(original.tensors, written.tensors, narrow, report)
-                    logits = compare_logits(checkpoint, written, narrow)
+                    logits = compare_logits(checkpoint, written, narrow) + compare_stems(checkpoint, written)
                 rounding = "" if narrow is None else f" after rounding to {dtype}"
                 verified = f"{count} tensors bit by bit{rounding}; {logits}"
     written_bytes = sum(entry.nbytes for entry in info.values())
@@ -156,6 +164,16 @@ def normalize(checkpoint: Checkpoint) -> NormalizedCheckpoint:
             del kept[HF_HEAD]
         config = replace(config, language=replace(config.language, tie_word_embeddings=tied))
     return NormalizedCheckpoint(checkpoint, model, config, rename_tensors(tensors, kept), tied)
+
+
+def _refuse_stem(checkpoint: Checkpoint, to: Format) -> None:
+    """Raises CheckpointError where images go through a stem, of which the other layouts and their code know nothing."""
+    if "stem" in read_image_settings(checkpoint.folder):
+        theirs = "LAVIS" if to == "lavis" else "Paddle"
+        raise CheckpointError(
+            f"{checkpoint.folder} reads images through a stem ({STEM_FILE}), which {theirs} does not have: there the "
+            "model would get plain pixels and write nonsense; convert it to 'hf' alone"
+        )
 
 
 def _converted(
@@ -222,6 +240,19 @@ def new_checkpoint(
         files["config.json"] = to_paddle_config(config, hf_files["config.json"]["torch_dtype"])
     elif to == "lavis":
         files["config.yaml"] = to_lavis_config(config, str(folder.absolute() / TORCH.file))
+    files |= image_processor.files()
     if tokenizer is not None:
         files |= {**tokenizer_files(tokenizer), **tokenizer_changes(tokenizer, paddle=to == "paddle")}
+    files |= _calibration_files(checkpoint.folder, to)
     return new_model_folder(folder, files, KINDS[to], info, read, shard_bytes)
+
+
+def _calibration_files(folder: Path, to: Format) -> dict[str, Content]:
+    """The calibration of a checkpoint's folder, where it has one and the format can hold it."""
+    calibration = Calibration.load(folder)  # nothing broken is passed on
+    if calibration is None:
+        return {}
+    if to != "hf":
+        log.warning("%s is left out: %s's layout has no place for it", folder / CALIBRATION, to)
+        return {}
+    return {CALIBRATION: calibration.to_dict()}

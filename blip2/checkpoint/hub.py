@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from blip2.calibration import FILE as CALIBRATION
+from blip2.stemfiles import STEM_FILES
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.text import TOKENIZER_FILES
 
@@ -14,6 +16,8 @@ HUB_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    *STEM_FILES,
+    CALIBRATION,
     *TOKENIZER_FILES,
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,13 +35,14 @@ OLDER_FILES = (
 )
 
 
-def resolve_path(name_or_path: str | Path, revision: str | None = None) -> Path:
+def resolve_path(name_or_path: str | Path, revision: str | None = None, *, only: str | None = None) -> Path:
     """The local path of a model: a path that exists as it is, else the Hub's files for that name, downloaded once.
 
     The cache and offline mode are huggingface_hub's own: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN.
 
     Args:
         revision: branch, tag or commit on the Hub.
+        only: of a model on the Hub, fetch this file alone, where it has it.
 
     Raises:
         CheckpointError: no such path and no such model, or the Hub cannot be reached and the model is not in the cache.
@@ -61,8 +66,9 @@ def resolve_path(name_or_path: str | Path, revision: str | None = None) -> Path:
 
     which = name if revision is None else f"{name} at revision {revision!r}"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-        if not any(folder.glob("*.safetensors")):
+        files = list(HUB_FILES) if only is None else [only]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        if only is None and not any(folder.glob("model*.safetensors")):
             patterns = [*HUB_FILES, *OLDER_FILES]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         return folder

@@ -15,7 +15,8 @@ from blip2.checkpoint.key_mapping import HEAD, HF_HEAD, WORD_EMBEDDINGS, from_hu
 from blip2.checkpoint.layouts import HUGGING_FACE
 from blip2.checkpoint.load import DROPPED, empty_model, listed, mismatches
 from blip2.checkpoint.source import Checkpoint, open_checkpoint
-from blip2.modeling.config import Blip2Config, MatcherConfig
+from blip2.images import stored_stem
+from blip2.modeling.config import Blip2Config, MatcherConfig, StemFacts
 from blip2.tensorfiles.tensors import TensorInfo
 
 LAYOUTS = {"hf": "Hugging Face", "lavis": "LAVIS", "paddlenlp": "PaddleNLP", "paddlemix": "PaddleMIX"}
@@ -40,6 +41,7 @@ class ComponentSummary:
 class Inspection:
     """A checkpoint as it is stored. `problems` keep it from loading, `notes` are worth knowing.
 
+    stem: the network that images go through first; not counted in the sizes. image_px: side of what images become.
     head: "tied" (not stored, or stored in place of the embeddings), "stored" (equal or not shows when loading),
         "none" for the stage-1 model, "missing".
     """
@@ -54,6 +56,7 @@ class Inspection:
     stored_bytes: int
     head: str
     image_px: int | None
+    stem: StemFacts | None
     tokenizer: bool
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -77,7 +80,11 @@ def inspect(
         # T5's word embeddings may be there under three names
         names = {own: name for name, own in reversed(ours.items()) if own is not None}
         infos = {own: tensors.info(name) for own, name in names.items()}
-        config = checkpoint.config
+        config, stem, stem_problem = checkpoint.config, None, list[str]()
+        try:
+            stem = None if config is None else stored_stem(checkpoint.folder, config.vision.image_size)
+        except ValueError as error:
+            stem_problem.append(str(error))
         return Inspection(
             path=str(path),
             layout=LAYOUTS[checkpoint.layout.name],
@@ -88,25 +95,31 @@ def inspect(
             parameters=sum(info.numel for info in infos.values()),
             stored_bytes=checkpoint.stored.nbytes,
             head=_head(checkpoint),
-            image_px=None if config is None else config.vision.image_size,
+            image_px=stem.image_px if stem else None if config is None else config.vision.image_size,
+            stem=stem,
             tokenizer=checkpoint.tokenizer is not None,
-            problems=tuple(_problems(checkpoint, ours, names)),
+            problems=(*_problems(checkpoint, ours, names), *stem_problem),
             notes=tuple(_notes(checkpoint)),
         )
 
 
-def stored_model(path: Path) -> tuple[Blip2Config | MatcherConfig, int, int]:
-    """The settings of a model on this machine, its parameters (a tied head once), and the bytes of its file.
+def stored_model(path: Path) -> tuple[Blip2Config | MatcherConfig, int, int, StemFacts | None]:
+    """The settings of a model on this machine, its parameters (a tied head once), the bytes of its file, and its stem,
+    which is counted in both.
 
     Raises:
-        CheckpointError, ConfigError: no model that can be built.
+        CheckpointError, ConfigError, ImageError: no model that can be built.
     """
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.required()
         names = {own: name for name in checkpoint.tensors if (own := from_hugging_face(name)) is not None}
         tied = isinstance(config, Blip2Config) and config.language.tie_word_embeddings
         model = empty_model(config, checkpoint.tensors, names, tied=tied)
-        return config, sum(p.numel() for p in model.parameters()), checkpoint.stored.nbytes
+        parameters, size = sum(p.numel() for p in model.parameters()), checkpoint.stored.nbytes
+        stem = stored_stem(checkpoint.folder, config.vision.image_size)
+        if stem is not None:
+            parameters, size = parameters + stem.parameters, size + stem.disk_bytes
+        return config, parameters, size, stem
 
 
 def _variant(checkpoint: Checkpoint) -> str:

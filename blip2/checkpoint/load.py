@@ -141,8 +141,12 @@ def load_processors(
     revision: str | None = None,
     vision: str | Path | None = None,
     language: str | Path | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[ImageProcessor, Tokenizer]:
     """How a checkpoint's images and texts are prepared; the tokenizer is the language model's where that is given.
+
+    Args:
+        device: where a stem runs.
 
     Raises:
         CheckpointError, ConfigError, ImageError, TextError: a file is missing or broken.
@@ -155,7 +159,7 @@ def load_processors(
         with open_checkpoint(file, vision=vision, language=language) as checkpoint:
             size = checkpoint.required().vision.image_size
     tokenizer_folder = folder if language is None or has_tokenizer(folder) else resolve_path(language)
-    return ImageProcessor.load(folder, size), Tokenizer.load(tokenizer_folder)
+    return ImageProcessor.load(folder, size, device), Tokenizer.load(tokenizer_folder)
 
 
 def read_config_file(folder: Path) -> Blip2Config | MatcherConfig:

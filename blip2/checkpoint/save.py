@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.calibration import FILE as CALIBRATION
+from blip2.calibration import Calibration
 from blip2.checkpoint.key_mapping import HEAD, to_hugging_face
 from blip2.checkpoint.load import allocate_model, parse_dtype
 from blip2.images import ImageProcessor
@@ -25,6 +28,8 @@ from blip2.text import TOKENIZER_FILES, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 
+log = logging.getLogger(__name__)
+
 
 def save_model(
     model: Blip2 | Blip2Matcher,
@@ -32,6 +37,7 @@ def save_model(
     *,
     tokenizer: str | Path | None = None,
     image_processor: ImageProcessor | None = None,
+    calibration: Calibration | None = None,
     dtype: torch.dtype | str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -43,7 +49,10 @@ def save_model(
     Args:
         folder: the new folder; it must not exist yet, or be empty.
         tokenizer: the folder whose tokenizer files are copied.
-        image_processor: how images are prepared; None is BLIP-2's own way at the model's image size.
+        image_processor: how images are prepared; None is BLIP-2's own way at the model's image size. The file of its
+            stem is copied.
+        calibration: how likely the model's captions are right; only of the same weights, not of others before they
+            were trained.
         dtype: of the stored weights; None as they are in the model.
         shard_bytes: start another file when one would grow beyond this.
 
@@ -55,8 +64,16 @@ def save_model(
     target_dtype = parse_dtype(dtype)
     info = {n: TensorInfo(tuple(t.shape), target_dtype or t.dtype) for n, t in state.items()}
     files: dict[str, Content] = {**settings(model.config, info, tied, tokenizer, image_processor)}
+    if image_processor is not None:
+        files |= image_processor.files()
     if tokenizer is not None:
         files |= tokenizer_files(Path(tokenizer))
+    if calibration is not None:
+        files[CALIBRATION] = calibration.to_dict()
+    elif tokenizer is not None and (source := Path(tokenizer) / CALIBRATION).is_file():
+        log.warning(
+            "%s is left out: it does not hold for weights that were trained after it was made", source
+        )
 
     def read(name: str) -> Iterator[Tensor]:
         return (block.to(info[name].dtype) for block in blocks(state[name].detach().cpu()))

@@ -13,6 +13,7 @@ from blip2.checkpoint.key_mapping import HF_HEAD, HF_OPT_EMBEDDINGS
 from blip2.checkpoint.load import build_model, match_state_dict, our_names
 from blip2.checkpoint.remap import aligned_blocks, equal_values, same_bits
 from blip2.checkpoint.source import Checkpoint
+from blip2.images import ImageProcessor
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.tensorfiles.errors import CheckpointError
 from blip2.tensorfiles.tensors import Tensors
@@ -51,6 +52,21 @@ def compare_tensors(
         if not equal:
             raise CheckpointError(f"the result is wrong: {name} differs from the source's")
     return len(expected)
+
+
+def compare_stems(expected: Checkpoint, actual: Checkpoint) -> str:
+    """Compare the stems of two checkpoints; gives the result in words, "" where they have none.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    stems = [
+        ImageProcessor.load(checkpoint.folder, checkpoint.required().vision.image_size).stem
+        for checkpoint in (expected, actual)
+    ]
+    if stems[0] != stems[1]:
+        raise CheckpointError("the result is wrong: its stem differs from the source's")
+    return "" if stems[0] is None else "; stem equal"
 
 
 def compare_logits(expected: Checkpoint, actual: Checkpoint, dtype: torch.dtype | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2.commands.arguments import decoding_keywords, decoding_options, option, switch
-from blip2.commands.images import countable, inputs_of, print_rows, report_left_out
+from blip2.commands.images import countable, inputs_of, print_rows, report_doubts, report_left_out
 from blip2.commands.streams import complain, put, unsteered, visible
 from blip2.commands.terminal import DONE, SOME_FAILED, load_named, matcher_of, print_line, report_error
 from blip2.generation.options import GenerationOptions, TextKind
@@ -34,6 +34,7 @@ NOT_STREAMED = (
     "prefix",
     "suffix",
     *OF_TEXTS,
+    "abstain",
     "dry_run",
 )
 
@@ -95,6 +96,7 @@ def write_texts(args: argparse.Namespace, kind: TextKind, questions: list[str]) 
         columns,
         image_processors=processors,
         parallel=model,
+        calibration=None if questions else model.generator.calibration,
     )
 
 
@@ -149,7 +151,7 @@ def _captioner(
             "leave out --match and --keep-best, or compare afterwards: blip2 match IMAGE TEXT --model itm"
         )
         processors.append(matcher_of(model, advice).image_processor)  # an error now where there is none
-    settings = {name: getattr(args, name) for name in OF_TEXTS}
+    settings = {name: getattr(args, name) for name in OF_TEXTS} | {"abstain": getattr(args, "abstain", None)}
     describe = make_captioner(load, decoding_keywords(args, options), questions=questions, **settings)
     return describe, processors
 
@@ -203,6 +205,7 @@ def _write_files(
     model = load_named(args if engine is None else argparse.Namespace(**vars(args) | {"device": "cpu"}))
     load = (lambda: model) if engine is None else (lambda: load_named(args))
     describe, processors = _captioner(args, load, model, options, questions)
+    calibration = None if questions else model.generator.calibration
     settings = RunSettings(
         out=out,
         kind=kind,
@@ -210,6 +213,7 @@ def _write_files(
         prefix=args.prefix,
         suffix=args.suffix,
         existing=args.existing or "skip",
+        threshold=None if calibration is None else calibration.threshold,
         batch_size=args.batch_size,
     )
     # A single image is not kept waiting for a process to start; on a cluster each task decodes in its own.
@@ -232,6 +236,7 @@ def _write_files(
     report_left_out(inputs)
     if not args.quiet:
         print(visible(_summary(out, kind, done)), file=sys.stderr)
+    report_doubts(calibration, done)
     return SOME_FAILED if done.failed else DONE
 
 
@@ -263,6 +268,7 @@ def _run_config(
     """Whatever decides what a run writes: all of it is recorded, and an output goes on only with the same."""
     from blip2.bulk.describe import fingerprint
 
+    calibration = None if questions else model.generator.calibration
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # recorded for an option that was not given
     decoding = {name: neutral.get(name) if value is None else value for name, value in vars(options).items()}
     for name in ("model", "dtype", "quantize", *OF_TEXTS, "shard"):
@@ -271,6 +277,8 @@ def _run_config(
         "eos_token_id": args.eos_token_id,  # a list, as JSON gives it back
         "prompt": getattr(args, "prompt", None),
         "questions": questions,
+        "abstain": getattr(args, "abstain", None),
+        "calibration": None if calibration is None else calibration.to_dict(),
         "weights": fingerprint(model, matcher=args.match or args.keep_best),
         "format": kind,
         "existing": args.existing if args.existing in ("append", "prepend") else None,

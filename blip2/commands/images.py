@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blip2.commands.streams import one_line, visible
+from blip2.commands.streams import complain, one_line, visible
 from blip2.commands.terminal import DONE, SOME_FAILED, print_json, print_line, report_error
 
 if TYPE_CHECKING:
     from blip2.bulk import Inputs
-    from blip2.bulk.run import Describe
+    from blip2.bulk.run import Describe, Progress
+    from blip2.calibration import Calibration
     from blip2.images import ImageProcessor
     from blip2.predict import Predictor
 
@@ -48,6 +50,16 @@ def report_left_out(inputs: Inputs) -> None:
         print(text, file=sys.stderr)
 
 
+def report_doubts(calibration: Calibration | None, done: Progress) -> None:
+    """Print one line about captions that may well be wrong, and about those that were left out for it."""
+    left_out = f"{done.abstained:,} caption{'s' * (done.abstained > 1)} left out by --abstain"
+    parts = [left_out] if done.abstained else []
+    if calibration is not None and done.flagged:
+        parts.insert(0, calibration.advice_for(done.flagged, done.captioned))
+    if parts:
+        complain("; ".join(parts))
+
+
 def countable(inputs: Inputs) -> Inputs | None:
     """The inputs where they can be counted at once: to count the rows of parquet files is to read their images."""
     return None if any(source.lower().endswith(".parquet") for source in inputs.sources) else inputs
@@ -61,6 +73,7 @@ def print_rows(
     *,
     image_processors: Sequence[ImageProcessor],
     parallel: Predictor | None = None,
+    calibration: Calibration | None = None,
 ) -> int:
     """Print what `describe` gives for each image as it comes; one that cannot be read is an error line of its own.
 
@@ -69,6 +82,7 @@ def print_rows(
             which must be a column.
         image_processors: of all models that see the images.
         parallel: the model, where two batches may be computed at once.
+        calibration: how likely its texts are right, where they are captions of a calibrated model.
 
     Returns:
         The exit status.
@@ -77,7 +91,7 @@ def print_rows(
 
     from blip2.bulk import RunSettings, caption_rows
     from blip2.bulk.describe import decoding, parallel_batches
-    from blip2.bulk.outputs import flat
+    from blip2.bulk.outputs import flat, is_flagged
     from blip2.bulk.progress import progress_bar
     from blip2.bulk.run import Progress
 
@@ -86,29 +100,42 @@ def print_rows(
     single, model = len(first) == 1, parallel if len(first) > args.batch_size else None
     hidden = args.quiet or single or not sys.stderr.isatty()
     bar = progress_bar(countable(inputs), hidden=hidden, leave=False)
-    done = failed = 0
+    count, progress = Counter[str](), Progress(0, 0, 0)
     settings = RunSettings(batch_size=args.batch_size)
     workers = 0 if single else settings.threads  # a single image is not kept waiting for a process to start
     with (
         bar as show,
-        parallel_batches(model) as count,
+        parallel_batches(model) as side_by_side,
         decoding(*image_processors, workers=workers, max_pixels=args.max_pixels) as decode_image,
     ):
-        settings = replace(settings, parallel_batches=count)
+        settings = replace(settings, parallel_batches=side_by_side)
         for rows in caption_rows(
             itertools.chain(first, items), settings, describe, decode_image=decode_image
         ):
             with tqdm.external_write_mode():
                 for row in flat(rows):
+                    count["abstained"] += "abstained" in row
                     if "error" in row:
                         report_error(args, row["image"], row["error"])
                     elif args.json:
                         print_json({k: v for k, v in row.items() if k != "question" or k in columns})
                     else:
+                        row = {"caption": ""} | row if "abstained" in row else row
                         values = [row[name] for name in columns if name in row]
                         cells = [one_line(v) if isinstance(v, str) else f"{v:.4f}" for v in values]
                         print_line("\t".join(cells if single else [visible(row["image"]), *cells]))
-            done, failed = done + len(rows), failed + sum("error" in row for row in rows)
-            show(Progress(done, 0, failed))
+            for row in rows:
+                count["failed" if "error" in row else "captioned"] += 1
+                count["flagged"] += calibration is not None and is_flagged(row, calibration.threshold)
+            progress = Progress(
+                count["captioned"] + count["failed"],
+                before=0,
+                failed=count["failed"],
+                captioned=count["captioned"],
+                flagged=count["flagged"],
+                abstained=count["abstained"],
+            )
+            show(progress)
     report_left_out(inputs)
-    return SOME_FAILED if failed else DONE
+    report_doubts(calibration, progress)
+    return SOME_FAILED if progress.failed else DONE

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is; problems make the exit status 1."""
     from blip2.checkpoint import inspect
-    from blip2.registry import readable
+    from blip2.registry import describe_stem, readable
 
     checkpoint = inspect(named_checkpoint(args.path), vision=args.vision, language=args.language)
     problems = tuple(as_typed(problem, args.flags) for problem in checkpoint.problems)
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         print_line(f"  {name}: {part.parameters:,} parameters in {part.tensors} tensors, {dtypes}")
     stored = f"{readable(checkpoint.stored_bytes)} stored in {checkpoint.tensors} tensors"
     print_line(f"  in all {checkpoint.parameters:,} parameters, {stored}")
+    if checkpoint.stem is not None:
+        print_line(f"  images, {checkpoint.image_px} px, go through {describe_stem(checkpoint.stem)} first")
     if checkpoint.head != "none":
         print_line(f"  head: {checkpoint.head}")
     for kind, lines in (("WRONG", checkpoint.problems), ("note", checkpoint.notes)):

@@ -113,6 +113,19 @@ def load_named(args: argparse.Namespace) -> Predictor:
     return blip2.load(args.model, **options)
 
 
+def check_calibrated(args: argparse.Namespace) -> None:
+    """Raises ValueError where nothing tells how likely captions of the model that --model names are right."""
+    from blip2.calibration import FILE, Calibration
+    from blip2.checkpoint import resolve_path
+
+    path = resolve_path(named_checkpoint(args.model), args.revision, only=FILE)
+    if Calibration.load(path if path.is_dir() else path.parent) is None:
+        raise ValueError(
+            f"--abstain: {args.model} has no {FILE}, by which it would be known how likely its captions are right; "
+            "leave it out"
+        )
+
+
 def load_matcher(args: argparse.Namespace) -> Predictor:
     """The same for a command that only matches: of the default model, its matcher alone."""
     from blip2.registry import DEFAULT, DEFAULT_MATCHER_FOLDER

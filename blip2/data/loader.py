@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2.data.sources import DataError, Sample
 from blip2.imagefiles.listing import ImageItem
-from blip2.images import ImageError, ImageProcessor, load_image, random_resized_crop, to_pixels
+from blip2.images import ImageError, ImageProcessor, load_image, normalized_pixels, random_resized_crop
 from blip2.text import Tokenizer, clean_caption, clean_question, question_prompt
 
 IGNORE_INDEX = -100  # label of a position that is no target
@@ -94,7 +94,7 @@ class ExampleBatches:
         return len(self.examples) // self.batch_size
 
     def _row(self, position: int, row: int, damaged: list[str]) -> tuple[TrainingExample, Tensor]:
-        """An example of a batch and its pixels [3, S, S].
+        """An example of a batch and its pixels [3, S, S], before any stem.
 
         An image that cannot be read is replaced by the next example's and noted in `damaged`.
         """
@@ -111,7 +111,7 @@ class ExampleBatches:
             if self.augment:
                 rng = np.random.default_rng((self.seed, 1, position, row))
                 image = random_resized_crop(image, self.image_processor.size, rng)
-            return example, to_pixels([image], self.image_processor)[0]
+            return example, normalized_pixels([image], self.image_processor)[0]
         reason = self._damaged[example.sample.image]
         raise DataError(
             f"{len(self._damaged)} images in a row cannot be read, which are all; the last: {reason}"
@@ -131,9 +131,10 @@ class ExampleBatches:
     def __getitem__(self, position: int) -> ExampleBatch:
         damaged: list[str] = []
         rows = [self._row(position, row, damaged) for row in range(self.batch_size)]
-        return ExampleBatch(
-            [example for example, _ in rows], torch.stack([pixels for _, pixels in rows]), damaged
-        )
+        # Where there are data processes, a stem runs there, beside training: forks share its weights, which nobody
+        # writes to, and what comes back is a quarter of the size.
+        pixels = self.image_processor.fold(torch.stack([pixels for _, pixels in rows])).cpu()
+        return ExampleBatch([example for example, _ in rows], pixels, damaged)
 
 
 class MatcherBatches:

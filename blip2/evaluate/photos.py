@@ -142,7 +142,7 @@ def names_one(caption: str, names: tuple[str, ...]) -> bool:
 
 def flagged(caption: Caption) -> bool | None:
     """Whether a caption is probably wrong by the model's calibration; None: the model has none."""
-    return None
+    return None if caption.probability_right is None else bool(caption.warnings)
 
 
 def photo_metrics(

@@ -242,6 +242,20 @@ LANGUAGE_CONFIGS: tuple[type[LanguageConfig], ...] = (OptConfig, T5Config)
 
 
 @dataclass(frozen=True)
+class StemFacts:
+    """The network that a model's images go through first, as stored.
+
+    origin: the network and its licence. image_px: side of the images it takes.
+    """
+
+    origin: str
+    image_px: int
+    tensors: int
+    parameters: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
 class Blip2Config:
     """The generating model: image encoder, Q-Former, projection, language model."""
 

@@ -24,7 +24,7 @@ from blip2.generation.batching import ContinuousBatch, SampledSequence, each_alo
 from blip2.generation.decoding import BeamSequence
 from blip2.generation.options import GenerationOptions
 from blip2.imagefiles.workers import ImageWorkers, PendingImage
-from blip2.images import ImageProcessor, to_pixels
+from blip2.images import ImageProcessor, normalized_pixels
 from blip2.modeling.kv_cache import concat_prompt_caches
 from blip2.predict import Predictor
 from blip2.results import EncodedImage, GeneratedText
@@ -64,7 +64,7 @@ class EngineError(Exception):
 class PreparedImage:
     """An image ready for the model: encoded already, or as pixels.
 
-    key: hash of its file. size: width and height in pixels. pixels: float32 [1, 3, S, S].
+    key: hash of its file. size: width and height in pixels. pixels: before any stem, float32 [1, 3, S, S].
     """
 
     key: bytes
@@ -246,13 +246,13 @@ class Engine:
     def load_pixels(
         self, content: bytes, processor: ImageProcessor, pending: PendingImage | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
-        """A file's image as a model takes it, float32 [1, 3, S, S], and its own width and height.
+        """A file's image before any stem, float32 [1, 3, S, S], and its own width and height.
 
         As `prepare_image`, without the cache.
         """
         resize, limit = (processor.size, processor.resample), self.limits.pixels
         decoded = self.workers.decode(content, resize=resize, max_pixels=limit, pending=pending)
-        return to_pixels([decoded.image], processor), decoded.size
+        return normalized_pixels([decoded.image], processor), decoded.size
 
     def submit(
         self,
@@ -435,7 +435,8 @@ class Engine:
                 fresh[image.key] = image
         if fresh:
             pixels = torch.cat([image.pixels for image in fresh.values() if image.pixels is not None])
-            prefixes = self.predictor.model.embed_image(pixels.to(self.predictor.device)).split(1)
+            pixels = self.predictor.generator.image_processor.fold(pixels).to(self.predictor.device)
+            prefixes = self.predictor.model.embed_image(pixels).split(1)
             for (key, image), prefix in zip(fresh.items(), prefixes, strict=True):
                 encoded[key] = EncodedImage(prefix.clone(), None, image.size)
         return encoded

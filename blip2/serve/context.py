@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +54,17 @@ class ServerContext:
         """Write a prompt or texts to the log, where that is switched on."""
         if self.log_contents:
             log_event("content", id=request.state.id, **content)
+
+    def judge(self, captions: Sequence[Sequence[float]]) -> tuple[list[float], list[str]]:
+        """How likely an image's captions are right, each by its tokens' log-probabilities, and what to warn of.
+
+        Both are empty where the model is not calibrated.
+        """
+        calibration = self.engine.predictor.generator.calibration
+        if calibration is None:
+            return [], []
+        probabilities = [calibration.probability_right(logprobs) for logprobs in captions]
+        return probabilities, list(calibration.warnings(probabilities))
 
     def check_texts(self, *texts: str) -> None:
         """Raises ApiError where texts are longer, together, than this server reads."""

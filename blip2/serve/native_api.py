@@ -61,7 +61,7 @@ async def _generate(
 
     def result(outputs: list[TextOutput]) -> dict[str, Any]:
         context.log_content(request, {key: [output.text for output in outputs]})
-        texts = []
+        texts: list[dict[str, Any]] = []
         for output in outputs:
             tokens = [
                 {"text": token_text(context.decode, token.id, token.before), "logprob": token.logprob}
@@ -70,8 +70,13 @@ async def _generate(
             logprob = sum(map(finite_logprob, output.text.token_logprobs))
             scores = {"score": output.text.score, "logprob": logprob}
             texts.append({"text": str(output.text), **scores, "tokens": tokens})
+        captions = [output.text.token_logprobs for output in outputs]
+        probabilities, warnings = context.judge(captions) if key == "captions" else ([], [])
+        for text, probability in zip(texts, probabilities):
+            text["probability_right"] = probability
         count = sum(len(output.text.tokens) for output in outputs)
-        return {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
+        answer = {"model": context.model_name, key: texts, "usage": usage(context, work, count)}
+        return answer | ({"warnings": warnings} if warnings else {})
 
     if not body.stream:
         return json_response(result(await context.result(request, work)))
@@ -106,7 +111,8 @@ async def post_match(request: Request) -> Response:
     pixels = await _matcher_pixels(request, image)
 
     def compute(model: Predictor) -> Generator[None, None, list[Match]]:
-        features, fits = model.matcher.encode_images(pixels), list[Match]()
+        folded = model.matcher.image_processor.fold(pixels)
+        features, fits = model.matcher.encode_images(folded), list[Match]()
         for _, texts in in_batches(body.texts, SLICE):
             yield
             fits += model.matcher.compare(features, texts)[0]
@@ -133,7 +139,8 @@ async def post_embed(request: Request) -> Response:
         image_vectors: list[Any] = []
         text_vectors: list[Any] = []
         for image in pixels:
-            image_vectors += model.matcher.encode_images(image).queries.tolist()
+            folded = model.matcher.image_processor.fold(image)
+            image_vectors += model.matcher.encode_images(folded).queries.tolist()
             yield
         for _, texts in in_batches(body.texts, SLICE):
             text_vectors += model.embed_text(list(texts)).tolist()
@@ -145,7 +152,7 @@ async def post_embed(request: Request) -> Response:
 
 
 async def _matcher_pixels(request: Request, image: bytes) -> Tensor:
-    """A file's image as the matcher takes it: float32 [1, 3, S, S]."""
+    """A file's image for the matcher, before any stem: float32 [1, 3, S, S]."""
     engine = context_of(request).engine
     processor = engine.predictor.matcher.image_processor
     pixels, _ = await context_of(request).in_thread(
@@ -172,7 +179,8 @@ async def post_explain(request: Request) -> Response:
     assert pixels is not None
 
     def compute(model: Predictor) -> Generator[None, None, dict[str, Any]]:
-        explanation = yield from model.explain_in_slices(pixels, prompt, text)
+        folded = model.generator.image_processor.fold(pixels)
+        explanation = yield from model.explain_in_slices(folded, prompt, text)
         words = [vars(word) | {"heat": word.heat.tolist()} for word in explanation.words]
         return {
             "model": context.model_name,

@@ -271,6 +271,13 @@ async def _respond(
         context.log_content(request, {"answers": [text.text for text in texts]})
         return usage(context, work, sum(text.count for text in texts))
 
+    def doubts(texts: list[GrowingText]) -> dict[str, list[str]]:
+        """What to warn of, once a caption of a calibrated model is written; answers are not judged."""
+        if {*work.prompts} != {CAPTION_PROMPT} or not all(text.finish_reason for text in texts):
+            return {}
+        _, warnings = context.judge([text.logprobs for text in texts])
+        return {"warnings": [*(extra.get("warnings") or ()), *warnings]} if warnings else {}
+
     async def bodies() -> AsyncGenerator[dict[str, Any], None]:
         counted = body.stream_options is not None and bool(body.stream_options.include_usage)
         no_usage = {"usage": None} if counted else {}
@@ -279,7 +286,8 @@ async def _respond(
                 yield head | {"choices": [chunk]} | no_usage
             async for index, piece in pieces:
                 for chunk in form.chunks(index, texts[index], piece):
-                    yield head | {"choices": [chunk]} | no_usage
+                    warned = doubts(texts) if chunk["finish_reason"] else {}
+                    yield head | {"choices": [chunk]} | no_usage | warned
         total = count(texts)
         if counted:
             yield head | {"choices": [], "usage": total}
@@ -295,4 +303,4 @@ async def _respond(
         outputs = await context.result(request, work)
         texts = [GrowingText.from_output(output, context.decode) for output in outputs]
     choices = [form.choice(i, text) for i, text in enumerate(texts)]
-    return json_response(head | {"choices": choices, "usage": count(texts)})
+    return json_response(head | {"choices": choices, "usage": count(texts)} | doubts(texts))

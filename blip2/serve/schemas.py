@@ -145,8 +145,15 @@ class TextResult(BaseModel):
     usage: Usage
 
 
+class CaptionSchema(GeneratedTextSchema):
+    probability_right: float | None = Field(
+        None, description="how likely it is right, 0 to 1; of calibrated models"
+    )
+
+
 class Captions(TextResult):
-    captions: list[GeneratedTextSchema]
+    captions: list[CaptionSchema]
+    warnings: list[str] | None = Field(None, description="why they may well be wrong, where they may")
 
 
 class Answers(TextResult):
@@ -357,7 +364,9 @@ class ChatCompletion(TextResult):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     choices: list[ChatChoice]
-    warnings: list[str] | None = Field(None, description="parts of the request that were not followed")
+    warnings: list[str] | None = Field(
+        None, description="parts of the request that were not followed, and why a caption may well be wrong"
+    )
 
 
 class PlainLogprobs(BaseModel):
@@ -379,6 +388,7 @@ class Completion(TextResult):
     object: Literal["text_completion"] = "text_completion"
     created: int
     choices: list[PlainChoice]
+    warnings: list[str] | None = Field(None, description="why a caption may well be wrong, where it may")
 
 
 class Model(BaseModel):

@@ -42,7 +42,7 @@ class GrowingText:
     text: str = ""  # released to the client
     pending: str = ""  # may turn out to begin a stop string
     tokens: list[GeneratedToken] = field(default_factory=list)  # without the end token
-    count: int = 0  # generated tokens, the end token included
+    logprobs: list[float] = field(default_factory=list)  # of all generated tokens, the end token included
     finish_reason: Literal["stop", "length"] | None = None
     logprobs_sent: int = 0  # tokens whose log-probabilities a stream has sent
 
@@ -56,14 +56,19 @@ class GrowingText:
             StreamDetokenizer(decode),
             text=str(output.text),
             tokens=tokens[:-1] if output.finished else tokens,
-            count=len(ids),
+            logprobs=list(output.text.token_logprobs),
             finish_reason="stop" if output.finished else "length",
         )
+
+    @property
+    def count(self) -> int:
+        """Generated tokens, the end token included."""
+        return len(self.logprobs)
 
     def add(self, row: SampledSequence) -> str:
         """What the next token of its row adds to the released text."""
         position, piece = self.count, ""
-        self.count += 1
+        self.logprobs.append(row.logprobs[position])
         # in this order: until it is done the row may grow at any moment
         last = row.done and position == len(row.ids) - 1
         if not (last and row.finished):

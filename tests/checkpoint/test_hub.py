@@ -61,13 +61,17 @@ def test_only_data_is_downloaded(hub: Callable[[object], list[dict[str, Any]]], 
     ]
 
     (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "stem.safetensors").touch()  # no weights of the model
     assert resolve_path("facebook/opt-2.7b") == tmp_path
     assert calls[-1]["allow_patterns"] == [*HUB_FILES, *OLDER_FILES]
+    assert resolve_path("facebook/opt-2.7b", only="calibration.json") == tmp_path
+    assert len(calls) == 4 and calls[-1]["allow_patterns"] == ["calibration.json"]
 
     def wanted(file: str) -> bool:
         return any(fnmatch(file, pattern) for pattern in HUB_FILES)
 
     assert wanted("model-00001-of-00002.safetensors")
+    assert wanted("stem.safetensors") and wanted("LICENSE-efficientnet-lite")
     assert not any(
         wanted(f) for f in ("pytorch_model-00001-of-00002.bin", "modeling.py", "tf_model.h5", "README.md")
     )

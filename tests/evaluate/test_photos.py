@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import blip2
+from blip2.calibration import FILE, Calibration
 from blip2.cli import main
 from blip2.data.sources import DataError
 from blip2.evaluate import run
@@ -173,6 +175,18 @@ def test_damaged_and_missing_photographs_are_left_out(
     assert main([*arguments[:3], str(folder), "--answers", __file__]) == 2
     assert main([*arguments[:-1], "--protocol", "paper"]) == 2
     assert "there is none for photos" in capsys.readouterr().err
+
+
+def test_captions_that_a_calibrated_model_warns_of_are_flagged(
+    folder: Path, generator_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(generator_folder, tmp_path / "model")
+    for threshold, share in ((1.0, 1.0), (0.0, 0.0)):
+        calibration = Calibration(0.0, 1.0, 0.0, 0.0, threshold, "this looks unlike what the model knows")
+        (tmp_path / "model" / FILE).write_text(json.dumps(calibration.to_dict()))
+        report = report_of(blip2.load(tmp_path / "model"), folder)
+        assert report.metrics["flagged of wrong captions"] == share
+        assert {outcome.scores["flagged"] for outcome in report.outcomes} == {share}
 
 
 def test_shares_that_are_flagged(

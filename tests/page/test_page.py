@@ -326,6 +326,27 @@ def contrast_and_rules(page: Any) -> list[str]:
     return [f"{rule['id']}: {[node['html'][:120] for node in rule['nodes']]}" for rule in violations]
 
 
+def test_a_caption_that_may_be_wrong_has_a_line_under_it(watched: Watched) -> None:
+    page = watched.page
+    advice = "this looks unlike what the model knows; try another"
+
+    def doubtful(route: Any) -> None:
+        response = route.fetch()
+        route.fulfill(response=response, json=response.json() | {"warnings": [advice]})
+
+    page.route("**/caption", doubtful)
+    choose(page)
+    until(page, "!document.getElementById('caption-warning').hidden")
+    assert page.locator("#caption-warning").inner_text() == f"It may well be wrong: {advice}."
+    assert page.locator("#status").inner_text().endswith(f"{advice}.")
+    assert contrast_and_rules(page) == []
+    page.unroute("**/caption")
+    page.click("#caption-again")
+    until(page, "document.getElementById('caption-warning').hidden")
+    caption(page)
+    assert page.is_hidden("#caption-warning")
+
+
 @pytest.mark.parametrize(
     "watched",
     [

@@ -28,6 +28,8 @@ assert_type(model.caption(path.open("rb")), Caption)
 assert_type(model.caption(Image.new("RGB", (4, 4))), Caption)
 assert_type(model.caption(np.zeros((4, 4, 3), np.uint8)), Caption)
 assert_type(model.caption(path).score, float)
+assert_type(model.caption(path).probability_right, float | None)
+assert_type(model.caption(path).warnings, tuple[str, ...])
 
 # many images
 assert_type(model.caption(paths, batch_size=4), list[Caption])

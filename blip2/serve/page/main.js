@@ -147,6 +147,7 @@ async function caption() {
   get("alternatives").replaceChildren();
   show("caption-tools", false);
   show("caption-hint", false);
+  show("caption-warning", false);
   get("waiting").textContent = "Looking at the picture …";
   const fields = settings.captionFields();
   remember("caption", fields);
@@ -156,7 +157,10 @@ async function caption() {
     const captions = different(reply.captions.toSorted((a, b) => b.score - a.score));
     get("alternatives").replaceChildren(...captions.toSorted((a, b) => b.logprob - a.logprob).map(alternative));
     showCaption(captions[0].text);
-    announce(`The caption: ${captions[0].text}`);
+    const warning = (reply.warnings ?? []).map((reason) => `It may well be wrong: ${reason}.`).join(" ");
+    get("caption-warning").textContent = warning;
+    show("caption-warning", Boolean(warning));
+    announce(`The caption: ${captions[0].text}${warning && `. ${warning}`}`);
   } catch (error) {
     const text = messageOf(error);
     if (mine === picture && text !== null) trouble(text, caption);
