@@ -21,6 +21,7 @@ from default_model.photo import Photo
 UNSURE = 0.13  # below this probability of the likeliest noun, a caption names none
 SURE_OF_CATEGORY = 0.5  # the probability of a category that is named in place of a noun
 BREED_SHARE = 0.5  # of a noun's probability that one of its names must have to be called the breed
+WRONG = 0.15  # of what is imagined has another name first
 SHOWN = 6  # nouns that a slot holds
 
 Weighted = Sequence[tuple[int, float]]  # names, by index, with probabilities
@@ -77,22 +78,17 @@ class Evidence:
             order += sorted(
                 (n for n in near if n not in order), key=lambda n: near.index(n) + rng.expovariate(1 / 6)
             )
-            if not order:
-                order = [rng.randrange(len(self.names.nouns))]
-            if (
-                own_here and rng.random() < 0.15 and len(order) > 1
-            ):  # the likeliest name is wrong now and then
+            if own_here and rng.random() < WRONG:
                 order[0], order[1] = order[1], order[0]
             for name, p in zip(order, pattern, strict=False):
                 out[name] = out.get(name, 0.0) + p
-        total = sum(out.values())
-        return {name: p / total for name, p in out.items()}
+        return out
 
     def sight(self, probabilities: dict[int, float], rng: random.Random, colour: str | None = None) -> Sight:
         """What is said of a photograph whose names have these probabilities.
 
-        The noun is drawn from the probabilities half of the time, so that the model's own are calibrated, and is the
-        likeliest otherwise.
+        The noun is drawn from the probabilities half of the time (from all nouns where they leave a rest), so that the
+        model's own follow them, and is the likeliest otherwise.
         """
         nouns: dict[str, float] = {}
         for name, p in probabilities.items():
@@ -114,7 +110,8 @@ class Evidence:
             return Sight(Photo(None, None, category if sure else None, colour), nouns, breeds)
         noun = best[0]
         if rng.random() < 0.5:
-            noun = rng.choices(best, [nouns[n] ** 2 for n in best])[0]
+            rest = max(0.0, 1 - sum(nouns.values()))
+            noun = rng.choices([*best, rng.choice(self.nouns)], [*nouns.values(), rest])[0]
         breed = next((b for b in breeds if noun == self._noun_of_breed(b)), None)
         return Sight(Photo(noun, breed, self.categories[noun], colour), nouns, breeds)
 

@@ -24,7 +24,7 @@ from default_model.materials import PICTURES, read_table
 
 CODE = 128  # values of a name's code
 COARSE, FINE = 320, 80  # channels kept of the stem's two maps: COARSE + 4 FINE + CODE = 768
-SHARPNESS = 15.0  # of the prototypes' softmax, for features of mean length one
+SHARPNESS = 8.0  # of the prototypes' softmax, for features of mean length one
 CATEGORY_SHARE = 0.5  # of a code that nouns of one category share, beside 1 of the noun's own
 
 
