@@ -18,7 +18,7 @@ from torch import Tensor
 from default_model.namer import Names
 from default_model.photo import Photo
 
-UNSURE = 0.13  # below this probability of the likeliest noun, a caption names none
+UNSURE = 0.06  # below this probability of the likeliest noun, a caption names none
 SURE_OF_CATEGORY = 0.5  # the probability of a category that is named in place of a noun
 BREED_SHARE = 0.5  # of a noun's probability that one of its names must have to be called the breed
 WRONG = 0.15  # of what is imagined has another name first

@@ -232,7 +232,7 @@ class StemReadout(nn.Module):
         return torch.cat(parts, dim=-1).permute(0, 3, 1, 2)
 
     def probabilities(self, head: Tensor) -> Tensor:
-        """What the whole image shows: the mean of the head [B, H] -> probabilities [B, K], or [B, K + P] with prototypes.
+        """What the whole image shows: the head's mean [B, H] -> probabilities [B, K], or [B, K + P] with prototypes.
 
         Prototypes are of things that the classifier has no class for: its soft answers (square roots of
         probabilities), and the head, are compared with those of known pictures.
