@@ -79,7 +79,7 @@ TEXT_SHARES = {"scene": 0.55, "easy": 0.07, "photograph": 0.08, "pasted": 0.1, "
 MATCH_SHARES = {"scene": 0.7, "easy": 0.05, "photograph": 0.0, "pasted": 0.1, "imagined": 0.15}
 
 LANGUAGE_OPTIONS = replace(_COMMON, steps=4_000, lr=1e-3, min_lr=1e-5)
-QUERIES_OPTIONS = replace(_COMMON, steps=4_000, lr=1e-3, min_lr=1e-5)
+QUERIES_OPTIONS = replace(_COMMON, steps=3_000, lr=1e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=2_500, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)
 FINETUNE_OPTIONS = replace(_COMMON, steps=4_000, lr=6e-4, min_lr=1e-6)
