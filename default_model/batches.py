@@ -234,7 +234,8 @@ class LanguageBatches:
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = seeded("language", position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        return text_rows(self.words, pictures, rng) | self.slots.encode([p.slots(rng) for p in pictures])
+        rows = text_rows(self.words, pictures, rng, captions=0.3, most=6)
+        return rows | self.slots.encode([p.slots(rng) for p in pictures])
 
 
 class InstructionBatches:
@@ -332,13 +333,17 @@ class Labels:
 # --- texts -> rows of ids and labels ---------------------------------------------------------------------------------
 
 
-def text_rows(words: Tokenizers, pictures: list[Picture], rng: random.Random) -> dict[str, Tensor]:
-    """A caption and questions for every picture, as `Stage2` takes them."""
+def text_rows(
+    words: Tokenizers, pictures: list[Picture], rng: random.Random, captions: float = 1.0, most: int = 4
+) -> dict[str, Tensor]:
+    """Questions, `most` at most, and for this share of the pictures a caption, as `Stage2` takes them."""
     rows, index = [], []
     for i, picture in enumerate(pictures):
-        rows.append(caption_row(words, picture.caption(standard(), rng), rng))
-        rows.append(chat_row(words, picture.turns(standard(), rng)))
-        index += [i, i]
+        if rng.random() < captions:
+            rows.append(caption_row(words, picture.caption(standard(), rng), rng))
+            index.append(i)
+        rows.append(chat_row(words, picture.turns(standard(), rng, most)))
+        index.append(i)
     return pad(rows, words.language.pad_id) | {"image_index": torch.tensor(index)}
 
 
