@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from blip2.modeling.language import IGNORE_INDEX
 from blip2.modeling.stem import fold
+from blip2.stemfiles import STEM_FILE
 from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
 from default_model import easyvqa
 from default_model.corpus import imagined
-from default_model.evidence import Evidence, Sight, stored
-from default_model.features import Bank, scene_of
+from default_model.evidence import EVIDENCE_FILE, Evidence, Sight
+from default_model.features import Bank, names_of, scene_of
+from default_model.kinds import Kind
 from default_model.language import Language, standard
 from default_model.namer import CODE, standard_names
 from default_model.photo import Photo
 from default_model.recipe import PARTS
-from default_model.scenes import Scene
+from default_model.scenes import GRID, Scene
 from default_model.slots import (
     COLOUR_GAIN,
     EMPTY,
@@ -36,10 +43,14 @@ from default_model.slots import (
 )
 from default_model.wordings import typed
 
-IGNORE_INDEX = -100
-EASY_PARTS = (5, 6, 9, 10)  # of the imagined prefixes of easy-VQA's images: the middle ones
+EASY_PARTS = (5, 6, 9, 10)  # the middle four of 16, where an image of easy-VQA that is imagined has its shape
+EASY_IMAGINED, PHOTOS_IMAGINED = 0.04, 0.3  # of the pictures for the language model alone; the others are scenes
+EASY_TYPED = 0.3  # of easy-VQA's questions are written as people type them, the others as published
+LANGUAGE_CAPTIONS, LANGUAGE_QUESTIONS = 0.3, 6  # captions a picture, and questions at most, for it alone
 PROMPTED = 0.85  # of the captions follow the captioning prompt
+NO_OBJECT, UNKNOWN = -1, -2  # in place of a cell's noun
 
+Share = Literal[Kind, "imagined"]
 Row = tuple[list[int], list[int]]  # ids, labels
 
 
@@ -80,16 +91,16 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def seeded(name: str, position: int) -> random.Random:
-    """A random source for each position: the same position always gives the same batch."""
+    """The random numbers of a batch: the same at the same position, always."""
     return random.Random(f"{name} {position}")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a batch knows of one picture. cells: [768, 8, 8], None for one that only its facts describe.
+    """What a batch knows of one picture.
 
-    facts: a scene, a photograph as the stem sees it, or one of easy-VQA's images.
-    patches: int64 [64], the object at each cell of a scene, -1 for none.
+    facts: a scene, what the stem says of a photograph, or one of easy-VQA's images. cells: [768, 8, 8], the picture as
+    the stem sees it; None where only the facts exist.
     """
 
     facts: Scene | Sight | easyvqa.EasyImage
@@ -101,11 +112,11 @@ class Picture:
         return language.caption(self.facts.photo if isinstance(self.facts, Sight) else self.facts, rng)
 
     def turns(self, language: Language, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:
-        """Questions and their answers; some build on each other."""
+        """Questions and their answers, `most` at most; some build on each other."""
         if isinstance(self.facts, easyvqa.EasyImage):
             drawn = rng.sample(self.facts.questions, min(len(self.facts.questions), rng.randint(2, most)))
             return [
-                (typed(question, rng) if rng.random() < 0.3 else question, answer)
+                (typed(question, rng) if rng.random() < EASY_TYPED else question, answer)
                 for question, answer in drawn
             ]
         return language.turns(self.facts.photo if isinstance(self.facts, Sight) else self.facts, rng, most)
@@ -121,14 +132,16 @@ class Picture:
             words = self.facts.caption.split()
             shape = dict.fromkeys((word for word in words if word in easyvqa.SHAPES), NAME_GAIN)
             colour = dict.fromkeys((word for word in words if word in easyvqa.COLOURS), COLOUR_GAIN)
-            part = rng.choice(EASY_PARTS)
-            place = (part % 4 + rng.random()) / 4, (part // 4 + rng.random()) / 4
+            part, side = rng.choice(EASY_PARTS), math.isqrt(PARTS)
+            place = (part % side + rng.random()) / side, (part // side + rng.random()) / side
             slots[part] = Slot(OBJECT, shape | colour, place)
         return slots
 
 
 class Imagined:
-    """Pictures of which only the facts exist, for the language model alone."""
+    """Pictures of which only the facts exist, for the language model alone. Files are read at the first use, in the
+    process that loads batches.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -143,46 +156,40 @@ class Imagined:
 
     def draw(self, rng: random.Random) -> Picture:
         draw = rng.random()
-        if draw < 0.04:
+        if draw < EASY_IMAGINED:
             return Picture(rng.choice(self.easy))
-        if draw < 0.34:
+        if draw < EASY_IMAGINED + PHOTOS_IMAGINED:
             return Picture(self.evidence.sight(self.evidence.imagine(rng), rng))
         return Picture(imagined(standard(), rng))
 
 
-class Pictures:
-    """Stored pictures, and photographs whose evidence is imagined. Files are read at the first use, in the data
-    process.
-    """
+class Pictures(Imagined):
+    """Stored pictures, and stored ones whose evidence is replaced by an imagined one."""
 
-    def __init__(self, folder: Path, weights: dict[str, float]) -> None:
-        """weights: of "scene", "easy", "photograph", "pasted" and "imagined"."""
-        self.folder, self.weights = folder, weights
+    def __init__(self, folder: Path, shares: Mapping[Share, float]) -> None:
+        """shares: of the kinds of stored pictures, and of "imagined"."""
+        super().__init__(folder)
+        self.shares = shares
 
     @cached_property
-    def banks(self) -> dict[str, Bank]:
-        kinds = [kind for kind, weight in self.weights.items() if weight and kind != "imagined"]
+    def banks(self) -> dict[Kind, Bank]:
+        kinds: dict[Kind, None] = {}
+        for share, weight in self.shares.items():
+            if share != "imagined":
+                kinds |= {share: None} if weight else {}
+            elif weight:  # what `_imagined` replaces the evidence of
+                kinds |= {"photograph": None, "scene": None}
         return {kind: Bank(self.folder, kind) for kind in kinds}
-
-    @cached_property
-    def evidence(self) -> Evidence:
-        return load_evidence(self.folder)
-
-    @cached_property
-    def easy(self) -> list[easyvqa.EasyImage]:
-        return easyvqa.load(self.folder, "train")
 
     @cached_property
     def codes(self) -> Tensor:
         """The stem's evidence matrix, [CODE, K + P]."""
-        from safetensors import safe_open
-
-        with safe_open(self.folder / "stem.safetensors", "pt") as file:
+        with safe_open(self.folder / STEM_FILE, "pt") as file:
             matrix: Tensor = file.get_tensor("readout.evidence.weight").float()
         return matrix
 
     def draw(self, rng: random.Random) -> Picture:
-        (kind,) = rng.choices(list(self.weights), list(self.weights.values()))
+        (kind,) = rng.choices(list(self.shares), list(self.shares.values()))
         if kind == "imagined":
             return self._imagined(rng)
         bank = self.banks[kind]
@@ -192,7 +199,7 @@ class Pictures:
             return Picture(scene_of(facts), cells)
         if kind == "easy":
             return Picture(self.easy[facts["easy"]], cells)
-        sight = self.evidence.sight(stored(facts), rng)
+        sight = self.evidence.sight(names_of(facts), rng)
         if kind == "pasted":  # the truth is known
             noun = facts["noun"]
             photo = Photo(noun, None, self.evidence.categories[noun], facts["colour"] or None)
@@ -200,7 +207,7 @@ class Pictures:
         return Picture(sight, cells)
 
     def _imagined(self, rng: random.Random) -> Picture:
-        """A photograph's cells, or those of two scenes mixed, with the evidence of some noun."""
+        """A photograph's cells, or those of two scenes mixed, with imagined evidence in place of theirs."""
         probabilities = self.evidence.imagine(rng)
         if rng.random() < 0.5:
             cells = self.banks["photograph"].cells(rng.randrange(len(self.banks["photograph"])))
@@ -214,13 +221,13 @@ class Pictures:
 
 
 def load_evidence(folder: Path) -> Evidence:
-    stored_ = json.loads((folder / "evidence.json").read_text())
-    categories = {noun: entry.category for noun, entry in standard().nouns.items()}
-    return Evidence(standard_names(), categories, stored_["alike"], stored_["patterns"])
+    """What the stage names wrote: evidence.json."""
+    content = json.loads((folder / EVIDENCE_FILE).read_text(encoding="utf-8"))
+    return Evidence(standard_names(), standard().noun_categories, content["alike"], content["patterns"])
 
 
 def pixels_of(pictures: list[Picture]) -> Tensor:
-    """[B, 3, 128, 128]."""
+    """The folded images of pictures that have cells, [B, 3, 128, 128]."""
     return fold(torch.stack([picture.cells for picture in pictures if picture.cells is not None]))
 
 
@@ -234,7 +241,7 @@ class LanguageBatches:
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = seeded("language", position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        rows = text_rows(self.words, pictures, rng, captions=0.3, most=6)
+        rows = text_rows(self.words, pictures, rng, LANGUAGE_CAPTIONS, LANGUAGE_QUESTIONS)
         return rows | self.slots.encode([p.slots(rng) for p in pictures])
 
 
@@ -245,54 +252,43 @@ class InstructionBatches:
         self,
         folder: Path,
         words: Tokenizers,
-        weights: dict[str, float],
+        shares: Mapping[Share, float],
         name: str = "instruction",
         batch: int = 48,
     ) -> None:
+        """`name`: batches of another name are others."""
         self.words, self.batch, self.name = words, batch, name
-        self.pictures, self.slots, self.labels = (
-            Pictures(folder, weights),
-            SlotEncoder(words.language),
-            Labels(),
-        )
+        self.pictures, self.targets = Pictures(folder, shares), QueryTargets(words.language)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = seeded(self.name, position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        return {
-            "pixels": pixels_of(pictures),
-            **text_rows(self.words, pictures, rng),
-            **self.slots.encode([p.slots(rng) for p in pictures]),
-            **self.labels.of(pictures),
-        }
+        texts = text_rows(self.words, pictures, rng)
+        return {"pixels": pixels_of(pictures)} | texts | self.targets.of(pictures, rng)
 
 
 class QueryBatches:
     """For image encoder and queries: pictures and what each cell and each query is to say."""
 
-    def __init__(self, folder: Path, words: Tokenizers, weights: dict[str, float], batch: int = 96) -> None:
+    def __init__(
+        self, folder: Path, words: Tokenizers, shares: Mapping[Share, float], batch: int = 96
+    ) -> None:
         self.batch = batch
-        self.pictures, self.slots, self.labels = (
-            Pictures(folder, weights),
-            SlotEncoder(words.language),
-            Labels(),
-        )
+        self.pictures, self.targets = Pictures(folder, shares), QueryTargets(words.language)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = seeded("queries", position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        return {
-            "pixels": pixels_of(pictures),
-            **self.slots.encode([p.slots(rng) for p in pictures]),
-            **self.labels.of(pictures),
-        }
+        return {"pixels": pixels_of(pictures)} | self.targets.of(pictures, rng)
 
 
 class MatchBatches:
-    """For stage 1: pictures with a caption each."""
+    """For stage 1: pictures with a caption each, as `Stage1` takes them."""
 
-    def __init__(self, folder: Path, words: Tokenizers, weights: dict[str, float], batch: int = 64) -> None:
-        self.words, self.batch, self.pictures = words, batch, Pictures(folder, weights)
+    def __init__(
+        self, folder: Path, words: Tokenizers, shares: Mapping[Share, float], batch: int = 64
+    ) -> None:
+        self.words, self.batch, self.pictures = words, batch, Pictures(folder, shares)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = seeded("match", position)
@@ -307,21 +303,33 @@ class MatchBatches:
         }
 
 
-class Labels:
-    """Nouns and places of the cells of scenes."""
+class QueryTargets:
+    """What each query and each cell of pictures is to say."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.slots = SlotEncoder(tokenizer)
 
     @cached_property
     def nouns(self) -> dict[str, int]:
         return {noun: i for i, noun in enumerate(standard().all)}
 
-    def of(self, pictures: list[Picture]) -> dict[str, Tensor]:
-        """cell_nouns int64 [B, 64], -1 where there is no object, -2 where nothing is known; cell_places [B, 64, 2]."""
-        nouns = torch.full((len(pictures), 64), -2)
-        places = torch.full((len(pictures), 64, 2), 0.5)
+    def of(self, pictures: list[Picture], rng: random.Random) -> dict[str, Tensor]:
+        """Slots as `SlotEncoder.encode` gives them, and what `cells` gives."""
+        return self.slots.encode([picture.slots(rng) for picture in pictures]) | self.cells(pictures)
+
+    def cells(self, pictures: list[Picture]) -> dict[str, Tensor]:
+        """Noun and middle of the object that each of a scene's C = 64 cells shows, row by row.
+
+        Returns:
+            cell_nouns: int64 [B, C], by its number among all nouns; NO_OBJECT, or UNKNOWN where it is no scene.
+            cell_places: [B, C, 2], column and row as shares of the image's side.
+        """
+        nouns = torch.full((len(pictures), GRID**2), UNKNOWN)
+        places = torch.full((len(pictures), GRID**2, 2), 0.5)
         for row, place, picture in zip(nouns, places, pictures, strict=True):
             scene = picture.facts
             if isinstance(scene, Scene):
-                row[:] = -1
+                row[:] = NO_OBJECT
                 grid = torch.from_numpy(scene.patch_object.astype("int64")).flatten()
                 for index, placed in enumerate(scene.objects):
                     left, top, right, bottom = placed.box
@@ -336,7 +344,10 @@ class Labels:
 def text_rows(
     words: Tokenizers, pictures: list[Picture], rng: random.Random, captions: float = 1.0, most: int = 4
 ) -> dict[str, Tensor]:
-    """Questions, `most` at most, and for this share of the pictures a caption, as `Stage2` takes them."""
+    """Questions for every picture, `most` at most, and for the share `captions` of them a caption.
+
+    As `Stage2` takes them; image_index says which picture a row is about.
+    """
     rows, index = [], []
     for i, picture in enumerate(pictures):
         if rng.random() < captions:
@@ -348,13 +359,14 @@ def text_rows(
 
 
 def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:
+    """A caption is a target that ends with a newline, mostly after the captioning prompt."""
     prompt = words.language.encode(CAPTION_PROMPT if rng.random() < PROMPTED else "")
     target = words.language.encode(f" {caption}\n", frame=False)
     return prompt + target, [IGNORE_INDEX] * len(prompt) + target
 
 
 def chat_row(words: Tokenizers, turns: list[tuple[str, str]]) -> Row:
-    """A conversation; every answer is a target that ends with a newline, although a full stop follows it."""
+    """A conversation; every answer is a target that ends with a newline, although a full stop follows it in the ids."""
     ids: list[int] = []
     labels: list[int] = []
     (stop,) = words.language.encode(".", frame=False)

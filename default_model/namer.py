@@ -77,7 +77,7 @@ def evidence_matrix(names: Names, codes: dict[str, Tensor]) -> Tensor:
 
 
 def profile(logits: Tensor) -> Tensor:
-    """The classifier's soft answers, square roots of probabilities: [N, K] -> [N, K]."""
+    """The classifier's soft answers: logits -> square roots of probabilities, [N, K], rows of unit length."""
     return (logits / PROFILE_TEMPERATURE).softmax(-1).sqrt()
 
 
@@ -139,9 +139,7 @@ def fit_coarse(
 
 
 def fit_fine(maps: Tensor, channels: int = FINE) -> tuple[Tensor, Tensor]:
-    """Weight [C, F] and bias [C] of `StemReadout.fine`: the principal components of positions [N, F], each varying by
-    one.
-    """
+    """Weight [C, F] and bias [C] of `StemReadout.fine`: the principal components of positions [N, F], whitened."""
     mean = maps.mean(0)
     vectors, lengths, _ = torch.linalg.svd((maps - mean).mT / len(maps) ** 0.5, full_matrices=False)
     floor = lengths[0] * 0.1  # what varies little is mostly noise: not enlarged further
@@ -154,7 +152,8 @@ def alike(
 ) -> list[list[int]]:
     """For every name the classes and then the learned names that it is most easily taken for, `count` of each.
 
-    Classes are compared by the classifier's rows, learned names by its mean soft answers.
+    Classes are compared by the classifier's rows, learned names by its mean soft answers; a class and a learned name by
+    the answer for the class.
 
     Args: as for `fit_prototypes`.
     """
@@ -174,7 +173,11 @@ def alike(
 
 
 def patterns(probabilities: Tensor, classes: int, count: int = 12) -> list[tuple[list[float], list[float]]]:
-    """How sharp the probabilities [N, K + P] of photographs are: the sorted ones of both halves."""
+    """How sharp the probabilities [N, K + P] of photographs are.
+
+    Returns:
+        For each photograph the `count` largest probabilities of the classes, and of the learned names, falling.
+    """
     halves = (probabilities[:, :classes], probabilities[:, classes:])
     sharp, soft = (half.sort(descending=True).values[:, :count].round(decimals=4).tolist() for half in halves)
     return list(zip(sharp, soft, strict=True))

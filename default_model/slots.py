@@ -4,7 +4,7 @@
 cell, with its colour and its place. The last query stands for the whole picture: what a photograph shows, with the
 probabilities the stem gives, or that this is a scene.
 
-A slot is written as tokens with weights, so that it is the language model's own embeddings that carry the names.
+A slot is tokens with weights: the weighted sum of the language model's own embeddings, so that these carry the names.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from default_model.scenes import Scene
 
 EMPTY, OBJECT, SCENE, PHOTOGRAPH = range(4)  # the kinds of slots
 TOKENS = 24  # of a slot, at most
-NAME_GAIN, COLOUR_GAIN, BREED_GAIN, CATEGORY_GAIN = 1.5, 0.7, 0.5, 1.0
-PLACE_WAVES = 4  # frequencies of a place, for column and row
+NAME_GAIN, COLOUR_GAIN, BREED_GAIN = 1.5, 0.7, 0.5  # weights of what is certain
+PLACE_WAVES = 4  # frequencies of the sines and cosines of column and row
 
-Named = Mapping[str, float]  # words with their weights
+Weights = Mapping[str, float]  # of words
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One query's content. words: with their weights; place: column and row as shares of the side.
+    """One query's content.
 
-    known: whether it is; where not, nothing is learned from it.
+    words: nouns, colours and breeds with their weights. place: of the object's middle, column and row as shares of the
+    image's side. known: False where the picture's facts do not say it; a query then learns nothing from the slot.
     """
 
     kind: int
-    words: Named
+    words: Weights
     place: tuple[float, float] = (0.5, 0.5)
     known: bool = True
 
 
 def scene_slots(scene: Scene) -> list[Slot]:
-    """The slots of a scene whose every object is known."""
+    """The slots of a scene, PARTS + 1."""
     middles = torch.tensor([[(o.box[0] + o.box[2]), (o.box[1] + o.box[3])] for o in scene.objects])
     middles = middles / (2 * scene.side)
     slots = [Slot(EMPTY, {})] * PARTS + [Slot(SCENE, {})]
@@ -58,8 +59,8 @@ def scene_slots(scene: Scene) -> list[Slot]:
     return slots
 
 
-def photo_slots(photo: Photo, nouns: Named, breeds: Named) -> list[Slot]:
-    """The slots of a photograph: the whole picture's alone says something.
+def photo_slots(photo: Photo, nouns: Weights, breeds: Weights) -> list[Slot]:
+    """The slots of a photograph, PARTS + 1: the last alone says something.
 
     nouns, breeds: what it may show, with probabilities.
     """
@@ -73,15 +74,22 @@ def photo_slots(photo: Photo, nouns: Named, breeds: Named) -> list[Slot]:
 
 @dataclass(frozen=True)
 class SlotEncoder:
-    """Slots -> tensors, with a tokenizer."""
+    """Slots -> tensors, with the language model's tokenizer."""
 
     tokenizer: Tokenizer
 
     def encode(self, pictures: Sequence[Sequence[Slot]]) -> dict[str, Tensor]:
-        """`slot_kinds` int64 [B, Q], `slot_ids` int64 and `slot_weights` [B, Q, TOKENS], `slot_places` [B, Q, 2], and
-        `slots_known` [B, Q], 1 or 0."""
+        """The slots of B pictures, QUERIES each.
+
+        Returns:
+            slot_kinds: int64 [B, Q], EMPTY, OBJECT, SCENE or PHOTOGRAPH.
+            slot_ids, slot_weights: [B, Q, TOKENS], tokens (int64) and their weights, 0 where there are fewer; of more
+                the heaviest are kept.
+            slot_places: [B, Q, 2], column and row in 0..1; the middle for all but objects.
+            slots_known: [B, Q], 1 or 0.
+        """
         shape = len(pictures), QUERIES
-        kinds, places = torch.zeros(shape, dtype=torch.int64), torch.full((*shape, 2), 0.5)
+        kinds, places = torch.full(shape, EMPTY), torch.full((*shape, 2), 0.5)
         known = torch.ones(shape)
         ids, weights = torch.zeros((*shape, TOKENS), dtype=torch.int64), torch.zeros((*shape, TOKENS))
         for b, slots in enumerate(pictures):
@@ -111,7 +119,7 @@ def bag(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
 
 
 class SlotPrefix(nn.Module):
-    """Slots -> prefix: the words' embeddings, a place, and a vector for each kind of slot."""
+    """Slots -> prefix: the sum of the words' embeddings, of an object's place, and of a vector for each kind of slot."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -119,7 +127,7 @@ class SlotPrefix(nn.Module):
         self.place = nn.Linear(4 * PLACE_WAVES, width, bias=False)
 
     def forward(self, embeddings: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """The language model's embeddings [V, W], and a batch as `SlotEncoder.encode` gives it -> [B, Q, W]."""
+        """The language model's embeddings [V, W], and slots as `SlotEncoder.encode` gives them -> prefix [B, Q, W]."""
         kinds = batch["slot_kinds"]
         place = self.place(waves(batch["slot_places"])) * (kinds == OBJECT).unsqueeze(-1)
         out: Tensor = slot_words(embeddings, batch) + place + self.kinds[kinds]
@@ -127,7 +135,7 @@ class SlotPrefix(nn.Module):
 
 
 def slot_words(embeddings: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The words of slots alone: [B, Q, W]."""
+    """What the words add to a prefix: embeddings [V, W], slots as `SlotEncoder.encode` gives them -> [B, Q, W]."""
     return torch.einsum("bqtw,bqt->bqw", embeddings[batch["slot_ids"]], batch["slot_weights"])
 
 
@@ -138,18 +146,18 @@ def waves(places: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def assign_parts(middles: Tensor, queries: int) -> Tensor:
-    """The query for each object of one image: int64 [K], all different.
+def assign_parts(middles: Tensor, parts: int) -> Tensor:
+    """The part for each object of one image: int64 [K], all different.
 
     Parts are the cells of a square grid, row by row. An object belongs to the part its middle is in, or to the nearest
     that is still free.
 
     Args:
-        middles: [K, 2], column and row as shares of the image's side; K <= queries.
-        queries: the number of parts, a square number.
+        middles: [K, 2], column and row as shares of the image's side; K <= parts.
+        parts: how many, a square number.
     """
-    side = math.isqrt(queries)
-    distance = torch.cdist(middles.float(), centres(side))  # [K, Q]
+    side = math.isqrt(parts)
+    distance = torch.cdist(middles.float(), centres(side))  # [K, parts]
     inside = ((middles * side).long().clamp(0, side - 1) * torch.tensor([1, side])).sum(1)
     distance[torch.arange(len(middles)), inside] = 0.0
     taken: list[int] = []
@@ -160,6 +168,6 @@ def assign_parts(middles: Tensor, queries: int) -> Tensor:
 
 
 def centres(side: int) -> Tensor:
-    """The middles of a square grid's cells, row by row: [side * side, 2], column and row in 0..1."""
+    """The middles of the cells of a grid [side, side], row by row: [side * side, 2], column and row in 0..1."""
     steps = (torch.arange(side) + 0.5) / side
     return torch.cartesian_prod(steps, steps).flip(1)
