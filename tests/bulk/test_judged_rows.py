@@ -16,6 +16,7 @@ from blip2.bulk import Inputs, caption_all
 from blip2.bulk.database import Row
 from blip2.bulk.describe import make_captioner
 from blip2.bulk.outputs import is_flagged
+from blip2.images import ImageProcessor
 from blip2.results import Caption
 
 
@@ -32,6 +33,7 @@ class Model:
         self._captions = captions
         match = [[SimpleNamespace(probability=fit) for fit in fits]]
         self.matcher = SimpleNamespace(match=lambda images, texts: match)
+        self.generator = SimpleNamespace(image_processor=ImageProcessor())
 
     def caption(self, images: list[Image.Image], **_: Any) -> list[list[Caption]]:
         return [[judged(*item) for item in self._captions.items()] for _ in images]
