@@ -39,6 +39,12 @@ TASK_FILES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("scenes/images/", "their images"),
     ),
+    "photos": (
+        (
+            "photos.jsonl",
+            'a row a photograph: {"image": "fruit/1.jpg", "names": ["apple", "fruit"]}; a caption with a name is right',
+        ),
+    ),
 }
 TASK_FILES["retrieval-coco"], TASK_FILES["retrieval-flickr30k"] = TASK_FILES["coco"], TASK_FILES["flickr30k"]
 TASK_NAMES = (*TASK_FILES, "default", "captions", "questions")

@@ -32,6 +32,7 @@ _OWN, _PAPER = Protocol(name="default"), Protocol(name="paper")
 PROTOCOLS = {
     "default": {
         "captions": replace(_OWN, options=_CAPTIONS),
+        "photos": replace(_OWN, options=_CAPTIONS),
         "questions": replace(_OWN, options=_ANSWERS),
         "retrieval": replace(_OWN, candidates=32, logits=False),
     },

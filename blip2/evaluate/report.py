@@ -71,6 +71,7 @@ def write(report: Report, folder: Path) -> list[Path]:
         {"id": o.item.id, "image": _image_name(o)}
         | {"text": o.text, "scores": o.scores}
         | ({"question": o.item.question} if o.item.question else {})
+        | ({"names": o.item.names} if o.item.names else {})
         | ({"ranked": [asdict(answer) for answer in o.ranked]} if o.ranked else {})
         for o in report.outcomes
     ]
@@ -120,7 +121,7 @@ def page(report: Report) -> str:
 
 def _article(outcome: Outcome) -> str:
     item = outcome.item
-    references = item.answers if item.question else item.captions
+    references = item.answers if item.question else item.captions or item.names
     parts = [f"<p>{html.escape(item.question)}</p>"] if item.question else []
     parts += [f"<h2>{html.escape(outcome.text) or '(no answer)'}</h2>"]
     parts += [

@@ -14,6 +14,7 @@ from typing import TypeVar
 from blip2.data.sources import DataError, summary
 from blip2.evaluate.answers import exact_match, gqa_accuracy, normalised_match, vqa_accuracy
 from blip2.evaluate.captions import caption_scores
+from blip2.evaluate.photos import flagged, names_one, photo_metrics, read_photos
 from blip2.evaluate.protocols import PAPER_TASKS, PROTOCOLS, Protocol, published
 from blip2.evaluate.retrieval import match_tables, ranks, recalls
 from blip2.evaluate.scenes import LETTER_CASES, Scenes, counts_right, in_case, names_all, read_scenes
@@ -23,7 +24,7 @@ from blip2.imagefiles.decode import ImageError, load_image
 from blip2.inputs import in_batches
 from blip2.matching import Matcher
 from blip2.predict import Predictor
-from blip2.results import Ranked
+from blip2.results import Caption, Ranked
 
 _DAMAGED = "images that cannot be read, left out of the scores"
 
@@ -178,6 +179,8 @@ def _read(name: str, data: Path | None, settings: EvalSettings) -> EvalTask | Sc
     try:
         if name == "scenes":
             return read_scenes(data).first(settings.limit)
+        if name == "photos":
+            return read_photos(data, settings.images).first(settings.limit)
         task = read_task(name, data, images=settings.images, annotations=settings.annotations)
         return task.first(settings.limit)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -195,6 +198,8 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
     else:
         if task.kind == "captions":
             metrics, outcomes, notes = _captions(model, task, protocol, settings)
+        elif task.kind == "photos":
+            metrics, outcomes, notes = _photos(model, task.items, protocol, settings)
         else:
             metrics, outcomes, notes = _questions(model, task, protocol, settings, left_out)
         pixels = model.generator.image_processor.size
@@ -225,13 +230,12 @@ def task_report(model: Predictor, task: EvalTask, settings: EvalSettings, *, mod
 
 def write_captions(
     model: Predictor, items: Sequence[EvalItem], protocol: Protocol, settings: EvalSettings, label: str
-) -> list[str]:
+) -> list[Caption]:
     """A caption for each item."""
-    captions: list[str] = []
+    captions: list[Caption] = []
     for batch in _batches(items, settings, label):
         images = [item.image for item in batch]
-        texts = model.caption(images, prompt=protocol.prompt, batch_size=len(batch), **protocol.options)
-        captions += map(str, texts)
+        captions += model.caption(images, prompt=protocol.prompt, batch_size=len(batch), **protocol.options)
     return captions
 
 
@@ -252,6 +256,26 @@ def _captions(model: Predictor, task: EvalTask, protocol: Protocol, settings: Ev
         for item, text, row in zip(items, captions, scores.per_image, strict=True)
     ]
     return metrics, outcomes, notes
+
+
+# --- photographs ---
+
+
+def _photos(
+    model: Predictor, items: Sequence[EvalItem], protocol: Protocol, settings: EvalSettings
+) -> Scored:
+    captions = write_captions(model, items, protocol, settings, "photographs")
+    named = [names_one(text, item.names) for item, text in zip(items, captions, strict=True)]
+    flags = [flagged(text) for text in captions]
+    outcomes = []
+    for item, text, right, flag in zip(items, captions, named, flags, strict=True):
+        scores: Metrics = {"named": float(right)}
+        if flag is not None:
+            scores["flagged"] = float(flag)
+        outcomes.append(Outcome(item, text, scores, float(right)))
+    metrics = photo_metrics(items, named, flags)
+    some = any(value is None for value in metrics.values())
+    return metrics, outcomes, ["a share of no captions is not defined"] if some else []
 
 
 # --- questions ---

@@ -16,16 +16,16 @@ from blip2.imagefiles.listing import ImageItem
 if TYPE_CHECKING:
     from blip2.images import ImageSource
 
-Kind = Literal["captions", "questions", "retrieval"]
+Kind = Literal["captions", "questions", "retrieval", "photos"]
 ImageFile = str | Path | ImageItem  # an image that is read when it is its turn
 
 
 @dataclass(frozen=True)
 class EvalItem:
-    """An image with its reference captions, or with a question and the right answers.
+    """An image with its reference captions, with a question and the right answers, or with the nouns that name it.
 
     id: as in the official prediction files. kind: a subset that is scored separately too, such as a domain.
-    things: the objects of a scene, each with its number.
+    things: the objects of a scene, each with its number. names: nouns, of which a right caption holds one.
     """
 
     id: int | str
@@ -35,6 +35,7 @@ class EvalItem:
     answers: tuple[str, ...] = ()
     kind: str = ""
     things: Mapping[str, int] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def read_task(
     """The items of a task.
 
     Args:
-        name: one of `names.TASK_NAMES` except "scenes" and "default", which `scenes.read_scenes` reads.
+        name: one of `names.TASK_NAMES` except "scenes" and "default", which `scenes.read_scenes` reads, and "photos",
+            which `photos.read_photos` reads.
         data: the folder with the files of `TASK_FILES`; for "captions" and "questions" a file or folder of any common
             form: COCO's captions, Karpathy's split, VQA's questions, JSON, JSONL or CSV rows, images with text files.
         images: the folder of the images, if it is not the usual one.
