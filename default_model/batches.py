@@ -44,7 +44,10 @@ from default_model.slots import (
 from default_model.wordings import typed
 
 EASY_PARTS = (5, 6, 9, 10)  # the middle four of 16, where an image of easy-VQA that is imagined has its shape
-EASY_IMAGINED, PHOTOS_IMAGINED = 0.04, 0.3  # of the pictures for the language model alone; the others are scenes
+EASY_IMAGINED, PHOTOS_IMAGINED = (
+    0.04,
+    0.3,
+)  # of the pictures for the language model alone; the others are scenes
 EASY_TYPED = 0.3  # of easy-VQA's questions are written as people type them, the others as published
 LANGUAGE_CAPTIONS, LANGUAGE_QUESTIONS = 0.3, 6  # captions a picture, and questions at most, for it alone
 PROMPTED = 0.85  # of the captions follow the captioning prompt

@@ -47,8 +47,8 @@ class Evidence:
         alike: Sequence[Sequence[int]],
         patterns: Sequence[tuple[Sequence[float], Sequence[float]]],
     ) -> None:
-        """categories: of every noun. alike: for each name the classes and the learned nouns it is most easily taken for,
-        as `namer.alike` gives them. patterns: of unlabelled photographs, as `namer.patterns` gives them.
+        """categories: of every noun. alike: for each name the classes and the learned nouns it is most easily taken
+        for, as `namer.alike` gives them. patterns: of unlabelled photographs, as `namer.patterns` gives them.
         """
         self.names, self.categories, self.patterns = names, categories, patterns
         first = names.classes

@@ -68,9 +68,7 @@ class Painter:
         """Every cut-out that may be pasted on a photograph: those of both tables, but no drawings in outline."""
         every = self.everything.cutouts
         kept = [i for i, row in enumerate(every.rows) if row.source != "openmoji"]
-        return Composer(
-            Cutouts(tuple(every.rows[i] for i in kept), tuple(every.images[i] for i in kept))
-        )
+        return Composer(Cutouts(tuple(every.rows[i] for i in kept), tuple(every.images[i] for i in kept)))
 
     @cached_property
     def everything(self) -> Composer:

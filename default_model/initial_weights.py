@@ -1,8 +1,8 @@
 """Initial weights of the default model's parts, none of them pre-trained; and stage 1's Q-Former as stage 2's.
 
-BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where. Here initial weights
-say it: every query attends to one part of the image (`init_query_attention`), the language model's first layer looks for
-equal tokens (`init_matching_heads`), and a noun has one vector in every letter case (`init_word_embeddings`).
+BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where. Here initial
+weights say it: every query attends to one part of the image (`init_query_attention`), the language model's first layer
+looks for equal tokens (`init_matching_heads`), a noun has one vector in every letter case (`init_word_embeddings`).
 """
 
 from __future__ import annotations

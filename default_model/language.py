@@ -50,6 +50,11 @@ class Language(Grammar):
         super().__init__(nouns, breeds)
         self.colours = dict(colours or {})
 
+    @property
+    def noun_categories(self) -> dict[str, str]:
+        """The category of every noun."""
+        return {noun: entry.category for noun, entry in self.nouns.items()}
+
     # -- captions
 
     def caption(self, picture: Scene | Photo, rng: random.Random) -> str:

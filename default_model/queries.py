@@ -1,9 +1,9 @@
 """The tasks that teach every query what to say, and the language model to read it.
 
-BLIP-2's Q-Former learns from 129 million images, its language model from text of the web. Here each query has a slot to
-say (slots.py): the language model first learns to read prefixes made of the facts themselves (`SlotLanguage`, no images),
-then image encoder and queries learn to write such prefixes (`QueryPretrain`); fine-tuning trains every part on texts and
-keeps that objective (`QueryFinetune`).
+BLIP-2's Q-Former learns from 129 million images, its language model from text of the web. Here each query has a slot
+to say (slots.py): the language model first learns to read prefixes made of the facts themselves (`SlotLanguage`, no
+images), then image encoder and queries learn to write such prefixes (`QueryPretrain`); fine-tuning trains every part on
+texts and keeps that objective (`QueryFinetune`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def embeddings(model: Blip2) -> Tensor:
 
 
 class CellReaders(nn.Module):
-    """Linear heads on the image encoder's features of each cell, for training alone: the object's noun and its middle."""
+    """Linear heads on the image encoder's features of a cell, for training alone: the object's noun and its middle."""
 
     def __init__(self, width: int, words: int) -> None:
         """`width`: of the features; `words`: the width of the language model's embeddings."""
@@ -76,7 +76,7 @@ class CellReaders(nn.Module):
         self.names, self.place = nn.Linear(width, words), nn.Linear(width, 2)
 
     def losses(self, features: Tensor, nouns: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """"cell", the cross-entropy of the noun, and "where", see `place_loss`, over the cells that show an object.
+        """The means over the cells that show an object: "cell", the nouns' cross-entropy; "where", see `place_loss`.
 
         Args:
             features: [B, C, W], without the class token's.
@@ -126,9 +126,9 @@ class SlotLosses(nn.Module):
         return torch.einsum("ntw,nt->nw", words[self.nouns_ids], self.nouns_weights)
 
     def losses(self, prefix: Tensor, words: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """"slot", the squared distance, and "name", the divergence of the nouns read from a prefix from those meant.
+        """Means over slots: "slot", the squared distance; "name", the distance of the nouns read and meant.
 
-        "name" is Kullback and Leibler's, over the slots of objects and photographs. The mean over slots of each.
+        "name" is the divergence of Kullback and Leibler, over the slots of objects and photographs.
 
         Args:
             prefix: [B, Q, W], the projected queries.
@@ -159,7 +159,7 @@ class QueryModel(nn.Module):
     def losses(self, features: Tensor, prefix: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The losses of slots and cells, by name, as `LOSS_WEIGHTS` has them.
 
-        features: the image encoder's, [B, 1 + C, W], the class token's first. prefix: [B, Q, width of the language model].
+        features: the image encoder's, [B, 1 + C, W], the class token's first. prefix: [B, Q, the language model's width].
         """
         words = embeddings(self.model)
         nouns = self.slots.nouns(words.detach())

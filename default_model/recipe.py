@@ -78,7 +78,7 @@ QUERY_SHARES = {"scene": 0.6, "easy": 0.05, "photograph": 0.1, "pasted": 0.1, "i
 TEXT_SHARES = {"scene": 0.55, "easy": 0.07, "photograph": 0.08, "pasted": 0.1, "imagined": 0.2}
 MATCH_SHARES = {"scene": 0.7, "easy": 0.05, "photograph": 0.0, "pasted": 0.1, "imagined": 0.15}
 
-LANGUAGE_OPTIONS = replace(_COMMON, steps=4_000, lr=1e-3, min_lr=1e-5)
+LANGUAGE_OPTIONS = replace(_COMMON, steps=9_000, lr=1e-3, min_lr=1e-5)
 QUERIES_OPTIONS = replace(_COMMON, steps=3_000, lr=1e-3, min_lr=1e-5)
 STAGE1_OPTIONS = replace(_COMMON, steps=2_500, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)

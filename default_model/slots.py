@@ -119,7 +119,7 @@ def bag(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
 
 
 class SlotPrefix(nn.Module):
-    """Slots -> prefix: the sum of the words' embeddings, of an object's place, and of a vector for each kind of slot."""
+    """Slots -> prefix: the sum of the words' embeddings, an object's place, and a vector for each kind of slot."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -32,13 +32,23 @@ from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.layers import cpu_has_bf16
 from blip2.modeling.opt import Opt
 from blip2.stemfiles import STEM_FILE
+from blip2.storage import replace_file, write_file
 from blip2.train import FitOptions, Task, fit
 from blip2.train.loop import Dataset
 from blip2.train.tasks import Stage1, Stage2
 from default_model import recipe
 from default_model.batches import InstructionBatches, LanguageBatches, MatchBatches, QueryBatches, Tokenizers
 from default_model.colours import COLOURS
+from default_model.evidence import EVIDENCE_FILE
 from default_model.features import Painter, make_features, photograph_heads, specimen_features
+from default_model.initial_weights import (
+    init_matching_heads,
+    init_mimetic,
+    init_query_attention,
+    init_weights,
+    init_word_embeddings,
+    qformer_from_matcher,
+)
 from default_model.language import standard
 from default_model.namer import (
     alike,
@@ -50,7 +60,6 @@ from default_model.namer import (
     patterns,
     standard_names,
 )
-from default_model.pretrain import init_matching_heads, init_mimetic, init_weights, qformer_from_matcher
 from default_model.queries import (
     CellReaders,
     QueryFinetune,
@@ -58,8 +67,6 @@ from default_model.queries import (
     QueryPretrain,
     SlotLanguage,
     SlotLosses,
-    init_query_attention,
-    init_word_embeddings,
 )
 from default_model.slots import NAME_GAIN, SlotPrefix, bag
 from default_model.stem import (
@@ -100,9 +107,9 @@ def _train(
     result = fit(task, data, options, folder)
     if not result.finished:
         raise SystemExit(f"stopped at step {result.step}; repeat the command to go on")
-    save_file(
-        {name: p.detach().cpu().clone() for name, p in task.module.state_dict().items()}, folder / WEIGHTS
-    )
+    weights = {name: p.detach().cpu().clone() for name, p in task.module.state_dict().items()}
+    with replace_file(folder / WEIGHTS) as beside:
+        save_file(weights, beside)
 
 
 def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
@@ -113,7 +120,7 @@ def _load(module: nn.Module, folder: Path, prefix: str = "") -> None:
 
 def make_names(folder: Path, steps: int | None, device: str) -> None:
     """What the stem keeps of its maps, and the names it gives, from specimens of every cut-out; a few minutes."""
-    if (folder / "evidence.json").exists():
+    if (folder / EVIDENCE_FILE).exists():
         return
     published = published_weights(fetch(folder))
     trunk, weight, bias = fold_batch_norms(published), published["_fc.weight"], published["_fc.bias"]
@@ -124,7 +131,6 @@ def make_names(folder: Path, steps: int | None, device: str) -> None:
     )
     labels = torch.tensor([names.learned.index(noun) for noun in nouns])
     photographs = photograph_heads(painter, blank, recipe.PHOTOGRAPH_PARTS)
-    categories = {noun: entry.category for noun, entry in standard().nouns.items()}
     prototypes = fit_prototypes(pictures, labels, photographs, weight, bias)
     coarse, details = fit_coarse(pictures, labels, weight), fit_fine(positions)
     tensors = stem_tensors(
@@ -138,7 +144,7 @@ def make_names(folder: Path, steps: int | None, device: str) -> None:
             "coarse.bias": coarse[1],
             "fine.weight": details[0],
             "fine.bias": details[1],
-            "evidence.weight": evidence_matrix(names, name_codes(categories)),
+            "evidence.weight": evidence_matrix(names, name_codes(standard().noun_categories)),
         },
     )
     write_stem(folder, tensors, fetch(folder))
@@ -147,7 +153,8 @@ def make_names(folder: Path, steps: int | None, device: str) -> None:
         "alike": alike(names, pictures, labels, weight, bias),
         "patterns": patterns(stem.readout.probabilities(photographs), names.classes),
     }
-    (folder / "evidence.json").write_text(json.dumps(content), encoding="utf-8")
+    with replace_file(folder / EVIDENCE_FILE) as beside:
+        write_file(beside, json.dumps(content))
 
 
 def make_all_features(folder: Path, steps: int | None, device: str) -> None:
@@ -184,8 +191,7 @@ def train_language(folder: Path, steps: int | None, device: str) -> None:
     words = Tokenizers.load(folder)
     model = generator(words)
     assert isinstance(model.language, Opt)
-    categories = {noun: entry.category for noun, entry in standard().nouns.items()}
-    codes = name_codes(categories | dict.fromkeys(COLOURS, "color"))
+    codes = name_codes(standard().noun_categories | dict.fromkeys(COLOURS, "color"))
     singular = {entry.plural: noun for noun, entry in standard().nouns.items()}
     vectors: list[Tensor] = []
     bags: list[list[int]] = []
