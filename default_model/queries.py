@@ -159,7 +159,7 @@ class QueryModel(nn.Module):
     def losses(self, features: Tensor, prefix: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The losses of slots and cells, by name, as `LOSS_WEIGHTS` has them.
 
-        features: the image encoder's, [B, 1 + C, W], the class token's first. prefix: [B, Q, the language model's width].
+        features: the image encoder's, [B, 1 + C, W], the class token's first. prefix: [B, Q, width of the words].
         """
         words = embeddings(self.model)
         nouns = self.slots.nouns(words.detach())
