@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from default_model import easyvqa
 from default_model.corpus import imagined
 from default_model.evidence import EVIDENCE_FILE, Evidence, Sight
 from default_model.features import Bank, names_of, scene_of
-from default_model.kinds import Kind
+from default_model.kinds import Kind, Share
 from default_model.language import Language, standard
 from default_model.namer import CODE, standard_names
 from default_model.photo import Photo
@@ -53,7 +52,6 @@ LANGUAGE_CAPTIONS, LANGUAGE_QUESTIONS = 0.3, 6  # captions a picture, and questi
 PROMPTED = 0.85  # of the captions follow the captioning prompt
 NO_OBJECT, UNKNOWN = -1, -2  # in place of a cell's noun
 
-Share = Literal[Kind, "imagined"]
 Row = tuple[list[int], list[int]]  # ids, labels
 
 

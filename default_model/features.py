@@ -253,7 +253,8 @@ class Bank:
 
     @cached_property
     def _files(self) -> list[Any]:
-        return [safe_open(path.with_suffix(".safetensors"), "pt").get_slice("cells") for path in self.paths]
+        files: list[Any] = [safe_open(path.with_suffix(".safetensors"), "pt") for path in self.paths]
+        return [file.get_slice("cells") for file in files]
 
     def cells(self, i: int) -> Tensor:
         """Picture i, float32 [768, 8, 8]."""

@@ -5,3 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 Kind = Literal["scene", "easy", "photograph", "pasted"]
+Share = Literal[
+    Kind, "imagined"
+]  # what batches draw from: "imagined" has the evidence of a noun that is not there

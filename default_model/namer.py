@@ -11,6 +11,7 @@ The probabilities of all names are passed on as a sum of name codes, each of `CO
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -73,7 +74,8 @@ def name_codes(categories: dict[str, str]) -> dict[str, Tensor]:
 
 def evidence_matrix(names: Names, codes: dict[str, Tensor]) -> Tensor:
     """[CODE, K + P]: the codes of all names, of mean square one where a single name has all of the probability."""
-    return torch.stack([codes[noun] for noun in names.nouns], dim=1) * CODE**0.5
+    matrix = torch.stack([codes[noun] for noun in names.nouns], dim=1)
+    return matrix * math.sqrt(CODE)
 
 
 def profile(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
 from blip2.train.loop import FitOptions
-from default_model.kinds import Kind
+from default_model.kinds import Kind, Share
 
 IMAGE_PX = 128
 PARTS = 16  # a square number: each of these queries starts with one part of the image
@@ -74,9 +74,27 @@ SPECIMENS = 2  # of every cut-out, for the names the stem gives
 PHOTOGRAPH_PARTS = 512  # of unlabelled photographs, for the same
 # Pictures kept as the stem sees them; 98 KB each.
 PICTURES: dict[Kind, int] = {"scene": 32_768, "easy": 4_000, "photograph": 3_072, "pasted": 6_144}
-QUERY_SHARES = {"scene": 0.6, "easy": 0.05, "photograph": 0.1, "pasted": 0.1, "imagined": 0.15}
-TEXT_SHARES = {"scene": 0.55, "easy": 0.07, "photograph": 0.08, "pasted": 0.1, "imagined": 0.2}
-MATCH_SHARES = {"scene": 0.7, "easy": 0.05, "photograph": 0.0, "pasted": 0.1, "imagined": 0.15}
+QUERY_SHARES: dict[Share, float] = {
+    "scene": 0.6,
+    "easy": 0.05,
+    "photograph": 0.1,
+    "pasted": 0.1,
+    "imagined": 0.15,
+}
+TEXT_SHARES: dict[Share, float] = {
+    "scene": 0.55,
+    "easy": 0.07,
+    "photograph": 0.08,
+    "pasted": 0.1,
+    "imagined": 0.2,
+}
+MATCH_SHARES: dict[Share, float] = {
+    "scene": 0.7,
+    "easy": 0.05,
+    "photograph": 0.0,
+    "pasted": 0.1,
+    "imagined": 0.15,
+}
 
 LANGUAGE_OPTIONS = replace(_COMMON, steps=9_000, lr=1e-3, min_lr=1e-5)
 QUERIES_OPTIONS = replace(_COMMON, steps=3_000, lr=1e-3, min_lr=1e-5)

@@ -22,7 +22,6 @@ from default_model.batches import (
     Picture,
     Pictures,
     QueryTargets,
-    Share,
     Tokenizers,
     caption_row,
     chat_row,
@@ -31,7 +30,7 @@ from default_model.batches import (
 )
 from default_model.easyvqa import EasyImage
 from default_model.evidence import Sight
-from default_model.kinds import Kind
+from default_model.kinds import Kind, Share
 from default_model.language import Language
 from default_model.recipe import PARTS, QUERIES
 from default_model.scenes import Composer, Scene

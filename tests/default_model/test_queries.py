@@ -13,8 +13,9 @@ from blip2.modeling.blip2 import Blip2
 from blip2.modeling.config import Blip2Config, OptConfig, QFormerConfig, VisionConfig
 from blip2.modeling.opt import Opt
 from blip2.train.loop import Task
-from default_model.batches import InstructionBatches, LanguageBatches, QueryBatches, Share, Tokenizers
+from default_model.batches import InstructionBatches, LanguageBatches, QueryBatches, Tokenizers
 from default_model.initial_weights import init_weights
+from default_model.kinds import Share
 from default_model.language import Language
 from default_model.queries import (
     LOSS_WEIGHTS,
