@@ -196,7 +196,7 @@ class Pictures(Imagined):
         bank = self.banks[kind]
         i = rng.randrange(len(bank))
         facts, cells = bank.facts[i], bank.cells(i)
-        if kind == "scene":
+        if kind in ("scene", "varied"):
             return Picture(scene_of(facts), cells)
         if kind == "easy":
             return Picture(self.easy[facts["easy"]], cells)

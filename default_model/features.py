@@ -5,6 +5,7 @@ KIND-0000.json with the facts of each, which is written last. Picture `i` of a k
 a killed run goes on with the first shard that is missing. The facts:
 
     scene        one to four objects on a painted background: {"side", "patch", "objects"}, see `scene_of`
+    varied       the same on parts of photographs, two backgrounds mixed, and many more painted ones
     easy         an image of easy-VQA's training set: {"easy": its number}
     photograph   a part of an unlabelled photograph: {"names"}, see `names_of`
     pasted       one cut-out, large or many times, on such a part: {"noun", "colour", "many", "names"}; "" is no colour
@@ -35,13 +36,13 @@ from default_model import easyvqa
 from default_model.backgrounds import POOL, background
 from default_model.kinds import Kind
 from default_model.materials import PICTURES, Cutouts
-from default_model.scenes import GRID, IMAGE_PX, Composer, Placed, Scene
+from default_model.scenes import GRID, IMAGE_PX, Backdrop, Composer, Placed, Scene
 from default_model.stem import IMAGE_PX as STEM_PX
 
 Pixels = NDArray[np.uint8]
 Facts = dict[str, Any]  # of a picture, as JSON keeps them
 SHARD = 512  # pictures
-STEM_BATCH = 8  # images the stem is given at a time
+STEM_BATCH = 4  # images the stem is given at a time: of more the maps leave the cache
 SHARP = 0.45  # of the scenes are composed in the stem's size, the others in that of the evaluation sets
 OBJECTS = (22, 26, 28, 24)  # weights of one to four objects in a scene
 KEPT_NAMES = 24  # of a photograph's probable names
@@ -93,22 +94,40 @@ class Painter:
             return np.asarray(self._crop(rng)), {}
         if kind == "pasted":
             return self._pasted(rng)
-        return self._scene(rng)
+        return self._scene(rng, None if kind == "scene" else self._backdrop)
 
-    def _scene(self, rng: random.Random) -> tuple[Pixels, Facts]:
+    def _scene(self, rng: random.Random, backdrop: Backdrop | None) -> tuple[Pixels, Facts]:
         side = STEM_PX if rng.random() < SHARP else IMAGE_PX
         seed = rng.getrandbits(48)
         objects = rng.choices((1, 2, 3, 4), OBJECTS)[0]
-        scene = self.sizes[side].compose(seed, "train", objects=objects, side=side)
+        scene = self.sizes[side].compose(seed, "train", objects=objects, side=side, backdrop=backdrop)
         return scene.image, {
             "side": side,
             "patch": scene.patch_object.tolist(),
             "objects": [[o.id, o.noun, o.colour, list(o.box), o.is_shape] for o in scene.objects],
         }
 
-    def _crop(self, rng: random.Random) -> Image.Image:
+    def _backdrop(self, rng: random.Random, side: int) -> Pixels:
+        """A background unlike others: with the painted pool alone, things were known on no others."""
+        draw = rng.random()
+        if draw < 0.4:
+            return np.asarray(self._crop(rng, side))
+        first, second = (background(rng.getrandbits(31), "train", side)[0] for _ in range(2))
+        if draw < 0.6:
+            return first
+        if draw < 0.8:
+            mask = np.full((side, side), rng.randint(60, 195), np.uint8)
+        else:  # parts of both, with an edge somewhere
+            small = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (3, 3), np.uint8)
+            mask = np.asarray(Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC))
+            mask = ((mask > 127) * np.uint8(255)).astype(np.uint8)
+        return np.asarray(
+            Image.composite(Image.fromarray(first), Image.fromarray(second), Image.fromarray(mask))
+        )
+
+    def _crop(self, rng: random.Random, side: int = STEM_PX) -> Image.Image:
         image = Image.open(rng.choice(self.photographs)).convert("RGB")
-        return random_resized_crop(image, STEM_PX, np.random.default_rng(rng.getrandbits(32)), scale=CROP)
+        return random_resized_crop(image, side, np.random.default_rng(rng.getrandbits(32)), scale=CROP)
 
     def _pasted(self, rng: random.Random) -> tuple[Pixels, Facts]:
         noun = rng.choice(self.gallery.names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["scene", "easy", "photograph", "pasted"]
+Kind = Literal["scene", "varied", "easy", "photograph", "pasted"]
 Share = Literal[
     Kind, "imagined"
 ]  # what batches draw from: "imagined" has the evidence of a noun that is not there

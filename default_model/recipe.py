@@ -73,7 +73,13 @@ FINETUNE_LANGUAGE_MUON_SCALE = 5.0
 SPECIMENS = 2  # of every cut-out, for the names the stem gives
 PHOTOGRAPH_PARTS = 512  # of unlabelled photographs, for the same
 # Pictures kept as the stem sees them; 98 KB each.
-PICTURES: dict[Kind, int] = {"scene": 32_768, "easy": 4_000, "photograph": 3_072, "pasted": 6_144}
+PICTURES: dict[Kind, int] = {
+    "scene": 32_768,
+    "varied": 98_304,
+    "easy": 4_000,
+    "photograph": 6_144,
+    "pasted": 12_288,
+}
 QUERY_SHARES: dict[Share, float] = {
     "scene": 0.6,
     "easy": 0.05,

@@ -171,7 +171,7 @@ def make_all_features(folder: Path, steps: int | None, device: str) -> None:
 
 def _make_features(folder: Path, part: int, parts: int) -> None:
     torch.set_num_threads(1)
-    stem = build_stem(load_file(folder / STEM_FILE))
+    stem = build_stem(load_file(folder / STEM_FILE)).pack()
     for kind, count in recipe.PICTURES.items():
         make_features(folder, stem, kind, count, (part, parts))
 
