@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 FILES := blip2 tests docs default_model benchmarks
 RUN ?= runs/default
 DATA ?= data
-STAGES := vision queries language stage1 finetune export
+STAGES := names features language queries finetune stage1 export
 
 .DEFAULT_GOAL := help
 .PHONY: help chromium zsh fish install demo test test-full test-lowest lint format types docs default-model eval-data clean
@@ -89,9 +89,10 @@ default-model: $(VENV)/.train ## make the default model anew: hours; goes on whe
 	$(BIN)/python -m default_model.materials $(RUN)
 	$(BIN)/python -m default_model.vocab $(RUN)
 	for stage in $(STAGES); do $(BIN)/python -m default_model.stages $$stage $(RUN) || exit; done
+	$(BIN)/python -m default_model.calibrate $(RUN) --model $(RUN)/default
 
 eval-data: $(VENV)/.eval ## what `blip2 eval default` needs, into ./data: easy-VQA, and scenes composed of downloaded pictures
-	$(BIN)/python -m default_model.materials $(DATA)
+	$(BIN)/python -m default_model.materials $(DATA) --scenes
 	$(BIN)/python -m default_model.make_scenes $(DATA)
 
 clean: ## remove the virtual environment and what tools left behind

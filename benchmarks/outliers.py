@@ -23,7 +23,7 @@ from blip2.modeling.config import Mode, OptConfig
 from blip2.modeling.opt import Opt, OptDecoderLayer
 from blip2.quantization.apply import quantize_model, quantized_layers
 from blip2.quantization.linear import Int8Linear
-from default_model.pretrain import init_weights
+from default_model.initial_weights import init_weights
 
 CHANNELS = (7, 512, 1023, 1900, 2777, 3333, 4000)
 VARIANTS: tuple[

@@ -96,9 +96,10 @@ def unfinished_file(path: Path) -> Path:
 def replace_file(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
     """Gives the path of a file to write; when the block ends without an error it takes the place of `path`.
 
-    Of a link to a regular file the target is replaced; a file that was there passes its permissions on. Until then
-    it stays as it is. An error leaves nothing behind; a killed process leaves a file whose name ends in `UNFINISHED`,
-    which the next write to the same place overwrites.
+    Of a link to a regular file the target is replaced; a file that was there passes its permissions on, a new one has
+    the usual ones, whoever writes it (safetensors' own files are private). Until then it stays as it is. An error
+    leaves nothing behind; a killed process leaves a file whose name ends in `UNFINISHED`, which the next write to the
+    same place overwrites.
 
     Args:
         sync_name: flush the folder too. Without, the old file may be back after a power cut.
@@ -111,9 +112,12 @@ def replace_file(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = unfinished_file(path)
     try:
+        beside.unlink(missing_ok=True)
+        beside.touch()
+        usual = beside.stat()
         yield beside
-        with contextlib.suppress(OSError):  # nothing was there, or the file system has no permissions
-            shutil.copymode(path, beside)
+        with contextlib.suppress(OSError):  # the file system has no permissions
+            beside.chmod(stat.S_IMODE((path.stat() if path.exists() else usual).st_mode))
         sync(beside)
         os.replace(beside, path)
         if sync_name:

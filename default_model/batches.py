@@ -1,30 +1,58 @@
-"""Training batches of every stage, pure functions of a position: scenes and easy-VQA's training images, with texts."""
+"""Training batches of every stage, pure functions of a position: pictures as the stem sees them, texts about them."""
 
 from __future__ import annotations
 
+import json
+import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
-from blip2.images import ImageProcessor, to_pixels
+from blip2.modeling.language import IGNORE_INDEX
+from blip2.modeling.stem import fold
+from blip2.stemfiles import STEM_FILE
 from blip2.text import CAPTION_PROMPT, Tokenizer, question_prompt
-from default_model import easyvqa, language, recipe
-from default_model.colours import COLOURS
-from default_model.materials import Cutouts, read_table
-from default_model.queries import UNKNOWN, assign_parts
-from default_model.scenes import SHAPES, Composer, Scene
+from default_model import easyvqa
+from default_model.corpus import imagined
+from default_model.evidence import EVIDENCE_FILE, Evidence, Sight
+from default_model.features import Bank, names_of, scene_of
+from default_model.kinds import Kind, Share
+from default_model.language import Language, standard
+from default_model.namer import CODE, standard_names
+from default_model.photo import Photo
+from default_model.recipe import PARTS
+from default_model.scenes import GRID, Scene
+from default_model.slots import (
+    COLOUR_GAIN,
+    EMPTY,
+    NAME_GAIN,
+    OBJECT,
+    SCENE,
+    Slot,
+    SlotEncoder,
+    photo_slots,
+    scene_slots,
+)
+from default_model.wordings import typed
 
-IGNORE_INDEX = -100
-CROWDED = (12, 18, 28, 42)  # weights of 1 to 4 objects: more of them for the same computing
-EASY_SHARE = 0.1  # of images, where a stage trains on easy-VQA too
-QUESTION_WEIGHTS = (2, 1, 2, 3, 4)  # of each of language.KINDS: highest for what takes longest to learn
-# Column and row of every patch, [N - 1, 2].
-PATCHES = torch.cartesian_prod(*[torch.arange(recipe.VISION.grid)] * 2).flip(1)
-IMAGE_PROCESSOR = ImageProcessor(size=recipe.IMAGE_PX)
+EASY_PARTS = (5, 6, 9, 10)  # the middle four of 16, where an image of easy-VQA that is imagined has its shape
+EASY_IMAGINED, PHOTOS_IMAGINED = (
+    0.04,
+    0.3,
+)  # of the pictures for the language model alone; the others are scenes
+EASY_TYPED = 0.3  # of easy-VQA's questions are written as people type them, the others as published
+LANGUAGE_CAPTIONS, LANGUAGE_QUESTIONS = 0.3, 6  # captions a picture, and questions at most, for it alone
+PROMPTED = 0.85  # of the captions follow the captioning prompt
+NO_OBJECT, UNKNOWN = -1, -2  # in place of a cell's noun
+
+Row = tuple[list[int], list[int]]  # ids, labels
 
 
 @dataclass(frozen=True)
@@ -63,155 +91,210 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
     return id_
 
 
-class _Seeded:
-    """A random source for each position: the same position always gives the same batch."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def at(self, position: int) -> random.Random:
-        return random.Random(f"{self.name} {position}")
+def seeded(name: str, position: int) -> random.Random:
+    """The random numbers of a batch: the same at the same position, always."""
+    return random.Random(f"{name} {position}")
 
 
-class Pictures:
-    """Scenes and a share of easy-VQA's training images. Files are read at the first use, in the data process."""
+@dataclass(frozen=True)
+class Picture:
+    """What a batch knows of one picture.
 
-    def __init__(
-        self, folder: Path, easy_share: float, objects: tuple[int, int, int, int] | None = None
-    ) -> None:
-        """`objects`: weights of scenes with one to four objects; None: the composer's own."""
-        self.folder, self.easy_share, self.objects = folder, easy_share, objects
-        self.composer: Composer | None = None
-        self.easy: list[easyvqa.EasyImage] = []
-
-    def draw(self, rng: random.Random) -> Scene | easyvqa.EasyImage:
-        if self.composer is None:
-            self.composer = Composer(Cutouts.load(self.folder))
-            self.easy = easyvqa.load(self.folder, "train") if self.easy_share else []
-        if rng.random() < self.easy_share:
-            return rng.choice(self.easy)
-        objects = rng.choices((1, 2, 3, 4), self.objects)[0] if self.objects else None
-        return self.composer.compose(rng.getrandbits(48), "train", objects=objects)
-
-
-def pixels_of(pictures: list[Scene | easyvqa.EasyImage]) -> Tensor:
-    """[B, 3, S, S]."""
-    return to_pixels([Image.fromarray(p.image) for p in pictures], IMAGE_PROCESSOR)
-
-
-class VisionBatches:
-    """For the image encoder: scenes, their objects, the noun phrase of each patch's object, and where that is.
-
-    The vocabulary has the words of all nouns and colours, and every phrase as a word of its own.
+    facts: a scene, what the stem says of a photograph, or one of easy-VQA's images. cells: [768, 8, 8], the picture as
+    the stem sees it; None where only the facts exist.
     """
 
-    def __init__(self, folder: Path, crowded: int, halved: int, batch: int = 64) -> None:
-        """`crowded`: how many batches are of crowded scenes. `halved`: how many keep half of the patches, for speed."""
-        self.batch, self.crowded, self.halved = batch, crowded, halved
-        self.dense, self.seeded = Pictures(folder, 0.0, CROWDED), _Seeded("vision")
-        self.plain = Pictures(folder, 0.0)
-        named = {_phrase(row.noun, row.colour) for row in read_table()}
-        named |= {_phrase(shape, colour) for shape in SHAPES for colour in COLOURS}
-        self.phrases = {phrase: i for i, phrase in enumerate(sorted(named))}
-        words = sorted({word for phrase in self.phrases for word in phrase.split()})
-        self.words = {word: 1 + i for i, word in enumerate(words)}
-        self.phrase_ids, self.phrase_mask = self._encode([[phrase] for phrase in self.phrases])
+    facts: Scene | Sight | easyvqa.EasyImage
+    cells: Tensor | None = None
 
-    @property
-    def vocabulary(self) -> int:
-        """How many word ids there are, the padding (0) included."""
-        return 1 + len(self.words) + len(self.phrases)
+    def caption(self, language: Language, rng: random.Random) -> str:
+        if isinstance(self.facts, easyvqa.EasyImage):
+            return self.facts.caption
+        return language.caption(self.facts.photo if isinstance(self.facts, Sight) else self.facts, rng)
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        rng = self.seeded.at(position)
-        pictures = self.dense if position < self.crowded else self.plain
-        scenes = [s for s in (pictures.draw(rng) for _ in range(self.batch)) if isinstance(s, Scene)]
-        regions = torch.full((len(scenes), recipe.VISION.grid**2), -1)
-        places = torch.stack([(PATCHES + 0.5) / recipe.VISION.grid] * len(scenes))  # [B, N - 1, 2]
-        texts = [[_phrase(placed.noun, placed.colour) for placed in scene.objects] for scene in scenes]
-        for row, place, scene, named in zip(regions, places, scenes, texts, strict=True):
-            grid = torch.from_numpy(scene.patch_object.astype("int64")).flatten()
-            for index, phrase in enumerate(named):
-                left, top, right, bottom = scene.objects[index].box
-                row[grid == index] = self.phrases[phrase]
-                place[grid == index] = torch.tensor([left + right, top + bottom]) / (2 * scene.side)
-        ids, mask = self._encode(texts)
-        return {
-            "pixels": pixels_of(list(scenes)),
-            "ids": ids,
-            "mask": mask,
-            "text_ids": same([", ".join(text) for text in texts]),
-            "phrase_ids": self.phrase_ids,
-            "phrase_mask": self.phrase_mask,
-            "regions": regions,
-            "places": places,
-            **({"keep": half(regions, rng)} if position < self.halved else {}),
-        }
+    def turns(self, language: Language, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:
+        """Questions and their answers, `most` at most; some build on each other."""
+        if isinstance(self.facts, easyvqa.EasyImage):
+            drawn = rng.sample(self.facts.questions, min(len(self.facts.questions), rng.randint(2, most)))
+            return [
+                (typed(question, rng) if rng.random() < EASY_TYPED else question, answer)
+                for question, answer in drawn
+            ]
+        return language.turns(self.facts.photo if isinstance(self.facts, Sight) else self.facts, rng, most)
 
-    def _encode(self, texts: list[list[str]]) -> tuple[Tensor, Tensor]:
-        """Texts of phrases -> word ids and mask."""
-        first = 1 + len(self.words)
-        rows = [
-            [first + self.phrases[phrase] for phrase in text]
-            + [self.words[word] for phrase in text for word in phrase.split()]
-            for text in texts
-        ]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        return ids, (ids != 0).long()
+    def slots(self, rng: random.Random) -> list[Slot]:
+        """What the queries are to say. Where easy-VQA's shape is, is not known: an imagined one is anywhere."""
+        if isinstance(self.facts, Sight):
+            return photo_slots(self.facts.photo, self.facts.nouns, self.facts.breeds)
+        if isinstance(self.facts, Scene):
+            return scene_slots(self.facts)
+        slots = [Slot(EMPTY, {}, known=self.cells is None)] * PARTS + [Slot(SCENE, {})]
+        if self.cells is None:
+            words = self.facts.caption.split()
+            shape = dict.fromkeys((word for word in words if word in easyvqa.SHAPES), NAME_GAIN)
+            colour = dict.fromkeys((word for word in words if word in easyvqa.COLOURS), COLOUR_GAIN)
+            part, side = rng.choice(EASY_PARTS), math.isqrt(PARTS)
+            place = (part % side + rng.random()) / side, (part // side + rng.random()) / side
+            slots[part] = Slot(OBJECT, shape | colour, place)
+        return slots
 
 
-class Parts:
-    """The object in each query's part of a picture. easy-VQA's images have no such labels."""
+class Imagined:
+    """Pictures of which only the facts exist, for the language model alone. Files are read at the first use, in the
+    process that loads batches.
+    """
 
     def __init__(self, folder: Path) -> None:
-        named = VisionBatches(folder, 0, 0)
-        self.phrases = named.phrases
-        self.same = {"phrase_ids": named.phrase_ids, "phrase_mask": named.phrase_mask}
+        self.folder = folder
 
-    def of(self, pictures: list[Scene | easyvqa.EasyImage]) -> dict[str, Tensor]:
-        """What `QueryPretrain` needs in a batch beside its pixels."""
-        parts = torch.full((len(pictures), recipe.QUERIES), -1)
-        places = torch.full((len(pictures), recipe.QUERIES, 2), 0.5)
-        for part, place, picture in zip(parts, places, pictures, strict=True):
-            if not isinstance(picture, Scene):
-                part[:] = UNKNOWN
-                continue
-            boxes = torch.tensor([placed.box for placed in picture.objects])
-            middles = (boxes[:, :2] + boxes[:, 2:]) / (2 * picture.side)
-            owners = assign_parts(middles, recipe.QUERIES)
-            part[owners] = torch.tensor([self.phrases[_phrase(o.noun, o.colour)] for o in picture.objects])
-            place[owners] = middles
-        return {"parts": parts, "places": places, **self.same}
+    @cached_property
+    def evidence(self) -> Evidence:
+        return load_evidence(self.folder)
+
+    @cached_property
+    def easy(self) -> list[easyvqa.EasyImage]:
+        return easyvqa.load(self.folder, "train")
+
+    def draw(self, rng: random.Random) -> Picture:
+        draw = rng.random()
+        if draw < EASY_IMAGINED:
+            return Picture(rng.choice(self.easy))
+        if draw < EASY_IMAGINED + PHOTOS_IMAGINED:
+            return Picture(self.evidence.sight(self.evidence.imagine(rng), rng))
+        return Picture(imagined(standard(), rng))
 
 
-class SceneBatches:
-    """For the queries: pictures and the object in each query's part of them."""
+class Pictures(Imagined):
+    """Stored pictures, and stored ones whose evidence is replaced by an imagined one."""
 
-    def __init__(self, folder: Path, batch: int = 128) -> None:
-        self.batch, self.parts, self.seeded = batch, Parts(folder), _Seeded("queries")
-        self.pictures = Pictures(folder, 0.0, (2, 3, 3, 3))
+    def __init__(self, folder: Path, shares: Mapping[Share, float]) -> None:
+        """shares: of the kinds of stored pictures, and of "imagined"."""
+        super().__init__(folder)
+        self.shares = shares
+
+    @cached_property
+    def banks(self) -> dict[Kind, Bank]:
+        kinds: dict[Kind, None] = {}
+        for share, weight in self.shares.items():
+            if share != "imagined":
+                kinds |= {share: None} if weight else {}
+            elif weight:  # what `_imagined` replaces the evidence of
+                kinds |= {"photograph": None, "scene": None}
+        return {kind: Bank(self.folder, kind) for kind in kinds}
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """The stem's evidence matrix, [CODE, K + P]."""
+        with safe_open(self.folder / STEM_FILE, "pt") as file:
+            matrix: Tensor = file.get_tensor("readout.evidence.weight").float()
+        return matrix
+
+    def draw(self, rng: random.Random) -> Picture:
+        (kind,) = rng.choices(list(self.shares), list(self.shares.values()))
+        if kind == "imagined":
+            return self._imagined(rng)
+        bank = self.banks[kind]
+        i = rng.randrange(len(bank))
+        facts, cells = bank.facts[i], bank.cells(i)
+        if kind in ("scene", "varied"):
+            return Picture(scene_of(facts), cells)
+        if kind == "easy":
+            return Picture(self.easy[facts["easy"]], cells)
+        sight = self.evidence.sight(names_of(facts), rng)
+        if kind == "pasted":  # the truth is known
+            noun = facts["noun"]
+            photo = Photo(noun, None, self.evidence.categories[noun], facts["colour"] or None)
+            sight = Sight(photo, {noun: 1.0}, {})
+        return Picture(sight, cells)
+
+    def _imagined(self, rng: random.Random) -> Picture:
+        """A photograph's cells, or those of two scenes mixed, with imagined evidence in place of theirs."""
+        probabilities = self.evidence.imagine(rng)
+        if rng.random() < 0.5:
+            cells = self.banks["photograph"].cells(rng.randrange(len(self.banks["photograph"])))
+        else:
+            scenes = self.banks["scene"]
+            cells, other = (scenes.cells(rng.randrange(len(scenes))) for _ in range(2))
+            channels = torch.from_numpy(np.random.default_rng(rng.getrandbits(32)).random(len(cells)) < 0.5)
+            cells[channels] = other[channels]
+        cells[-CODE:] = (self.codes @ self.evidence.vector(probabilities))[:, None, None]
+        return Picture(self.evidence.sight(probabilities, rng), cells)
+
+
+def load_evidence(folder: Path) -> Evidence:
+    """What the stage names wrote: evidence.json."""
+    content = json.loads((folder / EVIDENCE_FILE).read_text(encoding="utf-8"))
+    return Evidence(standard_names(), standard().noun_categories, content["alike"], content["patterns"])
+
+
+def pixels_of(pictures: list[Picture]) -> Tensor:
+    """The folded images of pictures that have cells, [B, 3, 128, 128]."""
+    return fold(torch.stack([picture.cells for picture in pictures if picture.cells is not None]))
+
+
+class LanguageBatches:
+    """For the language model alone: slots and texts of imagined pictures."""
+
+    def __init__(self, folder: Path, words: Tokenizers, batch: int = 48) -> None:
+        self.words, self.batch = words, batch
+        self.pictures, self.slots = Imagined(folder), SlotEncoder(words.language)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        rng = self.seeded.at(position)
+        rng = seeded("language", position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        return {"pixels": pixels_of(pictures), **self.parts.of(pictures)}
+        rows = text_rows(self.words, pictures, rng, LANGUAGE_CAPTIONS, LANGUAGE_QUESTIONS)
+        return rows | self.slots.encode([p.slots(rng) for p in pictures])
 
 
-def _phrase(noun: str, colour: str | None) -> str:
-    return f"{colour} {noun}" if colour else noun
+class InstructionBatches:
+    """For fine-tuning: pictures with a caption and a conversation each, and what each query is to say."""
+
+    def __init__(
+        self,
+        folder: Path,
+        words: Tokenizers,
+        shares: Mapping[Share, float],
+        name: str = "instruction",
+        batch: int = 48,
+    ) -> None:
+        """`name`: batches of another name are others."""
+        self.words, self.batch, self.name = words, batch, name
+        self.pictures, self.targets = Pictures(folder, shares), QueryTargets(words.language)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = seeded(self.name, position)
+        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
+        texts = text_rows(self.words, pictures, rng)
+        return {"pixels": pixels_of(pictures)} | texts | self.targets.of(pictures, rng)
+
+
+class QueryBatches:
+    """For image encoder and queries: pictures and what each cell and each query is to say."""
+
+    def __init__(
+        self, folder: Path, words: Tokenizers, shares: Mapping[Share, float], batch: int = 96
+    ) -> None:
+        self.batch = batch
+        self.pictures, self.targets = Pictures(folder, shares), QueryTargets(words.language)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = seeded("queries", position)
+        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
+        return {"pixels": pixels_of(pictures)} | self.targets.of(pictures, rng)
 
 
 class MatchBatches:
-    """For stage 1: pictures with a caption each."""
+    """For stage 1: pictures with a caption each, as `Stage1` takes them."""
 
-    def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
-        self.words, self.batch = words, batch
-        self.pictures, self.seeded = Pictures(folder, EASY_SHARE / 2), _Seeded("match")
+    def __init__(
+        self, folder: Path, words: Tokenizers, shares: Mapping[Share, float], batch: int = 64
+    ) -> None:
+        self.words, self.batch, self.pictures = words, batch, Pictures(folder, shares)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        rng = self.seeded.at(position)
+        rng = seeded("match", position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        captions = [caption_of(picture, rng) for picture in pictures]
+        captions = [picture.caption(standard(), rng) for picture in pictures]
         ids, mask = self.words.matcher.encode_batch(captions, pad="right")
         return {
             "pixels": pixels_of(pictures),
@@ -221,69 +304,70 @@ class MatchBatches:
         }
 
 
-class CaptionBatches:
-    """For stage 2: pictures with a caption each, most after the captioning prompt."""
+class QueryTargets:
+    """What each query and each cell of pictures is to say."""
 
-    def __init__(self, folder: Path, words: Tokenizers, batch: int = 64) -> None:
-        self.words, self.batch = words, batch
-        self.pictures, self.seeded = Pictures(folder, EASY_SHARE / 2), _Seeded("caption")
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.slots = SlotEncoder(tokenizer)
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        rng = self.seeded.at(position)
-        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        rows = [caption_row(self.words, caption_of(picture, rng), rng) for picture in pictures]
-        return {"pixels": pixels_of(pictures), **pad(rows, self.words.language.pad_id)}
+    @cached_property
+    def nouns(self) -> dict[str, int]:
+        return {noun: i for i, noun in enumerate(standard().all)}
 
+    def of(self, pictures: list[Picture], rng: random.Random) -> dict[str, Tensor]:
+        """Slots as `SlotEncoder.encode` gives them, and what `cells` gives."""
+        return self.slots.encode([picture.slots(rng) for picture in pictures]) | self.cells(pictures)
 
-class InstructionBatches:
-    """For language model and fine-tuning: pictures with a caption and a conversation each, and labels for queries."""
+    def cells(self, pictures: list[Picture]) -> dict[str, Tensor]:
+        """Noun and middle of the object that each of a scene's C = 64 cells shows, row by row.
 
-    def __init__(self, folder: Path, words: Tokenizers, name: str = "instruction", batch: int = 48) -> None:
-        self.words, self.batch, self.parts = words, batch, Parts(folder)
-        self.pictures, self.seeded = Pictures(folder, EASY_SHARE), _Seeded(name)
-
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        rng = self.seeded.at(position)
-        pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        rows, index = [], []
-        for i, picture in enumerate(pictures):
-            rows.append(caption_row(self.words, caption_of(picture, rng), rng))
-            rows.append(chat_row(self.words, turns_of(picture, rng)))
-            index += [i, i]
-        batch = pad(rows, self.words.language.pad_id)
-        batch["image_index"] = torch.tensor(index)
-        return {"pixels": pixels_of(pictures), **batch, **self.parts.of(pictures)}
+        Returns:
+            cell_nouns: int64 [B, C], by its number among all nouns; NO_OBJECT, or UNKNOWN where it is no scene.
+            cell_places: [B, C, 2], column and row as shares of the image's side.
+        """
+        nouns = torch.full((len(pictures), GRID**2), UNKNOWN)
+        places = torch.full((len(pictures), GRID**2, 2), 0.5)
+        for row, place, picture in zip(nouns, places, pictures, strict=True):
+            scene = picture.facts
+            if isinstance(scene, Scene):
+                row[:] = NO_OBJECT
+                grid = torch.from_numpy(scene.patch_object.astype("int64")).flatten()
+                for index, placed in enumerate(scene.objects):
+                    left, top, right, bottom = placed.box
+                    row[grid == index] = self.nouns[placed.noun]
+                    place[grid == index] = torch.tensor([left + right, top + bottom]) / (2 * scene.side)
+        return {"cell_nouns": nouns, "cell_places": places}
 
 
 # --- texts -> rows of ids and labels ---------------------------------------------------------------------------------
 
-Row = tuple[list[int], list[int]]  # ids, labels
 
+def text_rows(
+    words: Tokenizers, pictures: list[Picture], rng: random.Random, captions: float = 1.0, most: int = 4
+) -> dict[str, Tensor]:
+    """Questions for every picture, `most` at most, and for the share `captions` of them a caption.
 
-def caption_of(picture: Scene | easyvqa.EasyImage, rng: random.Random) -> str:
-    return language.caption(picture, rng) if isinstance(picture, Scene) else picture.caption
-
-
-def turns_of(picture: Scene | easyvqa.EasyImage, rng: random.Random, most: int = 4) -> list[tuple[str, str]]:
-    """Up to `most` questions with their answers; sometimes a conversation in which they build on each other."""
-    if not isinstance(picture, Scene):
-        return rng.sample(picture.questions, min(len(picture.questions), rng.randint(2, most)))
-    if rng.random() < 0.25:
-        return language.conversation(picture, rng)
-    kinds = rng.choices(language.KINDS, QUESTION_WEIGHTS, k=rng.randint(2, most))
-    drawn = [language.standard().question(picture, rng, kind) for kind in (*kinds, "presence")]
-    answers = {qa.question: qa.answer for qa in drawn if qa is not None}
-    return list(answers.items())[:most]
+    As `Stage2` takes them; image_index says which picture a row is about.
+    """
+    rows, index = [], []
+    for i, picture in enumerate(pictures):
+        if rng.random() < captions:
+            rows.append(caption_row(words, picture.caption(standard(), rng), rng))
+            index.append(i)
+        rows.append(chat_row(words, picture.turns(standard(), rng, most)))
+        index.append(i)
+    return pad(rows, words.language.pad_id) | {"image_index": torch.tensor(index)}
 
 
 def caption_row(words: Tokenizers, caption: str, rng: random.Random) -> Row:
-    prompt = words.language.encode(CAPTION_PROMPT if rng.random() < 0.85 else "")
+    """A caption is a target that ends with a newline, mostly after the captioning prompt."""
+    prompt = words.language.encode(CAPTION_PROMPT if rng.random() < PROMPTED else "")
     target = words.language.encode(f" {caption}\n", frame=False)
     return prompt + target, [IGNORE_INDEX] * len(prompt) + target
 
 
 def chat_row(words: Tokenizers, turns: list[tuple[str, str]]) -> Row:
-    """A conversation; every answer is a target that ends with a newline, although a full stop follows it."""
+    """A conversation; every answer is a target that ends with a newline, although a full stop follows it in the ids."""
     ids: list[int] = []
     labels: list[int] = []
     (stop,) = words.language.encode(".", frame=False)
@@ -307,21 +391,6 @@ def pad(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
         labels[i, : len(row)] = torch.tensor(targets)
         mask[i, : len(row)] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def half(regions: Tensor, rng: random.Random) -> Tensor:
-    """Half of every image's patches, int64 [B, N / 2]: those with an object first, but a quarter background."""
-    rows = []
-    for row in regions.tolist():
-        shown = [i for i, phrase in enumerate(row) if phrase >= 0]
-        empty = [i for i, phrase in enumerate(row) if phrase < 0]
-        rng.shuffle(shown)
-        rng.shuffle(empty)
-        count = len(row) // 2
-        spared = min(len(empty), count // 4)
-        chosen = shown[: count - spared] + empty
-        rows.append(sorted(chosen[:count]))
-    return torch.tensor(rows)
 
 
 def same(texts: list[str]) -> Tensor:

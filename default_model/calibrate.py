@@ -31,7 +31,7 @@ from default_model.evaluation import counts_right
 from default_model.materials import Cutouts
 from default_model.scenes import Composer
 
-SCENES = 5_000_000  # the numbers of its scenes begin here; those of `evaluation` end before
+SCENES = 6_000_000  # the numbers of its scenes begin here; those of `evaluation` end before
 MOST_RIGHT_FLAGGED = 0.15  # of right captions that the threshold may flag
 RIDGE = 1e-3  # keeps coefficients finite where right and wrong can be separated
 BINS = 10  # of the expected calibration error

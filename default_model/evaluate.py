@@ -27,6 +27,8 @@ GOALS = {
     "one stamp on an unseen background, named": 0.92,
     "scenes of 2-4 objects, every object named": 0.85,
     "unseen questions, exact match": 0.90,
+    "questions, natural wordings": 0.90,
+    "answers that change with letter case": 0.01,
     "text retrieval among 1,000, R@1": 0.85,
     "image retrieval among 1,000, R@1": 0.85,
 }

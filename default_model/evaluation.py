@@ -8,13 +8,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from blip2.evaluate.scenes import named_things
-from default_model.language import KINDS, QA, Language
+from blip2.evaluate.scenes import LETTER_CASES, in_case, named_things
+from default_model.grammar import Grammar
+from default_model.language import Language
+from default_model.plain_questions import PLAIN_KINDS, plain_question
+from default_model.qa import KINDS, QA
 from default_model.scenes import Composer, Noun, Scene
 
 # Ranges of scene numbers, so that no two sets share a scene.
-SINGLES, MULTI, QUESTIONS, RETRIEVAL = 1_000_000, 2_000_000, 3_000_000, 4_000_000
+SINGLES, MULTI, QUESTIONS, RETRIEVAL, NATURAL = 1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000
 
 
 def stamp_singles(composer: Composer, n: int = 1000) -> Iterator[Scene]:
@@ -31,16 +35,31 @@ def multi_scenes(composer: Composer, n: int = 500) -> Iterator[Scene]:
         yield composer.compose(MULTI + i, "test", objects=2 + i % 3)
 
 
-def unseen_questions(composer: Composer, language: Language, n: int = 1000) -> Iterator[tuple[Scene, QA]]:
-    """One question a scene, the kinds in turn."""
-    number = QUESTIONS
+def unseen_questions(composer: Composer, n: int = 1000) -> Iterator[tuple[Scene, QA]]:
+    """One question a scene in a plain wording, the kinds in turn."""
+    grammar, number = Grammar(composer.nouns), QUESTIONS
     for i in range(n):
         while True:
             number += 1
             scene = composer.compose(number, "test")
-            qa = language.question(scene, random.Random(number), KINDS[i % len(KINDS)])
+            qa = plain_question(grammar, scene, random.Random(number), PLAIN_KINDS[i % len(PLAIN_KINDS)])
             if qa is not None:
                 yield scene, qa
+                break
+
+
+def natural_questions(composer: Composer, language: Language, n: int = 1080) -> Iterator[tuple[Scene, QA]]:
+    """One question a scene in a wording that training never has; kinds and letter cases in turn."""
+    kinds = [kind for kind in KINDS if kind != "breed" or language.breeds]
+    number = NATURAL
+    for i in range(n):
+        kind, case = kinds[i % len(kinds)], LETTER_CASES[i // len(kinds) % len(LETTER_CASES)]
+        while True:
+            number += 1
+            scene = composer.compose(number, "test")
+            qa = language.question(scene, random.Random(number), kind, "test")
+            if qa is not None:
+                yield scene, replace(qa, question=in_case(qa.question, case))
                 break
 
 

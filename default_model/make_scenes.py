@@ -14,16 +14,16 @@ from typing import Any
 
 from PIL import Image
 
-from blip2.evaluate.scenes import Scenes, scene_item
+from blip2.evaluate.scenes import SETS, Scenes, scene_item
 from default_model import evaluation
 from default_model.language import Language, standard
 from default_model.materials import Cutouts
+from default_model.qa import QA
 from default_model.scenes import Composer, Scene
 
 
 def compose(composer: Composer, language: Language, limit: int | None = None) -> Scenes:
     """The sets with their images in memory; with `limit` the first items of each alone."""
-    nouns = {noun: entry.plural for noun, entry in composer.nouns.items()}
     sets = {
         name: [
             scene_item(f"{name}-{i}", Image.fromarray(scene.image), row)
@@ -31,16 +31,16 @@ def compose(composer: Composer, language: Language, limit: int | None = None) ->
         ]
         for name, rows in _rows(composer, language, limit).items()
     }
-    return Scenes(nouns, **sets)
+    return Scenes(_plurals(language), **sets)
 
 
 def write(composer: Composer, language: Language, folder: Path, limit: int | None = None) -> None:
-    """Write DIR/scenes; a complete folder is left unchanged."""
+    """Write DIR/scenes; a complete folder, with every set of today, is left unchanged."""
     target = folder / "scenes/scenes.json"
-    if target.is_file():
+    if target.is_file() and set(SETS) <= set(json.loads(target.read_text(encoding="utf-8"))):
         return
     (folder / "scenes/images").mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"nouns": {noun: entry.plural for noun, entry in composer.nouns.items()}}
+    content: dict[str, Any] = {"nouns": _plurals(language)}
     for name, rows in _rows(composer, language, limit).items():
         content[name] = []
         for i, (scene, row) in enumerate(rows):
@@ -63,13 +63,26 @@ def _rows(
         ],
         "questions": [
             (scene, {"question": qa.question, "answer": qa.answer, "kind": qa.kind})
-            for scene, qa in evaluation.unseen_questions(composer, language, min(n, 1000))
+            for scene, qa in evaluation.unseen_questions(composer, min(n, 1000))
+        ],
+        "natural": [
+            (scene, {"question": qa.question, "kind": qa.kind} | _right(scene, qa))
+            for scene, qa in evaluation.natural_questions(composer, language, limit or 1080)
         ],
         "retrieval": [
             (scene, {"captions": [caption]})
             for scene, caption in evaluation.retrieval_pairs(composer, language, min(n, 1000))
         ],
     }
+
+
+def _plurals(language: Language) -> dict[str, str]:
+    return {noun: entry.plural for noun, entry in language.nouns.items()}
+
+
+def _right(scene: Scene, qa: QA) -> dict[str, Any]:
+    """The answer to a question; of a description, what it must name."""
+    return _things(scene) if qa.kind == "description" else {"answer": qa.answer}
 
 
 def _things(scene: Scene) -> dict[str, Any]:

@@ -25,12 +25,10 @@ def sheet(composer: Composer, split: Split, first: int) -> Image.Image:
     for i in range(COLUMNS * ROWS):
         scene = composer.compose(first + i, split)
         rng = random.Random(first + i)
-        qa = language.questions(scene, rng)[0]
+        question, answer = language.turns(scene, rng)[0]
         x, y = i % COLUMNS * CELL[0] + 6, i // COLUMNS * CELL[1] + 4
         page.paste(Image.fromarray(scene.image), (x, y))
-        text = textwrap.wrap(language.caption(scene, rng), 26) + textwrap.wrap(
-            f"{qa.question} {qa.answer}", 26
-        )
+        text = textwrap.wrap(language.caption(scene, rng), 26) + textwrap.wrap(f"{question} {answer}", 26)
         draw.multiline_text((x, y + IMAGE_PX + 2), "\n".join(text[:5]), "black", spacing=1, font_size=10)
     return page
 

@@ -1,17 +1,14 @@
-"""Pre-training for the queries of a small Q-Former and for the language model that reads them.
+"""The tasks that teach every query what to say, and the language model to read it.
 
-BLIP-2's Q-Former starts from BERT and learns from 129 million images which query should look where; its language model
-is pre-trained on text from the web. Small models with thousands of images get this from their initial weights and from
-images whose objects and places are known: a query attends to its part of the image (`init_query_attention`) and learns
-to name the object whose middle is there (`QueryPretrain`); the vectors by which queries are read become the language
-model's word embeddings (`init_word_embeddings`), and it learns to write about images (`LanguagePretrain`); fine-tuning
-keeps the queries' objective (`QueryFinetune`).
+BLIP-2's Q-Former learns from 129 million images, its language model from text of the web. Here each query has a slot
+to say (slots.py): the language model first learns to read prefixes made of the facts themselves (`SlotLanguage`, no
+images), then image encoder and queries learn to write such prefixes (`QueryPretrain`); fine-tuning trains every part on
+texts and keeps that objective (`QueryFinetune`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,86 +17,180 @@ from torch import Tensor, nn
 
 from blip2.modeling.blip2 import Blip2
 from blip2.modeling.opt import Opt
-from blip2.modeling.qformer import QFormer, QFormerLayer
 from blip2.train.loop import Task
+from blip2.train.losses import matmul_fp32
 from blip2.train.tasks import Finetune, Stage2, layerwise_groups, train_only
-from default_model import losses
-from default_model.pretrain import ImageTextEncoders
+from default_model.slots import EMPTY, OBJECT, PHOTOGRAPH, SlotPrefix, slot_words
 
 Batch = Mapping[str, Tensor]
+READ_SCALE = 8.0  # the inverse temperature of nouns: times the product of vectors of about unit length
+# The standard deviation of what is added to each value of a prefix while the language model learns to read.
+SLOT_NOISE = 0.05
+MIXED, MIXED_SHARE = 0.08, 0.3  # the probability that a slot has this share of another slot of its picture
+EMPTY_WEIGHT = 0.25  # of a slot without content, beside 1 of the others
+LOSS_WEIGHTS = {"slot": 0.3, "name": 1.5, "cell": 1.0, "where": 0.5}
 
 
-class QueryReaders(nn.Module):
-    """Heads that read queries: the name of what each shows, where that is, and whether there is anything."""
+class SlotLanguage(Stage2):
+    """The language model learns to read what the queries are to say; no image is involved.
 
-    def __init__(self, encoders: ImageTextEncoders) -> None:
-        """`encoders`: as wide as the queries; its heads for patches go on to read queries."""
-        super().__init__()
-        self.text, self.projection, self.place = encoders.text, encoders.patch_projection, encoders.place
-        self.scale = encoders.patch_scale
-        self.shown = nn.Linear(encoders.place.in_features, 1)
+    Trains the language model and the slots' own vectors.
 
-    def phrases(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Phrases, int64 ids and mask [P, T] -> the vector that identifies each, of length one: [P, E]."""
-        return F.normalize(self.text(ids, mask).float(), dim=-1)
-
-    def losses(self, queries: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The losses of queries [B, Q, W]; see `QueryPretrain` for the batch."""
-        parts, places = batch["parts"], batch["places"]
-        full, known = parts >= 0, parts != UNKNOWN
-        phrases = self.phrases(batch["phrase_ids"], batch["phrase_mask"])
-        names = F.normalize(self.projection(queries[full]).float(), dim=-1)  # [K, E]
-        scale = self.scale.clamp(max=losses.MAX_LOGIT_SCALE).exp()
-        name = F.cross_entropy(names @ phrases.mT * scale, parts[full])
-        shown = F.binary_cross_entropy_with_logits(
-            self.shown(queries[known]).squeeze(-1).float(), full[known].float()
-        )
-        place = losses.place_loss(self.place(queries)[full], places[full])
-        return {"name": name, "shown": shown, "place": place}
-
-
-class ReadModel(nn.Module):
-    """A generating model and the heads that read its queries while it is trained."""
-
-    def __init__(self, model: Blip2, readers: QueryReaders) -> None:
-        super().__init__()
-        self.model, self.readers = model, readers
-
-
-class QueryPretrain(Task):
-    """Queries from places: the object whose middle is in a query's part of the image, and where that is.
-
-    Trains the Q-Former and the readers.
-
-    Batch: pixels [B, 3, S, S]; phrase_ids int64 and phrase_mask [P, T], all phrases that name objects; parts int64
-    [B, Q], the phrase of the object in each query's part, -1 for none, `UNKNOWN` without labels; places [B, Q, 2], its
-    middle, column and row as shares of the image's side.
+    Batch: input_ids, attention_mask, labels and image_index as `Stage2` takes them, and slots as `SlotEncoder.encode`
+    gives them.
     """
 
-    def __init__(self, both: ReadModel, *, muon_scale: float | None = None) -> None:
-        self.module = self.both = both
-        self.muon_scale = muon_scale
-        train_only(both, [both.model.qformer, both.readers])
+    def __init__(self, model: Blip2, slots: SlotPrefix, *, muon_scale: float | None = None) -> None:
+        super().__init__(model, muon_scale=muon_scale)
+        train_only(model, [model.language])
+        self.slots = slots
+        self.module = nn.ModuleDict({"model": model, "slots": slots})
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        with torch.no_grad():
-            features = self.both.model.vision(batch["pixels"])
-        parts = self.both.readers.losses(self.both.model.qformer(features), batch)
-        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+        # What queries will say is never as clean: noise, and now and then a little of another slot.
+        prefix = self.slots(embeddings(self.model), batch)  # [B, Q, W]
+        shape, device = prefix.shape, prefix.device
+        other = torch.randperm(shape[1], generator=generator, device=generator.device).to(device)
+        mixed = torch.rand(shape[:2], generator=generator, device=generator.device).to(device) < MIXED
+        mixture = (1 - MIXED_SHARE) * prefix + MIXED_SHARE * prefix[:, other]
+        prefix = torch.where(mixed.unsqueeze(-1), mixture, prefix)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(device)
+        return {"loss": self.prefix_loss(prefix + SLOT_NOISE * noise, batch)}
 
 
-class LanguagePretrain(Stage2):
-    """A language model that learns to write from frozen queries: its text is about images from the first step on.
+def embeddings(model: Blip2) -> Tensor:
+    """The language model's word embeddings, [V, W]."""
+    assert isinstance(model.language, Opt)
+    return model.language.embed_tokens.weight
 
-    Trains the language model and the projection; image encoder and Q-Former are frozen. Batch: as `Stage2`'s.
+
+class CellReaders(nn.Module):
+    """Linear heads on the image encoder's features of a cell, for training alone: the object's noun and its middle."""
+
+    def __init__(self, width: int, words: int) -> None:
+        """`width`: of the features; `words`: the width of the language model's embeddings."""
+        super().__init__()
+        self.names, self.place = nn.Linear(width, words), nn.Linear(width, 2)
+
+    def losses(self, features: Tensor, nouns: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The means over the cells that show an object: "cell", the nouns' cross-entropy; "where", see `place_loss`.
+
+        Args:
+            features: [B, C, W], without the class token's.
+            nouns: [N, width of the language model].
+            batch: cell_nouns int64 [B, C], negative where there is none, and cell_places [B, C, 2].
+        """
+        known = batch["cell_nouns"] >= 0
+        if not known.any():
+            zero = features.sum() * 0
+            return {"cell": zero, "where": zero}
+        read = self.names(features[known])
+        cell = F.cross_entropy(read_logits(read, nouns), batch["cell_nouns"][known])
+        where = place_loss(self.place(features[known]).sigmoid(), batch["cell_places"][known])
+        return {"cell": cell, "where": where}
+
+
+def place_loss(places: Tensor, target: Tensor) -> Tensor:
+    """The share of the variance of places that is not explained: 1 for always the middle, 0 for the exact places.
+
+    places, target: [..., 2], column and row as shares of the image's side. Gives a scalar in float32.
+    """
+    return 12 * F.mse_loss(places.float(), target)  # 1 / 12: the variance of a place drawn anywhere
+
+
+def read_logits(slots: Tensor, words: Tensor) -> Tensor:
+    """The logits of words [N, W] for slots [K, W]: [K, N], in float32."""
+    return READ_SCALE * matmul_fp32(slots.float(), words.float().mT)
+
+
+class SlotLosses(nn.Module):
+    """How far the queries' prefix is from what the slots are to say; nothing in it is trained.
+
+    nouns_ids, nouns_weights: the tokens of all nouns with their weights in a slot, [N, T].
     """
 
-    def __init__(self, model: Blip2, *, muon_scale: float | None = None) -> None:
-        super().__init__(model, muon_scale=muon_scale)
-        train_only(model, [model.projection, model.language])
+    nouns_ids: Tensor
+    nouns_weights: Tensor
+
+    def __init__(self, slots: SlotPrefix, nouns_ids: Tensor, nouns_weights: Tensor) -> None:
+        super().__init__()
+        self.slots = slots
+        self.register_buffer("nouns_ids", nouns_ids, persistent=False)
+        self.register_buffer("nouns_weights", nouns_weights, persistent=False)
+
+    def nouns(self, words: Tensor) -> Tensor:
+        """The nouns' vectors [N, W], from the language model's embeddings [V, W]."""
+        return torch.einsum("ntw,nt->nw", words[self.nouns_ids], self.nouns_weights)
+
+    def losses(self, prefix: Tensor, words: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Means over slots: "slot", the squared distance; "name", the distance of the nouns read and meant.
+
+        "name" is the divergence of Kullback and Leibler, over the slots of objects and photographs.
+
+        Args:
+            prefix: [B, Q, W], the projected queries.
+            words: [V, W], the language model's embeddings, which get no gradient.
+            batch: slots as `SlotEncoder.encode` gives them; at least one is of an object or a photograph.
+        """
+        words = words.detach()
+        target = self.slots(words, batch).detach().float()  # [B, Q, W]
+        kinds = batch["slot_kinds"]
+        error = (prefix.float() - target).square().sum(-1)  # [B, Q]
+        weight = torch.where(kinds == EMPTY, EMPTY_WEIGHT, 1.0) * batch["slots_known"]
+        slot = (error * weight).sum() / weight.sum()
+        nouns = self.nouns(words)
+        named = (kinds == OBJECT) | (kinds == PHOTOGRAPH)
+        aim = read_logits(slot_words(words, batch)[named], nouns).softmax(-1)
+        logits = read_logits(prefix[named], nouns)
+        name = (-(aim * logits.log_softmax(-1)).sum(-1) + (aim * aim.clamp(min=1e-9).log()).sum(-1)).mean()
+        return {"slot": slot, "name": name}
+
+
+class QueryModel(nn.Module):
+    """The generating model with what is needed to train its queries: the cells' heads and the slots' losses."""
+
+    def __init__(self, model: Blip2, readers: CellReaders, slots: SlotLosses) -> None:
+        super().__init__()
+        self.model, self.readers, self.slots = model, readers, slots
+
+    def losses(self, features: Tensor, prefix: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The losses of slots and cells, by name, as `LOSS_WEIGHTS` has them.
+
+        features: the image encoder's, [B, 1 + C, W], the class token's first. prefix: [B, Q, width of the words].
+        """
+        words = embeddings(self.model)
+        nouns = self.slots.nouns(words.detach())
+        return self.slots.losses(prefix, words, batch) | self.readers.losses(features[:, 1:], nouns, batch)
+
+
+def weighted(parts: Mapping[str, Tensor]) -> Tensor:
+    """The sum of a `QueryModel`'s losses."""
+    return torch.stack([LOSS_WEIGHTS[name] * part for name, part in parts.items()]).sum()
+
+
+class QueryPretrain(Task):
+    """Image encoder, Q-Former and projection learn what each query is to say and what each cell shows.
+
+    Batch: pixels [B, 3, S, S], slots as `SlotEncoder.encode` gives them, and what `CellReaders.losses` takes.
+    """
+
+    def __init__(self, both: QueryModel, *, muon_scale: float | None = None) -> None:
+        self.module = self.both = both
+        self.muon_scale = muon_scale
+        model = both.model
+        train_only(both, [model.vision, model.qformer, model.projection, both.readers])
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layerwise_groups(self.module, weight_decay, muon_scale=self.muon_scale)
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        model = self.both.model
+        features = model.vision(batch["pixels"])
+        parts = self.both.losses(features, model.project(model.qformer(features)), batch)
+        return {"loss": weighted(parts), **parts}
 
 
 class QueryFinetune(Finetune):
@@ -107,23 +198,24 @@ class QueryFinetune(Finetune):
 
     Texts alone teach a query little about its part: most of a caption follows from its earlier words.
 
-    Batch: as `Stage2`'s and `QueryPretrain`'s together.
+    Batch: what `Stage2` takes and what `QueryPretrain` takes.
     """
 
     def __init__(
         self,
-        both: ReadModel,
+        both: QueryModel,
         *,
         read_weight: float = 0.3,
         language_muon_scale: float | None = None,
         vision_layer_decay: float = 1.0,
         muon_scale: float | None = None,
     ) -> None:
-        """`read_weight`: of the readers' losses. `language_muon_scale`: `muon_scale` of the language model."""
+        """read_weight: of the queries' losses, beside 1 of the texts'. language_muon_scale: the language model's."""
         super().__init__(
             both.model, vision_layer_decay=vision_layer_decay, train_language=True, muon_scale=muon_scale
         )
-        self.module, self.readers = both, both.readers
+        self.module = self.both = both
+        both.slots.requires_grad_(False)
         self.read_weight, self.language_muon_scale = read_weight, language_muon_scale
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -132,156 +224,12 @@ class QueryFinetune(Finetune):
         groups = layerwise_groups(model, weight_decay, self.vision_layer_decay, self.muon_scale)
         language.requires_grad_(True)
         groups += layerwise_groups(language, weight_decay, muon_scale=self.language_muon_scale)
-        return [*groups, *layerwise_groups(self.readers, 0.0)]
+        return [*groups, *layerwise_groups(self.both.readers, 0.0)]
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        queries = self.model.qformer(self.model.vision(batch["pixels"]))
-        text = self.text_loss(queries, batch)
-        parts = self.readers.losses(queries, batch)
-        loss = text + self.read_weight * torch.stack(list(parts.values())).sum()
-        return {"loss": loss, "text": text, **parts}
-
-
-UNKNOWN = -2  # in a batch's parts: an image without labels of objects and places
-
-POSITION_SIGMA = 0.1  # of a query's attention around the middle of its part, as a share of the image's side
-VALUE_GAIN = 2.0  # of the attended patches in a query, beside 1 of the query's own embedding
-OBJECTNESS_LOGIT = 4.0  # by how much a patch that shows an object outscores one that does not, in nats
-
-
-def assign_parts(middles: Tensor, queries: int) -> Tensor:
-    """The query for each object of one image: int64 [K], all different.
-
-    Parts are the cells of a square grid, row by row. An object belongs to the part its middle is in, or to the nearest
-    that is still free.
-
-    Args:
-        middles: [K, 2], column and row as shares of the image's side; K <= queries.
-        queries: the number of parts, a square number.
-    """
-    side = math.isqrt(queries)
-    distance = torch.cdist(middles.float(), _centres(side))  # [K, Q]
-    inside = ((middles * side).long().clamp(0, side - 1) * torch.tensor([1, side])).sum(1)
-    distance[torch.arange(len(middles)), inside] = 0.0
-    taken: list[int] = []
-    for row in distance:
-        row[taken] = math.inf
-        taken.append(int(row.argmin()))
-    return torch.tensor(taken, dtype=torch.int64)
-
-
-def init_query_attention(
-    qformer: QFormer, features: Tensor, middles: Tensor, shown: Tensor, seed: int
-) -> None:
-    """Let every query attend to the patches of the object whose middle is in its part of the image. In place.
-
-    In the first layer, the cross-attention's score of a patch is that of a Gaussian around the middle of the query's
-    part, at the middle of the patch's object as its features predict it; values are passed on unchanged. The keys are
-    fitted, by ridge regression, to image features with known places: -|c - p|^2 is linear in p and |p|^2, and the
-    remaining |c|^2 is the same for all patches.
-
-    Args:
-        qformer: after `init_weights`; Q a square number, as wide as the image features, heads of four or more.
-        features: [K, W], of patches from many images.
-        middles: [K, 2], the middle of each patch's object, or of the patch itself if it shows none.
-        shown: bool [K], whether the patch shows an object.
-        seed: of the queries themselves, which are orthogonal to one another.
-
-    Raises:
-        ValueError: a Q-Former of another shape.
-    """
-    config, count = qformer.config, qformer.query_tokens.shape[1]
-    width, heads = config.hidden_size, config.num_attention_heads
-    side, size = math.isqrt(count), width // heads
-    if side * side != count or width != config.encoder_hidden_size or size < 4 or count > width:
-        raise ValueError(
-            f"{count} queries {width} wide in {heads} heads cannot be aimed at image features "
-            f"{config.encoder_hidden_size} wide: the number must be square and at most the width, "
-            "the widths equal, a head four or wider"
-        )
-    squares = middles.square().sum(1, keepdim=True)
-    weight, bias = _ridge(features, torch.cat([middles, squares, shown.float()[:, None]], dim=1))  # to [K, 4]
-    precision = 1 / (2 * POSITION_SIGMA**2)
-    shared = torch.tensor([[-precision, OBJECTNESS_LOGIT]]).expand(count, -1)
-    codes = torch.cat([2 * precision * _centres(side), shared], dim=1)  # [Q, 4]
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.linalg.qr(torch.randn(width, count, generator=generator))[0].mT * math.sqrt(width)
-    first = qformer.layers[0]
-    assert isinstance(first, QFormerLayer) and first.crossattention is not None
-    cross = first.crossattention
-    with torch.no_grad():
-        qformer.query_tokens[0] = tokens
-        inputs = first.attention.output.LayerNorm(qformer.layernorm(qformer.query_tokens[0]))  # [Q, W]
-        query = torch.linalg.lstsq(inputs, codes * math.sqrt(size)).solution.mT  # [4, W]
-        for head in range(heads):
-            rows = slice(head * size, head * size + 4)
-            cross.attention.query.weight[rows] = query
-            cross.attention.key.weight[rows] = weight
-            cross.attention.key.bias[rows] = bias
-        cross.attention.value.weight.copy_(torch.eye(width))
-        cross.output.dense.weight.copy_(VALUE_GAIN * torch.eye(width))
-
-
-def init_word_embeddings(
-    model: Blip2,
-    readers: QueryReaders,
-    queries: Tensor,
-    full: Tensor,
-    names: Tensor,
-    bags: Sequence[list[int]],
-) -> None:
-    """Initialize word embeddings and projection so that a projected query is near the words of what it shows. In place.
-
-    A name's tokens get embeddings that add up to the vector that identifies it for the readers; the projection keeps
-    that space. So before any training the word nearest to a projected query names what it shows, and the head, which
-    shares the embeddings, can write it. No linear map could take queries to random word embeddings: there are more
-    names than dimensions.
-
-    Args:
-        model: after `init_weights`; its language model an OPT, at least three wider than the readers' space.
-        queries: [K, W], of many images.
-        full: bool [K], whether each shows an object.
-        names: [C, E], the readers' vectors of C names.
-        bags: the tokens of each name.
-    """
-    language = model.language
-    assert isinstance(language, Opt)
-    width, space = language.config.hidden_size, names.shape[1]
-    names = names - names.mean(0)
-    names = names / names.norm(dim=1).mean()
-    tokens = torch.zeros(len(bags), language.config.vocab_size)  # how often each name has each token
-    for row, bag in zip(tokens, bags, strict=True):
-        row += torch.bincount(torch.tensor(bag), minlength=len(row))
-    # The shortest embeddings that (nearly) add up to the names.
-    words = tokens.mT @ torch.linalg.solve(tokens @ tokens.mT + 0.1 * torch.eye(len(bags)), names)  # [V, E]
-    noise = torch.randn(width, width, generator=torch.Generator().manual_seed(WORD_SEED))
-    directions = torch.linalg.qr(noise)[0]  # [W, W]
-    with torch.no_grad():
-        language.embed_tokens.weight += words @ directions[:, :space].mT
-        # Names in the readers' space, places and objectness in directions of their own.
-        reading = torch.cat([readers.projection.weight, readers.place.weight, readers.shown.weight])
-        read = queries @ reading.mT  # [K, E + 3]
-        middle = torch.cat([read[full, :space].mean(0), read[:, space:].mean(0)])
-        length = (read[full, :space] - middle[:space]).norm(dim=1).mean()
-        gain = torch.cat([(NAME_GAIN / length).expand(space), OTHER_GAIN / read[:, space:].std(0)])
-        model.projection.weight.copy_(directions[:, : space + 3] @ (gain[:, None] * reading))
-        model.projection.bias.copy_(directions[:, : space + 3] @ (-gain * middle))
-
-
-WORD_SEED = 7
-NAME_GAIN, OTHER_GAIN = 1.5, 0.7  # lengths of a projected query's parts; words have length 1
-
-
-def _centres(side: int) -> Tensor:
-    """The middles of a square grid's cells, row by row: [side * side, 2], column and row in 0..1."""
-    steps = (torch.arange(side) + 0.5) / side
-    return torch.cartesian_prod(steps, steps).flip(1)
-
-
-def _ridge(x: Tensor, y: Tensor, penalty: float = 1e-2) -> tuple[Tensor, Tensor]:
-    """Weight [M, W] and bias [M] that map x [K, W] to y [K, M], by ridge regression."""
-    mean, target = x.mean(0), y.mean(0)
-    gram = (x - mean).mT @ (x - mean) / len(x)
-    gram += penalty * gram.diagonal().mean() * torch.eye(len(gram))
-    weight = torch.linalg.solve(gram, (x - mean).mT @ (y - target) / len(x)).mT
-    return weight, target - weight @ mean
+        model = self.model
+        features = model.vision(batch["pixels"])
+        prefix = model.project(model.qformer(features))
+        text = self.prefix_loss(prefix, batch)
+        parts = self.both.losses(features, prefix, batch)
+        return {"loss": text + self.read_weight * weighted(parts), "text": text, **parts}

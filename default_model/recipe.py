@@ -6,15 +6,17 @@ from dataclasses import replace
 
 from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, VisionConfig
 from blip2.train.loop import FitOptions
+from default_model.kinds import Kind, Share
 
 IMAGE_PX = 128
-QUERIES = 16  # a square number: each starts with one part of the image
+PARTS = 16  # a square number: each of these queries starts with one part of the image
+QUERIES = PARTS + 1  # the last one reads the whole image
 
 VISION = VisionConfig(
-    hidden_size=192,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=3,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=3,
+    num_attention_heads=4,
     image_size=IMAGE_PX,
     patch_size=16,
 )
@@ -27,7 +29,7 @@ def language_config(vocab_size: int, eos_token_id: int) -> OptConfig:
         hidden_size=256,
         num_hidden_layers=4,
         num_attention_heads=8,
-        ffn_dim=768,
+        ffn_dim=1024,
         max_position_embeddings=256,
         eos_token_id=eos_token_id,
     )
@@ -37,10 +39,10 @@ def qformer_config(vocab_size: int) -> QFormerConfig:
     """The Q-Former, its text branch included. As it has few layers, all of them read the image."""
     return QFormerConfig(
         vocab_size=vocab_size,
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        intermediate_size=768,
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        intermediate_size=1024,
         hidden_dropout_prob=0.0,
         max_position_embeddings=64,
         cross_attention_frequency=1,
@@ -60,18 +62,48 @@ def generator_config(language: OptConfig, image_token_id: int) -> Blip2Config:
     return Blip2Config(VISION, qformer, language, QUERIES, image_token_id)
 
 
-# All steps together take two cores about seven hours. The batches are in batches.py.
+# The batches are in batches.py.
 _COMMON = FitOptions(steps=1, weight_decay=0.05, warmup_steps=100, workers=1, save_every_s=120)
 
 MUON_SCALE = 6.0  # Muon trains the matrices of all blocks, at this multiple of the others' learning rate
 QFORMER_MUON_SCALE = 3.0  # for the Q-Former, whose initial weights should not change too fast
 FINETUNE_MUON_SCALE = 1.5  # at 6 the image encoder forgets, and the loss does not fall until the rate does
 FINETUNE_LANGUAGE_MUON_SCALE = 5.0
-VISION_CROWDED = 3_750  # the steps on scenes with more objects than in other stages
-VISION_HALVED = 4_750  # the steps on half of the patches
-VISION_OPTIONS = replace(_COMMON, steps=5_000, lr=1e-3, min_lr=1e-5, warmup_steps=200)
-QUERIES_OPTIONS = replace(_COMMON, steps=400, lr=6e-4, min_lr=1e-5, warmup_steps=30)
-LANGUAGE_OPTIONS = replace(_COMMON, steps=1_000, lr=1e-3, min_lr=1.5e-4, warmup_steps=60)
-STAGE1_OPTIONS = replace(_COMMON, steps=1_700, lr=1e-3, min_lr=1e-5)
+
+SPECIMENS = 2  # of every cut-out, for the names the stem gives
+PHOTOGRAPH_PARTS = 512  # of unlabelled photographs, for the same
+# Pictures kept as the stem sees them; 98 KB each.
+PICTURES: dict[Kind, int] = {
+    "scene": 32_768,
+    "varied": 98_304,
+    "easy": 4_000,
+    "photograph": 6_144,
+    "pasted": 12_288,
+}
+QUERY_SHARES: dict[Share, float] = {
+    "scene": 0.6,
+    "easy": 0.05,
+    "photograph": 0.1,
+    "pasted": 0.1,
+    "imagined": 0.15,
+}
+TEXT_SHARES: dict[Share, float] = {
+    "scene": 0.55,
+    "easy": 0.07,
+    "photograph": 0.08,
+    "pasted": 0.1,
+    "imagined": 0.2,
+}
+MATCH_SHARES: dict[Share, float] = {
+    "scene": 0.7,
+    "easy": 0.05,
+    "photograph": 0.0,
+    "pasted": 0.1,
+    "imagined": 0.15,
+}
+
+LANGUAGE_OPTIONS = replace(_COMMON, steps=9_000, lr=1e-3, min_lr=1e-5)
+QUERIES_OPTIONS = replace(_COMMON, steps=3_000, lr=1e-3, min_lr=1e-5)
+STAGE1_OPTIONS = replace(_COMMON, steps=2_500, lr=1e-3, min_lr=1e-5)
 STAGE2_OPTIONS = replace(_COMMON, steps=500, lr=1e-3, min_lr=1e-5)
-FINETUNE_OPTIONS = replace(_COMMON, steps=5_000, lr=8e-4, min_lr=1e-6, warmup_steps=60)
+FINETUNE_OPTIONS = replace(_COMMON, steps=4_000, lr=6e-4, min_lr=1e-6)

@@ -10,7 +10,7 @@ import io
 import math
 import random
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -144,6 +144,9 @@ def _curve(gain: float, lift: int) -> list[int]:
     return [min(255, max(0, round(i * gain + lift))) for i in range(256)]
 
 
+Backdrop = Callable[[random.Random, int], NDArray[np.uint8]]  # draws a background [S, S, 3] of a side S in px
+
+
 @dataclass(frozen=True)
 class _Thing:
     """An object to draw: a cut-out (row, index) or a shape of a colour."""
@@ -172,6 +175,11 @@ class Composer:
         self._names = sorted(self._by_noun)
         self.nouns = nouns_of(cutouts.rows)
 
+    @property
+    def names(self) -> list[str]:
+        """The cut-outs' nouns, sorted."""
+        return self._names
+
     def row(self, id: str) -> ObjectRow:
         """The table's row of a cut-out."""
         return self.cutouts.rows[self._index(id)]
@@ -190,11 +198,13 @@ class Composer:
         cutout: str | None = None,
         shapes: bool = True,
         side: int = IMAGE_PX,
+        backdrop: Backdrop | None = None,
     ) -> Scene:
         """Scene number `seed` of a split.
 
         objects: how many, 1..4, or None for a number drawn. cutout: the id of a cut-out that must be the first object.
-        shapes: False leaves plain geometric shapes out. side: of the image in px, a multiple of 8.
+        shapes: False leaves plain geometric shapes out. side: of the image in px, a multiple of 8. backdrop: draws the
+        background in place of the split's painted ones.
         """
         if objects is not None and not 1 <= objects <= MAX_OBJECTS:
             raise ValueError(f"objects={objects}: a scene has 1 to {MAX_OBJECTS} objects")
@@ -205,7 +215,7 @@ class Composer:
         count = objects or rng.choices((1, 2, 3, 4), (30, 36, 20, 14))[0]
         things = self._choose(rng, split, count, cutout, shapes)
         sprites, owner = self._lay_out(rng, things, side)
-        canvas, family = self._backdrop(rng, split, side, things)
+        canvas, family = self._backdrop(rng, split, side, things, backdrop)
         for sprite, (x, y) in sprites:
             canvas.paste(sprite, (x, y), sprite)
         image = self._finish(rng, canvas, side)
@@ -267,6 +277,10 @@ class Composer:
         if rng.random() < 0.5:
             return rng.choice(self._names)
         return self.cutouts.rows[rng.randrange(len(self.cutouts.rows))].noun
+
+    def sprite(self, rng: random.Random, id: str, share: float, side: int) -> Image.Image:
+        """A cut-out as scenes show it, RGBA: flipped, turned, colours moved a little; longest side `share * side`."""
+        return self._sprite(rng, self._thing(self._index(id)), share, side)
 
     def _thing(self, index: int) -> _Thing:
         row = self.cutouts.rows[index]
@@ -353,7 +367,12 @@ class Composer:
     # -- what is behind it, and the camera
 
     def _backdrop(
-        self, rng: random.Random, split: Split, side: int, things: list[_Thing]
+        self,
+        rng: random.Random,
+        split: Split,
+        side: int,
+        things: list[_Thing],
+        backdrop: Backdrop | None,
     ) -> tuple[Image.Image, str]:
         """A background on which every object stands out in colour."""
         colours = np.stack(
@@ -364,9 +383,12 @@ class Composer:
         )
         large = side + side // 8
         for _ in range(6):
-            index = rng.randrange(POOL)
-            draw = cached_background if side == IMAGE_PX else background
-            pixels, family = draw(index, split, large)
+            if backdrop is None:
+                index = rng.randrange(POOL)
+                draw = cached_background if side == IMAGE_PX else background
+                pixels, family = draw(index, split, large)
+            else:
+                pixels, family = backdrop(rng, large), "given"
             x, y = rng.randint(0, large - side), rng.randint(0, large - side)
             pixels = pixels[y : y + side, x : x + side]
             if rng.random() < 0.5:

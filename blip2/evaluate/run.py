@@ -17,7 +17,7 @@ from blip2.evaluate.captions import caption_scores
 from blip2.evaluate.photos import flagged, names_one, photo_metrics, read_photos
 from blip2.evaluate.protocols import PAPER_TASKS, PROTOCOLS, Protocol, published
 from blip2.evaluate.retrieval import match_tables, ranks, recalls
-from blip2.evaluate.scenes import Scenes, counts_right, names_all, read_scenes
+from blip2.evaluate.scenes import LETTER_CASES, Scenes, counts_right, in_case, names_all, read_scenes
 from blip2.evaluate.tasks import EvalItem, EvalTask, ImageFile, read_task, sound_items
 from blip2.generation.options import GenerateKwargs
 from blip2.imagefiles.decode import ImageError, load_image
@@ -340,12 +340,12 @@ def answer_questions(model: Predictor, items: Sequence[EvalItem], options: Gener
     return [str(answer) for answer in answers]
 
 
-def _by_kind(name: str, outcomes: Sequence[Outcome]) -> Metrics:
+def _by_kind(name: str, outcomes: Sequence[Outcome], part: str = "  of which") -> Metrics:
     """The mean accuracy of all outcomes, and of each kind if there are several."""
     kinds: dict[str, list[float]] = defaultdict(list)
     for outcome in outcomes:
         kinds[outcome.item.kind].append(outcome.quality)
-    parts = {f"  of which {kind}": _mean(scores) for kind, scores in kinds.items() if len(kinds) > 1}
+    parts = {f"{part} {kind}": _mean(scores) for kind, scores in kinds.items() if len(kinds) > 1}
     return {name: _mean([outcome.quality for outcome in outcomes])} | parts
 
 
@@ -426,6 +426,10 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     longer = replace(protocols["questions"], options={**protocols["questions"].options, "max_new_tokens": 12})
     _, answers, _ = _questions(model, questions, longer, settings, [])
     metrics |= _by_kind("unseen questions, exact match", answers)
+    if scenes.natural:
+        natural, answered = _natural_questions(model, scenes, longer, settings)
+        metrics |= natural
+        answers += answered
     try:
         table, _, few = _retrieval(model.matcher, scenes.retrieval, protocols["retrieval"], settings)
         notes += few
@@ -440,6 +444,39 @@ def scenes_report(model: Predictor, scenes: Scenes, settings: EvalSettings, *, m
     protocol, outcomes = protocols["captions"], singles + multi + answers
     about = "composed scenes"
     return Report("scenes", about, model_name, metrics, {}, protocol, outcomes, notes, model.digest())
+
+
+def _natural_questions(
+    model: Predictor, scenes: Scenes, protocol: Protocol, settings: EvalSettings
+) -> tuple[Metrics, list[Outcome]]:
+    """Questions as people ask them; and whether the letter case changes the answer.
+
+    A description is right if it names everything. Each question is also asked in the other letter cases: the answers
+    that differ from that in lower case are counted.
+    """
+    asked = [
+        replace(item, question=in_case(item.question.lower(), case))
+        for item in scenes.natural
+        for case in LETTER_CASES
+    ]
+    options: GenerateKwargs = {**protocol.options, "max_new_tokens": 30}  # for descriptions
+    texts: list[str] = []
+    for batch in _batches(asked, settings, "natural questions"):
+        texts += answer_questions(model, batch, options)
+    answers = {(item.id, item.question): text for item, text in zip(asked, texts, strict=True)}
+    outcomes, changed = [], []
+    for i, item in enumerate(scenes.natural):
+        text = answers[item.id, item.question]
+        right = (
+            normalised_match(text, item.answers)
+            if item.answers
+            else names_all(text, item.things, scenes.nouns)
+        )
+        outcomes.append(Outcome(item, text, {"accuracy": right}, right))
+        lower, *others = texts[i * len(LETTER_CASES) : (i + 1) * len(LETTER_CASES)]
+        changed += [float(other != lower) for other in others]
+    kinds = _by_kind("questions, natural wordings", outcomes, "  of which natural")
+    return kinds | {"answers that change with letter case": _mean(changed)}, outcomes
 
 
 def _batches(items: Sequence[T], settings: EvalSettings, label: str) -> Iterator[Sequence[T]]:

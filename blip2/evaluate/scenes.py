@@ -1,8 +1,8 @@
 """The default model's own scenes: composed pictures whose contents are known.
 
 A folder `scenes/` holds images and scenes.json: {"nouns": {singular: plural}, "singles": [...], "multi": [...],
-"questions": [...], "retrieval": [...]}, a row {"image": file, "captions": [...], "things": {noun: number}, "question",
-"answer", "kind"}. `python -m default_model.make_scenes` writes it.
+"questions": [...], "natural": [...], "retrieval": [...]}, a row {"image": file, "captions": [...], "things": {noun:
+number}, "question", "answer", "kind"}. `python -m default_model.make_scenes` writes it. Older files have no "natural".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from blip2.data.sources import DataError, read_annotations
 from blip2.evaluate.tasks import EvalItem, ImageFile, files_needed, sound_items
@@ -23,32 +23,39 @@ COLOURS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray",
 )  # fmt: skip
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+LetterCase = Literal["lower", "sentence", "title", "upper"]
+LETTER_CASES: tuple[LetterCase, ...] = ("lower", "sentence", "title", "upper")
+SETS = ("singles", "multi", "questions", "natural", "retrieval")
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Four sets: single things; two to four things; questions; captions that fit one image each. nouns: plurals."""
+    """Five sets: single things; two to four things; questions in plain wordings; questions as people ask them, in every
+    letter case; captions that fit one image each. nouns: plurals."""
 
     nouns: Mapping[str, str]
     singles: list[EvalItem]
     multi: list[EvalItem]
     questions: list[EvalItem]
+    natural: list[EvalItem]
     retrieval: list[EvalItem]
+
+    @property
+    def _sets(self) -> tuple[list[EvalItem], ...]:
+        return tuple(getattr(self, name) for name in SETS)
 
     @property
     def items(self) -> list[EvalItem]:
         """Those of all sets."""
-        return [*self.singles, *self.multi, *self.questions, *self.retrieval]
+        return [item for items in self._sets for item in items]
 
     def first(self, limit: int | None) -> Scenes:
         """The scenes with the first `limit` items of each set."""
-        sets = (self.singles, self.multi, self.questions, self.retrieval)
-        return Scenes(self.nouns, *(items[:limit] for items in sets))
+        return Scenes(self.nouns, *(items[:limit] for items in self._sets))
 
     def without(self, images: Container[ImageFile]) -> Scenes:
         """The scenes without the items of these images."""
-        sets = (self.singles, self.multi, self.questions, self.retrieval)
-        return Scenes(self.nouns, *(sound_items(items, images) for items in sets))
+        return Scenes(self.nouns, *(sound_items(items, images) for items in self._sets))
 
 
 def read_scenes(data: Path | None) -> Scenes:
@@ -57,11 +64,10 @@ def read_scenes(data: Path | None) -> Scenes:
     if path is None or not path.is_file():
         raise DataError(files_needed("scenes", data))
     content = read_annotations(path)
+    rows = {"natural": []} | content
     sets = {
-        name: [
-            scene_item(f"{name}-{i}", path.parent / row["image"], row) for i, row in enumerate(content[name])
-        ]
-        for name in ("singles", "multi", "questions", "retrieval")
+        name: [scene_item(f"{name}-{i}", path.parent / row["image"], row) for i, row in enumerate(rows[name])]
+        for name in SETS
     }
     return Scenes(content["nouns"], **sets)
 
@@ -71,6 +77,17 @@ def scene_item(id: str, image: ImageSource, row: Mapping[str, Any]) -> EvalItem:
     answers = (row["answer"],) if "answer" in row else ()
     captions, question = tuple(row.get("captions", ())), row.get("question", "")
     return EvalItem(id, image, captions, question, answers, row.get("kind", ""), row.get("things", {}))
+
+
+def in_case(text: str, case: LetterCase) -> str:
+    """A lower-case text as it is, or as people type it: Sentence case, Title Case, UPPER CASE."""
+    if case == "upper":
+        return text.upper()
+    if case == "title":
+        return re.sub(r"(?<!\S)[a-z]", lambda match: match[0].upper(), text)
+    if case == "sentence":
+        return re.sub(r"\bi\b|^[a-z]|(?<=[.?!] )[a-z]", lambda match: match[0].upper(), text)
+    return text
 
 
 @lru_cache(maxsize=8)

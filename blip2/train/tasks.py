@@ -117,7 +117,10 @@ class Stage2(StageTask):
 
     def text_loss(self, queries: Tensor, batch: Batch) -> Tensor:
         """The language model's mean loss over all targets, after queries [B, Q, W]."""
-        prefix = self.model.project(queries)  # [B, Q, width of the language model]
+        return self.prefix_loss(self.model.project(queries), batch)
+
+    def prefix_loss(self, prefix: Tensor, batch: Batch) -> Tensor:
+        """The language model's mean loss over all targets, after a prefix [B, Q, width of the language model]."""
         if (index := batch.get("image_index")) is not None:
             prefix = prefix[index]  # [R, Q, W]
         ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]

@@ -1,38 +1,49 @@
+"""Training batches: pure functions of their positions, whose labels fit their inputs."""
+
 from __future__ import annotations
 
 import random
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from blip2.modeling.language import IGNORE_INDEX
 from blip2.text import Tokenizer
-from default_model import batches, stages
-from default_model.batches import IGNORE_INDEX, Tokenizers, caption_row, chat_row, half, pad, same
-from default_model.colours import COLOURS
+from default_model import batches
+from default_model.batches import (
+    EASY_PARTS,
+    NO_OBJECT,
+    UNKNOWN,
+    Picture,
+    Pictures,
+    QueryTargets,
+    Tokenizers,
+    caption_row,
+    chat_row,
+    pad,
+    same,
+)
 from default_model.easyvqa import EasyImage
+from default_model.evidence import Sight
+from default_model.kinds import Kind, Share
 from default_model.language import Language
-from default_model.materials import Cutouts
-from default_model.queries import UNKNOWN
+from default_model.recipe import PARTS, QUERIES
 from default_model.scenes import Composer, Scene
-from default_model.vocab import save_language, save_matcher, train_language, train_matcher
+from default_model.slots import EMPTY, OBJECT, PHOTOGRAPH, SCENE, slot_words
 
-
-@pytest.fixture(scope="module")
-def words(language: Language, tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
-    folder = tmp_path_factory.mktemp("tokenizers")
-    text = list(islice(language.text_corpus(random.Random(0)), 500))
-    for name in ("language", "matcher"):
-        (folder / f"tokenizer-{name}").mkdir()
-    save_language(train_language(iter(text)), folder / "tokenizer-language")
-    save_matcher(train_matcher(iter(text)), folder / "tokenizer-matcher")
-    return Tokenizers.load(folder)
+SHARES: dict[Share, float] = {"scene": 2, "easy": 1, "photograph": 1, "pasted": 1, "imagined": 1}
 
 
 def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode([i for i in ids if i != IGNORE_INDEX], skip_special=False)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_caption_is_a_target_and_its_prompt_is_not(words: Tokenizers) -> None:
@@ -68,70 +79,136 @@ def test_equal_texts_share_an_id() -> None:
     assert same(["a bear", "a bus", "a bear"]).tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("shown", [0, 5, 20, 40, 61, 64])
-def test_half_of_the_patches_prefers_those_that_show_something(shown: int) -> None:
-    regions = torch.full((2, 64), -1)
-    regions[:, :shown] = 3
-    kept = half(regions, random.Random(0))
-    assert kept.shape == (2, 32)
-    for row in kept.tolist():
-        assert len(set(row)) == 32 and row == sorted(row)
-        assert sum(i < shown for i in row) == min(shown, max(24, 32 - (64 - shown)))
+# --- whole batches ---------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, Callable[[Path, Tokenizers], Any]] = {
+    "language": lambda folder, words: batches.LanguageBatches(folder, words, 6),
+    "queries": lambda folder, words: batches.QueryBatches(folder, words, SHARES, 8),
+    "instruction": lambda folder, words: batches.InstructionBatches(folder, words, SHARES, batch=6),
+    "match": lambda folder, words: batches.MatchBatches(folder, words, SHARES, 6),
+}
 
 
-def test_a_batch_follows_from_its_position(
-    words: Tokenizers,
-    composer: Composer,
-    cutouts: Cutouts,
-    language: Language,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_follows_from_its_position(kind: str, run_folder: Path, words: Tokenizers) -> None:
+    first, anew = (KINDS[kind](run_folder, words) for _ in range(2))
+    batch, other = first[4], first[5]
+    again = anew[4]  # by another object, and not after the same ones
+    assert batch.keys() == again.keys()
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert any(
+        batch[name].shape != other[name].shape or not torch.equal(batch[name], other[name]) for name in batch
+    )
+    assert all(tensor.isfinite().all() for tensor in batch.values())
+
+
+def test_batches_of_another_name_are_others(run_folder: Path, words: Tokenizers) -> None:
+    one, other = (batches.InstructionBatches(run_folder, words, SHARES, name, 6)[0] for name in ("a", "b"))
+    assert not torch.equal(one["pixels"], other["pixels"])
+
+
+def test_instructions_belong_to_their_pictures(run_folder: Path, words: Tokenizers) -> None:
+    batch = batches.InstructionBatches(run_folder, words, SHARES, batch=6)[2]
+    assert batch["pixels"].shape == (6, 3, 128, 128) and batch["slot_kinds"].shape == (6, QUERIES)
+    assert batch["image_index"].tolist() == [i // 2 for i in range(12)]  # a caption and a conversation each
+    ids, labels = batch["input_ids"], batch["labels"]
+    assert ids.shape == labels.shape == batch["attention_mask"].shape
+    assert (labels[batch["attention_mask"] == 0] == IGNORE_INDEX).all()
+    assert ((labels != IGNORE_INDEX).sum(1) > 0).all()
+    texts = [decoded(words.language, row.tolist()) for row in ids]
+    assert all("Question:" not in text for text in texts[::2])
+    assert all("Question:" in text and "Answer:" in text for text in texts[1::2])
+
+
+def test_the_language_model_reads_more_questions_than_captions(run_folder: Path, words: Tokenizers) -> None:
+    batch = batches.LanguageBatches(run_folder, words, 40)[0]
+    assert "pixels" not in batch and batch["slot_kinds"].shape == (40, QUERIES)
+    rows = batch["image_index"].bincount(minlength=40)
+    assert set(rows.tolist()) == {1, 2} and 2 <= (rows == 2).sum() <= 25
+
+
+def test_equal_captions_of_a_batch_match_each_other(run_folder: Path, words: Tokenizers) -> None:
+    batch = batches.MatchBatches(run_folder, words, SHARES, 24)[0]
+    assert batch["pixels"].shape == (24, 3, 128, 128) and batch["ids"].shape[1] <= 32
+    equal = (batch["ids"][:, None] == batch["ids"][None]).all(-1)
+    assert torch.equal(equal, batch["image_ids"][:, None] == batch["image_ids"][None])
+
+
+def test_imagined_evidence_needs_no_share_of_photographs(run_folder: Path) -> None:
+    pictures = Pictures(run_folder, {"easy": 1.0, "photograph": 0.0, "imagined": 1.0})
+    drawn = [pictures.draw(random.Random(seed)) for seed in range(12)]
+    assert {type(picture.facts) for picture in drawn} == {EasyImage, Sight}
+    assert set(pictures.banks) == {"easy", "photograph", "scene"}
+    assert set(get_args(Kind)) >= set(pictures.banks)
+
+
+def test_imagined_evidence_replaces_that_of_the_picture(run_folder: Path) -> None:
+    pictures = Pictures(run_folder, {"imagined": 1.0})
+    stored = [bank.cells(i) for bank in pictures.banks.values() for i in range(len(bank))]
+    for seed in range(6):
+        rng = random.Random(seed)
+        picture = pictures.draw(rng)
+        assert isinstance(picture.facts, Sight) and picture.cells is not None
+        rng = random.Random(seed)
+        rng.choices(["imagined"], [1.0])
+        evidence = pictures.codes @ pictures.evidence.vector(pictures.evidence.imagine(rng))
+        assert (picture.cells[-batches.CODE :] == evidence[:, None, None]).all()
+        rest = picture.cells[: -batches.CODE]
+        known = torch.stack([(rest == cells[: -batches.CODE]).flatten(1).all(1) for cells in stored])
+        assert known.any(0).all()  # every channel is that of a stored picture
+
+
+# --- what queries and cells are to say -------------------------------------------------------------------------------
+
+
+def slots_of(words: Tokenizers, picture: Picture, seed: int = 0) -> Mapping[str, Tensor]:
+    return QueryTargets(words.language).of([picture], random.Random(seed))
+
+
+@pytest.mark.usefixtures("run_folder")
+def test_cells_show_the_objects_that_cover_them(
+    words: Tokenizers, composer: Composer, language: Language
 ) -> None:
-    monkeypatch.setattr(batches.language, "standard", lambda: language)
-    monkeypatch.setattr(batches, "read_table", lambda: cutouts.rows)
-    data = batches.InstructionBatches(Path(), words, batch=3)
-    data.pictures.composer, data.pictures.easy_share = composer, 0.0
-    first, other, again = data[4], data[5], data[4]
-    assert first["pixels"].shape == (3, 3, 128, 128)
-    assert first["image_index"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["pixels"], other["pixels"])
+    scene = composer.compose(5, objects=3)
+    targets = slots_of(words, Picture(scene))
+    covered = torch.from_numpy(scene.patch_object.astype("int64")).flatten()
+    assert torch.equal(targets["cell_nouns"][0] == NO_OBJECT, covered < 0)
+    for cell in range(64):
+        if covered[cell] >= 0:
+            placed = scene.objects[covered[cell]]
+            assert language.all[int(targets["cell_nouns"][0, cell])] == placed.noun
+            x0, y0, x1, y1 = placed.box
+            middle = torch.tensor([x0 + x1, y0 + y1]) / (2 * scene.side)
+            torch.testing.assert_close(targets["cell_places"][0, cell], middle)
+    kinds = targets["slot_kinds"][0]
+    assert (kinds == OBJECT).sum() == 3 and kinds[-1] == SCENE
 
 
-@pytest.fixture
-def scenes(composer: Composer, cutouts: Cutouts, monkeypatch: pytest.MonkeyPatch) -> batches.SceneBatches:
-    monkeypatch.setattr(batches, "read_table", lambda: cutouts.rows)
-    data = batches.SceneBatches(Path(), batch=6)
-    data.pictures.composer = composer
-    return data
-
-
-def test_queries_belong_to_the_objects_whose_middles_are_in_their_parts(scenes: batches.SceneBatches) -> None:
-    batch, rng = scenes[3], scenes.seeded.at(3)
-    phrases = {number: phrase for phrase, number in scenes.parts.phrases.items()}
-    assert batch["parts"].shape == (6, 16) and len(batch["phrase_ids"]) == len(phrases)
-    for parts, places in zip(batch["parts"], batch["places"], strict=True):
-        scene = scenes.pictures.draw(rng)
-        assert isinstance(scene, Scene)
-        named = sorted(phrases[i] for i in parts.tolist() if i >= 0)
-        assert named == sorted(f"{o.colour} {o.noun}" if o.colour else o.noun for o in scene.objects)
-        middles = {((o.box[0] + o.box[2]) / 256, (o.box[1] + o.box[3]) / 256) for o in scene.objects}
-        assert {tuple(place) for place in places[parts >= 0].tolist()} == middles
-
-
-def test_easy_vqas_images_have_no_labels_for_queries(scenes: batches.SceneBatches) -> None:
+@pytest.mark.usefixtures("run_folder")
+def test_of_easy_vqas_stored_images_the_place_is_unknown(words: Tokenizers, composer: Composer) -> None:
     easy = EasyImage(np.zeros((64, 64, 3), np.uint8), (), "a teal circle")
-    assert (scenes.parts.of([easy])["parts"] == UNKNOWN).all()
+    stored = slots_of(words, Picture(easy, torch.zeros(768, 8, 8)))
+    assert (stored["cell_nouns"] == UNKNOWN).all()
+    assert stored["slots_known"][0].tolist() == [0.0] * PARTS + [1.0]
+    imagined = slots_of(words, Picture(easy))
+    (part,) = (imagined["slot_kinds"][0] == OBJECT).nonzero().flatten().tolist()
+    assert part in EASY_PARTS
+    column, row = (imagined["slot_places"][0, part] * 4).long().tolist()
+    assert row * 4 + column == part
 
 
-def test_every_noun_and_color_has_the_vector_of_its_phrases(
-    language: Language, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stages, "standard", lambda: language)
-    named = [*language.nouns, *(f"{colour} square" for colour in COLOURS)]
-    phrases = {phrase: i for i, phrase in enumerate(named)}
-    names = stages.name_vectors(phrases, torch.eye(len(named)))
-    noun = next(noun for noun in language.nouns if noun != "square")
-    assert names[noun][phrases[noun]] == 1 and names[noun].sum() == 1
-    assert torch.equal(names[noun], names[language.nouns[noun].plural])
-    assert names["red"][phrases["red square"]] == 1
-    assert names.keys() >= set(COLOURS) | set(language.nouns)
+def test_a_pasted_cut_out_is_named_whatever_the_stem_says(run_folder: Path, words: Tokenizers) -> None:
+    picture = Pictures(run_folder, {"pasted": 1.0}).draw(random.Random(0))
+    assert isinstance(picture.facts, Sight)
+    assert (picture.facts.photo.noun, picture.facts.photo.colour) == ("apple", "red")
+    targets = slots_of(words, picture)
+    assert targets["slot_kinds"][0, -1] == PHOTOGRAPH and (targets["slot_kinds"][0, :-1] == EMPTY).all()
+    one_hot = torch.eye(len(words.language))
+    said = slot_words(one_hot, targets)[0, -1].nonzero().flatten().tolist()
+    assert set(said) == set(words.language.encode(" apple", frame=False))
+
+
+def test_stored_scenes_are_scenes(run_folder: Path) -> None:
+    picture = Pictures(run_folder, {"scene": 1.0}).draw(random.Random(1))
+    assert isinstance(picture.facts, Scene) and picture.cells is not None
+    assert picture.cells.shape == (768, 8, 8) and picture.cells.dtype == torch.float32

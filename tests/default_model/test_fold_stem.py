@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,20 @@ def test_what_is_written_is_what_was_given(tmp_path: Path) -> None:
     torch.testing.assert_close(processor.fold(pixels), rounded(pixels), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="not finite"):
         write_stem(tmp_path / "wide", tensors | {"head.bias": torch.full((HEAD,), 1e6)})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_all_files_of_a_saved_model_have_the_usual_mode(generator_folder: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        processor = write_stem(tmp_path / "stem", tiny_stem_tensors())
+        with_stem(generator_folder, tmp_path / "default", processor)
+        shutil.copytree(tmp_path / "default", tmp_path / "other")
+        share_stem(tmp_path / "other", "default")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert (tmp_path / "default" / STEM_FILE) in modes and set(modes.values()) == {0o640}, modes
 
 
 def test_two_models_share_a_stem(generator_folder: Path, matcher_folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,19 @@ from PIL import Image
 
 from default_model import easyvqa, materials
 from default_model.colours import COLOURS, SHAPE_RGB, dominant, name_pixels
-from default_model.materials import Cutouts, rasterise, read_table
+from default_model.materials import (
+    PICTURES,
+    ROOTS,
+    TABLE,
+    Cutouts,
+    build_pictures,
+    rasterise,
+    read_table,
+    soften,
+)
+
+# The people of Scratch whose pictures are kept for measuring; none of their poses is trained on.
+HELD_BACK = ("dan", "mako", "marissa", "sam", "thai", "referee")
 
 
 def test_the_table_is_sound() -> None:
@@ -26,6 +42,74 @@ def test_the_table_is_sound() -> None:
             assert forms.setdefault(form, noun) == noun, form  # no word means two things
     assert {row.colour for row in rows} == {"", *COLOURS}
     assert {row.source for row in rows} == {"stamps", "openmoji"}
+
+
+def test_pictures_have_the_grammar_of_the_other_tables() -> None:
+    rows = read_table(PICTURES)
+    assert 600 < len(rows) < 1400
+    ids = [row.id for row in rows + read_table()]
+    assert len(ids) == len(set(ids))
+    with TABLE.with_name("imagenet.csv").open(encoding="utf-8", newline="") as file:
+        known = {
+            (row["noun"], row["plural"], row["article"], row["category"]) for row in csv.DictReader(file)
+        }
+    known |= {(row.noun, row.plural, row.article, row.category) for row in read_table()}
+    grammar = known | {(row.noun, row.plural, row.article, row.category) for row in rows}
+    assert len(grammar) == len({noun for noun, *_ in grammar})
+    assert {category for *_, category in grammar} == {category for *_, category in known}
+    forms: dict[str, str] = {}
+    for noun, plural, article, _category in grammar:
+        for form in {noun, plural}:
+            assert forms.setdefault(form, noun) == noun, form  # no word means two things
+        assert re.fullmatch(r"an?|an? [a-z]+ of", article), noun
+    assert 40 <= len(grammar - known) <= 70
+    wanted = {"woman", "boy", "girl", "baby", "person", "shorts", "melon", "hand", "sushi", "rice", "coin"}
+    assert wanted <= {noun for noun, *_ in grammar - known}
+    assert {row.colour for row in rows} == {"", *COLOURS}
+    assert {row.source for row in rows} == {"fluent", "scratch", "sweethome"} <= set(ROOTS)
+    # the colour of a cut-out person would be that of the clothes or of the skin
+    assert {row.colour for row in rows if row.category in ("person", "body part")} == {""}
+
+
+def test_people_kept_for_measuring_are_not_among_the_pictures() -> None:
+    shown = [row.file for row in read_table(PICTURES) if row.source == "scratch"]
+    assert sum("People/" in file for file in shown) > 30
+    assert not [file for file in shown if Path(file).name.startswith(HELD_BACK)]
+
+
+def test_all_or_nothing_edges_become_gradual_inwards() -> None:
+    pixels = np.zeros((40, 40, 4), np.uint8)
+    pixels[10:30, 10:30] = (200, 20, 20, 255)
+    alpha = np.asarray(soften(Image.fromarray(pixels)))[..., 3]
+    assert alpha[20, 20] == 255 and alpha[20, 9] == 0 and 0 < alpha[20, 10] < 255
+    gradual = np.array(pixels)
+    gradual[9, 10:30] = (200, 20, 20, 128)
+    assert np.array_equal(np.asarray(soften(Image.fromarray(gradual))), gradual)
+
+
+def test_pictures_are_enlarged_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        materials.ObjectRow("s", "scratch", "People/s.gif", "woman", "women", "a", "", "person"),
+        materials.ObjectRow("h", "sweethome", "Set/set/h.png", "chair", "chairs", "a", "", "household item"),
+    ]
+    (tmp_path / ROOTS["scratch"] / "People").mkdir(parents=True)
+    small = Image.new("RGBA", (60, 50), (0, 0, 0, 0))
+    small.paste((250, 0, 0, 255), (10, 10, 50, 30))
+    small.save(tmp_path / ROOTS["scratch"] / "People/s.gif")
+    (tmp_path / ROOTS["sweethome"]).mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / ROOTS["sweethome"] / "Set.sh3f", "w") as archive:
+        content = io.BytesIO()
+        Image.new("RGBA", (300, 150), (0, 0, 250, 255)).save(content, "PNG")
+        archive.writestr("set/h.png", content.getvalue())
+    monkeypatch.setattr(materials, "read_table", lambda table: rows if table == PICTURES else [])
+    pictures = build_pictures(tmp_path)
+    assert [max(image.shape[:2]) for image in pictures.images] == [80, 224]
+    assert [tuple(image[image.shape[0] // 2, image.shape[1] // 2]) for image in pictures.images] == [
+        (250, 0, 0, 255),
+        (0, 0, 250, 255),
+    ]
+    pictures.save(tmp_path / "pictures.npz")
+    assert Cutouts.load(tmp_path / "pictures.npz", PICTURES).rows == tuple(rows)
 
 
 def test_shape_colours_have_their_names() -> None:
@@ -63,7 +147,7 @@ def test_saved_cutouts_load_unchanged(
     cutouts.save(tmp_path / "cutouts.npz")
     with pytest.raises(ValueError, match=r"objects\.csv"):
         Cutouts.load(tmp_path)
-    monkeypatch.setattr(materials, "read_table", lambda: list(cutouts.rows))
+    monkeypatch.setattr(materials, "read_table", lambda table: list(cutouts.rows))
     again = Cutouts.load(tmp_path)
     assert again.rows == cutouts.rows
     assert all(np.array_equal(a, b) for a, b in zip(again.images, cutouts.images, strict=True))

@@ -11,21 +11,10 @@ from torch import Tensor, nn
 
 from blip2.modeling.blip2 import Blip2, Blip2Matcher
 from blip2.modeling.config import Blip2Config, MatcherConfig, OptConfig, QFormerConfig, T5Config, VisionConfig
-from blip2.modeling.opt import Opt
-from blip2.modeling.vision import ImageEncoder
 from blip2.train import FitOptions, Task, fit, losses, plots
 from blip2.train.recipes import coco_caption, coco_retrieval, stage1, stage2
 from blip2.train.tasks import Finetune, Stage1, Stage2
-from default_model.losses import place_loss, region_loss
-from default_model.pretrain import (
-    ContrastivePretrain,
-    ImageTextEncoders,
-    WordBag,
-    init_matching_heads,
-    init_mimetic,
-    init_weights,
-    qformer_from_matcher,
-)
+from default_model.initial_weights import init_weights
 
 VISION = VisionConfig(32, 64, 2, 2, image_size=16, patch_size=4)
 QFORMER = QFormerConfig(
@@ -303,117 +292,7 @@ def test_training_with_t5(tmp_path: Path, fine_tuned: bool) -> None:
     )
 
 
-# --- before stage 1 --------------------------------------------------------------------------------------------------
-
-
-def test_contrastive_pre_training_learns(tmp_path: Path) -> None:
-    encoders = ImageTextEncoders(ImageEncoder(VISION), WordBag(30, embedding=16))
-    init_weights(encoders, 0, std=0.1)
-    ids, mask = texts()
-    regions = torch.full((B, 16), -1)
-    regions[:, :4], regions[0, 5], regions[1, 6:9] = 0, 1, 2
-    regions[2, :4] = 1
-    batch = {
-        "pixels": pixels(),
-        "ids": ids,
-        "mask": mask,
-        "phrase_ids": ids[:3, :3],
-        "phrase_mask": mask[:3, :3],
-        "regions": regions,
-        "places": torch.rand(B, 16, 2, generator=torch.Generator().manual_seed(5)),
-    }
-    task = ContrastivePretrain(encoders, muon_scale=1.0)
-    first, last = learn(task, batch, tmp_path)
-    assert last < 0.3 * first
-    keep = torch.arange(10).expand(B, -1)
-    part = task.losses(batch | {"keep": keep}, generator())
-    features = encoders.vision(pixels(), keep=keep)
-    assert features.shape[1] == 11
-    expected = region_loss(
-        encoders.patch_projection(features[:, 1:]),
-        encoders.text(ids[:3, :3], mask[:3, :3]),
-        regions[:, :10],
-        encoders.patch_scale,
-    )
-    assert part["region"].item() == pytest.approx(expected.item(), rel=1e-5)
-    place = place_loss(encoders.place(features[:, 1:]), batch["places"][:, :10])
-    assert part["place"].item() == pytest.approx(place.item(), rel=1e-5)
-    assert place.item() < 0.3 * place_loss(torch.full((B, 16, 2), 0.5), batch["places"]).item()
-
-
-def test_muon_trains_the_matrices_of_the_blocks() -> None:
-    task = ContrastivePretrain(ImageTextEncoders(ImageEncoder(VISION), WordBag(30, embedding=16)))
-    by_muon, rest = task.parameter_groups(0.05)
-    assert by_muon["muon"] and all(p.ndim == 2 for p in by_muon["params"])
-    assert len(by_muon["params"]) == 4 * VISION.num_hidden_layers
-    assert len(by_muon["params"]) + len(rest["params"]) == len(list(task.module.parameters()))
-
-
-def test_padding_changes_no_text() -> None:
-    bag = WordBag(30, embedding=16)
-    init_weights(bag, 0)
-    ids, mask = texts()
-    torch.testing.assert_close(bag(ids[1:2, :4], mask[1:2, :4]), bag(ids, mask)[1:2], atol=1e-6, rtol=1e-5)
-
-
-def test_mimetic_start() -> None:
-    """Query and key weights correlate, value and output weights negate, patches have distinct positions."""
-    encoder = ImageEncoder(VisionConfig(64, 128, 2, 2, image_size=32, patch_size=4))
-    init_weights(encoder, 0)
-    init_mimetic(encoder, 0)
-    width = 64
-    for layer in encoder.layers:
-        query, key, value = layer.self_attn.qkv.weight.chunk(3)
-        half = width // 2  # of the first head
-        meeting = query[:half].mT @ key[:half]
-        assert meeting.diagonal().mean() > 5 * meeting.fill_diagonal_(0).mean().abs()
-        handed_on = layer.self_attn.projection.weight @ value
-        assert -0.6 < handed_on.diagonal().mean() < -0.2
-    places = encoder.position_embedding[0, 1:]
-    assert torch.pdist(places).min() > 0.1
-    assert (encoder.position_embedding[0, 0].abs() <= 0.04).all()
-
-
-def test_matching_heads_look_for_equal_tokens() -> None:
-    language = Opt(dataclasses.replace(LANGUAGE, hidden_size=128, num_attention_heads=4))
-    init_weights(language, 0)
-    init_matching_heads(language, 0)
-    ids = torch.tensor([[2, 7, 11, 5, 30, 8, 19, 7]])  # the last is the second of an equal pair
-    x = language.embed(ids) + language.embed_positions(torch.arange(2, 10))
-    first = language.layers[0]
-    query, key, _ = first.self_attn._project(first.self_attn_layer_norm(x))
-    scores = (query @ key.mT)[0, :, -1, :-1]  # [heads, earlier tokens]
-    assert (scores[:2].argmax(-1) == 1).all()
-    second = scores[:2].topk(2).values[:, 1]
-    assert (scores[:2, 1] > 2 * second).all()
-
-
-def test_initialise() -> None:
-    model = matcher()
-    for name, p in model.named_parameters():
-        if "norm" in name.lower():
-            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
-        elif "bias" in name:
-            assert (p == 0).all(), name
-        elif p.ndim >= 2:
-            assert 0.05 < p.std() < 0.12, name
-            assert p.abs().max() <= 0.2, name
-    assert model.temp is not None
-    assert model.temp.item() == pytest.approx(0.07)
-    layer = model.qformer.layers[0]
-    assert torch.equal(layer.intermediate_query.dense.weight, layer.intermediate.dense.weight)
-    assert torch.equal(layer.output_query.dense.weight, layer.output.dense.weight)
-    assert torch.equal(model.vision.patch_embedding.weight, matcher().vision.patch_embedding.weight)
-
-
-def test_stage_1_hands_over_to_stage_2() -> None:
-    source, target = matcher(), writer()
-    qformer_from_matcher(source, target)
-    image = pixels()
-    assert torch.equal(target.qformer(target.vision(image)), source.qformer(source.vision(image)))
-    smaller = Blip2(Blip2Config(VISION, dataclasses.replace(QFORMER, num_hidden_layers=1), LANGUAGE, 3))
-    with pytest.raises(ValueError, match=r"qformer does not fit.*layers\.1"):
-        qformer_from_matcher(source, smaller)
+# --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_are_the_published_ones() -> None:

@@ -1,0 +1,10 @@
+"""The kinds of pictures that training keeps as the stem sees them; features.py says what each is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kind = Literal["scene", "varied", "easy", "photograph", "pasted"]
+Share = Literal[
+    Kind, "imagined"
+]  # what batches draw from: "imagined" has the evidence of a noun that is not there
