@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from default_model.namer import (
-    EVIDENCE_GAIN,
     CODE,
+    EVIDENCE_GAIN,
     Names,
     alike,
     class_means,
