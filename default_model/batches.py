@@ -49,6 +49,7 @@ EASY_IMAGINED, PHOTOS_IMAGINED = (
 )  # of the pictures for the language model alone; the others are scenes
 EASY_TYPED = 0.3  # of easy-VQA's questions are written as people type them, the others as published
 LANGUAGE_CAPTIONS, LANGUAGE_QUESTIONS = 0.3, 6  # captions a picture, and questions at most, for it alone
+CELL_NOISE = 0.2  # the standard deviation of what is added to cells, beside 1 of their own
 PROMPTED = 0.85  # of the captions follow the captioning prompt
 NO_OBJECT, UNKNOWN = -1, -2  # in place of a cell's noun
 
@@ -227,9 +228,16 @@ def load_evidence(folder: Path) -> Evidence:
     return Evidence(standard_names(), standard().noun_categories, content["alike"], content["patterns"])
 
 
-def pixels_of(pictures: list[Picture]) -> Tensor:
-    """The folded images of pictures that have cells, [B, 3, 128, 128]."""
-    return fold(torch.stack([picture.cells for picture in pictures if picture.cells is not None]))
+def pixels_of(pictures: list[Picture], rng: random.Random) -> Tensor:
+    """The folded images of pictures that have cells, with a little noise: [B, 3, 128, 128].
+
+    The evidence has none, which would drown names that are not sure.
+    """
+    cells = torch.stack([picture.cells for picture in pictures if picture.cells is not None])
+    source = torch.Generator().manual_seed(rng.getrandbits(32))
+    maps = cells[:, :-CODE]
+    maps += CELL_NOISE * torch.randn(maps.shape, generator=source)
+    return fold(cells)
 
 
 class LanguageBatches:
@@ -265,7 +273,7 @@ class InstructionBatches:
         rng = seeded(self.name, position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
         texts = text_rows(self.words, pictures, rng)
-        return {"pixels": pixels_of(pictures)} | texts | self.targets.of(pictures, rng)
+        return {"pixels": pixels_of(pictures, rng)} | texts | self.targets.of(pictures, rng)
 
 
 class QueryBatches:
@@ -280,7 +288,7 @@ class QueryBatches:
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         rng = seeded("queries", position)
         pictures = [self.pictures.draw(rng) for _ in range(self.batch)]
-        return {"pixels": pixels_of(pictures)} | self.targets.of(pictures, rng)
+        return {"pixels": pixels_of(pictures, rng)} | self.targets.of(pictures, rng)
 
 
 class MatchBatches:
@@ -297,7 +305,7 @@ class MatchBatches:
         captions = [picture.caption(standard(), rng) for picture in pictures]
         ids, mask = self.words.matcher.encode_batch(captions, pad="right")
         return {
-            "pixels": pixels_of(pictures),
+            "pixels": pixels_of(pictures, rng),
             "ids": ids[:, :32],
             "mask": mask[:, :32],
             "image_ids": same(captions),

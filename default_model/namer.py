@@ -24,6 +24,9 @@ from default_model.imagenet import read_imagenet
 from default_model.materials import PICTURES, read_table
 
 CODE = 128  # values of a name's code
+EVIDENCE_GAIN = (
+    3.0  # the root mean square of a code, beside 1 of a cell's other values: most names are far from sure
+)
 COARSE, FINE = 320, 80  # channels kept of the stem's two maps: COARSE + 4 FINE + CODE = 768
 SHARPNESS = 8.0  # of the prototypes' softmax, for features of mean length one
 CATEGORY_SHARE = 0.5  # of a code that nouns of one category share, beside 1 of the noun's own
@@ -73,9 +76,9 @@ def name_codes(categories: dict[str, str]) -> dict[str, Tensor]:
 
 
 def evidence_matrix(names: Names, codes: dict[str, Tensor]) -> Tensor:
-    """[CODE, K + P]: the codes of all names, of mean square one where a single name has all of the probability."""
+    """[CODE, K + P]: the codes of all names; the root mean square is `EVIDENCE_GAIN` where one name is sure."""
     matrix = torch.stack([codes[noun] for noun in names.nouns], dim=1)
-    return matrix * math.sqrt(CODE)
+    return matrix * (EVIDENCE_GAIN * math.sqrt(CODE))
 
 
 def profile(logits: Tensor) -> Tensor:

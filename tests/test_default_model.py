@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,13 @@ def test_matching_prefers_the_right_text(model: blip2.Predictor) -> None:
 def test_folders_are_small() -> None:
     total = sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file())
     assert total <= 40e6
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="convolutions are oneDNN's, packed")
+def test_a_picture_is_the_same_to_the_last_bit_alone_and_in_a_batch(model: blip2.Predictor) -> None:
+    images, processor = [load_image(EXAMPLES / name) for name in SHOWN], model.generator.image_processor
+    for image, together in zip(images, to_pixels(images, processor), strict=True):
+        assert torch.equal(to_pixels([image], processor)[0], together)
 
 
 @pytest.mark.parametrize("name", ["rose.jpg", "penguin-gravestone-mixers.jpg"])

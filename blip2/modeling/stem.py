@@ -92,7 +92,12 @@ class Stem(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels, float32 [B, 3, S, S], S a multiple of 32 -> the folded image, float32 [B, 3, S / 2, S / 2]."""
-        return torch.cat([fold(self.readout(*self.maps(some))) for some in pixels.split(_BATCH)])
+        folded: list[Tensor] = []
+        for some in pixels.split(_BATCH):
+            fine, head = self.maps(some)
+            # an image at a time: products of more rows are summed in another order, which int8 would carry on
+            folded += [fold(self.readout(*image)) for image in zip(fine.split(1), head.split(1), strict=True)]
+        return torch.cat(folded)
 
     @torch.no_grad()
     def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2.modeling.language import IGNORE_INDEX
+from blip2.modeling.stem import fold
 from blip2.text import Tokenizer
 from default_model import batches
 from default_model.batches import (
@@ -212,3 +213,20 @@ def test_stored_scenes_are_scenes(run_folder: Path) -> None:
     picture = Pictures(run_folder, {"scene": 1.0}).draw(random.Random(1))
     assert isinstance(picture.facts, Scene) and picture.cells is not None
     assert picture.cells.shape == (768, 8, 8) and picture.cells.dtype == torch.float32
+
+
+def test_noise_is_on_the_maps_and_not_on_the_evidence(run_folder: Path) -> None:
+    pictures = Pictures(run_folder, {"scene": 1.0})
+    drawn = [pictures.draw(random.Random(seed)) for seed in range(3)]
+    clean = [picture.cells.clone() for picture in drawn if picture.cells is not None]
+    folded = batches.pixels_of(drawn, random.Random(1))
+    before, after = fold(torch.stack(clean)), folded
+    assert torch.equal(
+        after,
+        batches.pixels_of([Picture(p.facts, c) for p, c in zip(drawn, clean, strict=True)], random.Random(1)),
+    )
+    evidence = torch.ones(3, 768, 8, 8)
+    evidence[:, : -batches.CODE] = 0
+    silent = fold(evidence).bool()
+    assert torch.equal(before[silent], after[silent])
+    assert (after - before)[~silent].std().item() == pytest.approx(batches.CELL_NOISE, rel=0.05)

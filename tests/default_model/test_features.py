@@ -49,7 +49,7 @@ def painter(composer: Composer, tmp_path: Path) -> Painter:
     return painter
 
 
-@pytest.mark.parametrize("kind", ["scene", "photograph", "pasted"])
+@pytest.mark.parametrize("kind", ["scene", "varied", "photograph", "pasted"])
 def test_the_same_picture_twice_is_the_same(painter: Painter, kind: Kind) -> None:
     (image, facts), (again, same), (other, _) = (painter.draw(kind, i) for i in (3, 3, 4))
     assert np.array_equal(image, again) and facts == same
@@ -71,6 +71,15 @@ def test_specimens_are_of_every_cut_out_in_turn(painter: Painter, composer: Comp
         image, cells, noun = painter.specimen(i)
         assert image.shape == (STEM_PX, STEM_PX, 3) and cells.shape == (8, 8) and cells.any()
         assert noun == rows[i].noun
+
+
+def test_varied_scenes_stand_on_photographs_and_on_patterns(painter: Painter) -> None:
+    drawn = [painter.draw("varied", i) for i in range(20)]
+    assert {len(facts["objects"]) for _, facts in drawn} == {1, 2, 3, 4}
+    assert {image.shape[0] for image, _ in drawn} == {IMAGE_PX, STEM_PX}
+    backdrops = [painter._backdrop(random.Random(i), 64) for i in range(20)]
+    assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in backdrops)
+    assert len({image.tobytes() for image in backdrops}) == 20
 
 
 def test_scenes_come_back_as_they_were(painter: Painter) -> None:

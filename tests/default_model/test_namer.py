@@ -10,6 +10,7 @@ from torch import Tensor
 
 from default_model.namer import (
     CODE,
+    EVIDENCE_GAIN,
     Names,
     alike,
     class_means,
@@ -94,10 +95,10 @@ def test_codes_depend_on_the_noun_alone_and_resemble_those_of_its_category() -> 
     assert likeness[:40, 40:].mean().abs() < 0.1
 
 
-def test_the_evidence_of_one_name_alone_has_mean_square_one(names: Names) -> None:
+def test_the_evidence_of_one_name_alone_is_as_large_as_its_gain(names: Names) -> None:
     matrix = evidence_matrix(names, name_codes(dict.fromkeys(names.nouns, "thing")))
     assert matrix.shape == (CODE, len(names.nouns))
-    torch.testing.assert_close(matrix.square().mean(0), torch.ones(len(names.nouns)))
+    torch.testing.assert_close(matrix.square().mean(0).sqrt(), torch.full((len(names.nouns),), EVIDENCE_GAIN))
     assert torch.equal(matrix[:, 0], matrix[:, 1])  # two classes of one noun
 
 

@@ -11,7 +11,7 @@ from tiny_stem import FINE, HEAD, STAGES, tiny_stem_tensors
 from torch import Tensor
 
 from blip2.modeling.config import ConfigError
-from blip2.modeling.stem import STRIDES, Stem, fold, folded_px
+from blip2.modeling.stem import FAMILIAR_SPREAD, STRIDES, Stem, fold, folded_px
 
 
 def build(tensors: dict[str, Tensor]) -> Stem:
@@ -75,7 +75,10 @@ def test_a_cell_holds_coarse_then_fine_then_evidence(tensors: dict[str, Tensor])
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, tensors[f"readout.{name}.weight"], tensors.get(f"readout.{name}.bias"))
 
-    probabilities = linear("classifier", head.mean((2, 3))).softmax(-1)
+    logits = linear("classifier", head.mean((2, 3)))
+    probabilities = (
+        logits.softmax(-1) * (FAMILIAR_SPREAD / logits.std(-1, keepdim=True)).clamp(max=1).square()
+    )
     assert probabilities.max() < 0.99
     for i in range(2):
         for j in range(2):
