@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import blip2
+from blip2.images import load_image, to_pixels
 from blip2.registry import ASSETS, DEFAULT_FOLDER, DEFAULT_MATCHER_FOLDER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
