@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2.images import random_resized_crop
+from blip2.inputs import in_batches
 from blip2.modeling.stem import Stem
 from blip2.storage import replace_file, write_file
 from default_model import easyvqa
@@ -112,18 +113,17 @@ class Painter:
         draw = rng.random()
         if draw < 0.4:
             return np.asarray(self._crop(rng, side))
-        first, second = (background(rng.getrandbits(31), "train", side)[0] for _ in range(2))
+        first, second = rng.getrandbits(31), rng.getrandbits(31)
         if draw < 0.6:
-            return first
+            return background(first, "train", side)[0]
         if draw < 0.8:
-            mask = np.full((side, side), rng.randint(60, 195), np.uint8)
+            mask = Image.new("L", (side, side), rng.randint(60, 195))
         else:  # parts of both, with an edge somewhere
             small = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (3, 3), np.uint8)
-            mask = np.asarray(Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC))
-            mask = ((mask > 127) * np.uint8(255)).astype(np.uint8)
-        return np.asarray(
-            Image.composite(Image.fromarray(first), Image.fromarray(second), Image.fromarray(mask))
-        )
+            mask = Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+            mask = mask.point(lambda value: 255 * (value > 127))
+        images = (Image.fromarray(background(index, "train", side)[0]) for index in (first, second))
+        return np.asarray(Image.composite(*images, mask))
 
     def _crop(self, rng: random.Random, side: int = STEM_PX) -> Image.Image:
         image = Image.open(rng.choice(self.photographs)).convert("RGB")
@@ -169,7 +169,7 @@ def store_pictures(painter: Painter, stem: Stem, kind: Kind, numbers: range, pat
     """Write one shard: PATH.safetensors, then PATH.json, which tells that it is complete."""
     cells: list[Tensor] = []
     facts: list[Facts] = []
-    for some in in_batches(numbers):
+    for _, some in in_batches(numbers, STEM_BATCH):
         images, rows = zip(*(painter.draw(kind, i) for i in some), strict=True)
         values, probabilities = stem_cells(stem, images)
         cells.append(values.half())
@@ -192,12 +192,6 @@ def top_names(probabilities: Tensor) -> list[list[tuple[int, float]]]:
     ]
 
 
-def in_batches(numbers: range) -> Iterator[range]:
-    """The numbers in order, as many at a time as the stem is given images."""
-    for start in range(0, len(numbers), STEM_BATCH):
-        yield numbers[start : start + STEM_BATCH]
-
-
 def specimen_features(painter: Painter, stem: Stem, count: int) -> tuple[Tensor, list[str], Tensor]:
     """What the stem's maps are at cut-outs of every noun.
 
@@ -208,7 +202,7 @@ def specimen_features(painter: Painter, stem: Stem, count: int) -> tuple[Tensor,
     heads: list[Tensor] = []
     fines: list[Tensor] = []
     nouns: list[str] = []
-    for turn, numbers in enumerate(in_batches(range(count))):
+    for turn, (_, numbers) in enumerate(in_batches(range(count), STEM_BATCH)):
         drawn = [painter.specimen(i) for i in numbers]
         fine, head = stem.maps(stem_pixels([image for image, _, _ in drawn]))
         masks = torch.from_numpy(np.stack([cells for _, cells, _ in drawn])).float()
@@ -221,7 +215,7 @@ def specimen_features(painter: Painter, stem: Stem, count: int) -> tuple[Tensor,
 def photograph_heads(painter: Painter, stem: Stem, count: int) -> Tensor:
     """The head's mean over parts of unlabelled photographs, [count, H]."""
     heads = []
-    for numbers in in_batches(range(count)):
+    for _, numbers in in_batches(range(count), STEM_BATCH):
         images = [painter.draw("photograph", i)[0] for i in numbers]
         heads.append(stem.maps(stem_pixels(images))[1].mean((2, 3)))
     return torch.cat(heads)
