@@ -23,7 +23,7 @@ from default_model import easyvqa
 from default_model.corpus import imagined
 from default_model.evidence import EVIDENCE_FILE, Evidence, Sight
 from default_model.features import Bank, names_of, scene_of
-from default_model.kinds import Kind, Share
+from default_model.kinds import KINDS, Kind, Share
 from default_model.language import Language, standard
 from default_model.namer import CODE, standard_names
 from default_model.photo import Photo
@@ -175,13 +175,10 @@ class Pictures(Imagined):
 
     @cached_property
     def banks(self) -> dict[Kind, Bank]:
-        kinds: dict[Kind, None] = {}
-        for share, weight in self.shares.items():
-            if share != "imagined":
-                kinds |= {share: None} if weight else {}
-            elif weight:  # what `_imagined` replaces the evidence of
-                kinds |= {"photograph": None, "scene": None}
-        return {kind: Bank(self.folder, kind) for kind in kinds}
+        shown = {share for share, weight in self.shares.items() if weight}
+        if "imagined" in shown:  # it replaces the evidence of these
+            shown |= {"photograph", "scene"}
+        return {kind: Bank(self.folder, kind) for kind in KINDS if kind in shown}
 
     @cached_property
     def codes(self) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["scene", "varied", "easy", "photograph", "pasted"]
-Share = Literal[
-    Kind, "imagined"
-]  # what batches draw from: "imagined" has the evidence of a noun that is not there
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# What batches draw from: "imagined" has the evidence of a noun that is not there.
+Share = Literal[Kind, "imagined"]
