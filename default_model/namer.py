@@ -24,9 +24,8 @@ from default_model.imagenet import read_imagenet
 from default_model.materials import PICTURES, read_table
 
 CODE = 128  # values of a name's code
-EVIDENCE_GAIN = (
-    3.0  # the root mean square of a code, beside 1 of a cell's other values: most names are far from sure
-)
+# The root mean square of a code, beside 1 of a cell's other values: most names are far from sure.
+EVIDENCE_GAIN = 3.0
 COARSE, FINE = 320, 80  # channels kept of the stem's two maps: COARSE + 4 FINE + CODE = 768
 SHARPNESS = 8.0  # of the prototypes' softmax, for features of mean length one
 CATEGORY_SHARE = 0.5  # of a code that nouns of one category share, beside 1 of the noun's own

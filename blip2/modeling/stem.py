@@ -40,13 +40,11 @@ PATCH = 16  # the side of a cell in the folded image
 CELL_VALUES = 3 * PATCH * PATCH
 PROFILE_TEMPERATURE = 3.0  # of the classifier's soft answers that prototypes are compared with
 PROTOTYPE_SHARE = 0.5  # of the probability
-FAMILIAR_SPREAD = (
-    0.9  # standard deviation of the classifier's logits up to which a picture is like those it knows
-)
+# The standard deviation of the classifier's logits up to which a picture is like those it knows.
+FAMILIAR_SPREAD = 0.9
 _BATCH = 4  # images computed at a time: of more the maps leave the processor's cache
-_PACKED_PX = (
-    256  # side of the images that weights are packed for; with others they would be packed anew at each call
-)
+# The side of the images that weights are packed for; with others they would be packed anew at each call.
+_PACKED_PX = 256
 
 
 class Stem(nn.Module):
