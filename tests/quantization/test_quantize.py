@@ -329,8 +329,7 @@ def test_four_bits_are_for_the_inner_layers_of_the_language_model(
 def test_the_default_model_writes_nearly_the_same_in_eight_bits() -> None:
     exact, quantized = blip2.load(), blip2.load(quantize="int8")
     # pictures of what it knows: of others every caption is about as likely as the next
-    photographs = {"cat-photograph", "cat-on-its-back", "cup-and-saucer", "dog", "parrot", "white-car"}
-    images = sorted(path for path in EXAMPLES.glob("*.[jp][pn]g") if path.stem not in photographs)
+    images = sorted(path for path in EXAMPLES.glob("*.[jp][pn]g") if path.stem != "cat-photograph")
     assert len(images) == 8
     pairs = list(zip(quantized.caption(images), exact.caption(images), strict=True))
     same = [(mine, theirs) for mine, theirs in pairs if mine == theirs]
