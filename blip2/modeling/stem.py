@@ -243,8 +243,8 @@ class StemReadout(nn.Module):
         probabilities), and the head, are compared with those of known pictures.
 
         They add up to less than one where the picture is unlike those the network knows. Its logits then are large
-        for many classes at once: with a threshold on their spread as well, two thirds of wrong names are found at the
-        price of a seventh of the right ones, with probabilities alone a half.
+        for many classes at once: with their spread as well, more of the wrong names are found at the same price in
+        right ones.
         """
         assert self.classifier is not None
         logits = self.classifier(head)
