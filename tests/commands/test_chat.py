@@ -136,6 +136,13 @@ def test_in_a_real_terminal(generator_folder: Path, pictures: list[Path]) -> Non
                 shown += os.read(terminal, 4096)
         return shown
 
+    def until_it_waits() -> None:
+        """Until the line editor waits for keys. It shows the prompt before: a Ctrl-C in between would be lost."""
+        time.sleep(0.3)
+        state = Path(f"/proc/{process.pid}/stat")  # of the main thread; on Linux
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+
     try:
         until(b"\r\n> ")
         for typed, expected in (
@@ -145,7 +152,7 @@ def test_in_a_real_terminal(generator_folder: Path, pictures: list[Path]) -> Non
             (b"no question\x03", b"\r\n> "),
             (b"\x03", b"\r\n> "),
         ):
-            time.sleep(0.3)  # the line editor begins to read after it has shown the prompt
+            until_it_waits()
             os.write(terminal, typed)
             until(expected)
         os.write(terminal, b"what?\r")
